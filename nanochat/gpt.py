@@ -1,0 +1,403 @@
+"""The GPT of nanochat (mid-2026), every feature switchable, with what MegaContext needs from a base model.
+
+Untied embeddings, parameter-free RMS norm, RoPE, QK-norm, ReLU², value embeddings, smear, residual and x0 scalars, backout,
+logit softcap, sliding-window pattern. Parameter names and arithmetic are nanochat's, so its checkpoints load
+(`GPT.from_nanochat`). q and k are normed *before* they are rotated: rotation keeps norms, so this equals rotate-then-norm to
+rounding, and a table that also damps (mc.gaussian_rope) is not undone by the norm.
+
+Additions: `inputs_embeds` (enter after the embedding norm, before smear), explicit per-row positions or ready rotary tables,
+`linked` (which entries continue the one before them: smear and key shift act only there), a logit bias per key, a KV cache with
+per-row lengths, key shift, tied query/key start, partial RoPE.
+
+Shapes: B rows, S entries, D width, H heads, G kv heads, E head width, V vocabulary (padded: P).
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat.common import UserError
+from nanochat.kv_cache import KVCache
+
+SMEAR_DIMS, VALUE_GATE_DIMS = 24, 12  # leading dims that the gates read
+QK_SCALE = 1.2  # sharpens attention after QK-norm
+GATE_RANGE = 3.0  # value gate: 3·sigmoid
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    window_pattern: str = "L"  # tiled over the layers, last layer always L; S = a quarter of sequence_len
+    value_embeds: bool = True
+    smear: bool = True
+    resid_scalars: bool = True
+    backout: bool = True
+    key_shift: bool = False  # k_t ← (1−a)·k_t + a·k_{t−1}, a learned per kv head, starting at 0.9
+    tie_qk: bool = False  # start with W_k = W_q
+    rope_fraction: float = 1.0  # share of each head's dims that is rotated; the rest carries no position
+    rope_base: float = 100_000.0
+    softcap: float = 15.0
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
+            raise UserError(f"width {self.n_embd} does not divide into {self.n_head} heads of even width")
+        if self.n_head % self.n_kv_head:
+            raise UserError(f"{self.n_head} heads do not share {self.n_kv_head} kv heads evenly")
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise UserError(f"window_pattern {self.window_pattern!r}: use the letters S and L")
+        if not 0.0 <= self.rope_fraction <= 1.0:
+            raise UserError(f"rope_fraction {self.rope_fraction} is not between 0 and 1")
+        if self.tie_qk and self.n_head != self.n_kv_head:
+            raise UserError(f"tie_qk needs as many kv heads as heads, not {self.n_kv_head} and {self.n_head}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab(self) -> int:
+        return -(-self.vocab_size // 64) * 64
+
+    def windows(self) -> list[int]:
+        """Keys before the token itself that each layer sees."""
+        short = -(-(self.sequence_len // 4) // 128) * 128
+        size = {"L": self.sequence_len, "S": short}
+        pattern = [size[self.window_pattern[i % len(self.window_pattern)]] for i in range(self.n_layer)]
+        return pattern[:-1] + [self.sequence_len]
+
+    def has_value_embed(self, layer: int) -> bool:
+        return self.value_embeds and layer % 2 == (self.n_layer - 1) % 2
+
+
+class Captured(NamedTuple):
+    """One layer's attention as it ran, for teachers: q, y [B,H,S,E], k, v [B,G,S,E], after rotation and scaling."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    y: Tensor
+
+
+@dataclass
+class Context:
+    """What every layer of one pass shares."""
+
+    cos: Tensor  # [1 or B, S, 1, E/2]
+    sin: Tensor
+    linked: Tensor | None  # [B, S] bool, None: every entry but a row's first
+    key_bias: Tensor | None  # [B, S] added to the logits of these keys
+    masks: dict[int, Tensor | None]  # window -> bool mask, None: plain causal
+    cache: KVCache | None
+    slots: Tensor | None  # [B, S] cache slots of this pass
+    capture: list[Captured] | None
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def rotate(x_BSHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotation by −θ of half-split pairs; cos and sin may carry a damping factor."""
+    a, b = x_BSHE.chunk(2, -1)
+    cos, sin = cos.to(x_BSHE.dtype), sin.to(x_BSHE.dtype)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
+
+
+def shift_in(x_BSx: Tensor, first_B1x: Tensor) -> Tensor:
+    """Each entry's predecessor; the first entry's is `first`."""
+    return torch.cat([first_B1x.to(x_BSx.dtype), x_BSx[:, :-1]], 1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer, self.n_head, self.n_kv_head, self.head_dim = layer, config.n_head, config.n_kv_head, config.head_dim
+        kv_width = self.n_kv_head * self.head_dim
+        self.c_q = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.c_k = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.c_v = nn.Linear(config.n_embd, kv_width, bias=False)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.ve_gate = nn.Linear(VALUE_GATE_DIMS, self.n_kv_head, bias=False) if config.has_value_embed(layer) else None
+        self.key_shift = nn.Parameter(torch.full((self.n_kv_head,), 0.9)) if config.key_shift else None
+
+    def _shift_keys(self, k_BSGE: Tensor, ctx: Context) -> Tensor:
+        if ctx.cache is None:
+            first = k_BSGE[:, :1]
+        else:
+            first = ctx.cache.last(ctx.cache.k_unshifted[self.layer])
+            ctx.cache.put(ctx.cache.k_unshifted[self.layer], ctx.slots, k_BSGE)
+        amount = self.key_shift.to(k_BSGE.dtype)[:, None]
+        if ctx.linked is not None:
+            amount = amount * ctx.linked[:, :, None, None]
+        return torch.lerp(k_BSGE, shift_in(k_BSGE, first), amount.expand_as(k_BSGE))
+
+    def forward(self, x_BSD: Tensor, ve_BSG: Tensor | None, window: int, ctx: Context) -> Tensor:
+        B, S, D = x_BSD.shape
+        q = self.c_q(x_BSD).view(B, S, self.n_head, self.head_dim)
+        k = self.c_k(x_BSD).view(B, S, self.n_kv_head, self.head_dim)
+        v = self.c_v(x_BSD).view(B, S, self.n_kv_head, self.head_dim)
+        if self.ve_gate is not None and ve_BSG is not None:
+            gate = GATE_RANGE * torch.sigmoid(self.ve_gate(x_BSD[..., :VALUE_GATE_DIMS]))
+            v = v + gate.unsqueeze(-1) * ve_BSG.view(v.shape).to(v.dtype)
+        if self.key_shift is not None:
+            k = self._shift_keys(k, ctx)
+        q, k = rotate(norm(q) * QK_SCALE, ctx.cos, ctx.sin), rotate(norm(k) * QK_SCALE, ctx.cos, ctx.sin)
+        if ctx.cache is not None:
+            k, v = self._through_cache(k, v, ctx)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.to(q.dtype).transpose(1, 2)
+        y = attend(q, k, v, ctx.masks[window], ctx.key_bias)
+        if ctx.capture is not None:
+            if y.requires_grad:
+                y.retain_grad()
+            ctx.capture.append(Captured(q, k, v, y))
+        return self.c_proj(y.transpose(1, 2).reshape(B, S, D))
+
+    def _through_cache(self, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        cache, until = ctx.cache, ctx.cache.used + ctx.slots.shape[1]
+        cache.put(cache.k[self.layer], ctx.slots, k)
+        cache.put(cache.v[self.layer], ctx.slots, v)
+        return cache.k[self.layer, :, :until].to(k.dtype), cache.v[self.layer, :, :until].to(k.dtype)
+
+
+def attend(q_BHSE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, key_bias_BS: Tensor | None) -> Tensor:
+    """Scaled dot-product attention; mask None means causal.
+
+    A bias per key enters as one more dimension of q (1) and k (bias·√E), so the fast causal kernels still apply and the bias
+    gets its gradient. Widths stay multiples of 8.
+    """
+    E = q_BHSE.shape[-1]
+    if key_bias_BS is not None:
+        bias = (key_bias_BS * math.sqrt(E)).to(q_BHSE.dtype)[:, None, :, None].expand(*k_BGSE.shape[:-1], 1)
+        q_BHSE = F.pad(torch.cat([q_BHSE, torch.ones_like(q_BHSE[..., :1])], -1), (0, 7))
+        k_BGSE, v_BGSE = F.pad(torch.cat([k_BGSE, bias], -1), (0, 7)), F.pad(v_BGSE, (0, 8))
+    y = F.scaled_dot_product_attention(q_BHSE, k_BGSE, v_BGSE, attn_mask=mask, is_causal=mask is None, scale=1 / math.sqrt(E),
+                                       enable_gqa=k_BGSE.shape[1] != q_BHSE.shape[1])
+    return y if key_bias_BS is None else y[..., :E]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attn, self.mlp = Attention(config, layer), MLP(config)
+
+    def forward(self, x: Tensor, ve: Tensor | None, window: int, ctx: Context) -> Tensor:
+        x = x + self.attn(norm(x), ve, window, ctx)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.padded_vocab, config.n_embd),
+            "h": nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+        })
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab, bias=False)
+        kv_width = config.n_kv_head * config.head_dim
+        self.value_embeds = nn.ModuleDict({
+            str(i): nn.Embedding(config.padded_vocab, kv_width) for i in range(config.n_layer) if config.has_value_embed(i)})
+        if config.resid_scalars:
+            self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
+            self.x0_lambdas = nn.Parameter(torch.full((config.n_layer,), 0.1))
+        if config.smear:
+            self.smear_gate = nn.Linear(SMEAR_DIMS, 1, bias=False)
+            self.smear_lambda = nn.Parameter(torch.zeros(1))
+        if config.backout:
+            self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Projections back into the stream start at zero, the head near zero, the rest at the usual 1/√fan-in."""
+        bound = math.sqrt(3 / self.config.n_embd)  # uniform with standard deviation 1/√D
+        nn.init.normal_(self.transformer.wte.weight)
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+        for block in self.transformer.h:
+            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
+                nn.init.uniform_(linear.weight, -bound, bound)
+            if self.config.tie_qk:
+                block.attn.c_k.weight.copy_(block.attn.c_q.weight)
+            nn.init.zeros_(block.attn.c_proj.weight)
+            nn.init.zeros_(block.mlp.c_proj.weight)
+            if block.attn.ve_gate is not None:
+                nn.init.zeros_(block.attn.ve_gate.weight)
+        for table in self.value_embeds.values():
+            nn.init.uniform_(table.weight, -bound, bound)
+        if self.config.smear:
+            nn.init.zeros_(self.smear_gate.weight)
+
+    @classmethod
+    def from_nanochat(cls, config: dict, state_dict: dict[str, Tensor]) -> "GPT":
+        """A karpathy/nanochat checkpoint (its `model_config` and model state) as a GPT in float32, in evaluation mode.
+
+        Features that the checkpoint has no weights for are switched off; without `window_pattern` every layer is L; without
+        the residual scalars they are 1 and 0. UserError when keys are missing, unknown or of the wrong shape.
+        """
+        state = {name.removeprefix("_orig_mod."): t.float() for name, t in state_dict.items()}
+        names = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+        if missing := [name for name in (*names, ) if name not in config]:
+            raise UserError(f"not a nanochat model config: {', '.join(missing)} missing")
+        model = cls(GPTConfig(**{name: config[name] for name in names}, window_pattern=config.get("window_pattern") or "L",
+                              value_embeds=any(name.startswith("value_embeds.") for name in state),
+                              smear="smear_lambda" in state, backout="backout_lambda" in state))
+        state.setdefault("resid_lambdas", torch.ones(config["n_layer"]))
+        state.setdefault("x0_lambdas", torch.zeros(config["n_layer"]))
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as e:
+            raise UserError("not a checkpoint of this model config: " + " ".join(str(e).split())) from None
+        return model.eval()
+
+    def embed(self, idx_BS: Tensor) -> Tensor:
+        """[B, S, D] normed token embeddings: what gists are made of and what `inputs_embeds` stands for."""
+        return norm(self.transformer.wte(idx_BS))
+
+    def inverse_frequencies(self, device=None) -> Tensor:
+        """[E/2] float64 radians per token, zero in the pairs that partial RoPE leaves unrotated."""
+        half = self.config.head_dim // 2
+        exponents = torch.arange(half, dtype=torch.float64, device=device) / half
+        rotated = torch.arange(half, device=device) < round(self.config.rope_fraction * half)
+        return self.config.rope_base ** -exponents * rotated
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions [S] or [B, S], any real dtype -> cos, sin [1 or B, S, 1, E/2]; the angle is taken in float64."""
+        angle = positions.double()[..., None] * self.inverse_frequencies(positions.device)
+        dtype = torch.float64 if self.lm_head.weight.dtype == torch.float64 else torch.float32
+        cos, sin = angle.cos().to(dtype).unsqueeze(-2), angle.sin().to(dtype).unsqueeze(-2)
+        return (cos[None], sin[None]) if positions.ndim == 1 else (cos, sin)
+
+    def _masks(self, S: int, cache: KVCache | None, slots: Tensor | None, lift_windows: bool, device) -> dict[int, Tensor | None]:
+        """A bool mask per window size, [S, S] or with a cache [B, 1, S, used + S]; None where plain causal serves."""
+        masks: dict[int, Tensor | None] = {}
+        for window in set(self.config.windows()):
+            reach = math.inf if lift_windows and window == self.config.sequence_len else window
+            if cache is None:
+                if S - 1 <= reach:
+                    masks[window] = None
+                    continue
+                distance = torch.arange(S, device=device)[:, None] - torch.arange(S, device=device)
+            else:
+                distance = slots[:, None, :, None] - torch.arange(cache.used + S, device=device)
+            masks[window] = (distance >= 0) & (distance <= reach)
+        return masks
+
+    def hidden(self, idx: Tensor | None, *, inputs_embeds: Tensor | None = None, positions: Tensor | None = None,
+               rotary: tuple[Tensor, Tensor] | None = None, linked: Tensor | None = None, key_bias: Tensor | None = None,
+               cache: KVCache | None = None, counts: Tensor | None = None, capture: list[Captured] | None = None,
+               lift_windows: bool = False) -> Tensor:
+        """Final normed hidden states [B, S, D].
+
+        idx [B, S] int64, −1 on entries that are not tokens; may be None when `inputs_embeds` [B, S, D] is given and the model
+        has no value embeddings. positions [S] or [B, S] in global tokens (default: 0… or what the cache holds onward), or
+        `rotary` = (cos, sin) [B, S, 1, E/2] ready made. linked [B, S] bool: the entry continues the one before it (default: all
+        but a row's first). key_bias [B, S] logits. cache: read and extended, by `counts` [B] entries a row (default S).
+        capture: gets one `Captured` a layer. lift_windows: L layers see everything however long.
+        """
+        cfg = self.config
+        x = self.embed(idx) if inputs_embeds is None else inputs_embeds
+        B, S, _ = x.shape
+        if rotary is None:
+            if positions is None:
+                positions = torch.arange(S, device=x.device)
+                positions = positions if cache is None else cache.lengths[:, None] + positions
+            rotary = self.rotary(positions)
+        slots = None if cache is None else cache.slots_for(S)
+        if cache is not None:
+            fresh = (cache.lengths > 0)[:, None] & torch.ones(B, S, dtype=torch.bool, device=x.device)
+            fresh[:, 1:] = True
+            linked = fresh if linked is None else linked & fresh
+        if key_bias is not None and cache is not None:
+            raise ValueError("a key bias through a KV cache is the session's business: keep it in the cache")
+        ctx = Context(*rotary, linked, key_bias, self._masks(S, cache, slots, lift_windows, x.device), cache, slots, capture)
+        if cfg.smear:
+            x = self._smear(x, ctx)
+        tokens = None if idx is None else idx.clamp_min(0)
+        x0, x_mid = x, None
+        for i, (block, window) in enumerate(zip(self.transformer.h, cfg.windows())):
+            if cfg.resid_scalars:
+                x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
+            ve = None
+            if str(i) in self.value_embeds:
+                ve = self.value_embeds[str(i)](tokens)
+                if inputs_embeds is not None:
+                    ve = ve * (idx >= 0).unsqueeze(-1)
+            x = block(x, ve, window, ctx)
+            if i == cfg.n_layer // 2:
+                x_mid = x
+        if cfg.backout:
+            x = x - self.backout_lambda * x_mid
+        if cache is not None:
+            cache.advance(S, counts)
+        return norm(x)
+
+    def _smear(self, x_BSD: Tensor, ctx: Context) -> Tensor:
+        if ctx.cache is None:
+            first = torch.zeros_like(x_BSD[:, :1])
+        else:
+            first = ctx.cache.last(ctx.cache.x_unsmeared)
+            ctx.cache.put(ctx.cache.x_unsmeared, ctx.slots, x_BSD)
+        gate = self.smear_lambda.to(x_BSD.dtype) * torch.sigmoid(self.smear_gate(x_BSD[..., :SMEAR_DIMS]))
+        if ctx.linked is not None:
+            gate = gate * ctx.linked.unsqueeze(-1)
+        return x_BSD + gate * shift_in(x_BSD, first)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., V] float32 (float64 for a float64 model), softly capped."""
+        raw = self.lm_head(hidden)[..., :self.config.vocab_size]
+        raw = raw if raw.dtype == torch.float64 else raw.float()
+        return self.config.softcap * torch.tanh(raw / self.config.softcap)
+
+    def forward(self, idx: Tensor | None, targets: Tensor | None = None, **entries) -> Tensor:
+        """Logits [B, S, V]; with `targets` [B, S] (−1 = ignored) the mean loss instead. Keywords as `hidden`."""
+        logits = self.logits(self.hidden(idx, **entries))
+        return logits if targets is None else mean_loss(token_losses(logits, targets), targets)
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, S: int) -> float:
+        """Training FLOPs per token of a row of S, from shapes: 6 per weight of every matrix product, 12·D per visible key."""
+        matrices = [m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear)]
+        visible = sum(sum(min(t, w) + 1 for t in range(S)) / S for w in self.config.windows())
+        return 6.0 * sum(matrices) + 12.0 * self.config.n_embd * visible
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """[B, S] nats, zero where the target is −1."""
+    flat = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1, reduction="none")
+    return flat.view(targets.shape)
+
+
+def mean_loss(losses_BS: Tensor, targets_BS: Tensor) -> Tensor:
+    """Mean over rows of each row's mean over its targets: the same however rows are spread over ranks and micro-steps."""
+    counts = (targets_BS >= 0).sum(1)
+    return (losses_BS.sum(1) / counts.clamp_min(1)).mean()
+
+
+def config_from_dict(values: dict) -> GPTConfig:
+    """A GPTConfig from what `dataclasses.asdict` stored; unknown names are a UserError."""
+    known = {f.name for f in fields(GPTConfig)}
+    if unknown := sorted(set(values) - known):
+        raise UserError(f"model config has unknown fields: {', '.join(unknown)}; it was written by another version")
+    return GPTConfig(**values)
