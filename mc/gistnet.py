@@ -1,0 +1,253 @@
+"""GistNet: a block of K entries becomes G vectors in the embedding space of the base model.
+
+    gist = norm(mean(block) + head(summary(block)))
+
+The mean is over the valid entries and the head starts at zero, so training starts exactly from the masked mean, the baseline.
+Only the summary differs between variants, and each is put together from one `Layer` (a sequence that reads another):
+
+    mean         no summary, no parameters
+    transformer  the entries read each other; then the mean over them, a learned query that reads them, or a CLS among them
+    slots        K→1→K→1: the entries read each other; query 1 reads them; they read it back; query 2 reads what they became
+
+Nothing is causal. The network is narrow (`width`), because it runs on every token: at width 64, beside a base layer of width 128
+at 1,088 tokens, `transformer` costs 14 % of that layer per token and `slots` 27 % (`GistNet.flops_per_token`; the times agree).
+
+Every attention has one more key and value, both zero (`add_zero_attn` of nn.MultiheadAttention; Miller, "Attention is off by
+one", 2023). With it an entry may read nothing, which makes reading a single slot a gate, sigmoid(q·k), instead of a constant; and a block without any valid entry is
+no special case.
+
+Shapes: N blocks, K entries of a block, D width of the base, C width inside, H heads, E head width, G gists of a block,
+L levels, Q reading rows, M rows read.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat.common import UserError
+
+VARIANTS, POOLS, HEADS, GISTS = ("mean", "transformer", "slots"), ("mean", "query", "cls"), ("linear", "mlp"), (1, 2, 4)
+MLP_RATIO = 2  # hidden width of an MLP / C
+MAX_WIDTH = 512
+POSITION_STD = 0.5  # of the position embedding, beside entries of rms 1
+QUERY_STD = 0.1  # a query is normed before it reads, and small beside what it has read: else the sum is nearly a constant
+
+
+@dataclass(frozen=True)
+class GistNetConfig:
+    """What a GistNet is. A value that would have no effect is refused with a UserError, as is one that cannot work."""
+
+    d_model: int
+    block_size: int = 32
+    max_lod: int = 2  # gists are made for LOD1 … LOD max_lod
+    variant: str = "slots"
+    width: int = 64
+    n_head: int = 2
+    n_layer: int = 1  # layers in which the entries read each other
+    pool: str = "mean"  # of the transformer: "mean", "query" or "cls"
+    head: str = "linear"  # or "mlp"
+    n_gists: int = 1
+    shared_levels: bool = True  # one network for all levels, with a level embedding; else one per level
+
+    def __post_init__(self):
+        for name, choices in (("variant", VARIANTS), ("pool", POOLS), ("head", HEADS), ("n_gists", GISTS)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"gistnet {name} {getattr(self, name)!r}: use one of {', '.join(map(str, choices))}")
+        if self.pool != "mean" and self.variant != "transformer":
+            raise UserError(f"gistnet pool {self.pool!r} needs the variant 'transformer'; {self.variant!r} has its own pooling")
+        if self.head != "linear" and self.variant == "mean":
+            raise UserError(f"gistnet head {self.head!r}: the variant 'mean' has no head")
+        if self.block_size < 2 or self.max_lod < 1 or self.n_layer < 1:
+            given = f"{self.block_size}, {self.max_lod}, {self.n_layer}"
+            raise UserError(f"gistnet needs block_size ≥ 2, max_lod ≥ 1 and n_layer ≥ 1; got {given}")
+        if self.block_size % self.n_gists:
+            raise UserError(f"a block of {self.block_size} does not divide into {self.n_gists} gists")
+        if not 0 < self.width <= MAX_WIDTH or self.n_head < 1 or self.width % self.n_head:
+            raise UserError(f"gistnet width {self.width} must be at most {MAX_WIDTH} and divide into its {self.n_head} heads")
+
+
+def norm(x: Tensor) -> Tensor:
+    """x scaled to rms 1 over its last dim; no parameters; 0 stays 0."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def linear(n_in: int, n_out: int) -> nn.Linear:
+    """A matrix without bias that keeps an rms of 1."""
+    layer = nn.Linear(n_in, n_out, bias=False)
+    nn.init.normal_(layer.weight, std=n_in**-0.5)
+    return layer
+
+
+class Layer(nn.Module):
+    """Rows read rows: pre-norm attention, then a ReLU² MLP, both residual. A sequence that reads itself is self-attention."""
+
+    def __init__(self, width: int, n_head: int):
+        super().__init__()
+        self.n_head = n_head
+        self.query, self.key_value, self.out = linear(width, width), linear(width, 2 * width), linear(width, width)
+        self.up, self.down = linear(width, MLP_RATIO * width), linear(MLP_RATIO * width, width)
+
+    def forward(self, x_NQC: Tensor, source_NMC: Tensor, mask_NM: Tensor | None) -> Tensor:
+        """x [N, Q, C] reads source [N, M, C] where mask (bool; None: everywhere) -> [N, Q, C]."""
+
+        def heads(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+
+        q_NHQE = heads(self.query(norm(x_NQC)))
+        k_NHME, v_NHME = (F.pad(heads(y), (0, 0, 0, 1)) for y in self.key_value(norm(source_NMC)).chunk(2, -1))  # the zero key
+        mask_N11M = None if mask_NM is None else F.pad(mask_NM, (0, 1), value=True)[:, None, None]
+        read_NHQE = F.scaled_dot_product_attention(q_NHQE, k_NHME, v_NHME, attn_mask=mask_N11M)
+        x_NQC = x_NQC + self.out(read_NHQE.transpose(1, 2).flatten(2))
+        return x_NQC + self.down(F.relu(self.up(norm(x_NQC))).square())
+
+    def flops(self, n_rows: int, n_source: int) -> int:
+        """Forward FLOPs of n_rows rows reading n_source."""
+        width = self.query.in_features
+        weights = n_rows * 2 * (1 + MLP_RATIO) * width**2 + n_source * 2 * width**2
+        return 2 * weights + 4 * n_rows * (n_source + 1) * width
+
+
+class Transformer(nn.Module):
+    """n_layer layers of self-attention, then a pool."""
+
+    def __init__(self, config: GistNetConfig):
+        super().__init__()
+        self.pool = config.pool
+        self.layers = nn.ModuleList(Layer(config.width, config.n_head) for _ in range(config.n_layer))
+        if self.pool != "mean":
+            self.query_GC = nn.Parameter(QUERY_STD * torch.randn(config.n_gists, config.width))
+        if self.pool == "query":
+            self.reader = Layer(config.width, config.n_head)
+
+    def forward(self, h_NKC: Tensor, mask_NK: Tensor | None, share_NGK: Tensor) -> Tensor:
+        """h [N, K, C], mask [N, K] bool or None, share [N or 1, G, K] the weights of a mean -> summary [N, G, C]."""
+        if self.pool == "cls":
+            G = len(self.query_GC)
+            h_NKC = torch.cat([spread(self.query_GC, h_NKC), h_NKC], 1)
+            mask_NK = None if mask_NK is None else F.pad(mask_NK, (G, 0), value=True)
+        for layer in self.layers:
+            h_NKC = layer(h_NKC, h_NKC, mask_NK)
+        if self.pool == "cls":
+            return h_NKC[:, :G]
+        if self.pool == "query":
+            return self.reader(spread(self.query_GC, h_NKC), h_NKC, mask_NK)
+        return share_NGK.to(h_NKC.dtype) @ h_NKC
+
+    def flops(self, K: int, G: int) -> int:
+        rows = K + (G if self.pool == "cls" else 0)
+        mixing = sum(layer.flops(rows, rows) for layer in self.layers)
+        if self.pool == "mean":
+            return mixing + 2 * G * K * self.layers[0].query.in_features
+        return mixing + (self.reader.flops(G, K) if self.pool == "query" else 0)
+
+
+class Slots(nn.Module):
+    """K→1→K→1: what the first query gathered is given back to the entries before the second one reads them."""
+
+    def __init__(self, config: GistNetConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config.width, config.n_head) for _ in range(config.n_layer))
+        self.query_1_GC = nn.Parameter(QUERY_STD * torch.randn(config.n_gists, config.width))
+        self.query_2_GC = nn.Parameter(QUERY_STD * torch.randn(config.n_gists, config.width))
+        self.gather_1, self.give_back, self.gather_2 = (Layer(config.width, config.n_head) for _ in range(3))
+
+    def forward(self, h_NKC: Tensor, mask_NK: Tensor | None, share_NGK: Tensor) -> Tensor:
+        """As `Transformer.forward`; share is not used."""
+        for layer in self.layers:
+            h_NKC = layer(h_NKC, h_NKC, mask_NK)
+        slot_NGC = self.gather_1(spread(self.query_1_GC, h_NKC), h_NKC, mask_NK)
+        h_NKC = self.give_back(h_NKC, slot_NGC, None)
+        return self.gather_2(spread(self.query_2_GC, h_NKC), h_NKC, mask_NK)
+
+    def flops(self, K: int, G: int) -> int:
+        return sum(layer.flops(K, K) for layer in self.layers) + 2 * self.gather_1.flops(G, K) + self.give_back.flops(K, G)
+
+
+def spread(query_GC: Tensor, like_NKC: Tensor) -> Tensor:
+    """The same learned rows for each block: [G, C] -> [N, G, C]."""
+    return query_GC.to(like_NKC.dtype).expand(len(like_NKC), -1, -1)
+
+
+class Summary(nn.Module):
+    """What a gist has beyond the mean: into the narrow width, summarize, and back out through a head that starts at zero."""
+
+    def __init__(self, config: GistNetConfig, n_levels: int):
+        super().__init__()
+        self.embed = linear(config.d_model, config.width)
+        self.position_KC = nn.Parameter(POSITION_STD * torch.randn(config.block_size, config.width))
+        self.level_LC = nn.Parameter(torch.zeros(n_levels, config.width))  # with one level: the bias of `embed`
+        self.body = {"transformer": Transformer, "slots": Slots}[config.variant](config)
+        hidden = MLP_RATIO * config.width if config.head == "mlp" else config.width
+        self.hidden = linear(config.width, hidden) if config.head == "mlp" else None
+        self.head = linear(hidden, config.d_model)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x_NKD: Tensor, mask_NK: Tensor | None, share_NGK: Tensor, level: int) -> Tensor:
+        """x [N, K, D], mask [N, K] or None, share [N or 1, G, K], level from 0 -> [N, G, D], not normed."""
+        h_NKC = self.embed(x_NKD)
+        h_NKC = h_NKC + (self.position_KC[: x_NKD.shape[1]] + self.level_LC[level]).to(h_NKC.dtype)
+        s_NGC = norm(self.body(h_NKC, mask_NK, share_NGK))
+        return self.head(s_NGC if self.hidden is None else F.relu(self.hidden(s_NGC)).square())
+
+    def flops(self, K: int, G: int) -> int:
+        outer = K * self.embed.weight.numel() + G * self.head.weight.numel()
+        return 2 * (outer + (G * self.hidden.weight.numel() if self.hidden is not None else 0)) + self.body.flops(K, G)
+
+
+class GistNet(nn.Module):
+    """Blocks in, gists out, at every level of the tree. See the module's docstring for the variants."""
+
+    def __init__(self, config: GistNetConfig):
+        super().__init__()
+        self.config = config
+        shared = config.shared_levels
+        copies = 0 if config.variant == "mean" else 1 if shared else config.max_lod
+        self.summaries = nn.ModuleList(Summary(config, config.max_lod if shared else 1) for _ in range(copies))
+
+    def forward(self, x_NKD: Tensor, mask_NK: Tensor | None, lod: int) -> Tensor:
+        """The gists of N blocks.
+
+        x_NKD: float, entries of rms 1 (normed token embeddings, or gists of the level below); K ≤ block_size.
+        mask_NK: bool, True where an entry is valid; None: everywhere. What stands in an invalid entry, even NaN, has no
+            effect and gets no gradient: a block with holes at its end gives what the shorter block gives.
+        lod: level of the gists to make, 1 … max_lod.
+        Returns [N, G, D], dtype of x, of rms 1; zeros for a block without a valid entry. With G > 1 gists, gist g starts from
+        the mean of the g-th of G equal parts of the block, or of the whole block where that part holds nothing valid.
+        Raises ValueError when a shape or lod does not fit the config.
+        """
+        config = self.config
+        if x_NKD.ndim != 3 or not 0 < x_NKD.shape[1] <= config.block_size or x_NKD.shape[2] != config.d_model:
+            raise ValueError(f"blocks {tuple(x_NKD.shape)}: expected [N, at most {config.block_size}, {config.d_model}]")
+        if not 1 <= lod <= config.max_lod:
+            raise ValueError(f"lod {lod}: this GistNet makes LOD1 … LOD{config.max_lod}")
+        if mask_NK is not None:
+            if mask_NK.shape != x_NKD.shape[:2] or mask_NK.dtype != torch.bool:
+                raise ValueError(f"mask {tuple(mask_NK.shape)} {mask_NK.dtype}: expected bool {tuple(x_NKD.shape[:2])}")
+            x_NKD = x_NKD.masked_fill(~mask_NK[..., None], 0)
+        share_NGK = self._shares(mask_NK, x_NKD)
+        gist_NGD = share_NGK @ x_NKD
+        for summary in self.summaries[:1] if config.shared_levels else self.summaries[lod - 1 : lod]:
+            gist_NGD = gist_NGD + summary(x_NKD, mask_NK, share_NGK, lod - 1 if config.shared_levels else 0)
+        gist_NGD = norm(gist_NGD).to(x_NKD.dtype)
+        return gist_NGD if mask_NK is None else gist_NGD * mask_NK.any(1)[:, None, None]
+
+    def _shares(self, mask_NK: Tensor | None, x_NKD: Tensor) -> Tensor:
+        """Weights of the mean of each part of a block: [N or 1, G, K], rows summing to 1 (0 where nothing is valid)."""
+        K, G = x_NKD.shape[1], self.config.n_gists
+        valid_NK = mask_NK if mask_NK is not None else torch.ones(1, K, dtype=torch.bool, device=x_NKD.device)
+        part_K = torch.arange(K, device=x_NKD.device) // (self.config.block_size // G)
+        mine_NGK = valid_NK[:, None] & (part_K == torch.arange(G, device=x_NKD.device)[:, None])
+        mine_NGK = torch.where(mine_NGK.any(-1, keepdim=True), mine_NGK, valid_NK[:, None]).to(x_NKD.dtype)
+        return mine_NGK / mine_NGK.sum(-1, keepdim=True).clamp(min=1)
+
+    def flops_per_token(self) -> float:
+        """Forward FLOPs per token of history, all levels together, counted from shapes (a multiply-add is 2).
+
+        Level l has one block per K^l tokens. Backward costs twice as much again.
+        """
+        K, G, D = self.config.block_size, self.config.n_gists, self.config.d_model
+        block = 2 * G * K * D + (self.summaries[0].flops(K, G) if len(self.summaries) else 0)
+        return sum(block / K**lod for lod in range(1, self.config.max_lod + 1))
