@@ -1,0 +1,259 @@
+"""The MegaContext tree: the whole history as a pyramid of gists.
+
+LOD0 is the tokens' embeddings. Node (lod, index) covers tokens [index·K^lod, (index+1)·K^lod) and is made by GistNet from its K
+children, never from the tokens again. It exists only when complete; what is left over stays LOD0.
+
+`TreeShape` is the arithmetic: integers only, so that a working context can be chosen and edited without touching a vector.
+`build_tree` makes the tree of a batch with gradients, for training. `IncrementalTree` grows one, for a session: the same nodes,
+whatever the pieces in which the tokens came. Both read many nodes in one call, `gather`.
+
+Shapes: B rows, T tokens, D width, K block size, N nodes, W entries to read, L levels.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+GistFn = Callable[[Tensor, Tensor | None, int], Tensor]  # a GistNet: (x_NKD, mask_NK, lod) -> [N, 1, D]
+Integers = TypeVar("Integers", int, Tensor)  # a Python int, or an integer tensor of any shape
+
+MAX_BLOCKS = 4096  # blocks that a growing tree hands to GistNet at a time, so that a long append needs bounded memory
+
+
+def tiling(n_tokens: Integers, block_size: int, max_lod: int) -> Integers:
+    """The least number of entries that tile n_tokens with nodes up to max_lod: the digit sum of n_tokens in base block_size,
+    with everything above digit max_lod counted in nodes of that level."""
+    entries = n_tokens // block_size**max_lod
+    for lod in range(max_lod):
+        entries = entries + n_tokens // block_size**lod % block_size
+    return entries
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """Which nodes a history of n_tokens has, and where they stand in the flat table [LOD0 | LOD1 | …].
+
+    lod and index are Python ints or integer tensors that broadcast; results have the same kind. Raises ValueError for
+    n_tokens < 0, block_size < 2 or max_lod < 0.
+    """
+
+    n_tokens: int
+    block_size: int
+    max_lod: int
+
+    def __post_init__(self):
+        if self.n_tokens < 0 or self.block_size < 2 or self.max_lod < 0:
+            raise ValueError(f"{self}: needs n_tokens ≥ 0, block_size ≥ 2, max_lod ≥ 0")
+
+    @property
+    def counts(self) -> list[int]:
+        """Complete nodes of each level, LOD0 first (max_lod + 1 of them)."""
+        return [self.n_tokens // self.block_size**lod for lod in range(self.max_lod + 1)]
+
+    @property
+    def offsets(self) -> list[int]:
+        """First row of each level in the flat table."""
+        return [self.node_row(lod, 0) for lod in range(self.max_lod + 1)]
+
+    @property
+    def n_nodes(self) -> int:
+        """Rows of the flat table."""
+        return sum(self.counts)
+
+    @property
+    def min_entries(self) -> int:
+        """The least number of entries that tile the history."""
+        return tiling(self.n_tokens, self.block_size, self.max_lod)
+
+    def exists(self, lod: Integers, index: Integers) -> bool | Tensor:
+        """Whether the node is in the tree: a level it has, and complete."""
+        clamped = lod.clamp(0, self.max_lod) if isinstance(lod, Tensor) else min(max(lod, 0), self.max_lod)
+        start, length = self.span(clamped, index)
+        return (lod == clamped) & (index >= 0) & (start + length <= self.n_tokens)
+
+    def node_row(self, lod: Integers, index: Integers) -> Integers:
+        """Row in the flat table of a node that exists. Comparisons instead of a look-up: nothing is copied to a device."""
+        row = index
+        for below, count in enumerate(self.counts[:-1]):
+            row = row + (lod > below) * count
+        return row
+
+    def span(self, lod: Integers, index: Integers) -> tuple[Integers, Integers]:
+        """First token and number of tokens."""
+        length = self.block_size**lod
+        return index * length, length
+
+    def parent(self, lod: Integers, index: Integers) -> tuple[Integers, Integers]:
+        """(lod, index) of the node above."""
+        return lod + 1, index // self.block_size
+
+    def first_child(self, lod: Integers, index: Integers) -> tuple[Integers, Integers]:
+        """(lod, index) of the first of K children; the others follow it."""
+        return lod - 1, index * self.block_size
+
+
+def _gists(gistnet: GistFn, children_BTD: Tensor, block_size: int, lod: int) -> Tensor:
+    """The gists [B, c, D] of the c complete blocks that stand at the start of children [B, T, D].
+
+    Raises ValueError when GistNet gives several vectors per block: a node of the tree is one entry.
+    """
+    B, T, D = children_BTD.shape
+    count = T // block_size
+    blocks_NKD = children_BTD[:, : count * block_size].reshape(B * count, block_size, D)
+    gist_NGD = gistnet(blocks_NKD, None, lod)
+    if gist_NGD.shape != (B * count, 1, D):
+        raise ValueError(f"gists {tuple(gist_NGD.shape)}: the tree holds one vector per node; use a GistNet with n_gists=1")
+    return gist_NGD.reshape(B, count, D)
+
+
+def _take(table_BND: Tensor, row_BW: Tensor) -> Tensor:
+    """Rows of each table: [B, N, D], [B, W] -> [B, W, D]."""
+    B, N, D = table_BND.shape
+    first_B1 = torch.arange(B, device=row_BW.device)[:, None] * N
+    return table_BND.reshape(B * N, D).index_select(0, (row_BW + first_B1).flatten()).view(*row_BW.shape, D)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The tree of a batch of rows. `table_BND` holds [LOD0 | LOD1 | …]; rows of nodes that do not exist are zero."""
+
+    table_BND: Tensor
+    shape: TreeShape  # of the longest row
+    lengths_B: Tensor | None = None  # tokens of each row; None: all of them
+
+    @property
+    def levels(self) -> list[Tensor]:
+        """Views [B, N_lod, D] into the table, LOD0 first."""
+        return list(self.table_BND.split(self.shape.counts, 1))
+
+    def exists(self, lod_BW: Tensor, index_BW: Tensor) -> Tensor:
+        """Whether each node (integer tensors [B, W]) is complete in its own row: bool [B, W]."""
+        exists_BW = self.shape.exists(lod_BW, index_BW)
+        if self.lengths_B is None:
+            return exists_BW
+        start_BW, length_BW = self.shape.span(lod_BW.clamp(0, self.shape.max_lod), index_BW)
+        return exists_BW & (start_BW + length_BW <= self.lengths_B[:, None])
+
+    def gather(self, lod_BW: Tensor, index_BW: Tensor, valid_BW: Tensor) -> Tensor:
+        """The vectors of nodes, with gradients: one gather.
+
+        lod_BW, index_BW: integers [B, W]; valid_BW: bool [B, W], False where an entry is padding.
+        Returns [B, W, D]: zeros where not valid, NaN where a valid entry names a node that does not exist. The NaN reaches
+        the loss, whose finite check stops the run, without this method waiting for the device.
+        """
+        exists_BW = self.exists(lod_BW, index_BW)
+        row_BW = torch.where(exists_BW & valid_BW, self.shape.node_row(lod_BW, index_BW), 0)
+        return _mark(_take(self.table_BND, row_BW), valid_BW, exists_BW)
+
+
+def _mark(entries_BWD: Tensor, valid_BW: Tensor, exists_BW: Tensor) -> Tensor:
+    """Zeros where not valid, NaN where valid and non-existent."""
+    entries_BWD = entries_BWD.masked_fill((valid_BW & ~exists_BW)[..., None], torch.nan)
+    return entries_BWD.masked_fill(~valid_BW[..., None], 0)
+
+
+def build_tree(embeds_BTD: Tensor, gistnet: GistFn, block_size: int, max_lod: int, lengths_B: Tensor | None = None) -> Tree:
+    """The tree of a batch, with gradients to the embeddings and to GistNet.
+
+    embeds_BTD: normed token embeddings [B, T, D], computed once by the caller; rows start at a block boundary.
+    gistnet: called once per level that has a node, on all blocks of all rows.
+    lengths_B: tokens of each row [B], integers ≤ T, None: T. A node that is not complete in its row is zero and does not exist;
+        nothing of it, nor of the padding, gets a gradient.
+    Raises ValueError for a GistNet with several vectors per block.
+    """
+    shape = TreeShape(embeds_BTD.shape[1], block_size, max_lod)
+
+    def keep(level_BND: Tensor, lod: int) -> Tensor:
+        if lengths_B is None:
+            return level_BND
+        complete_B = lengths_B // block_size**lod
+        gone_BN = torch.arange(level_BND.shape[1], device=level_BND.device) >= complete_B[:, None]
+        return level_BND.masked_fill(gone_BN[..., None], 0)
+
+    levels = [keep(embeds_BTD, 0)]
+    for lod, count in enumerate(shape.counts):
+        if lod and count:
+            levels.append(keep(_gists(gistnet, levels[-1], block_size, lod), lod))
+    return Tree(torch.cat(levels, 1), shape, lengths_B)
+
+
+class _Rows:
+    """Vectors [B, n, D] that grow at the end, in a buffer that doubles: an append costs what it appends, amortized."""
+
+    def __init__(self, empty_B0D: Tensor):
+        self.buffer_BND, self.n = empty_B0D, 0
+
+    @property
+    def view_BND(self) -> Tensor:
+        return self.buffer_BND[:, : self.n]
+
+    def append(self, x_BND: Tensor) -> None:
+        end, capacity = self.n + x_BND.shape[1], self.buffer_BND.shape[1]
+        if end > capacity:
+            grown_BND = self.buffer_BND.new_zeros(x_BND.shape[0], max(end, 2 * capacity), x_BND.shape[2])
+            grown_BND[:, : self.n] = self.view_BND
+            self.buffer_BND = grown_BND
+        self.buffer_BND[:, self.n : end] = x_BND
+        self.n = end
+
+
+class IncrementalTree:
+    """A tree that grows by appends of any size, without gradients: equal to `build_tree` of all its tokens (1e-12 in float64).
+
+    gistnet: makes the nodes; block_size, max_lod: of the tree; d_model: width of an entry; n_rows: histories of one length that
+    grow together; dtype, device: of what is stored.
+    """
+
+    def __init__(
+        self, gistnet: GistFn, block_size: int, max_lod: int, d_model: int, *,
+        n_rows: int = 1, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+    ):  # fmt: skip
+        self.gistnet, self.block_size, self.max_lod = gistnet, block_size, max_lod
+        empty = torch.zeros(n_rows, 0, d_model, dtype=dtype, device=device)
+        self._levels = [_Rows(empty) for _ in range(max_lod + 1)]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens appended so far, per row."""
+        return self._levels[0].n
+
+    @property
+    def shape(self) -> TreeShape:
+        return TreeShape(self.n_tokens, self.block_size, self.max_lod)
+
+    @property
+    def levels(self) -> list[Tensor]:
+        """Views [B, N_lod, D] of the nodes there are, LOD0 first; the next append may move them."""
+        return [level.view_BND for level in self._levels]
+
+    @torch.no_grad()
+    def append(self, embeds_BTD: Tensor) -> None:
+        """Add tokens to the end of each row, and every node that they complete.
+
+        embeds_BTD: [n_rows, any number, d_model], normed embeddings; they are copied, and never embedded again. Levels are made
+        bottom-up, the new blocks of a level together. Raises ValueError, before anything is changed, for another shape.
+        """
+        B, _, D = self._levels[0].buffer_BND.shape
+        if embeds_BTD.ndim != 3 or embeds_BTD.shape[0] != B or embeds_BTD.shape[2] != D:
+            raise ValueError(f"append of {tuple(embeds_BTD.shape)}: expected [{B}, any, {D}]")
+        self._levels[0].append(embeds_BTD)
+        K = self.block_size
+        for lod in range(1, self.max_lod + 1):
+            children_BND, level = self._levels[lod - 1].view_BND, self._levels[lod]
+            complete = children_BND.shape[1] // K * K
+            for start in range(level.n * K, complete, MAX_BLOCKS * K):
+                level.append(_gists(self.gistnet, children_BND[:, start : start + MAX_BLOCKS * K], K, lod))
+
+    def gather(self, lod_BW: Tensor, index_BW: Tensor, valid_BW: Tensor) -> Tensor:
+        """As `Tree.gather`, without gradients."""
+        exists_BW = self.shape.exists(lod_BW, index_BW)
+        entries_BWD = self._levels[0].buffer_BND.new_zeros(*lod_BW.shape, self._levels[0].buffer_BND.shape[2])
+        for lod, level in enumerate(self._levels):
+            if level.n:
+                mine_BW = exists_BW & valid_BW & (lod_BW == lod)
+                found_BWD = _take(level.buffer_BND, torch.where(mine_BW, index_BW, 0))
+                entries_BWD = torch.where(mine_BW[..., None], found_BWD, entries_BWD)
+        return _mark(entries_BWD, valid_BW, exists_BW)
