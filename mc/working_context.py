@@ -1,0 +1,224 @@
+"""The working context as a cut through the tree: integers only, edited in batch.
+
+A node `(lod, index)` covers tokens `[index * K**lod, (index + 1) * K**lod)`, K being the block size, and exists once
+it is complete. A cut is, per row, a list of nodes in time order whose spans tile `[0, n)` exactly; rows may differ in
+n. Everything else (embeddings, positions, variants) is derived from these integers, so an edit costs a few tensor
+operations of static shape, whatever the batch: no loop over rows or entries, no device sync.
+
+All edits share one primitive, `_emit`: say how many entries each source yields, and the output slots find their
+source in the running sum of these counts.
+
+Shapes: B rows, W slots (the capacity), L levels of gists, N_l nodes at level l, N1 = N_1 blocks, S sources of an
+edit, N rows of an embedding table, D its width. Integers are int64. "Empty row": no valid entry.
+"""
+
+from typing import NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Cut(NamedTuple):
+    """Entries in time order, left-packed; padding (valid False, lod 0, index 0) only at the end of a row."""
+
+    lod_BW: Tensor  # int64
+    index_BW: Tensor  # int64, index of the node within its level
+    valid_BW: Tensor  # bool
+    block_size: int
+
+
+def tiling(n_tokens: int | Tensor, block_size: int, max_lod: int) -> int | Tensor:
+    """The least number of entries that tile n tokens: the digits of n in base K, the topmost one unbounded."""
+    lower = sum(n_tokens // block_size**lod % block_size for lod in range(max_lod))
+    return lower + n_tokens // block_size**max_lod
+
+
+def _emit(count_BS: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Source s yields count[s] consecutive entries; find each slot's source.
+
+    Returns source_BW, offset_BW (which of its source's entries a slot is), valid_BW and fits_B. A row whose counts
+    sum to more than the capacity has fits False and no valid slot.
+    """
+    end_BS = count_BS.cumsum(1)
+    slot_BW = torch.arange(capacity, device=count_BS.device).expand(count_BS.shape[0], capacity).contiguous()
+    source_BW = torch.searchsorted(end_BS, slot_BW, right=True).clamp(max=count_BS.shape[1] - 1)
+    offset_BW = slot_BW - (end_BS - count_BS).gather(1, source_BW)
+    fits_B = end_BS[:, -1] <= capacity
+    return source_BW, offset_BW, (slot_BW < end_BS[:, -1:]) & fits_B[:, None], fits_B
+
+
+def _cut(lod_BW: Tensor, index_BW: Tensor, valid_BW: Tensor, block_size: int) -> Cut:
+    return Cut(lod_BW.masked_fill(~valid_BW, 0), index_BW.masked_fill(~valid_BW, 0), valid_BW, block_size)
+
+
+def _rows(n_tokens: int | Tensor) -> Tensor:
+    return n_tokens if isinstance(n_tokens, Tensor) else torch.tensor([n_tokens])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a cut says
+
+
+def spans(cut: Cut) -> tuple[Tensor, Tensor]:
+    """First token and number of tokens of every entry: start_BW, length_BW int64, both 0 at padding."""
+    length_BW = cut.block_size**cut.lod_BW
+    return cut.index_BW * length_BW, length_BW * cut.valid_BW
+
+
+def centre_and_width(cut: Cut) -> tuple[Tensor, Tensor]:
+    """Centre `start + (length - 1) / 2` (float64) and width `length` (int64) of each entry, in tokens; 0 at padding."""
+    start_BW, length_BW = spans(cut)
+    return start_BW + (length_BW - 1).clamp(min=0).double() / 2, length_BW
+
+
+def entries_used(cut: Cut) -> Tensor:
+    """Number of valid entries per row, int64 [B]."""
+    return cut.valid_BW.sum(1)
+
+
+def to_tensor(cut: Cut, table_BND: Tensor, offsets: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Gather the entries' embeddings from a table per row whose level l starts at table row `offsets[l]`.
+
+    Returns entries_BWD (the table's dtype, in time order, zeros at padding) and the mask valid_BW (bool). Gradients
+    reach the table at the rows that are shown.
+    """
+    row_BW = torch.tensor(list(offsets), device=table_BND.device)[cut.lod_BW] + cut.index_BW
+    row_BW = row_BW.masked_fill(~cut.valid_BW, 0)
+    entries_BWD = table_BND.gather(1, row_BW[..., None].expand(-1, -1, table_BND.shape[2]))
+    return entries_BWD.masked_fill(~cut.valid_BW[..., None], 0), cut.valid_BW
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole cuts
+
+
+def coarsest(n_tokens: int | Tensor, block_size: int, max_lod: int, capacity: int) -> Cut:
+    """The least tiling of `[0, n)`: all complete nodes of `max_lod`, then what is left at each lower level, tail LOD0.
+
+    n_tokens: int (one row) or int64 [B]. A row that needs more than `capacity` entries comes back empty.
+    """
+    n_B = _rows(n_tokens)
+    lods = range(max_lod, -1, -1)
+    parents = [0 * n_B if lod == max_lod else n_B // block_size ** (lod + 1) for lod in lods]
+    first_BS = block_size * torch.stack(parents, 1)
+    last_BS = torch.stack([n_B // block_size**lod for lod in lods], 1)
+    source_BW, offset_BW, valid_BW, _ = _emit(last_BS - first_BS, capacity)
+    return _cut(max_lod - source_BW, first_BS.gather(1, source_BW) + offset_BW, valid_BW, block_size)
+
+
+def finest(n_tokens: int | Tensor, block_size: int, capacity: int) -> Cut:
+    """Every token as LOD0. n_tokens: int or int64 [B]. A row longer than `capacity` comes back empty."""
+    return coarsest(n_tokens, block_size, 0, capacity)
+
+
+def from_expanded(
+    expanded: Sequence[Tensor], n_tokens_B: Tensor, block_size: int, capacity: int
+) -> tuple[Cut, Tensor]:
+    """The cut of a tree some of whose nodes are expanded. Returns the cut and fits_B (bool).
+
+    expanded: one bool [B, N_l] per level l = 1 … L, with N_l = N1 // K**(l-1). A node is shown iff all its existing
+    ancestors are expanded and it is not; a node that does not exist (incomplete, above L, or beyond the N1 blocks)
+    counts as expanded; tokens are never expanded. A row that needs more than `capacity` entries is empty, fits False.
+
+    Works on blocks, not tokens: slot j stands for block j, the slot after the last one for whatever follows.
+    """
+    n_blocks = expanded[0].shape[1]
+    block_S = torch.arange(n_blocks + 1, device=n_tokens_B.device)
+    # Tokens that start in each slot, were all of them shown raw; then, from the top, each shown node takes its blocks.
+    count_BS = (n_tokens_B[:, None] - block_S * block_size).clamp(min=0)
+    count_BS = torch.where(block_S < n_blocks, count_BS.clamp(max=block_size), count_BS)
+    lod_BS = torch.zeros_like(count_BS)
+    hidden_BS = torch.zeros_like(count_BS, dtype=torch.bool)
+    for lod in range(len(expanded), 0, -1):
+        blocks, n_nodes = block_size ** (lod - 1), expanded[lod - 1].shape[1]
+        assert n_nodes == n_blocks // blocks, "levels of `expanded` disagree on the number of blocks"
+        exists_BN = block_size**lod * torch.arange(1, n_nodes + 1, device=n_tokens_B.device) <= n_tokens_B[:, None]
+        closed_BN = exists_BN & ~expanded[lod - 1]
+        closed_BS = F.pad(closed_BN, (0, 1))[:, block_S // blocks] & ~hidden_BS
+        lod_BS = torch.where(closed_BS, lod, lod_BS)
+        count_BS = torch.where(closed_BS, (block_S % blocks == 0).long(), count_BS)
+        hidden_BS = hidden_BS | closed_BS
+    source_BW, offset_BW, valid_BW, fits_B = _emit(count_BS, capacity)
+    lod_BW = lod_BS.gather(1, source_BW)
+    token_BW = source_BW * block_size + offset_BW
+    return _cut(lod_BW, token_BW // block_size**lod_BW, valid_BW, block_size), fits_B
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Edits
+
+
+def legal_expand(cut: Cut) -> Tensor:
+    """Entries that have children, bool [B, W]: every valid entry but LOD0."""
+    return cut.valid_BW & (cut.lod_BW > 0)
+
+
+def legal_collapse(cut: Cut, max_lod: int) -> Tensor:
+    """First of K siblings that are all present at their level, below `max_lod`; bool [B, W].
+
+    Between a first and a last sibling nothing is coarser than they are, so that, the spans being contiguous, the last
+    one stands K - 1 slots further exactly when none of those between is expanded.
+    """
+    k = cut.block_size
+    first_BW = cut.valid_BW & (cut.lod_BW < max_lod) & (cut.index_BW % k == 0)
+    ahead = [F.pad(x[:, k - 1 :], (0, min(k - 1, x.shape[1]))) for x in (cut.lod_BW, cut.index_BW, cut.valid_BW)]
+    return first_BW & (ahead[0] == cut.lod_BW) & (ahead[1] == cut.index_BW + k - 1) & ahead[2]
+
+
+def expand(cut: Cut, mask_BW: Tensor) -> tuple[Cut, Tensor]:
+    """Replace each masked entry by its K children, in place. Illegal requests (`legal_expand`) are ignored.
+
+    Returns the cut and applied_B (bool): False where the result would exceed the capacity W; such a row is unchanged.
+    """
+    k, capacity = cut.block_size, cut.lod_BW.shape[1]
+    mask_BW = mask_BW & legal_expand(cut)
+    applied_B = entries_used(cut) + (k - 1) * mask_BW.sum(1) <= capacity
+    mask_BW = mask_BW & applied_B[:, None]
+    source_BW, offset_BW, valid_BW, _ = _emit(torch.where(mask_BW, k, cut.valid_BW.long()), capacity)
+    lod_BW, index_BW, mask_BW = (x.gather(1, source_BW) for x in (cut.lod_BW, cut.index_BW, mask_BW))
+    index_BW = torch.where(mask_BW, index_BW * k + offset_BW, index_BW)
+    return _cut(lod_BW - mask_BW.long(), index_BW, valid_BW, k), applied_B
+
+
+def collapse(cut: Cut, mask_BW: Tensor, max_lod: int) -> Cut:
+    """Replace K siblings by their parent wherever `mask` marks the first of them; all K or none.
+
+    Illegal requests (`legal_collapse`: not a first sibling, a sibling missing or expanded, at `max_lod`) are ignored.
+    """
+    k, capacity = cut.block_size, cut.lod_BW.shape[1]
+    mask_BW = mask_BW & legal_collapse(cut, max_lod)
+    marks_BW = mask_BW.long().cumsum(1)
+    in_group_BW = marks_BW > F.pad(marks_BW, (k, 0))[:, :capacity]
+    source_BW, _, valid_BW, _ = _emit((cut.valid_BW & (mask_BW | ~in_group_BW)).long(), capacity)
+    lod_BW, index_BW, mask_BW = (x.gather(1, source_BW) for x in (cut.lod_BW, cut.index_BW, mask_BW))
+    return _cut(lod_BW + mask_BW.long(), torch.where(mask_BW, index_BW // k, index_BW), valid_BW, k)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The invariants
+
+
+def check(cut: Cut, n_tokens_B: Tensor, capacity: int, max_lod: int | None = None) -> None:
+    """Assert every invariant of a cut, entry by entry. For tests and debugging: slow, syncs with the device.
+
+    Budget (entries <= capacity), padding, level consistency (0 <= lod <= max_lod, complete nodes only), monotone
+    time, contiguity and coverage of `[0, n)`. Block alignment needs no test of its own: a node's span is aligned by
+    construction, so a misaligned entry shows as a gap or an overlap.
+    """
+    assert cut.lod_BW.shape == cut.index_BW.shape == cut.valid_BW.shape, "shapes of lod, index and valid differ"
+    assert cut.lod_BW.dtype == cut.index_BW.dtype == torch.int64 and cut.valid_BW.dtype == torch.bool, "dtypes"
+    rows = zip(cut.lod_BW.tolist(), cut.index_BW.tolist(), cut.valid_BW.tolist(), n_tokens_B.tolist(), strict=True)
+    for b, (lods, indices, valid, n) in enumerate(rows):
+        used = sum(valid)
+        assert used <= capacity, f"row {b}: {used} entries exceed the budget of {capacity}"
+        assert all(valid[:used]), f"row {b}: padding before an entry"
+        assert not any(lods[used:]) and not any(indices[used:]), f"row {b}: padding is not (0, 0)"
+        time = 0
+        for w, (lod, index) in enumerate(zip(lods[:used], indices[:used])):
+            assert lod >= 0 and (max_lod is None or lod <= max_lod), f"row {b}, entry {w}: no level {lod}"
+            start, end = index * cut.block_size**lod, (index + 1) * cut.block_size**lod
+            assert start == time, f"row {b}, entry {w}: ({lod}, {index}) starts at {start}, not at {time}"
+            assert end <= n, f"row {b}, entry {w}: ({lod}, {index}) ends at {end}, beyond {n} tokens"
+            time = end
+        assert time == n, f"row {b}: covers {time} of {n} tokens"
