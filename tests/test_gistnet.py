@@ -206,7 +206,8 @@ def test_flops_are_those_of_the_shapes(options, n_gists):
     "bad",
     [
         dict(variant="max"), dict(variant="transformer", pool="last"), dict(pool="cls"), dict(variant="mean", head="mlp"),
-        dict(n_gists=3), dict(block_size=6, n_gists=4), dict(width=1024), dict(width=30, n_head=4), dict(max_lod=0), dict(block_size=1), dict(n_layer=0),
+        dict(n_gists=3), dict(block_size=6, n_gists=4), dict(width=1024), dict(width=30, n_head=4),
+        dict(max_lod=0), dict(block_size=1), dict(n_layer=0),
     ],
 )  # fmt: skip
 def test_impossible_configs_are_refused(bad):
