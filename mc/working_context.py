@@ -67,7 +67,7 @@ def spans(cut: Cut) -> tuple[Tensor, Tensor]:
 
 
 def centre_and_width(cut: Cut) -> tuple[Tensor, Tensor]:
-    """Centre `start + (length - 1) / 2` (float64) and width `length` (int64) of each entry, in tokens; 0 at padding."""
+    """Centre `start + (length - 1) / 2` (float64) and width `length` (int64), both in tokens; 0 at padding."""
     start_BW, length_BW = spans(cut)
     return start_BW + (length_BW - 1).clamp(min=0).double() / 2, length_BW
 

@@ -46,7 +46,8 @@ def reference_cut(expanded_row, n, k, max_lod):
 
 
 def reference_expand(row, mask, k):
-    return [e for (lod, i), m in zip(row, mask) for e in ([(lod - 1, i * k + c) for c in range(k)] if m and lod else [(lod, i)])]
+    children = lambda lod, i: [(lod - 1, i * k + c) for c in range(k)]  # noqa: E731
+    return [e for entry, m in zip(row, mask) for e in (children(*entry) if m and entry[0] else [entry])]
 
 
 def reference_collapse(row, mask, k, max_lod):
@@ -180,11 +181,9 @@ def test_check_names_what_is_wrong(lods, indices, valid, message):
 
 
 def test_to_tensor_gathers_each_entry_s_own_node():
-    """Every node's embedding spells its (lod, index): what comes out must equal the cut, and gradients go back there."""
-    k, n_B = 4, torch.tensor([77, 16])
-    sizes = [77, 19, 4]
-    offsets = [0, 77, 96]
-    table_ND = torch.cat([torch.stack([torch.full((s,), float(lod)), torch.arange(s).float()], 1) for lod, s in enumerate(sizes)])
+    """Each node's embedding spells its (lod, index): what comes out equals the cut, and gradients go back there."""
+    k, n_B, sizes, offsets = 4, torch.tensor([77, 16]), [77, 19, 4], [0, 77, 96]
+    table_ND = torch.tensor([[lod, i] for lod, size in enumerate(sizes) for i in range(size)]).float()
     row_B = torch.tensor([0.0, 1000.0])  # tells the rows apart
     table_BND = (table_ND + row_B[:, None, None]).requires_grad_()
     cut, _ = wc.from_expanded(random_expanded(n_B, k, 2, 0.5, torch.Generator().manual_seed(1)), n_B, k, 80)
