@@ -1,0 +1,101 @@
+"""A model from a checkpoint directory, ours or karpathy/nanochat's, and the flags that name one."""
+
+import json
+import pickle
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from nanochat.checkpoint import load_model_state
+from nanochat.common import FlagParser, UserError
+from nanochat.gpt import GPT, config_from_dict
+from nanochat.tokenizer import Reserved, Tokenizer
+
+
+def load_model(checkpoint_dir: Path | str, step: int | str = "latest", device: torch.device | str = "cpu") -> tuple[GPT, dict]:
+    """(model in evaluation mode, meta) of one step; the model is built from meta["model_config"] and loaded strictly.
+
+    UserError when there is no intact step (`nanochat.checkpoint.find_step`) or weights and configuration disagree.
+    """
+    state, meta = load_model_state(checkpoint_dir, step, device)
+    if not isinstance(meta.get("model_config"), dict):
+        raise UserError(f"the checkpoint in {checkpoint_dir} names no model_config; a reference checkpoint? use --nanochat_checkpoint")
+    model = GPT(config_from_dict(meta["model_config"])).to(device)
+    try:
+        model.load_state_dict({name.removeprefix("_orig_mod."): t for name, t in state.items()})
+    except RuntimeError as e:
+        raise UserError(f"weights in {checkpoint_dir} do not fit its model_config: " + " ".join(str(e).split())) from None
+    return model.eval(), meta
+
+
+def load_nanochat_dir(directory: Path | str, step: int | str = "latest") -> GPT:
+    """A karpathy/nanochat checkpoint directory (`model_{step:06d}.pt`, `meta_{step:06d}.json`) as a float32 GPT on the CPU.
+
+    UserError when files are missing or unreadable, or hold something else.
+    """
+    directory = Path(directory)
+    steps = {int(m[1]) for p in directory.glob("model_*.pt") if (m := re.fullmatch(r"model_(\d+)\.pt", p.name))}
+    if not steps:
+        raise UserError(f"no model_<step>.pt in {directory}")
+    if step == "latest":
+        step = max(steps)
+    elif not str(step).isdigit() or int(step) not in steps:
+        raise UserError(f"no step {step} in {directory}; there: {', '.join(map(str, sorted(steps)))}")
+    weights, meta = (directory / f"{kind}_{int(step):06d}.{ext}" for kind, ext in (("model", "pt"), ("meta", "json")))
+    try:
+        config = json.loads(meta.read_text())["model_config"]
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
+    except (KeyError, TypeError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as e:
+        raise UserError(f"{weights} and {meta.name} are no nanochat checkpoint ({type(e).__name__}: {str(e).splitlines()[:1]})") from None
+    return GPT.from_nanochat(config, state)
+
+
+def load_nanochat_tokenizer(path: Path | str) -> Tokenizer:
+    """A reference `tokenizer.pkl` as our Tokenizer. Unpickling runs code of the file: for files you trust only.
+
+    The reference's special tokens other than bos become reserved ids. UserError if it is not such a file.
+    """
+    try:
+        with open(path, "rb") as f:
+            encoding = pickle.load(f)
+        ranks, specials = encoding._mergeable_ranks, encoding._special_tokens
+        tokens = sorted(ranks, key=ranks.__getitem__)
+        if specials["<|bos|>"] != len(tokens) or sorted(specials.values()) != list(range(len(tokens), len(tokens) + len(specials))):
+            raise ValueError("special ids do not follow the others, bos first")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, ValueError) as e:
+        raise UserError(f"{path} is no pickled tokenizer of nanochat ({type(e).__name__}: {e})") from None
+    return Tokenizer(tokens, encoding._pat_str, Reserved(keys=len(specials) - 1, aliases=0, values=0))
+
+
+def add_model_flags(parser: FlagParser) -> None:
+    """The flags that `model_from_flags` reads."""
+    parser.add_argument("--checkpoint_dir", help="checkpoint directory of a training run")
+    parser.add_argument("--step", default="latest", help="training step to load, or 'latest' (the newest intact one)")
+    parser.add_argument("--nanochat_checkpoint", help="instead: checkpoint directory of karpathy/nanochat")
+    parser.add_argument("--nanochat_tokenizer", help="its tokenizer.pkl; loading it runs code of that file, so only if you trust it")
+    parser.add_argument("--device", default="auto", help="auto (CUDA when there is one), cpu or cuda")
+
+
+def model_from_flags(args: Namespace, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
+    """(model, its tokenizer, meta); UserError unless exactly one checkpoint is named and the vocabularies agree."""
+    if (args.checkpoint_dir is None) == (args.nanochat_checkpoint is None):
+        raise UserError("name one checkpoint: --checkpoint_dir=DIR or --nanochat_checkpoint=DIR")
+    if args.nanochat_tokenizer and not args.nanochat_checkpoint:
+        raise UserError("--nanochat_tokenizer goes with --nanochat_checkpoint only")
+    if args.nanochat_checkpoint:
+        model, meta = load_nanochat_dir(args.nanochat_checkpoint, args.step).to(device), {}
+    else:
+        model, meta = load_model(args.checkpoint_dir, args.step, device)
+    tokenizer = load_nanochat_tokenizer(args.nanochat_tokenizer) if args.nanochat_tokenizer else Tokenizer.load()
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: they do not belong together; "
+                        "a reference checkpoint needs --nanochat_tokenizer, ours the tokenizer it was trained with")
+    if meta.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise UserError(f"the model was trained with tokenizer {meta['tokenizer']}, here is {tokenizer.fingerprint}; restore that one")
+    return model, tokenizer, meta
