@@ -95,7 +95,7 @@ class Context:
     cos: Tensor  # [1 or B, S, 1, E/2]
     sin: Tensor
     linked: Tensor | None  # [B, S] bool, None: every entry but a row's first
-    key_bias: Tensor | None  # [B, S] added to the logits of these keys
+    key_bias: Tensor | None  # [B, S] or [B, G, S], added to the logits of these keys
     masks: dict[int, Tensor | None]  # window -> bool mask, None: plain causal
     cache: KVCache | None
     slots: Tensor | None  # [B, S] cache slots of this pass
@@ -169,20 +169,21 @@ class Attention(nn.Module):
         return cache.k[self.layer, :, :until].to(k.dtype), cache.v[self.layer, :, :until].to(k.dtype)
 
 
-def attend(q_BHSE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, key_bias_BS: Tensor | None) -> Tensor:
+def attend(q_BHSE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, key_bias: Tensor | None) -> Tensor:
     """Scaled dot-product attention; mask None means causal.
 
     A bias per key enters as one more dimension of q (1) and k (bias·√E), so the fast causal kernels still apply and the bias
     gets its gradient. Widths stay multiples of 8.
     """
     E = q_BHSE.shape[-1]
-    if key_bias_BS is not None:
-        bias = (key_bias_BS * math.sqrt(E)).to(q_BHSE.dtype)[:, None, :, None].expand(*k_BGSE.shape[:-1], 1)
+    if key_bias is not None:
+        bias = key_bias if key_bias.ndim == 3 else key_bias[:, None]
+        bias = (bias * math.sqrt(E)).to(q_BHSE.dtype)[..., None].expand(*k_BGSE.shape[:-1], 1)
         q_BHSE = F.pad(torch.cat([q_BHSE, torch.ones_like(q_BHSE[..., :1])], -1), (0, 7))
         k_BGSE, v_BGSE = F.pad(torch.cat([k_BGSE, bias], -1), (0, 7)), F.pad(v_BGSE, (0, 8))
     y = F.scaled_dot_product_attention(q_BHSE, k_BGSE, v_BGSE, attn_mask=mask, is_causal=mask is None, scale=1 / math.sqrt(E),
                                        enable_gqa=k_BGSE.shape[1] != q_BHSE.shape[1])
-    return y if key_bias_BS is None else y[..., :E]
+    return y if key_bias is None else y[..., :E]
 
 
 class MLP(nn.Module):
@@ -311,7 +312,7 @@ class GPT(nn.Module):
         idx [B, S] int64, −1 on entries that are not tokens; may be None when `inputs_embeds` [B, S, D] is given and the model
         has no value embeddings. positions [S] or [B, S] in global tokens (default: 0… or what the cache holds onward), or
         `rotary` = (cos, sin) [B, S, 1, E/2] ready made. linked [B, S] bool: the entry continues the one before it (default: all
-        but a row's first). key_bias [B, S] logits. cache: read and extended, by `counts` [B] entries a row (default S).
+        but a row's first). key_bias [B, S] or [B, G, S] logits. cache: read and extended, by `counts` [B] entries a row (default S).
         capture: gets one `Captured` a layer. lift_windows: L layers see everything however long.
         """
         cfg = self.config
@@ -370,8 +371,17 @@ class GPT(nn.Module):
 
     def forward(self, idx: Tensor | None, targets: Tensor | None = None, **entries) -> Tensor:
         """Logits [B, S, V]; with `targets` [B, S] (−1 = ignored) the mean loss instead. Keywords as `hidden`."""
-        logits = self.logits(self.hidden(idx, **entries))
-        return logits if targets is None else mean_loss(token_losses(logits, targets), targets)
+        hidden = self.hidden(idx, **entries)
+        return self.logits(hidden) if targets is None else self.loss(hidden, targets)
+
+    def loss(self, hidden_BSD: Tensor, targets_BS: Tensor, num_targets: int | None = None) -> Tensor:
+        """Mean next-token loss. num_targets: the most targets (≥ 0) any row has, known on the host: the head runs on that many
+        positions of each row instead of all, to the same result."""
+        if num_targets is not None and num_targets < targets_BS.shape[1]:
+            first = (targets_BS >= 0).to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :num_targets]
+            hidden_BSD = hidden_BSD.gather(1, first[..., None].expand(-1, -1, hidden_BSD.shape[-1]))
+            targets_BS = targets_BS.gather(1, first)
+        return mean_loss(token_losses(self.logits(hidden_BSD), targets_BS), targets_BS)
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

@@ -1,0 +1,116 @@
+"""Every MegaContext setting, with its help: the flags `--mc_…` of base_train are these fields."""
+
+import argparse
+from dataclasses import asdict, dataclass, field, fields
+
+from nanochat.common import UserError
+
+POLICIES = ("random", "recency", "lens", "teacher")
+
+
+def setting(default, help: str, choices: tuple | None = None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class MCConfig:
+    # the tree and its gists
+    block_size: int = setting(32, "tokens per LOD1 gist, and gists per gist of the next level")
+    max_lod: int = setting(2, "highest level of the tree that is built and shown")
+    gist: str = setting("slots", "GistNet variant", ("mean", "transformer", "slots"))
+    gist_width: int = setting(64, "internal width of GistNet")
+    gist_pool: str = setting("mean", "pooling of --mc_gist=transformer", ("mean", "query", "cls"))
+    gist_head: str = setting("linear", "GistNet's head", ("linear", "mlp"))
+    gist_shared: int = setting(1, "1: one GistNet for all levels with a level embedding; 0: one per level", (0, 1))
+    # the working context
+    budget: int = setting(128, "W: entries of the working context before the continuation, everything included")
+    recent: int = setting(0, "R: last tokens protected as LOD0; 0: min(128, W/4) in whole blocks")
+    horizon: int = setting(32, "H: tokens of the continuation on which a working context is judged")
+    positions: str = setting("gaussian", "positions of entries: damped at global centres, undamped, or numbered in order",
+                             ("gaussian", "centre", "contiguous"))
+    damping_floor: float = setting(0.1, "share of every frequency that a gist keeps under --mc_positions=gaussian")
+    lod_axis: int = setting(0, "1: unrotated dims turn by the entry's LOD (needs --rope_fraction < 1)", (0, 1))
+    alibi: int = setting(0, "1: ALiBi by global distance in the working context", (0, 1))
+    max_gap: int = setting(0, "tokens: push the older part of the history back by up to this far (log-uniform per row); 0: never")
+    far_nodes: int = setting(0, "stored gradient-free top-level gists of other rows of the micro-batch put in front of the history")
+    # what is trained on it
+    start: float = setting(0.3, "share of the training after which working contexts and lens begin: recall must have formed")
+    ramp: int = setting(20, "steps over which their losses ramp in")
+    row_stride: int = setting(1, "every how many rows get a working context: the dial of its compute")
+    variants: int = setting(1, "working contexts per such row")
+    cuts: str = setting("random:0.2,recency:0.1,lens:0.5,teacher:0.2", "how training chooses what to show: policy:share, …")
+    targets: str = setting("tail", "working-context loss on the recent tokens and the continuation, or on all raw entries", ("tail", "raw"))
+    split: str = setting("end", "continuation at the row's end, or at a random block boundary in its last half", ("end", "random"))
+    wc_weight: float = setting(1.0, "weight of the working context's next-token loss")
+    kl_weight: float = setting(0.5, "weight of the KL from the full-context distribution")
+    # the lens
+    teacher: str = setting("gate", "what the lens is taught: gate gradients or attention mass of the full pass", ("gate", "attention"))
+    lens_horizon: int = setting(16, "tokens ahead whose need for a block the lens predicts")
+    lens_queries: int = setting(256, "last positions of a row that teach the lens")
+    lens_row_stride: int = setting(1, "every how many rows teach the lens")
+    lens_key_dim: int = setting(128, "width of a lens key")
+    lens_keys: int = setting(4, "lens keys per block")
+    # optimization
+    gist_lr: float = setting(2e-3, "learning rate of GistNet and the gists' logit bias (AdamW)")
+    lens_lr: float = setting(3e-3, "learning rate of LensNet (AdamW)")
+
+    def __post_init__(self):
+        for f in fields(self):
+            choices = f.metadata["choices"]
+            if choices and getattr(self, f.name) not in choices:
+                raise UserError(f"--mc_{f.name}={getattr(self, f.name)}: use one of {', '.join(map(str, choices))}")
+        self.cut_shares()
+        low = dict(block_size=2, max_lod=1, horizon=1, row_stride=1, variants=1, lens_horizon=1, lens_row_stride=1, budget=1,
+                   recent=0, max_gap=0, far_nodes=0, ramp=0)
+        for name, least in low.items():
+            if getattr(self, name) < least:
+                raise UserError(f"--mc_{name}={getattr(self, name)} must be at least {least}")
+        if not 0 <= self.start < 1:
+            raise UserError(f"--mc_start={self.start} must be in [0, 1)")
+        if not 0 <= self.damping_floor <= 1:
+            raise UserError(f"--mc_damping_floor={self.damping_floor} must be in [0, 1]")
+        if self.recent % self.block_size:
+            raise UserError(f"--mc_recent={self.recent} is not a multiple of the block size {self.block_size}")
+        if self.lens_queries <= self.lens_horizon:
+            raise UserError(f"--mc_lens_queries={self.lens_queries} must exceed --mc_lens_horizon={self.lens_horizon}")
+        if self.damping_floor != MCConfig.damping_floor and self.positions != "gaussian":
+            raise UserError(f"--mc_damping_floor has no effect with --mc_positions={self.positions}")
+
+    @property
+    def protected(self) -> int:
+        """R in tokens, a multiple of the block size, at least one block."""
+        return self.recent or max(min(128, self.budget // 4) // self.block_size, 1) * self.block_size
+
+    def cut_shares(self) -> dict[str, float]:
+        """Probability of each policy, in the order of POLICIES."""
+        shares = dict.fromkeys(POLICIES, 0.0)
+        for part in self.cuts.split(","):
+            name, _, share = part.partition(":")
+            try:
+                shares[name.strip()] = shares.get(name.strip(), 0) + float(share)
+            except ValueError:
+                raise UserError(f"--mc_cuts={self.cuts}: {part!r} is not policy:share") from None
+        if set(shares) != set(POLICIES) or min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
+            raise UserError(f"--mc_cuts={self.cuts}: shares of {', '.join(POLICIES)} must be ≥ 0 and sum to 1")
+        return shares
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("MegaContext (with --mc_enabled=1)")
+    for f in fields(MCConfig):
+        group.add_argument(f"--mc_{f.name}", type=type(f.default), default=f.default, choices=f.metadata["choices"],
+                           help=f.metadata["help"])
+
+
+def from_flags(args: argparse.Namespace) -> MCConfig:
+    return MCConfig(**{f.name: getattr(args, f"mc_{f.name}") for f in fields(MCConfig)})
+
+
+def from_dict(values: dict) -> MCConfig:
+    """The config that a checkpoint's meta holds."""
+    if unknown := sorted(set(values) - {f.name for f in fields(MCConfig)}):
+        raise UserError(f"MC config has unknown fields: {', '.join(unknown)}; it was written by another version")
+    return MCConfig(**values)
+
+
+to_dict = asdict

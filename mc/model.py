@@ -1,0 +1,145 @@
+"""The trainable part of MegaContext and the working-context pass: [far gists ‖ cut ‖ continuation] through the base in one forward.
+
+An entry covering tokens [s, s+k) predicts token s+k; its target and its teacher are row s+k−1 of the full-context pass. That one
+rule serves raw tokens and gists alike. Rows are packed to the left and padded at the end only, so causal attention needs no mask.
+
+Shapes: B rows, W capacity of the cut, M = W + H − 1 entries of the pass, D width, T tokens of the row, P rows read.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from mc.config import MCConfig
+from mc.focus_allocator import FocusConfig, GreedyAllocator
+from mc.gaussian_rope import alibi_bias, entry_rotary
+from mc.gistnet import GistNet, GistNetConfig
+from mc.lensnet import LensNet, LensNetConfig
+from mc.mega_context import Tree, build_tree
+from mc.working_context import Cut, entries_used, spans
+from nanochat.gpt import GPT
+
+
+class MegaContext(nn.Module):
+    """GistNet, LensNet and the logit bias of gists: everything that MegaContext adds to a base of width d_model."""
+
+    def __init__(self, config: MCConfig, d_model: int):
+        super().__init__()
+        self.config = config
+        self.gistnet = GistNet(GistNetConfig(
+            d_model, config.block_size, config.max_lod, config.gist, config.gist_width, pool=config.gist_pool,
+            head=config.gist_head, shared_levels=bool(config.gist_shared)))
+        self.lensnet = LensNet(LensNetConfig(d_model, config.block_size, config.lens_keys, config.lens_key_dim,
+                                             tail=config.protected))
+        self.gist_bias = nn.Parameter(torch.zeros(config.max_lod))
+        self.allocator = GreedyAllocator(self.focus_config())
+
+    def focus_config(self) -> FocusConfig:
+        c = self.config
+        return FocusConfig(c.budget, c.block_size, c.max_lod, recent=c.protected)
+
+    def build_tree(self, embeds_BTD: Tensor) -> Tree:
+        return build_tree(embeds_BTD, self.gistnet, self.config.block_size, self.config.max_lod)
+
+    def key_bias(self, lod: Tensor) -> Tensor:
+        """Logit bias of entries by LOD: 0 for raw tokens, learned in (0, log width) for gists, starting half way.
+
+        One gist competes with the K^lod tokens it stands for in one softmax.
+        """
+        levels = torch.arange(1, self.config.max_lod + 1, device=lod.device)
+        bias = torch.sigmoid(self.gist_bias) * levels * math.log(self.config.block_size)
+        return F.pad(bias, (1, 0))[lod]
+
+    def param_groups(self) -> list[dict]:
+        """Optimizer groups "gistnet" (with the gist bias) and "lensnet", as nanochat.optim takes them."""
+        common = dict(kind="adamw", betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
+        return [dict(name="gistnet", params=[*self.gistnet.parameters(), self.gist_bias], lr=self.config.gist_lr, **common),
+                dict(name="lensnet", params=list(self.lensnet.parameters()), lr=self.config.lens_lr, **common)]
+
+
+class Entries(NamedTuple):
+    """What a working-context pass shows. Padding at the end: lod 0, index 0, valid False."""
+
+    lod_BM: Tensor
+    index_BM: Tensor
+    valid_BM: Tensor
+    used_B: Tensor  # entries before the continuation
+
+
+def with_continuation(cut: Cut, n_tokens_B: Tensor, count: int) -> Entries:
+    """Append `count` raw tokens n, n+1, … right behind each row's cut."""
+    used_B = entries_used(cut)
+    slot = torch.arange(cut.lod_BW.shape[1] + count, device=used_B.device)
+    after = slot - used_B[:, None]
+    is_cut, valid = after < 0, after < count
+    pick = slot.clamp_max(cut.lod_BW.shape[1] - 1).expand_as(after)
+    lod = torch.where(is_cut, cut.lod_BW.gather(1, pick), 0)
+    index = torch.where(is_cut, cut.index_BW.gather(1, pick), n_tokens_B[:, None] + after)
+    return Entries(lod, index.masked_fill(~valid, 0), valid, used_B)
+
+
+class Placed(NamedTuple):
+    """Far gists that stand in front of the cut, and gaps inside it; all optional extras of a pass."""
+
+    far_BFD: Tensor | None  # stored gists of the highest level, gradient-free
+    gap_B: Tensor  # tokens by which everything before `boundary` is pushed back
+    boundary_B: Tensor  # first token that stays in place
+
+
+def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entries: Entries, placed: Placed | None = None) -> Tensor:
+    """Hidden states [B, M, D] of a working context with its continuation. tokens [B, T] int64: what the tree was built on."""
+    lod, index, valid, _ = entries
+    K, config = mc.config.block_size, mc.config
+    vectors = tree.gather(lod, index, valid)
+    length = (K ** lod) * valid
+    start = index * K ** lod
+    previous_lod, previous_index = F.pad(lod, (1, 0), value=-1)[:, :-1], F.pad(index, (1, 0), value=-1)[:, :-1]
+    linked = valid & (lod == 0) & (previous_lod == 0) & (index == previous_index + 1)
+    ids = torch.where((lod == 0) & valid, tokens_BT.gather(1, torch.where(lod == 0, index, 0)), -1)
+    far = 0
+    if placed is not None:
+        start = start - torch.where(start < placed.boundary_B[:, None], placed.gap_B[:, None], 0)
+        if placed.far_BFD is not None:
+            far, top = placed.far_BFD.shape[1], config.max_lod
+            vectors = torch.cat([placed.far_BFD, vectors], 1)
+            behind = (torch.arange(far, device=lod.device) - far) * K ** top - placed.gap_B[:, None]
+            start, length = torch.cat([behind, start], 1), F.pad(length, (far, 0), value=K ** top)
+            lod, ids = F.pad(lod, (far, 0), value=top), F.pad(ids, (far, 0), value=-1)
+            linked = F.pad(linked, (far, 0), value=False)
+    rotary = entry_rotary(gpt, start, length, scheme=config.positions, floor=config.damping_floor,
+                          lod_axis=bool(config.lod_axis), lod_BW=lod)
+    bias = mc.key_bias(lod)
+    if config.alibi:
+        bias = bias[:, None] + alibi_bias(start, length, entries.index_BM.amax(1), gpt.config.n_head)
+    hidden = gpt.hidden(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=bias)
+    return hidden[:, far:]
+
+
+class Rows(NamedTuple):
+    """Entries whose predictions are read, and the full-context row each corresponds to."""
+
+    slot_BP: Tensor
+    token_BP: Tensor  # the last token the entry covers: row of the full pass, of targets
+    valid_BP: Tensor
+
+
+def read_rows(entries: Entries, block_size: int, count: int, before: int) -> Rows:
+    """`before` entries up to the cut's last one, then what follows, `count` in all; valid where they are raw tokens."""
+    slot = entries.used_B[:, None] - before + torch.arange(count, device=entries.used_B.device)
+    slot = slot.clamp(0, entries.lod_BM.shape[1] - 1)
+    lod, index, valid = (x.gather(1, slot) for x in (entries.lod_BM, entries.index_BM, entries.valid_BM))
+    return Rows(slot, (index + 1) * block_size ** lod - 1, valid & (lod == 0))
+
+
+def take(x_BMD: Tensor, slot_BP: Tensor) -> Tensor:
+    """[B, P, D] rows of x."""
+    return x_BMD.gather(1, slot_BP[..., None].expand(-1, -1, x_BMD.shape[-1]))
+
+
+def spans_of(entries: Entries, block_size: int) -> tuple[Tensor, Tensor]:
+    """Global positions of entries: start and length [B, M]."""
+    return spans(Cut(entries.lod_BM, entries.index_BM, entries.valid_BM, block_size))

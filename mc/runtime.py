@@ -1,0 +1,301 @@
+"""MCController: all of MegaContext that a training loop sees.
+
+    loss, metrics = mc.training_step(model, batch, step)     # every micro-step afresh
+    (loss / accumulation).backward()
+    metrics |= mc.lens_step(accumulation)                    # the gate gradients exist only now
+
+One micro-batch: the ordinary LM pass; a tree of gists on the same embeddings; per row one or more cuts of its history at the
+budget, chosen by a random, recency, lens or teacher policy; one packed pass [cut ‖ continuation]; next-token loss and KL from the
+LM pass. After the backward pass the lens learns, on detached inputs, which blocks the LM pass used.
+
+Every random draw is keyed by (seed, step, global row), so it does not depend on ranks or micro-steps. Nothing is carried over
+between micro-batches. Before `start` a step is the vanilla step.
+
+Shapes: B rows, R rows with a working context (V variants of each: RV), T tokens, D width, N blocks, P positions read, Q queries.
+"""
+
+import time
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mc.config import POLICIES, MCConfig, to_dict
+from mc.focus_allocator import check_feasible, utilization
+from mc.keyed_random import gumbel, uniform
+from mc.losses import distillation, lens_loss, lens_targets, row_mean
+from mc.mega_context import Tree
+from mc.model import Entries, MegaContext, Placed, read_rows, run_entries, take, with_continuation
+from mc.teachers import attention_mass, gate_utility, over_horizon
+from mc.working_context import Cut, entries_used
+from nanochat.common import UserError
+from nanochat.gpt import GPT, Captured, mean_loss, token_losses
+from nanochat.schedule import ramp
+
+
+class StepResult(NamedTuple):
+    """What one micro-batch produced. Positions are those of the primary (lowest-loss) variant of each row (C14, C15)."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    embeds_BTD: Tensor
+    primary: Entries | None
+
+
+class _Pending(NamedTuple):
+    """What the lens needs once the backward pass has run."""
+
+    captured: list[Captured]
+    embeds_BTD: Tensor  # detached
+    targets_BT: Tensor
+    weight: float
+
+
+class MCController:
+    def __init__(self, config: MCConfig, gpt: GPT, *, T: int, micro_batch: int, num_iterations: int, seed: int):
+        """gpt: the base, already on its device. T: tokens per row. UserError for settings that cannot work together."""
+        K, R, H = config.block_size, config.protected, config.horizon
+        if config.split == "end" and (T - H) % K:
+            raise UserError(f"rows of {T} tokens less a horizon of {H} leave a history of {T - H}, not a multiple of the block size {K}")
+        if T - H < config.budget:
+            raise UserError(f"--mc_budget={config.budget} holds the whole history of {T - H} tokens: nothing to focus on; "
+                            f"lower the budget or raise --max_seq_len")
+        for name in ("row_stride", "lens_row_stride"):
+            if micro_batch % getattr(config, name):
+                raise UserError(f"--mc_{name}={getattr(config, name)} does not divide the micro-batch of {micro_batch} rows")
+        if config.far_nodes >= micro_batch // config.row_stride and config.far_nodes:
+            raise UserError(f"--mc_far_nodes={config.far_nodes} needs more rows than the micro-batch of {micro_batch} gives")
+        if config.far_nodes and K ** config.max_lod > T:
+            raise UserError(f"--mc_far_nodes: rows of {T} tokens hold no LOD{config.max_lod} node of {K ** config.max_lod} tokens; lower --mc_max_lod")
+        if config.lens_queries > T - R - K:
+            raise UserError(f"--mc_lens_queries={config.lens_queries} leaves no history in rows of {T} tokens; lower it")
+        if config.lod_axis and gpt.config.rope_fraction == 1:
+            raise UserError("--mc_lod_axis=1 needs unrotated dims: set --rope_fraction below 1")
+        if config.alibi and gpt.config.n_head != gpt.config.n_kv_head:
+            raise UserError("--mc_alibi=1 needs as many kv heads as heads")
+        if min(gpt.config.windows()) < T:
+            raise UserError(f"--window_pattern={gpt.config.window_pattern}: windowed layers cannot see distant gists; use L with --mc_enabled=1")
+        self.config, self.T, self.seed = config, T, seed
+        self.model = MegaContext(config, gpt.config.n_embd).to(gpt.lm_head.weight.device)
+        check_feasible(T - H, self.model.focus_config())
+        self.start_step = int(config.start * num_iterations)
+        self._pending: _Pending | None = None
+
+    # -- the training loop's interface ------------------------------------------------------------------------------------
+
+    def param_groups(self) -> list[dict]:
+        return self.model.param_groups()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.model.load_state_dict(state)
+
+    def meta(self) -> dict[str, Any]:
+        """What a checkpoint must say about its MegaContext: the settings, and which levels were trained."""
+        K, history = self.config.block_size, self.T - self.config.horizon
+        return {"config": to_dict(self.config),
+                "trained_lods": [lod for lod in range(1, self.config.max_lod + 1) if K ** lod <= history]}
+
+    def active(self, step: int) -> bool:
+        return step >= self.start_step
+
+    def training_step(self, gpt: GPT, batch, step: int) -> StepResult:
+        """One micro-batch. batch: inputs, targets [B, T] int64 (−1 ignored), rows [B] global row numbers, num_targets."""
+        tokens, targets, rows = batch.inputs, batch.targets, batch.rows
+        weight = ramp(step, self.start_step, self.config.ramp)
+        metrics: dict[str, Tensor] = {}
+        captured: list[Captured] | None = [] if self.active(step) else None
+        with timed(metrics, "mc.time.lm", tokens.device):
+            embeds = gpt.embed(tokens)
+            hidden = gpt.hidden(tokens, inputs_embeds=embeds, capture=captured)
+            loss = gpt.loss(hidden, targets, batch.num_targets)
+        metrics["train.loss"] = loss.detach()
+        primary = None
+        if captured is not None:
+            extra, primary = self._working_context(gpt, tokens, targets, rows, step, embeds, hidden.detach(), captured, metrics)
+            loss = loss + weight * extra
+            self._pending = _Pending(captured, embeds.detach(), targets, weight)
+        return StepResult(loss, metrics, embeds, primary)
+
+    def lens_step(self, accumulation: int = 1) -> dict[str, Tensor]:
+        """Teach the lens from the pass whose backward has just run: adds to the lens's gradients only."""
+        if self._pending is None:
+            return {}
+        pending, self._pending = self._pending, None
+        metrics: dict[str, Tensor] = {}
+        with timed(metrics, "mc.time.lens", pending.embeds_BTD.device):
+            loss = self._lens_loss(pending, metrics)
+            (pending.weight * loss / accumulation).backward()
+        return metrics
+
+    # -- the working context -----------------------------------------------------------------------------------------------
+
+    def _working_context(self, gpt: GPT, tokens: Tensor, targets: Tensor, rows: Tensor, step: int, embeds: Tensor,
+                         hidden: Tensor, captured: list[Captured], metrics: dict[str, Tensor]) -> tuple[Tensor, Entries]:
+        """Losses of the working contexts of every `row_stride`-th row, and the entries of each row's best variant."""
+        c, chosen = self.config, slice(None, None, self.config.row_stride)
+        tokens, targets, rows, hidden = tokens[chosen], targets[chosen], rows[chosen], hidden[chosen]
+        with timed(metrics, "mc.time.tree", tokens.device):
+            tree = self.model.build_tree(embeds[chosen])
+        with timed(metrics, "mc.time.focus", tokens.device):
+            n_R = self._splits(rows, step)
+            tree, tokens, targets, rows, hidden, n_RV, variant = self._variants(tree, tokens, targets, rows, hidden, n_R)
+            cut = self._cuts(tree, captured, chosen, rows, variant, n_RV, step, metrics)
+            entries = with_continuation(cut, n_RV, c.horizon - 1)
+            placed = self._placed(tree, rows, n_RV, step)
+        with timed(metrics, "mc.time.wc", tokens.device):
+            out = run_entries(gpt, self.model, tree, tokens, entries, placed)
+            if c.targets == "tail":
+                read = read_rows(entries, c.block_size, c.protected + c.horizon - 1, c.protected)
+            else:
+                read = read_rows(entries, c.block_size, entries.lod_BM.shape[1], c.budget)
+            token = read.token_BP.clamp_max(self.T - 1)
+            wanted = targets.gather(1, token)
+            counted = read.valid_BP & (wanted >= 0)
+            logits = gpt.logits(take(out, read.slot_BP))
+            with torch.no_grad():
+                teacher = gpt.logits(take(hidden, token))
+                full = token_losses(teacher, wanted.masked_fill(~counted, -1))
+            nll = token_losses(logits, wanted.masked_fill(~counted, -1))
+            loss_RV = c.wc_weight * row_mean(nll, counted)
+            if c.kl_weight:
+                kl = row_mean(distillation(logits, teacher), counted)
+                loss_RV = loss_RV + c.kl_weight * kl
+                metrics["mc.loss.kl"] = kl.detach().mean()
+        ahead = counted & (token >= n_RV[:, None] - 1)
+        delta = row_mean((nll - full).detach(), ahead)
+        metrics["mc.loss.wc"] = row_mean(nll.detach(), ahead).mean()
+        metrics["mc.delta_nll"] = delta.mean()
+        metrics["mc.focus.utilization"] = utilization(entries_used(cut), n_RV, self.model.focus_config()).mean()
+        best = loss_RV.detach().view(c.variants, -1).argmin(0) * len(n_R) + torch.arange(len(n_R), device=rows.device)
+        return loss_RV.mean(), Entries(*(x[best] for x in entries))
+
+    def _splits(self, rows: Tensor, step: int) -> Tensor:
+        """[R] tokens of history before the continuation, a block boundary."""
+        K, last = self.config.block_size, self.T - self.config.horizon
+        if self.config.split == "end":
+            return torch.full_like(rows, last)
+        least = max(last // 2, self.config.budget) // K + 1
+        return K * (least + (uniform(rows, 1, self.seed, "split", step)[:, 0] * (last // K - least + 1)).long())
+
+    def _variants(self, tree: Tree, tokens: Tensor, targets: Tensor, rows: Tensor, hidden: Tensor, n: Tensor):
+        """Everything repeated once per variant: row r of variant v stands at v·R + r."""
+        V, R = self.config.variants, len(rows)
+        variant = torch.arange(V, device=rows.device).repeat_interleave(R)
+        if V == 1:
+            return tree, tokens, targets, rows, hidden, n, variant
+        again = [x.repeat(V, *[1] * (x.ndim - 1)) for x in (tree.table_BND, tokens, targets, rows, hidden, n)]
+        return Tree(again[0], tree.shape), *again[1:], variant
+
+    @torch.no_grad()
+    def _cuts(self, tree: Tree, captured: list[Captured], chosen: slice, rows: Tensor, variant: Tensor, n: Tensor, step: int,
+              metrics: dict[str, Tensor]) -> Cut:
+        """One cut per row and variant, by a policy drawn from the mixture; a random number of blocks is left to show."""
+        c, count = self.config, tree.shape.counts[1]
+        key = rows * self.config.variants + variant
+        draw = uniform(key, 2, self.seed, "policy", step)
+        shares = torch.tensor([c.cut_shares()[p] for p in POLICIES], device=rows.device).cumsum(0)
+        policy = torch.searchsorted(shares, draw[:, :1].contiguous(), right=True).clamp_max(len(POLICIES) - 1)
+        noise = gumbel(key, count, self.seed, "cut", step)
+        by_policy = torch.stack([noise, self.recency(n, count), self.lens_logits(tree.levels[0], n) + noise,
+                                 self._teacher_scores(captured, chosen, n, count, len(rows))], 1)
+        scores = by_policy.gather(1, policy[..., None].expand(-1, -1, count))[:, 0]
+        scores = scores.masked_fill(self._unwanted(scores, draw[:, 1]), -torch.inf)
+        state = self.model.allocator.allocate(scores, n)
+        for i, name in enumerate(POLICIES):
+            metrics[f"mc.cuts.{name}"] = (policy == i).float().mean()
+        return self.model.allocator.cut(state)[0]
+
+    def _unwanted(self, scores: Tensor, draw: Tensor) -> Tensor:
+        """Mask all but the best m blocks: in three rows of four m is what the budget holds, else fewer, so that coarse cuts and
+        levels above LOD1 are trained too."""
+        rank = scores.argsort(1, descending=True).argsort(1)
+        most = self.config.budget // self.config.block_size
+        return rank >= torch.where(draw < 0.75, most, (draw - 0.75) * 4 * most).long()[:, None]
+
+    def _teacher_scores(self, captured: list[Captured], chosen: slice, n: Tensor, count: int, rows: int) -> Tensor:
+        """[RV, N] attention mass of the continuation's queries in the full pass: the best that is known before its backward.
+
+        With random splits the last H rows stand for every row's continuation.
+        """
+        if not self.config.cut_shares()["teacher"]:
+            return torch.zeros(rows, count, device=n.device)
+        last = slice(self.T - self.config.horizon - 1, self.T)
+        mass = attention_mass(captured, chosen, last, count, self.config.block_size).sum(1)
+        return mass.repeat(self.config.variants, 1).log()
+
+    def _placed(self, tree: Tree, rows: Tensor, n: Tensor, step: int) -> Placed | None:
+        c = self.config
+        if not c.max_gap and not c.far_nodes:
+            return None
+        draw = uniform(rows, 2, self.seed, "gap", step)
+        gap = torch.zeros_like(n)
+        if c.max_gap:
+            blocks = torch.exp2(draw[:, 0] * torch.log2(torch.tensor(c.max_gap / c.block_size + 1.0))).long() - 1
+            gap = blocks * c.block_size
+        boundary = (draw[:, 1] * (n - c.protected) / c.block_size).long() * c.block_size
+        far = None
+        if c.far_nodes:
+            top = tree.levels[c.max_lod][:, 0].detach()
+            far = torch.stack([top.roll(i + 1, 0) for i in range(c.far_nodes)], 1)
+        return Placed(far, gap, boundary)
+
+    # -- focus: scores of blocks, also used by evaluation -------------------------------------------------------------------
+
+    def recency(self, n: Tensor, count: int) -> Tensor:
+        """[B, N] the later the better."""
+        return torch.arange(count, device=n.device, dtype=torch.float32).expand(len(n), count)
+
+    @torch.no_grad()
+    def lens_logits(self, embeds_BTD: Tensor, n: Tensor) -> Tensor:
+        """[B, N] what the lens wants to see, having read the last tokens before n."""
+        lens = self.model.lensnet
+        length = lens.config.tail + LOCAL_CONTEXT
+        index = (n[:, None] - length + torch.arange(length, device=n.device)).clamp_min(0)
+        return lens.focus_logits(take(embeds_BTD, index), lens.keys(embeds_BTD), n)
+
+    # -- the lens ----------------------------------------------------------------------------------------------------------
+
+    def _lens_loss(self, pending: _Pending, metrics: dict[str, Tensor]) -> Tensor:
+        c, T = self.config, self.T
+        chosen = slice(None, None, c.lens_row_stride)
+        queries = slice(T - c.lens_queries, T)
+        embeds, targets = pending.embeds_BTD[chosen], pending.targets_BT[chosen, queries]
+        count = (T - c.protected) // c.block_size
+        teacher = gate_utility if c.teacher == "gate" else attention_mass
+        signal = teacher(pending.captured, chosen, queries, count, c.block_size)
+        signal = signal * (targets >= 0).unsqueeze(-1)
+        signal = over_horizon(signal, c.lens_horizon)
+        asked = slice(T - c.lens_queries, T - c.lens_horizon + 1)
+        end = (torch.arange(count, device=embeds.device) + 1) * c.block_size
+        cursor = torch.arange(asked.start + 1, asked.stop + 1, device=embeds.device)
+        visible = (end <= cursor[:, None] - c.protected).expand(len(embeds), -1, -1)
+        target, weight = lens_targets(signal, visible)
+        lens = self.model.lensnet
+        logits = lens.logits(embeds, lens.keys(embeds[:, :count * c.block_size]), asked)
+        loss = row_mean(lens_loss(logits, target, visible), weight).mean()
+        with torch.no_grad():
+            seen = logits.masked_fill(~visible, -torch.inf)
+            hit = seen.argmax(-1) == target.argmax(-1)
+            metrics["mc.loss.lens"] = loss.detach()
+            metrics["mc.lens.hit"] = row_mean(hit, weight).mean()
+            entropy = row_mean(-(target * target.clamp_min(1e-9).log()).sum(-1), weight)
+            metrics["mc.lens.teacher_entropy"] = entropy.mean()
+        return loss
+
+
+LOCAL_CONTEXT = 8  # tokens before the lens's tail that its first queries average over
+
+
+@contextmanager
+def timed(metrics: dict[str, Tensor], name: str, device: torch.device):
+    """Seconds of a part, on CPU. CUDA runs asynchronously: timing a part there would need a sync, so it is left to profilers."""
+    if device.type != "cpu":
+        yield
+        return
+    begin = time.perf_counter()
+    yield
+    metrics[name] = torch.tensor(time.perf_counter() - begin)

@@ -1,0 +1,77 @@
+"""What the lens is taught: how much each block of history matters to each query, read off the full-context pass as it ran.
+
+Both teachers use what attention captured (`nanochat.gpt.Captured`), on a chosen range of query rows, so the pass itself runs
+unchanged at full speed and the cost is that of a few rows.
+
+    attention mass   Σ_{k in block} P[q,k], mean over layers and heads
+    gate gradient    −∂L/∂g at g = 0, for a gate g[q, block] added to the attention logits of query q on the block's keys:
+                     first-order utility of showing the block. From the softmax's Jacobian, with dO the gradient at the
+                     attention's output O:  ∂L/∂g[q,b] = Σ_{k in b} P[q,k] · (dO_q·v_k − dO_q·O_q),  summed over layers and heads.
+                     dO is left behind by the ordinary backward pass, so all blocks and queries come from one backward.
+
+Shapes: B rows, Q query rows, N blocks, H heads, G kv heads, E head width, S entries of the pass.
+"""
+
+import math
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from nanochat.gpt import Captured
+
+
+def _attention(layer: Captured, rows: slice, queries: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention weights [B, H, Q, S'] of some queries on the keys up to the last of them, and those keys and values."""
+    q = layer.q[rows, :, queries].detach()
+    B, H, Q, E = q.shape
+    stop = queries.stop
+    share = H // layer.k.shape[1]
+    k = layer.k[rows, :, :stop].detach().repeat_interleave(share, 1) if share > 1 else layer.k[rows, :, :stop].detach()
+    v = layer.v[rows, :, :stop].detach().repeat_interleave(share, 1) if share > 1 else layer.v[rows, :, :stop].detach()
+    logits = q @ k.transpose(-1, -2) / math.sqrt(E)
+    position = torch.arange(queries.start, stop, device=q.device)
+    logits = logits.masked_fill(torch.arange(stop, device=q.device) > position[:, None], -torch.inf)
+    return logits.softmax(-1), k, v
+
+
+def _per_block(x_BQS: Tensor, n_blocks: int, block_size: int) -> Tensor:
+    return x_BQS[..., :n_blocks * block_size].unflatten(-1, (n_blocks, block_size)).sum(-1)
+
+
+@torch.no_grad()
+def attention_mass(captured: Sequence[Captured], rows: slice, queries: slice, n_blocks: int, block_size: int) -> Tensor:
+    """[B, Q, N] share of attention on each of the first n_blocks blocks, the first token (the sink) left out.
+
+    Mean over layers and heads (a maximum is ruled by flat heads). captured: layers that see everything. n_blocks must lie
+    before the last query.
+    """
+    total = 0.0
+    for layer in captured:
+        weights, _, _ = _attention(layer, rows, queries)
+        weights[..., 0] = 0
+        total = total + _per_block(weights.mean(1), n_blocks, block_size)
+    return total / len(captured)
+
+
+@torch.no_grad()
+def gate_utility(captured: Sequence[Captured], rows: slice, queries: slice, n_blocks: int, block_size: int) -> Tensor:
+    """[B, Q, N] first-order utility of each block for each query, in units of the loss that was differentiated.
+
+    Call after the backward pass of that loss. Raises RuntimeError when it has not run.
+    """
+    total = 0.0
+    for layer in captured:
+        if layer.y.grad is None:
+            raise RuntimeError("gate utility needs the gradient at the attention's output: run backward first")
+        weights, _, v = _attention(layer, rows, queries)
+        d_out, out = layer.y.grad[rows, :, queries], layer.y[rows, :, queries].detach()
+        effect = d_out @ v.transpose(-1, -2) - (d_out * out).sum(-1, keepdim=True)
+        total = total - _per_block((weights * effect).sum(1), n_blocks, block_size)
+    return total
+
+
+def over_horizon(per_query_BQN: Tensor, horizon: int) -> Tensor:
+    """[B, Q − horizon + 1, N]: at query t the sum over rows [t, t + horizon), which predict tokens (t, t + horizon]."""
+    total = torch.nn.functional.pad(per_query_BQN, (0, 0, 1, 0)).cumsum(1)
+    return total[:, horizon:] - total[:, :-horizon]
