@@ -1,0 +1,40 @@
+"""Train the BPE tokenizer on a corpus's training split: `python -m scripts.tok_train`."""
+
+import json
+import time
+from typing import Iterator
+
+from nanochat.common import FlagParser, UserError, run_main
+from nanochat.dataset import open_corpus
+from nanochat.tokenizer import Tokenizer
+
+
+def texts_up_to(texts: Iterator[str], max_chars: int) -> Iterator[str]:
+    """The texts until max_chars characters are out; the last is cut."""
+    for text in texts:
+        yield text[:max_chars]
+        max_chars -= len(text)
+        if max_chars <= 0:
+            return
+
+
+def main() -> None:
+    parser = FlagParser(prog="python -m scripts.tok_train", description=__doc__)
+    parser.add_argument("--data", default="stdlib", help="'stdlib' (embedded corpus) or a directory of parquet, jsonl or text files")
+    parser.add_argument("--text_column", default="text", help="column of parquet and jsonl files that holds the text")
+    parser.add_argument("--vocab_size", type=int, default=2048, help="BPE tokens, the 256 bytes included; special ids come on top")
+    parser.add_argument("--max_chars", type=int, default=2_000_000_000, help="characters of the corpus to train on, at most")
+    args = parser.parse_args()
+    if args.max_chars < 1:
+        raise UserError(f"--max_chars={args.max_chars}: at least 1")
+    start = time.monotonic()
+    documents = open_corpus(args.data, args.text_column).documents("train")
+    tokenizer = Tokenizer.train(texts_up_to((d.text for d in documents), args.max_chars), args.vocab_size)
+    path = tokenizer.save()
+    seconds = time.monotonic() - start
+    print(f"tokenizer of {args.vocab_size} BPE tokens ({tokenizer.vocab_size} ids) in {seconds:.1f} s: {path}")
+    print(json.dumps({"path": str(path), "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint, "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    run_main(main)
