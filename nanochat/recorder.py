@@ -1,0 +1,343 @@
+"""One place that every measurement passes through: a registry of metrics, and a Recorder that fans out to sinks.
+
+`record(name, value)` costs no synchronization: a tensor stays on its device until `flush(step)`, which fetches all of them with
+one copy per device and hands the samples to each sink: a JSONL file always, the console and Weights & Biases if wanted.
+Several values of a metric between two flushes become one by its kind: the last (gauge), the sum (counter) or the mean
+(histogram). Only rank 0 records; elsewhere the calls do nothing but check the name.
+
+A package adds its metrics with one line each, on import:
+
+    register(Metric("mc.loss.wc", "{nat}", "histogram", "Next-token loss in the working context.", short="wc"))
+"""
+
+import json
+import math
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, TextIO
+
+import torch
+from torch import Tensor
+
+from nanochat.common import UserError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """name: dotted lower case, without the unit. unit: UCUM ("s", "By", "{token}", "{nat}", "1"). short: label on the console line."""
+
+    name: str
+    unit: str
+    kind: Literal["gauge", "counter", "histogram"]
+    description: str
+    short: str = ""
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def register(*metrics: Metric) -> None:
+    """Add metrics to the registry. Raises ValueError for a malformed name or kind, or a name taken by another definition."""
+    for metric in metrics:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)+", metric.name):
+            raise ValueError(f"metric name {metric.name!r} is not dotted lower case")
+        if metric.kind not in ("gauge", "counter", "histogram"):
+            raise ValueError(f"metric {metric.name}: unknown kind {metric.kind!r}")
+        if METRICS.setdefault(metric.name, metric) != metric:
+            raise ValueError(f"metric {metric.name} is already registered differently")
+
+
+register(
+    Metric("train.loss", "{nat}", "histogram", "Next-token loss of the training batch.", short="loss"),
+    Metric("train.loss.total", "{nat}", "histogram", "The sum of all weighted losses that is minimized."),
+    Metric("train.bpb", "{bit}/By", "histogram", "Training loss in bits per byte of text.", short="bpb"),
+    Metric("train.tokens", "{token}", "gauge", "Tokens trained on since the start of the run."),
+    Metric("train.flops", "{flop}", "gauge", "Floating-point operations since the start of the run, counted from shapes."),
+    Metric("train.tokens_per_second", "{token}/s", "gauge", "Training throughput over the logging interval, all ranks.", short="tok/s"),
+    Metric("train.mfu", "1", "gauge", "Share of the devices' peak FLOP/s that counted FLOPs reach.", short="mfu"),
+    Metric("train.step_time", "s", "histogram", "Wall time of a step.", short="s/step"),
+    Metric("train.data_wait", "s", "histogram", "Part of a step spent waiting for its batch."),
+    Metric("train.optimizer_time", "s", "histogram", "Part of a step spent in the optimizer."),
+    Metric("train.memory", "By", "gauge", "Peak memory: of the device on CUDA, else of the process."),
+    Metric("train.grad_norm", "1", "histogram", "L2 norm of all gradients together, before clipping."),
+    Metric("train.epoch", "1", "gauge", "Passes over the training data so far."),
+    Metric("optim.lr", "1", "gauge", "Multiplier on every learning rate.", short="lr"),
+    Metric("optim.momentum", "1", "gauge", "Muon's momentum."),
+    Metric("optim.weight_decay", "1", "gauge", "Muon's weight decay."),
+    Metric("val.loss", "{nat}", "gauge", "Next-token loss on held-out documents."),
+    Metric("val.bpb", "{bit}/By", "gauge", "Bits per byte on held-out documents.", short="val bpb"),
+    Metric("checkpoint.save_time", "s", "gauge", "Wall time of the last checkpoint."),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """All values of one metric, under one set of attributes, since the last flush; oldest first."""
+
+    metric: Metric
+    attributes: dict[str, str | int | float]
+    values: list[float]
+
+    @property
+    def key(self) -> str:
+        """The name, with attributes as `name{lod=1}`."""
+        return _key(self.metric.name, self.attributes)
+
+    @property
+    def value(self) -> float:
+        match self.metric.kind:
+            case "gauge":
+                return self.values[-1]
+            case "counter":
+                return math.fsum(self.values)
+            case _:
+                return sum(self.values) / len(self.values)
+
+
+def _key(name: str, attributes: dict) -> str:
+    return name + ("{" + ",".join(f"{k}={v}" for k, v in sorted(attributes.items())) + "}" if attributes else "")
+
+
+class Sink(Protocol):
+    """Where samples go. `now` is Unix time [s]."""
+
+    def write(self, step: int, now: float, samples: Sequence[Sample]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Recorder:
+    """Takes measurements and fans them out; use as a context manager, or `close` at the end.
+
+    run_dir: metrics.jsonl is written (or continued) there. sinks: beside that file. rank: others than 0 record nothing.
+    Raises UserError when run_dir cannot be written.
+    """
+
+    def __init__(self, run_dir: str | Path, *sinks: Sink, rank: int = 0):
+        self.sinks: list[Sink] = [JsonlSink(Path(run_dir) / "metrics.jsonl"), *sinks] if rank == 0 else []
+        self._pending: dict[str, tuple[Metric, dict, list[float | Tensor]]] = {}
+        self._last_step = 0
+
+    def record(self, name: str, value: float | Tensor, **attributes: str | int | float) -> None:
+        """Note one value; a tensor has one element and may be overwritten by the caller afterwards.
+
+        Raises KeyError for a name that is not registered, ValueError for a tensor with several elements.
+        """
+        if name not in METRICS:
+            raise KeyError(f"metric {name!r} is not registered: add it with nanochat.recorder.register")
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"metric {name}: one value expected, got a tensor of shape {tuple(value.shape)}")
+        if self.sinks:
+            kept = value.detach().reshape(()).clone() if isinstance(value, Tensor) else float(value)
+            self._pending.setdefault(_key(name, attributes), (METRICS[name], attributes, []))[2].append(kept)
+
+    def flush(self, step: int) -> None:
+        """Hand what was recorded since the last flush to the sinks, as of `step`; nothing recorded, nothing written."""
+        self._last_step = step
+        if not self._pending:
+            return
+        pending, self._pending = list(self._pending.values()), {}
+        fetched = iter(_fetch([v for _, _, values in pending for v in values if isinstance(v, Tensor)]))
+        samples = [
+            Sample(metric, attributes, [next(fetched) if isinstance(v, Tensor) else v for v in values])
+            for metric, attributes, values in pending
+        ]
+        now = time.time()
+        for sink in self.sinks:
+            sink.write(step, now, samples)
+
+    def close(self) -> None:
+        """Flush what is left and close the sinks; a second call does nothing."""
+        self.flush(self._last_step)
+        sinks, self.sinks = self.sinks, []
+        for sink in sinks:
+            sink.close()
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+def _fetch(tensors: list[Tensor]) -> list[float]:
+    """Values of 0-d tensors, in order, with one stack and one copy per device. float64 keeps its precision on the CPU alone."""
+    values: list[float] = [0.0] * len(tensors)
+    for device in {t.device for t in tensors}:
+        places = [i for i, t in enumerate(tensors) if t.device == device]
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        for i, value in zip(places, torch.stack([tensors[i].to(dtype) for i in places]).tolist()):
+            values[i] = value
+    return values
+
+
+class JsonlSink:
+    """One JSON object per flush: {"step": n, "time": Unix seconds, metric: value, ...}; a value that is not finite is null.
+
+    An existing file is continued; a last line cut short by a crash is removed first.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_torn_line(path)
+            self.file = open(path, "a", buffering=1, encoding="utf-8")
+        except OSError as e:
+            raise UserError(f"cannot write metrics to {path}: {e}") from e
+
+    def write(self, step: int, now: float, samples: Sequence[Sample]) -> None:
+        values = {s.key: s.value if math.isfinite(s.value) else None for s in samples}
+        try:
+            self.file.write(json.dumps({"step": step, "time": round(now, 3), **values}, allow_nan=False) + "\n")
+        except OSError as e:
+            raise UserError(f"cannot write metrics to {self.file.name}: {e}") from e
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _drop_torn_line(path: Path) -> None:
+    if path.exists():
+        data = path.read_bytes()
+        if data and not data.endswith(b"\n"):
+            os.truncate(path, data.rfind(b"\n") + 1)
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The rows of a metrics file, one per step in order. Where a resumed run repeated a step, or a step was flushed twice,
+    later values win."""
+    rows: dict[int, dict] = {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        rows.setdefault(row["step"], {}).update(row)
+    return [rows[step] for step in sorted(rows)]
+
+
+class ConsoleSink:
+    """One line per flush: step, share done, the metrics that have a short label, and the time left.
+
+    total_steps: length of the run, for share and time left. first_step: where a resumed run begins. Coloured by rich if
+    the stream is a terminal.
+    """
+
+    def __init__(self, total_steps: int, first_step: int = 0, stream: TextIO | None = None):
+        self.total_steps, self.stream = total_steps, stream or sys.stdout
+        self.mark = (first_step, time.time())  # progress is timed from here
+        self.warm = False
+        self.rich = None
+        if self.stream.isatty():
+            from rich.console import Console
+
+            self.rich = Console(file=self.stream, soft_wrap=True)
+
+    def write(self, step: int, now: float, samples: Sequence[Sample]) -> None:
+        parts = [f"step {step:>{len(str(self.total_steps))}}/{self.total_steps} ({step / max(self.total_steps, 1):4.0%})"]
+        parts += [f"{s.metric.short} {_figure(s.value, s.metric.unit)}" for s in samples if s.metric.short and not s.attributes]
+        if (left := self._seconds_left(step, now)) is not None:
+            parts.append(f"eta {duration(left)}")
+        line = " | ".join(parts)
+        if self.rich:
+            self.rich.print(line)
+        else:
+            print(line, file=self.stream, flush=True)
+
+    def _seconds_left(self, step: int, now: float) -> float | None:
+        first, began = self.mark
+        if step <= first or step >= self.total_steps:
+            return None
+        left = (now - began) / (step - first) * (self.total_steps - step)
+        if not self.warm:  # the first interval holds warm-up and compilation: time the rest from its end
+            self.mark, self.warm = (step, now), True
+        return left
+
+    def close(self) -> None:
+        self.stream.flush()
+
+
+def _figure(value: float, unit: str) -> str:
+    if unit == "{token}/s":
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if unit in ("{nat}", "{bit}/By") else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 45s, 3m05s or 2h07m."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    return f"{s // 60}m{s % 60:02}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02}m"
+
+
+class WandbSink:
+    """Weights & Biases. WANDB_MODE is honoured (online, offline, disabled); without a key or network the run is kept offline,
+    and stderr says so. Metric names get "/" for ".", by which W&B groups panels; `step` is the x axis.
+
+    A run resumed in the same run_dir continues under the same W&B id. Raises UserError without the wandb package, or if wandb
+    cannot even start offline.
+    """
+
+    INIT_TIMEOUT = 20  # [s] wandb's own patience without network is 90
+
+    def __init__(self, name: str, run_dir: str | Path, config: dict):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--run needs the wandb package: pip install 'megacontext[wandb]', or leave --run out") from None
+        self.wandb, run_dir = wandb, Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4))
+        options = {"project": os.environ.get("WANDB_PROJECT", "megacontext"), "name": name, "dir": str(run_dir), "config": config}
+        options["id"] = id_file.read_text().strip()
+        mode, obstacle = os.environ.get("WANDB_MODE", "online"), ""
+        if mode not in ("online", "offline", "disabled"):
+            raise UserError(f"WANDB_MODE={mode} is not one of online, offline, disabled")
+        try:
+            if mode == "online" and not wandb.login(prompt=False):
+                obstacle = "no key: set WANDB_API_KEY or run `wandb login`"
+            if not obstacle:
+                self.run = self._start(mode, options)
+        except wandb.Error as e:
+            obstacle = next(iter(str(e).splitlines()), type(e).__name__)
+            if mode != "online":
+                raise UserError(f"wandb cannot start: {obstacle}; leave --run out to go without") from e
+        if obstacle:
+            print(f"warning: W&B cannot be used online ({obstacle}); the run is kept offline in {run_dir}", file=sys.stderr, flush=True)
+            self.run = self._start("offline", options)
+        self.run.define_metric("*", step_metric="step")
+
+    def _start(self, mode: str, options: dict):
+        settings = self.wandb.Settings(init_timeout=self.INIT_TIMEOUT, silent=True, console="off")
+        return self.wandb.init(mode=mode, resume="allow" if mode == "online" else None, settings=settings, **options)
+
+    def write(self, step: int, now: float, samples: Sequence[Sample]) -> None:
+        self.run.log({"step": step, **{s.key.replace(".", "/"): s.value for s in samples}})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def open_recorder(run_dir: str | Path, *, run: str = "", config: dict, total_steps: int, first_step: int = 0, rank: int = 0) -> Recorder:
+    """The recorder of a training run: JSONL, console, and W&B unless `run` is empty or "dummy".
+
+    run_dir: see Recorder. config: what W&B shows as the run's configuration. Raises UserError as the sinks do.
+    """
+    if rank != 0:
+        return Recorder(run_dir, rank=rank)
+    wandb_sink = [WandbSink(run, run_dir, config)] if run not in ("", "dummy") else []
+    return Recorder(run_dir, ConsoleSink(total_steps, first_step), *wandb_sink)
+
+
+def metric_table() -> Iterator[str]:
+    """Lines of a Markdown table of all registered metrics, for the documentation."""
+    yield "| Metric | Unit | Kind | Meaning |"
+    yield "|---|---|---|---|"
+    for m in sorted(METRICS.values(), key=lambda m: m.name):
+        yield f"| `{m.name}` | `{m.unit}` | {m.kind} | {m.description} |"
