@@ -33,6 +33,8 @@ from nanochat.common import UserError
 from nanochat.gpt import GPT, Captured, mean_loss, token_losses
 from nanochat.schedule import ramp
 
+import mc.telemetry  # noqa: F401  registers the metrics
+
 
 class StepResult(NamedTuple):
     """What one micro-batch produced. Positions are those of the primary (lowest-loss) variant of each row (C14, C15)."""
@@ -98,6 +100,19 @@ class MCController:
         K, history = self.config.block_size, self.T - self.config.horizon
         return {"config": to_dict(self.config),
                 "trained_lods": [lod for lod in range(1, self.config.max_lod + 1) if K ** lod <= history]}
+
+    def flops_per_token(self, gpt: GPT) -> float:
+        """Training FLOPs that MegaContext adds per token of the LM pass, from shapes, while it is active."""
+        c, T = self.config, self.T
+        entries = c.budget + c.horizon - 1 + c.far_nodes
+        passes = gpt.flops_per_token(entries) * entries * c.variants / c.row_stride
+        tree = 3 * self.model.gistnet.flops_per_token() / c.row_stride
+        lens = self.model.lensnet.config
+        nodes, width = T // c.block_size * c.lens_keys, gpt.config.n_embd
+        per_query = 3 * width * lens.query_width + lens.query_width * c.lens_key_dim + nodes * c.lens_key_dim
+        per_query += gpt.config.n_layer * width * T  # the teacher reads attention again
+        per_row = c.lens_queries * per_query + nodes * 2 * width * c.lens_key_dim
+        return passes / T + tree + 6 * per_row / T / c.lens_row_stride
 
     def active(self, step: int) -> bool:
         return step >= self.start_step

@@ -30,13 +30,13 @@ class FlagParser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
         for i, arg in enumerate(args):
             if arg.startswith("--") and arg != "--":
                 name, eq, value = arg.partition("=")
                 args[i] = "--" + name[2:].replace("-", "_") + eq + value
-        return super().parse_args(args, namespace)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see --help)\n")

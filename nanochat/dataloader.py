@@ -26,6 +26,7 @@ class Batch(NamedTuple):
     inputs: torch.Tensor  # int64 [B, T]
     targets: torch.Tensor  # int64 [B, T]: the next token, -1 where it does not count
     rows: torch.Tensor  # int64 [B]: global row numbers
+    num_targets: int  # the most targets that any row has: the head need not run on more positions of a row
 
 
 class Source(Protocol):
@@ -298,7 +299,8 @@ class Loader:
         tokens, mask = self.source.row_tokens(rows)
         targets = tokens[:, 1:].copy() if mask is None else np.where(mask[:, 1:], tokens[:, 1:], -1)
         self._next_row += self.micro_batch * self.world_size
-        return Batch(*map(self._to_device, (tokens[:, :-1].copy(), targets, rows)))
+        num_targets = self.T if mask is None else int((targets >= 0).sum(1).max())
+        return Batch(*map(self._to_device, (tokens[:, :-1].copy(), targets, rows)), num_targets)
 
     def state_dict(self) -> dict:
         """Position and what it is a position in; independent of ranks and micro-batches at a step's end."""

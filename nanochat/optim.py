@@ -360,6 +360,6 @@ def global_grad_norm(params: Iterable[Tensor], world_size: int = 1, max_norm: fl
 
 def assert_finite(loss: Tensor | float, step: int) -> None:
     """UserError unless the loss is finite; call before `step`, so that a bad batch does not reach the weights."""
-    value = float(loss)
+    value = float(loss.detach() if isinstance(loss, Tensor) else loss)
     if value != value or value in (float("inf"), float("-inf")):
         raise UserError(f"loss is not finite at step {step} ({value}): lower the learning rates or look at the data of that step")

@@ -1,0 +1,340 @@
+"""Train a GPT, with MegaContext beside it when asked.
+
+    python -m scripts.base_train --depth=4 …                     one process, CPU or one GPU
+    torchrun --nproc_per_node=8 scripts/base_train.py --depth=20 …   a node
+    … --mc_enabled=1                                             gists, lens and working contexts trained along
+
+One dial, `--depth`, sets width, heads, batch size, learning rates and horizon; any other flag overrides. The same seed and total
+batch give the same losses on any number of ranks. With `--mc_enabled=0` nothing of `mc` is imported.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # torchrun scripts/base_train.py, not installed
+
+from nanochat.checkpoint import complete_steps, load_checkpoint, save_checkpoint, set_rng_state
+from nanochat.common import FlagParser, Ranks, UserError, base_dir, init_distributed, print0, run_main, seed_everything
+from nanochat.dataloader import Loader, Source, eval_rows, make_source
+from nanochat.evaluation import evaluate
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW, assert_finite, check_groups, global_grad_norm, gpt_param_groups
+from nanochat.recall import CurriculumSchedule
+from nanochat.recorder import Recorder, open_recorder
+from nanochat.schedule import batch_lr_scale, lr_multiplier, muon_momentum, weight_decay_multiplier
+from nanochat.tokenizer import Tokenizer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def parse_flags():
+    parser = FlagParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    flag = dict(type=int, choices=(0, 1))
+    # model
+    add("--depth", type=int, default=6, help="layers; the dial that sets all that is not given")
+    add("--aspect_ratio", type=int, default=64, help="width per layer")
+    add("--head_dim", type=int, default=64, help="width of a head; the model's width is rounded up to a multiple")
+    add("--n_kv_head", type=int, default=0, help="heads of keys and values; 0: as many as heads")
+    add("--max_seq_len", type=int, default=1024, help="T: tokens per row")
+    add("--window_pattern", default="L", help="attention windows tiled over layers: L full, S a quarter; the last layer is L")
+    add("--value_embeds", default=1, help="1: value embeddings on every other layer", **flag)
+    add("--smear", default=1, help="1: each embedding takes a learned share of the one before it", **flag)
+    add("--resid_scalars", default=1, help="1: learned scalars on the residual stream and the embedding's re-entry", **flag)
+    add("--backout", default=1, help="1: a share of the middle layer is taken out again at the end", **flag)
+    add("--key_shift", default=0, help="1: keys mix with the token before them (recall forms much sooner)", **flag)
+    add("--tie_qk", default=0, help="1: key projections start equal to query projections", **flag)
+    add("--rope_fraction", type=float, default=1.0, help="share of each head's dims that is rotated")
+    # data
+    add("--data", default="stdlib", help="stdlib (embedded), recall, random, or a directory of parquet, jsonl or text files")
+    add("--rows", default="long", choices=("long", "packed"), help="rows within one long document, or packed from several")
+    add("--text_column", default="text", help="column of parquet and jsonl files that holds the text")
+    add("--recall_grow", type=float, default=0.5, help="share of a recall run over which rows grow to their full number of blocks")
+    # horizon
+    add("--total_batch_size", type=int, default=0, help="tokens per optimizer step over all ranks; 0: by depth")
+    add("--device_batch_size", type=int, default=8, help="rows per micro-batch of a rank")
+    add("--num_iterations", type=int, default=0, help="optimizer steps; 0: by --target_tokens_per_param")
+    add("--target_tokens_per_param", type=float, default=10.0, help="tokens per weight of the matrix products")
+    add("--stop_at", type=int, default=0, help="stop after this step, with a checkpoint; schedules still run to the end; 0: never")
+    # optimization
+    add("--matrix_lr", type=float, default=0.02, help="Muon's learning rate, for matrices")
+    add("--embedding_lr", type=float, default=0.3, help="learning rate of the embeddings, for width 768")
+    add("--unembedding_lr", type=float, default=0.004, help="learning rate of the head, for width 768")
+    add("--scalar_lr", type=float, default=0.1, help="learning rate of scalars and gates")
+    add("--weight_decay", type=float, default=0.0, help="of matrices, falling to 0 over the run")
+    add("--warmup_steps", type=int, default=20, help="steps over which learning rates rise")
+    add("--warmdown_ratio", type=float, default=0.5, help="share of the run over which they fall")
+    add("--final_lr_frac", type=float, default=0.05, help="share of the learning rate that is left at the end")
+    add("--grad_clip", type=float, default=0.0, help="largest norm of all gradients together; 0: no clipping")
+    # run
+    add("--eval_every", type=int, default=100, help="steps between evaluations; 0: at the end only")
+    add("--eval_tokens", type=int, default=32768, help="held-out tokens per evaluation")
+    add("--save_every", type=int, default=0, help="steps between checkpoints; 0: at the end only")
+    add("--keep_last", type=int, default=3, help="complete checkpoints that are kept")
+    add("--log_every", type=int, default=10, help="steps between log lines")
+    add("--resume", default=0, help="1: go on from the newest intact checkpoint of --model_tag, if there is one", **flag)
+    add("--model_tag", default="", help="name of the checkpoint and log directories; default d<depth>, with _mc for MegaContext")
+    add("--run", default="dummy", help="name of a Weights & Biases run (WANDB_MODE=offline needs no network); dummy: none")
+    add("--seed", type=int, default=42, help="of everything random")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of matrix products; auto: bfloat16 on CUDA")
+    add("--compile", default=0, help="1: torch.compile the layers", **flag)
+    add("--dry_run", default=0, help="1: print the plan (model, tokens, FLOPs, memory) and stop", **flag)
+    add("--mc_enabled", default=0, help="1: train MegaContext beside the model", **flag)
+    if wants_mc(sys.argv[1:]):
+        from mc.config import add_flags
+        add_flags(parser)
+    args, unknown = parser.parse_known_args()
+    if unknown and all(name.startswith("--mc_") for name in unknown if name.startswith("--")) and not args.mc_enabled:
+        parser.error(f"{' '.join(unknown)}: needs --mc_enabled=1")
+    if unknown:
+        parser.error(f"unknown flags: {' '.join(unknown)}")
+    return args
+
+
+def wants_mc(argv: list[str]) -> bool:
+    """Whether the flags of `mc` are needed: it is on, or all help is asked for and it is there."""
+    joined = " ".join(argv).replace("-", "_").replace("=", " ")
+    on = "__mc_enabled 1" in joined
+    with_help = bool({"-h", "--help"} & set(argv)) and (Path(__file__).resolve().parent.parent / "mc" / "config.py").exists()
+    return on or with_help
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan: everything that follows from the flags
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    model: GPTConfig
+    T: int
+    rows_per_step: int
+    micro_batch: int
+    accumulation: int
+    num_iterations: int
+    lr_scale: float
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.T
+
+
+def make_plan(args, vocab_size: int, world_size: int) -> Plan:
+    width = math.ceil(args.depth * args.aspect_ratio / args.head_dim) * args.head_dim
+    heads = width // args.head_dim
+    config = GPTConfig(
+        args.max_seq_len, vocab_size, args.depth, heads, args.n_kv_head or heads, width, args.window_pattern,
+        bool(args.value_embeds), bool(args.smear), bool(args.resid_scalars), bool(args.backout), bool(args.key_shift),
+        bool(args.tie_qk), args.rope_fraction)
+    if min(args.depth, args.max_seq_len, args.device_batch_size) < 1:
+        raise UserError("--depth, --max_seq_len and --device_batch_size must be at least 1")
+    T, smallest = args.max_seq_len, args.device_batch_size * args.max_seq_len * world_size
+    total = args.total_batch_size or max(smallest, int(2 ** round(19 + math.log2(args.depth / 12))) // smallest * smallest)
+    if total % smallest:
+        raise UserError(f"--total_batch_size={total} is not a multiple of {world_size} ranks x {args.device_batch_size} rows x {T} tokens = {smallest}")
+    with torch.device("meta"):
+        weights = sum(m.weight.numel() for m in GPT(config).modules() if isinstance(m, torch.nn.Linear))
+    iterations = args.num_iterations or max(1, round(args.target_tokens_per_param * weights / total))
+    return Plan(config, T, total // T, args.device_batch_size, total // smallest, iterations, batch_lr_scale(total))
+
+
+def describe(plan: Plan, model: GPT, world_size: int, mc) -> dict:
+    """The plan in numbers. Memory per rank: weights, gradients, sharded optimizer state, activations of one micro-batch."""
+    parameters = model.num_parameters() + (sum(p.numel() for p in mc.model.parameters()) if mc else 0)
+    flops = model.flops_per_token(plan.T) + (mc.flops_per_token(model) if mc else 0)
+    c = plan.model
+    activations = plan.micro_batch * plan.T * (c.n_layer * 24 * c.n_embd + 4 * c.vocab_size) * 4
+    return {
+        "layers": c.n_layer, "width": c.n_embd, "heads": c.n_head, "vocabulary": c.vocab_size, "parameters": parameters,
+        "sequence": plan.T, "rows_per_step": plan.rows_per_step, "tokens_per_step": plan.tokens_per_step, "ranks": world_size,
+        "accumulation": plan.accumulation, "iterations": plan.num_iterations, "tokens": plan.tokens_per_step * plan.num_iterations,
+        "flops_per_token": round(flops), "flops": flops * plan.tokens_per_step * plan.num_iterations, "lr_scale": round(plan.lr_scale, 4),
+        "memory_bytes_per_rank": int(4 * parameters * (2 + 2 / world_size) + activations), "mc": bool(mc),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def vanilla_step(model: GPT, batch):
+    loss = model.loss(model.hidden(batch.inputs), batch.targets, batch.num_targets)
+    return loss, {"train.loss": loss.detach()}
+
+
+def main() -> None:
+    args = parse_flags()
+    begin = time.time()
+    if args.dry_run:
+        ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu"))
+    else:
+        ranks = init_distributed(args.device)
+    device = ranks.device
+    if args.mc_enabled and args.rows == "packed" and args.data not in ("recall", "random"):
+        raise UserError("--rows=packed mixes documents in a row, which a working context must not cross; use --rows=long with --mc_enabled=1")
+    if args.mc_enabled and args.compile:
+        raise UserError("--compile=1 hides the attention gradients that teach the lens; use --compile=0 with --mc_enabled=1")
+    tokenizer = Tokenizer.load()
+    plan = make_plan(args, tokenizer.vocab_size, ranks.world_size)
+
+    # Model, MegaContext, optimizer. The base is built first, from the seed: the same weights with and without mc.
+    seed_everything(args.seed)
+    model = GPT(plan.model).to(device)
+    mc = build_controller(args, plan, model) if args.mc_enabled else None
+    if args.dry_run:
+        return print0(json.dumps(describe(plan, model, ranks.world_size, mc), indent=1))
+    rates = {name: getattr(args, name) * plan.lr_scale for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")}
+    groups = gpt_param_groups(model.named_parameters(), plan.model.n_embd, weight_decay=args.weight_decay, **rates)
+    optimizer = MuonAdamW(groups + (mc.param_groups() if mc else []))
+    check_groups({"gpt": model} | ({"mc": mc.model} if mc else {}), optimizer.param_groups)
+    if args.compile:
+        model.hidden = torch.compile(model.hidden, dynamic=False)
+
+    # Data
+    make = dict(T=plan.T, seed=args.seed, tokenizer=tokenizer, rows=args.rows, text_column=args.text_column)
+    curriculum = {}
+    if args.data == "recall":
+        curriculum = dict(schedule=CurriculumSchedule(grow=args.recall_grow, seed=args.seed), total_rows=plan.rows_per_step * plan.num_iterations)
+    source = make_source(args.data, "train", **make, **curriculum)
+    loader = Loader(source, plan.rows_per_step, plan.micro_batch, plan.T, ranks.rank, ranks.world_size, device)
+    held_out = make_source(args.data, "val", **make)
+    eval_steps = eval_rows(held_out, args.eval_tokens, plan.micro_batch * ranks.world_size) // (plan.micro_batch * ranks.world_size)
+    token_bytes = tokenizer.token_bytes() if args.data not in ("recall", "random") else None
+    print0(source.summary)
+
+    # Resume
+    directory = base_dir() / "checkpoints" / (args.model_tag or f"d{args.depth}" + "_mc" * args.mc_enabled)
+    step = 0
+    if args.resume and complete_steps(directory):
+        saved = load_checkpoint(directory, device=device, rank=ranks.rank, world_size=ranks.world_size)
+        if saved.meta["model_config"] != dataclasses.asdict(plan.model) or saved.meta["num_iterations"] != plan.num_iterations:
+            raise UserError(f"{directory} holds another model or horizon; use its flags, another --model_tag, or --resume=0")
+        model.load_state_dict(saved.model)
+        if mc:
+            if saved.mc is None:
+                raise UserError(f"the checkpoint in {directory} has no MegaContext; it was trained with --mc_enabled=0")
+            mc.load_state_dict(saved.mc)
+        optimizer.load_state_dict(saved.optimizer)
+        loader.load_state_dict(saved.loader)
+        set_rng_state(saved.rng)
+        step = saved.step
+        print0(f"resumed {directory} at step {step} of {plan.num_iterations}")
+
+    facts = describe(plan, model, ranks.world_size, mc)
+    print0(f"{facts['parameters']:,} parameters, {plan.num_iterations} steps of {plan.tokens_per_step:,} tokens, {facts['flops']:.3g} FLOPs, {ranks.world_size} rank(s) on {device}")
+    recorder = open_recorder(base_dir() / "runs" / directory.name, run=args.run, config=vars(args), total_steps=plan.num_iterations, first_step=step, rank=ranks.rank)
+    peak = peak_flops(device) * ranks.world_size
+    half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
+    last = min(args.stop_at or plan.num_iterations, plan.num_iterations)
+    val = None
+
+    def save() -> None:
+        meta = {"model_config": dataclasses.asdict(plan.model), "num_iterations": plan.num_iterations, "tokenizer": tokenizer.fingerprint,
+                "flops": facts["flops_per_token"] * plan.tokens_per_step * step, "tokens": plan.tokens_per_step * step,
+                "val": val and val._asdict(), "flags": vars(args), "mc": mc and mc.meta()}
+        save_checkpoint(directory, step, model=model.state_dict(), optimizer_shard=optimizer.state_dict(), meta=meta,
+                        mc=mc and mc.state_dict(), loader=loader.state_dict(), rank=ranks.rank, world_size=ranks.world_size, keep_last=args.keep_last)
+
+    with recorder:
+        while step < last:
+            started = time.perf_counter()
+            waited = 0.0
+            for _ in range(plan.accumulation):
+                asked = time.perf_counter()
+                batch = loader.next()
+                waited += time.perf_counter() - asked
+                with autocast:
+                    loss, metrics = mc.training_step(model, batch, step)[:2] if mc else vanilla_step(model, batch)
+                (loss / plan.accumulation).backward()
+                if mc:
+                    metrics |= mc.lens_step(plan.accumulation)
+                for name, value in metrics.items():
+                    recorder.record(name, value)
+            logging = (step + 1) % args.log_every == 0 or step + 1 == last
+            if logging:
+                assert_finite(loss, step)
+            if args.grad_clip or logging:
+                recorder.record("train.grad_norm", global_grad_norm(model.parameters(), ranks.world_size, args.grad_clip or None))
+            multiplier = lr_multiplier(step, plan.num_iterations, warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio, final_lr_frac=args.final_lr_frac)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * multiplier
+                if group["kind"] == "muon":
+                    group["momentum"] = muon_momentum(step, plan.num_iterations)
+                    group["weight_decay"] = args.weight_decay * weight_decay_multiplier(step, plan.num_iterations)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+
+            record_step(recorder, time.perf_counter() - started, waited, multiplier, facts, plan, step, peak, device)
+            if step == last or (args.eval_every and step % args.eval_every == 0):
+                with autocast:
+                    val = evaluate(model, batches(held_out, plan, ranks), eval_steps, token_bytes)
+                recorder.record("val.loss", val.loss)
+                if val.bpb is not None:
+                    recorder.record("val.bpb", val.bpb)
+            if logging:
+                recorder.flush(step)
+            if step == last or (args.save_every and step % args.save_every == 0):
+                save()
+    summary = {"step": step, "val_loss": val and val.loss, "val_bpb": val and val.bpb, "tokens": step * plan.tokens_per_step,
+               "flops": facts["flops_per_token"] * plan.tokens_per_step * step, "seconds": round(time.time() - begin, 1), "checkpoint": str(directory)}
+    print0(f"done: {step} steps, checkpoint in {directory}")
+    print0(json.dumps(summary))
+
+
+def build_controller(args, plan: Plan, model: GPT):
+    from mc.config import from_flags  # inside, so that mc stays optional
+    from mc.runtime import MCController
+    return MCController(from_flags(args), model, T=plan.T, micro_batch=plan.micro_batch, num_iterations=plan.num_iterations, seed=args.seed)
+
+
+def batches(source: Source, plan: Plan, ranks: Ranks):
+    """Held-out batches, from the first row on."""
+    per_step = plan.micro_batch * ranks.world_size
+    loader = Loader(source, per_step, plan.micro_batch, plan.T, ranks.rank, ranks.world_size, ranks.device)
+    while True:
+        yield loader.next()
+
+
+def record_step(recorder: Recorder, seconds: float, waited: float, multiplier: float, facts: dict, plan: Plan, step: int, peak: float, device: torch.device) -> None:
+    recorder.record("train.step_time", seconds)
+    recorder.record("train.data_wait", waited)
+    recorder.record("train.tokens_per_second", plan.tokens_per_step / seconds)
+    recorder.record("train.mfu", facts["flops_per_token"] * plan.tokens_per_step / seconds / peak)
+    recorder.record("train.tokens", step * plan.tokens_per_step)
+    recorder.record("train.flops", facts["flops_per_token"] * plan.tokens_per_step * step)
+    recorder.record("train.memory", torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    recorder.record("optim.lr", multiplier)
+
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, data sheets
+
+
+def peak_flops(device: torch.device) -> float:
+    """FLOP/s that MFU is a share of: the data sheet's dense bf16 figure, or on other devices what a matrix product reaches now."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, peak in PEAK_FLOPS.items():
+            if known in name:
+                return peak
+    a, best = torch.randn(1024, 1024, device=device), math.inf
+    for _ in range(5):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * 1024**3 / best
+
+
+if __name__ == "__main__":
+    run_main(main)
