@@ -45,8 +45,12 @@ class Document(NamedTuple):
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on `path`, so that of several processes one builds and the others then find it built."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as lock:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path, "a")
+    except OSError as e:
+        raise UserError(f"cannot write in {path.parent} ({e.strerror}); set NANOCHAT_BASE_DIR to a folder that can be written") from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -173,7 +173,7 @@ class RecallTask:
         tokens[:, T - room : T] = queries[:, ::-1].reshape(len(indices), -1)[:, -room:]
         place, end = np.arange(T + 1), (num_blocks * self.block)[:, None]
         tokens[:, : stored.shape[1]] = np.where(place[: stored.shape[1]] < end, stored, tokens[:, : stored.shape[1]])
-        mask = (place >= end) & (place % 2 == 1) & (place < T)
+        mask = (place >= end) & (place % 2 == 1)  # T is even: the extra alias is not among them
         return RecallRows(tokens, mask, num_blocks.copy(), chosen[:, 0])
 
     def needle_rows(self, split: str, indices: np.ndarray, filler: np.ndarray, n: int, needles: int = 1) -> RecallRows:
