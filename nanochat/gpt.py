@@ -49,6 +49,11 @@ class GPTConfig:
     softcap: float = 15.0
 
     def __post_init__(self):
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "rope_base", "softcap"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} {getattr(self, name)} must be positive")
+        if self.n_embd < (needed := max(SMEAR_DIMS * self.smear, VALUE_GATE_DIMS * self.value_embeds)):
+            raise UserError(f"width {self.n_embd}: smear and value embeddings read {needed} dimensions; widen the model or switch them off")
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
             raise UserError(f"width {self.n_embd} does not divide into {self.n_head} heads of even width")
         if self.n_head % self.n_kv_head:
@@ -316,6 +321,8 @@ class GPT(nn.Module):
         capture: gets one `Captured` a layer. lift_windows: L layers see everything however long.
         """
         cfg = self.config
+        if idx is None and (inputs_embeds is None or cfg.value_embeds):
+            raise ValueError("idx is needed: without inputs_embeds, and by a model with value embeddings")
         x = self.embed(idx) if inputs_embeds is None else inputs_embeds
         B, S, _ = x.shape
         if rotary is None:
