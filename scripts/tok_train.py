@@ -9,11 +9,11 @@ from nanochat.dataset import open_corpus
 from nanochat.tokenizer import Tokenizer
 
 
-def texts_up_to(texts: Iterator[str], max_chars: int) -> Iterator[str]:
-    """The texts until max_chars characters are out; the last is cut."""
-    for text in texts:
-        yield text[:max_chars]
-        max_chars -= len(text)
+def training_texts(data: str, text_column: str, max_chars: int) -> Iterator[str]:
+    """The training documents until max_chars characters are out; the last is cut. The corpus is opened on first use."""
+    for document in open_corpus(data, text_column).documents("train"):
+        yield document.text[:max_chars]
+        max_chars -= len(document.text)
         if max_chars <= 0:
             return
 
@@ -28,8 +28,7 @@ def main() -> None:
     if args.max_chars < 1:
         raise UserError(f"--max_chars={args.max_chars}: at least 1")
     start = time.monotonic()
-    documents = open_corpus(args.data, args.text_column).documents("train")
-    tokenizer = Tokenizer.train(texts_up_to((d.text for d in documents), args.max_chars), args.vocab_size)
+    tokenizer = Tokenizer.train(training_texts(args.data, args.text_column, args.max_chars), args.vocab_size)
     path = tokenizer.save()
     seconds = time.monotonic() - start
     print(f"tokenizer of {args.vocab_size} BPE tokens ({tokenizer.vocab_size} ids) in {seconds:.1f} s: {path}")

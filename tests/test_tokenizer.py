@@ -108,6 +108,8 @@ def test_commands(tmp_path):
 
     missing = run("scripts.tok_eval")
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "tok_train" in missing.stderr
+    refused = run("scripts.tok_train", "--vocab_size=100")
+    assert refused.returncode == 2 and "--vocab_size=100" in refused.stderr and not (tmp_path / "base").exists()
     trained = run("scripts.tok_train", "--vocab-size", "300", "--max_chars=5000")
     assert trained.returncode == 0, trained.stderr
     assert json.loads(trained.stdout.splitlines()[-1])["vocab_size"] == 300 + 1 + 1056
