@@ -36,6 +36,8 @@ def evaluate(model: GPT, batches: Iterable[Batch], steps: int, token_bytes: Tens
         raise UserError(f"evaluation over {steps} batches: at least 1")
     device = model.lm_head.weight.device
     sizes_V = None if token_bytes is None else torch.as_tensor(token_bytes, device=device)
+    if sizes_V is not None and len(sizes_V) != model.config.vocab_size:
+        raise UserError(f"bytes of {len(sizes_V)} ids for a model of {model.config.vocab_size}: tokenizer and model do not belong together")
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # nats, targets, nats of bytes, bytes, batches missing
     batches = iter(batches)
     for done in range(steps):
