@@ -51,6 +51,8 @@ def load_nanochat_dir(directory: Path | str, step: int | str = "latest") -> GPT:
         raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
     except (KeyError, TypeError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as e:
         raise UserError(f"{weights} and {meta.name} are no nanochat checkpoint ({type(e).__name__}: {str(e).splitlines()[:1]})") from None
+    if "rope_fraction" in config:  # a field the reference does not know, and from_nanochat would not read
+        raise UserError(f"{directory} holds a checkpoint of ours: use --checkpoint_dir")
     return GPT.from_nanochat(config, state)
 
 
