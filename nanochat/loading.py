@@ -81,7 +81,7 @@ def add_model_flags(parser: FlagParser) -> None:
     parser.add_argument("--step", default="latest", help="training step to load, or 'latest' (the newest intact one)")
     parser.add_argument("--nanochat_checkpoint", help="instead: checkpoint directory of karpathy/nanochat")
     parser.add_argument("--nanochat_tokenizer", help="its tokenizer.pkl; loading it runs code of that file, so only if you trust it")
-    parser.add_argument("--device", default="auto", help="auto (CUDA when there is one), cpu or cuda")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto (CUDA when there is one), cpu or cuda")
 
 
 def model_from_flags(args: Namespace, device: torch.device) -> tuple[GPT, Tokenizer, dict]:

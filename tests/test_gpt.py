@@ -170,13 +170,15 @@ def test_attention_against_a_slow_one(window, rope):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_key_bias_is_an_additive_mask(masked):
+@pytest.mark.parametrize("per_head", [False, True])
+def test_key_bias_is_an_additive_mask(masked, per_head):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, heads, 9, 8, generator=g, dtype=torch.float64) for heads in (4, 2, 2))
-    bias = torch.randn(2, 9, generator=g, dtype=torch.float64).requires_grad_()
+    bias = torch.randn((2, 2, 9) if per_head else (2, 9), generator=g, dtype=torch.float64).requires_grad_()
     distance = torch.arange(9)[:, None] - torch.arange(9)
     seen = (distance >= 0) & (distance <= (3 if masked else 9))
-    explicit = bias[:, None, None, :] + torch.zeros(9, 9, dtype=torch.float64).masked_fill(~seen, -math.inf)
+    spread = bias.repeat_interleave(2, 1) if per_head else bias[:, None]  # [B, H or 1, S]
+    explicit = spread[:, :, None, :] + torch.zeros(9, 9, dtype=torch.float64).masked_fill(~seen, -math.inf)
     results = []
     for y in (attend(q, k, v, seen if masked else None, bias),
               F.scaled_dot_product_attention(q, k, v, attn_mask=explicit, enable_gqa=True)):
@@ -273,6 +275,15 @@ def test_losses_ignore_minus_one_and_weigh_rows_alike():
     expected = -logits.log_softmax(-1)
     assert losses[0, 1] == 0 and torch.isclose(losses[1, 2], expected[1, 2, 4])
     assert torch.isclose(mean_loss(losses, targets), (losses[0, 0] + losses[1].mean()) / 2)
+
+
+@pytest.mark.parametrize("num_targets", [3, 5, 9, None])
+def test_head_on_targets_only_is_the_same_loss(num_targets):
+    model, idx = tiny_gpt(), random_tokens(3, 9)
+    targets = torch.full((3, 9), -1)
+    targets[0, [1, 4, 8]], targets[1, 0] = torch.tensor([5, 6, 0]), 7
+    hidden = model.hidden(idx).detach()
+    torch.testing.assert_close(model.loss(hidden, targets, num_targets), mean_loss(token_losses(model.logits(hidden), targets), targets))
 
 
 def test_flops_against_a_hand_count():

@@ -133,7 +133,10 @@ def test_base_eval(run, tmp_path):
     assert result["bpb"] == pytest.approx(result["loss"] / 0.693147, rel=1e-4)  # one byte a token
     shorter = json.loads(run(base_eval.main, *flags, "--row_tokens=16", "--rows=packed")[-1])
     assert shorter["row_tokens"] == 16 and shorter["rows"] == 8
-    assert json.loads(run(base_eval.main, *flags, "--data=random", "--seed=1")[-1])["targets"] == 128
+    random = json.loads(run(base_eval.main, *flags, "--data=random", "--seed=1")[-1])
+    assert random["targets"] == 128 and random["bpb"] is None
+    saved(tmp_path / "ckpt", tiny_gpt(vocab_size=257, sequence_len=32, dtype=torch.float32), 8, flags={"data": "random", "seed": 1})
+    assert json.loads(run(base_eval.main, flags[0], *flags[2:])[-1]) == {**random, "step": 8}  # data as it was trained on
     with pytest.raises(UserError, match="fewer tokens"):
         run(base_eval.main, *flags, "--eval_tokens=100000000")
 
