@@ -45,14 +45,14 @@ class MCConfig:
     kl_weight: float = setting(0.5, "weight of the KL from the full-context distribution")
     # the lens
     teacher: str = setting("gate", "what the lens is taught: gate gradients or attention mass of the full pass", ("gate", "attention"))
-    lens_horizon: int = setting(16, "tokens ahead whose need for a block the lens predicts")
+    lens_horizon: int = setting(8, "tokens ahead whose need for a block the lens predicts")
     lens_queries: int = setting(256, "last positions of a row that teach the lens")
     lens_row_stride: int = setting(1, "every how many rows teach the lens")
     lens_key_dim: int = setting(128, "width of a lens key")
     lens_keys: int = setting(4, "lens keys per block")
     # optimization
     gist_lr: float = setting(2e-3, "learning rate of GistNet and the gists' logit bias (AdamW)")
-    lens_lr: float = setting(3e-3, "learning rate of LensNet (AdamW)")
+    lens_lr: float = setting(0.03, "learning rate of LensNet (Muon; a tenth for its scalars)")
 
     def __post_init__(self):
         for f in fields(self):

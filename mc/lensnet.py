@@ -7,8 +7,8 @@ the maximum over them is what lets a lens find one pair among sixteen (one key: 
 Queries, at every token of the tail, from embeddings alone: [embedding; previous; mean of the last few] through an MLP. A lens that
 read the hidden states of the full-context pass would have read the answer. All inputs are detached: the lens never bends the base.
 
-    score(t, node)  = gain · cosine(query_t, best key of the node)
-    logit(t, node)  = Σ over the last `tail` tokens of trust · score  +  bias(log₂ distance to the node)
+    vote(t, node)   = gain · cosine(query_t, best key of the node)
+    logit(t, node)  = Σ over the last `tail` tokens of trust · vote  +  bias(log₂ distance to the node)
 
 trust is a learned number per token, so that a tail of many tokens adds up its evidence and function words stay silent.
 `logits` does this at every position at once (training: hundreds of queries per context), `focus_logits` at the last one (use).
@@ -61,13 +61,18 @@ class LensNet(nn.Module):
         super().__init__()
         self.config = config
         self.key = nn.Linear(2 * config.d_model, config.key_dim, bias=False)
-        self.query = nn.Sequential(nn.Linear(3 * config.d_model, config.query_width), nn.GELU(),
-                                   nn.Linear(config.query_width, config.key_dim, bias=False))
+        self.query = nn.Linear(config.d_model, config.key_dim, bias=False)
+        self.query_mlp = nn.Sequential(nn.Linear(3 * config.d_model, config.query_width), nn.GELU(),
+                                       nn.Linear(config.query_width, config.key_dim, bias=False))
         self.trust = nn.Linear(3 * config.d_model, 1)
         self.log_gain = nn.Parameter(torch.tensor(2.5))
         self.distance_bias = nn.Parameter(torch.zeros(DISTANCE_BUCKETS))
+        with torch.no_grad():  # tied start: before it has learned anything, the lens looks for what is alike
+            self.key.weight[:, :config.d_model] = self.query.weight
+            self.key.weight[:, config.d_model:] = 0
+            nn.init.zeros_(self.query_mlp[2].weight)
         nn.init.zeros_(self.trust.weight)
-        nn.init.zeros_(self.trust.bias)
+        nn.init.constant_(self.trust.bias, -2.0)  # thirty tokens together start about as sure as four
 
     def keys(self, embeds_BTD: Tensor) -> Tensor:
         """[B, N, P, C] unit keys of the N = T // block_size complete blocks. Independent of what stands around a block."""
@@ -83,13 +88,13 @@ class LensNet(nn.Module):
         x = embeds_BTD.detach()
         local = trailing_sum(x, LOCAL_MEAN) / LOCAL_MEAN
         features = torch.cat([x, previous(x), norm(local)], -1)
-        return F.normalize(self.query(features), dim=-1), F.softplus(self.trust(features))
+        return F.normalize(self.query(x) + self.query_mlp(features), dim=-1), F.softplus(self.trust(features))
 
-    def evidence(self, queries_BTC: Tensor, trust_BT1: Tensor, keys_BNPC: Tensor) -> Tensor:
-        """[B, T, N]: each token's own vote."""
+    def votes(self, queries_BTC: Tensor, keys_BNPC: Tensor) -> Tensor:
+        """[B, T, N]: each token's own vote, not yet weighed by its trust."""
         B, N, P, C = keys_BNPC.shape
         cosine = queries_BTC @ keys_BNPC.reshape(B, N * P, C).transpose(1, 2)
-        return trust_BT1 * self.log_gain.exp() * cosine.unflatten(-1, (N, P)).amax(-1)
+        return self.log_gain.exp() * cosine.unflatten(-1, (N, P)).amax(-1)
 
     def _distance(self, cursor_T: Tensor, n_nodes: int) -> Tensor:
         """[T, N] bias by how many blocks lie between a node and the cursor, in half octaves."""
@@ -97,13 +102,17 @@ class LensNet(nn.Module):
         bucket = (2 * torch.log2(blocks.clamp_min(1).float())).long().clamp_max(DISTANCE_BUCKETS - 1)
         return self.distance_bias[bucket]
 
-    def logits(self, embeds_BTD: Tensor, keys_BNPC: Tensor, positions: slice) -> Tensor:
-        """[B, Q, N] at every position t of a range: its tail is (t − tail, t]. Which nodes are history at t the caller masks."""
+    def logits(self, embeds_BTD: Tensor, keys_BNPC: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
+        """[B, Q, N] twice at every position t of a range: the token's own vote, and the logits of its tail (t − tail, t].
+
+        Which nodes are history at t the caller masks.
+        """
         begin = max(positions.start - self.config.tail - LOCAL_MEAN, 0)
         queries, trust = self.queries(embeds_BTD[:, begin:positions.stop])
-        votes = trailing_sum(self.evidence(queries, trust, keys_BNPC), self.config.tail)[:, positions.start - begin:]
+        votes = self.votes(queries, keys_BNPC)
         cursor = torch.arange(positions.start + 1, positions.stop + 1, device=votes.device)
-        return votes + self._distance(cursor, keys_BNPC.shape[1])
+        own, tail = (x[:, positions.start - begin:] for x in (votes, trailing_sum(trust * votes, self.config.tail)))
+        return own, tail + self._distance(cursor, keys_BNPC.shape[1])
 
     def focus_logits(self, tail_BTD: Tensor, keys_BNPC: Tensor, cursor_B: Tensor) -> Tensor:
         """[B, N] unbounded logits for the context that ends at `cursor` [B] (tokens of history).
@@ -112,7 +121,7 @@ class LensNet(nn.Module):
         as many, so that the result equals `logits` at that position.
         """
         queries, trust = self.queries(tail_BTD)
-        votes = self.evidence(queries, trust, keys_BNPC)[:, -self.config.tail:].sum(1)
+        votes = (trust * self.votes(queries, keys_BNPC))[:, -self.config.tail:].sum(1)
         return votes + self._distance(cursor_B, keys_BNPC.shape[1])
 
 

@@ -26,7 +26,7 @@ from mc.focus_allocator import check_feasible, utilization
 from mc.keyed_random import gumbel, uniform
 from mc.losses import distillation, lens_loss, lens_targets, row_mean
 from mc.mega_context import Tree
-from mc.model import Entries, MegaContext, Placed, read_rows, run_entries, take, with_continuation
+from mc.model import Entries, MegaContext, Placed, read_rows, recency_scores, run_entries, take, with_continuation
 from mc.teachers import attention_mass, gate_utility, over_horizon
 from mc.working_context import Cut, entries_used
 from nanochat.common import UserError
@@ -215,7 +215,7 @@ class MCController:
         shares = torch.tensor([c.cut_shares()[p] for p in POLICIES], device=rows.device).cumsum(0)
         policy = torch.searchsorted(shares, draw[:, :1].contiguous(), right=True).clamp_max(len(POLICIES) - 1)
         noise = gumbel(key, count, self.seed, "cut", step)
-        by_policy = torch.stack([noise, self.recency(n, count), self.lens_logits(tree.levels[0], n) + noise,
+        by_policy = torch.stack([noise, recency_scores(n, count), self.model.lens_logits(tree.levels[0], n) + noise,
                                  self._teacher_scores(captured, chosen, n, count, len(rows))], 1)
         scores = by_policy.gather(1, policy[..., None].expand(-1, -1, count))[:, 0]
         scores = scores.masked_fill(self._unwanted(scores, draw[:, 1]), -torch.inf)
@@ -240,7 +240,7 @@ class MCController:
             return torch.zeros(rows, count, device=n.device)
         last = slice(self.T - self.config.horizon - 1, self.T)
         mass = attention_mass(captured, chosen, last, count, self.config.block_size).sum(1)
-        return mass.repeat(self.config.variants, 1).log()
+        return mass.repeat(self.config.variants, 1)
 
     def _placed(self, tree: Tree, rows: Tensor, n: Tensor, step: int) -> Placed | None:
         c = self.config
@@ -257,20 +257,6 @@ class MCController:
             top = tree.levels[c.max_lod][:, 0].detach()
             far = torch.stack([top.roll(i + 1, 0) for i in range(c.far_nodes)], 1)
         return Placed(far, gap, boundary)
-
-    # -- focus: scores of blocks, also used by evaluation -------------------------------------------------------------------
-
-    def recency(self, n: Tensor, count: int) -> Tensor:
-        """[B, N] the later the better."""
-        return torch.arange(count, device=n.device, dtype=torch.float32).expand(len(n), count)
-
-    @torch.no_grad()
-    def lens_logits(self, embeds_BTD: Tensor, n: Tensor) -> Tensor:
-        """[B, N] what the lens wants to see, having read the last tokens before n."""
-        lens = self.model.lensnet
-        length = lens.config.tail + LOCAL_CONTEXT
-        index = (n[:, None] - length + torch.arange(length, device=n.device)).clamp_min(0)
-        return lens.focus_logits(take(embeds_BTD, index), lens.keys(embeds_BTD), n)
 
     # -- the lens ----------------------------------------------------------------------------------------------------------
 
@@ -290,8 +276,8 @@ class MCController:
         visible = (end <= cursor[:, None] - c.protected).expand(len(embeds), -1, -1)
         target, weight = lens_targets(signal, visible)
         lens = self.model.lensnet
-        logits = lens.logits(embeds, lens.keys(embeds[:, :count * c.block_size]), asked)
-        loss = row_mean(lens_loss(logits, target, visible), weight).mean()
+        own, logits = lens.logits(embeds, lens.keys(embeds[:, :count * c.block_size]), asked)
+        loss = sum(row_mean(lens_loss(x, target, visible), weight).mean() for x in (own, logits))
         with torch.no_grad():
             seen = logits.masked_fill(~visible, -torch.inf)
             hit = seen.argmax(-1) == target.argmax(-1)
@@ -300,9 +286,6 @@ class MCController:
             entropy = row_mean(-(target * target.clamp_min(1e-9).log()).sum(-1), weight)
             metrics["mc.lens.teacher_entropy"] = entropy.mean()
         return loss
-
-
-LOCAL_CONTEXT = 8  # tokens before the lens's tail that its first queries average over
 
 
 @contextmanager

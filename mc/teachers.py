@@ -41,9 +41,10 @@ def _per_block(x_BQS: Tensor, n_blocks: int, block_size: int) -> Tensor:
 
 @torch.no_grad()
 def attention_mass(captured: Sequence[Captured], rows: slice, queries: slice, n_blocks: int, block_size: int) -> Tensor:
-    """[B, Q, N] share of attention on each of the first n_blocks blocks, the first token (the sink) left out.
+    """[B, Q, N] share of attention on each of the first n_blocks blocks, the first token (the sink) left out, beyond the mean block's.
 
-    Mean over layers and heads (a maximum is ruled by flat heads). captured: layers that see everything. n_blocks must lie
+    Mean over layers and heads (a maximum is ruled by flat heads). Most heads are flat, so the mean block's share is taken off: what
+    is left names the right block in place of a near-uniform distribution (recall, 32 blocks: 0.11 on the right block before). captured: layers that see everything. n_blocks must lie
     before the last query.
     """
     total = 0.0
@@ -51,7 +52,7 @@ def attention_mass(captured: Sequence[Captured], rows: slice, queries: slice, n_
         weights, _, _ = _attention(layer, rows, queries)
         weights[..., 0] = 0
         total = total + _per_block(weights.mean(1), n_blocks, block_size)
-    return total / len(captured)
+    return (total - total.mean(-1, keepdim=True)) / len(captured)
 
 
 @torch.no_grad()

@@ -1,0 +1,136 @@
+"""One history, one continuation, several ways to show the history: the comparison that everything is about.
+
+Every system is judged on the same target tokens (the H tokens after a history of n), by the mean NLL a row, and for recall by
+accuracy on the answers. From one checkpoint: full context, a sliding window of W tokens, and working contexts of W entries whose
+detail is chosen at random, by recency, by the lens, or by an oracle that knows the continuation.
+
+The oracle is, per row, the best on true NLL of: every tested system's cut, the cuts its teachers name (gate gradient and attention
+mass of the continuation in the full pass), and greedy search (each block alone, then each added to the best).
+
+Shapes: B rows, T tokens of a row = n + H, N blocks.
+"""
+
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from mc.focus_allocator import GreedyAllocator
+from mc.keyed_random import gumbel
+from mc.losses import row_mean
+from mc.mega_context import Tree
+from mc.model import MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
+from mc.teachers import attention_mass, gate_utility
+from nanochat.gpt import GPT, Captured, token_losses
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Per row: mean NLL over the continuation's targets [nats], share of them predicted right, entries before it."""
+
+    nll_B: Tensor
+    acc_B: Tensor
+    entries_B: Tensor
+    shown_BN: Tensor | None = None  # bool: blocks whose raw tokens are in the working context
+
+    @staticmethod
+    def cat(parts: list["Outcome"]) -> "Outcome":
+        names = ("nll_B", "acc_B", "entries_B", "shown_BN")
+        values = {name: [getattr(p, name) for p in parts] for name in names}
+        return Outcome(**{name: None if v[0] is None else torch.cat(v) for name, v in values.items()})
+
+
+def judge(gpt: GPT, hidden_BPD: Tensor, targets_BP: Tensor, entries: Tensor | int, shown: Tensor | None = None) -> Outcome:
+    logits = gpt.logits(hidden_BPD)
+    counted = targets_BP >= 0
+    right = (logits.argmax(-1) == targets_BP).float()
+    entries = torch.as_tensor(entries).expand(len(targets_BP))
+    return Outcome(row_mean(token_losses(logits, targets_BP), counted), row_mean(right, counted), entries, shown)
+
+
+@torch.no_grad()
+def plain_outcomes(gpt: GPT, tokens_BT: Tensor, targets_BT: Tensor, n: int, budget: int) -> dict[str, Outcome]:
+    """"full": the whole history; "window": its last `budget` tokens. targets [B, T]: next tokens, −1 where none counts."""
+    rows = slice(n - 1, tokens_BT.shape[1] - 1)
+    full = gpt.hidden(tokens_BT, lift_windows=True)[:, rows]
+    window = gpt.hidden(tokens_BT[:, n - budget:], positions=torch.arange(n - budget, tokens_BT.shape[1], device=tokens_BT.device))
+    targets = targets_BT[:, rows]
+    return {"full": judge(gpt, full, targets, n), "window": judge(gpt, window[:, budget - 1:-1], targets, budget)}
+
+
+class FocusComparison:
+    """Working contexts of one checkpoint on one batch of rows [B, T], T = n + H, n a multiple of the block size."""
+
+    def __init__(self, gpt: GPT, mc: MegaContext, tokens_BT: Tensor, targets_BT: Tensor, n: int, seed: int, rows_B: Tensor):
+        self.gpt, self.mc, self.tokens, self.targets, self.n = gpt, mc, tokens_BT, targets_BT, n
+        self.seed, self.rows = seed, rows_B
+        self.K, self.H = mc.config.block_size, tokens_BT.shape[1] - n
+        with torch.no_grad():
+            self.embeds = gpt.embed(tokens_BT)
+            self.tree: Tree = mc.build_tree(self.embeds[:, :n])
+            self.table = mc.build_tree(self.embeds)  # the continuation is looked up here
+        self.n_B = torch.full((len(tokens_BT),), n, device=tokens_BT.device)
+        self.n_blocks = n // self.K
+        self.allocator = GreedyAllocator(mc.focus_config())
+
+    @torch.no_grad()
+    def outcome(self, scores_BN: Tensor) -> Outcome:
+        """What the base makes of the working context that shows the best-scored blocks (−inf: never)."""
+        state = self.allocator.allocate(scores_BN, self.n_B)
+        cut, fits = self.allocator.cut(state)
+        assert bool(fits.all()), "the allocator exceeded the budget"
+        entries = with_continuation(cut, self.n_B, self.H - 1)
+        hidden = run_entries(self.gpt, self.mc, self.table, self.tokens, entries)
+        read = read_rows(entries, self.K, self.H, 1)
+        return judge(self.gpt, take(hidden, read.slot_BP), self.targets.gather(1, read.token_BP), entries.used_B, state.expanded[0])
+
+    def scores(self, policy: str) -> Tensor:
+        """[B, N] of "random", "recency" or "lens"."""
+        if policy == "random":
+            return gumbel(self.rows, self.n_blocks, self.seed, "random focus")
+        if policy == "recency":
+            return recency_scores(self.n_B, self.n_blocks)
+        return self.mc.lens_logits(self.embeds[:, :self.n], self.n_B)
+
+    def teacher_scores(self) -> dict[str, Tensor]:
+        """[B, N] gate gradient and attention mass of the continuation's queries in the full pass: they know the answer."""
+        captured: list[Captured] = []
+        queries = slice(self.n - 1, self.n + self.H - 1)
+        with torch.enable_grad():
+            embeds = self.embeds.clone().requires_grad_()
+            hidden = self.gpt.hidden(self.tokens, inputs_embeds=embeds, capture=captured, lift_windows=True)[:, queries]
+            losses = token_losses(self.gpt.logits(hidden), self.targets[:, queries])
+            torch.autograd.grad(losses.sum(), embeds)  # leaves the gradient at every attention output
+        counted = (self.targets[:, queries] >= 0).unsqueeze(-1)
+        every = slice(None)
+        return {"gate": (gate_utility(captured, every, queries, self.n_blocks, self.K) * counted).sum(1),
+                "attention": (attention_mass(captured, every, queries, self.n_blocks, self.K) * counted).sum(1)}
+
+    def oracle(self, tested: dict[str, Outcome], progress: Callable[[], None] = lambda: None) -> Outcome:
+        """Per row the best on true NLL of everything that was or can be tried; see the module's docstring."""
+        best = _best([*tested.values(), *(self.outcome(s) for s in self.teacher_scores().values())])
+        protected = self.mc.config.protected // self.K
+        chosen = torch.zeros(len(self.tokens), self.n_blocks, dtype=torch.bool, device=self.tokens.device)
+        blocks = self.n_blocks - protected
+        while int(chosen.sum(1).max()) < (self.mc.config.budget - self.mc.config.protected) // self.K:
+            tried = []
+            for block in range(blocks):
+                shown = chosen.clone()
+                shown[:, block] = True
+                tried.append(self.outcome(torch.where(shown, 0.0, -torch.inf)))
+                progress()
+            round_best = _best(tried)
+            if bool((round_best.nll_B >= best.nll_B).all()) and bool(chosen.any()):
+                break
+            best = _best([best, round_best])
+            winner = torch.stack([t.nll_B for t in tried]).argmin(0)
+            chosen[torch.arange(len(chosen)), winner] = True
+        return best
+
+
+def _best(outcomes: list[Outcome]) -> Outcome:
+    winner_B = torch.stack([o.nll_B for o in outcomes]).argmin(0)
+    pick = torch.arange(len(winner_B), device=winner_B.device)
+    return Outcome(*(torch.stack([getattr(o, name) for o in outcomes])[winner_B, pick]
+                     for name in ("nll_B", "acc_B", "entries_B", "shown_BN")))
