@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # torchrun scripts/base_train.py, not installed
 
@@ -237,6 +238,7 @@ def main() -> None:
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
     last = min(args.stop_at or plan.num_iterations, plan.num_iterations)
+    unlogged: list[dict[str, torch.Tensor]] = []  # metrics of the micro-steps since the last log line
     val = None
 
     def save() -> None:
@@ -259,11 +261,14 @@ def main() -> None:
                 (loss / plan.accumulation).backward()
                 if mc:
                     metrics |= mc.lens_step(plan.accumulation)
-                for name, value in metrics.items():
-                    recorder.record(name, value)
+                unlogged.append(metrics)
             logging = (step + 1) % args.log_every == 0 or step + 1 == last
             if logging:
                 assert_finite(loss, step)
+                for metrics in mean_over_ranks(unlogged, ranks):
+                    for name, value in metrics.items():
+                        recorder.record(name, value)
+                unlogged.clear()
             if args.grad_clip or logging:
                 recorder.record("train.grad_norm", global_grad_norm(model.parameters(), ranks.world_size, args.grad_clip or None))
             multiplier = lr_multiplier(step, plan.num_iterations, warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio, final_lr_frac=args.final_lr_frac)
@@ -297,6 +302,16 @@ def build_controller(args, plan: Plan, model: GPT):
     from mc.config import from_flags  # inside, so that mc stays optional
     from mc.runtime import MCController
     return MCController(from_flags(args), model, T=plan.T, micro_batch=plan.micro_batch, num_iterations=plan.num_iterations, seed=args.seed)
+
+
+def mean_over_ranks(metrics: list[dict[str, torch.Tensor]], ranks: Ranks) -> list[dict[str, torch.Tensor]]:
+    """Each value's mean over ranks, which record the same names in the same order: a curve must not be one rank's."""
+    if ranks.world_size == 1:
+        return metrics
+    values = torch.stack([v.detach().reshape(()).to(ranks.device, torch.float32) for m in metrics for v in m.values()])
+    dist.all_reduce(values)
+    means = iter(values / ranks.world_size)
+    return [{name: next(means) for name in m} for m in metrics]
 
 
 def batches(source: Source, plan: Plan, ranks: Ranks):
