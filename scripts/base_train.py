@@ -262,7 +262,8 @@ def main() -> None:
                 if mc:
                     metrics |= mc.lens_step(plan.accumulation)
                 unlogged.append(metrics)
-            logging = (step + 1) % args.log_every == 0 or step + 1 == last
+            evaluating, saving = (step + 1 == last or (every and (step + 1) % every == 0) for every in (args.eval_every, args.save_every))
+            logging = (step + 1) % args.log_every == 0 or evaluating or saving  # a saved step's loss was looked at
             if logging:
                 assert_finite(loss, step)
                 for metrics in mean_over_ranks(unlogged, ranks):
@@ -282,7 +283,7 @@ def main() -> None:
             step += 1
 
             record_step(recorder, time.perf_counter() - started, waited, multiplier, facts, plan, step, peak, device)
-            if step == last or (args.eval_every and step % args.eval_every == 0):
+            if evaluating:
                 with autocast:
                     val = evaluate(model, batches(held_out, plan, ranks), eval_steps, token_bytes)
                 recorder.record("val.loss", val.loss)
@@ -290,7 +291,7 @@ def main() -> None:
                     recorder.record("val.bpb", val.bpb)
             if logging:
                 recorder.flush(step)
-            if step == last or (args.save_every and step % args.save_every == 0):
+            if saving:
                 save()
     summary = {"step": step, "val_loss": val and val.loss, "val_bpb": val and val.bpb, "tokens": step * plan.tokens_per_step,
                "flops": facts["flops_per_token"] * plan.tokens_per_step * step, "seconds": round(time.time() - begin, 1), "checkpoint": str(directory)}
