@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import resource
 import sys
 import time
@@ -96,17 +97,34 @@ def parse_flags():
         from mc.config import add_flags
         add_flags(parser)
     args, unknown = parser.parse_known_args()
-    if unknown and all(name.startswith("--mc_") for name in unknown if name.startswith("--")) and not args.mc_enabled:
+    names = [name for name in unknown if name.startswith("--")]
+    if names and all(name.startswith("--mc_") for name in names) and not args.mc_enabled:
         parser.error(f"{' '.join(unknown)}: needs --mc_enabled=1")
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
+    check_ranges(args)
     return args
 
 
+def check_ranges(args) -> None:
+    """UserError for a number that no run can use."""
+    least = dict.fromkeys(("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size", "log_every", "keep_last", "eval_tokens"), 1)
+    least |= dict.fromkeys(("n_kv_head", "total_batch_size", "num_iterations", "stop_at", "warmup_steps", "eval_every", "save_every", "matrix_lr",
+                            "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "grad_clip", "seed"), 0)
+    for name, low in least.items():
+        if not low <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name}={getattr(args, name)} must be at least {low}")
+    for name in ("recall_grow", "warmdown_ratio", "final_lr_frac"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name}={getattr(args, name)} must be in [0, 1]")
+    if not 0 < args.target_tokens_per_param < math.inf:
+        raise UserError(f"--target_tokens_per_param={args.target_tokens_per_param} must be positive")
+
+
 def wants_mc(argv: list[str]) -> bool:
-    """Whether the flags of `mc` are needed: it is on, or all help is asked for and it is there."""
-    joined = " ".join(argv).replace("-", "_").replace("=", " ")
-    on = "__mc_enabled 1" in joined
+    """Whether the flags of `mc` are needed: it is on (the last mention counts), or all help is asked for and it is there."""
+    mentions = re.findall(r"(?:^| )--mc_enabled (\S+)", " ".join(argv).replace("mc-enabled", "mc_enabled").replace("=", " "))
+    on = mentions[-1:] == ["1"]
     with_help = bool({"-h", "--help"} & set(argv)) and (Path(__file__).resolve().parent.parent / "mc" / "config.py").exists()
     return on or with_help
 
@@ -137,8 +155,6 @@ def make_plan(args, vocab_size: int, world_size: int) -> Plan:
         args.max_seq_len, vocab_size, args.depth, heads, args.n_kv_head or heads, width, args.window_pattern,
         bool(args.value_embeds), bool(args.smear), bool(args.resid_scalars), bool(args.backout), bool(args.key_shift),
         bool(args.tie_qk), args.rope_fraction)
-    if min(args.depth, args.max_seq_len, args.device_batch_size) < 1:
-        raise UserError("--depth, --max_seq_len and --device_batch_size must be at least 1")
     T, smallest = args.max_seq_len, args.device_batch_size * args.max_seq_len * world_size
     total = args.total_batch_size or max(smallest, int(2 ** round(19 + math.log2(args.depth / 12))) // smallest * smallest)
     if total % smallest:
