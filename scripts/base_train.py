@@ -45,6 +45,7 @@ def parse_flags():
     flag = dict(type=int, choices=(0, 1))
     # model
     add("--depth", type=int, default=6, help="layers; the dial that sets all that is not given")
+    add("--vocab_size", type=int, default=0, help="ids the tokenizer must have; 0: as many as it has. Given, a dry run needs no tokenizer")
     add("--aspect_ratio", type=int, default=64, help="width per layer")
     add("--head_dim", type=int, default=64, help="width of a head; the model's width is rounded up to a multiple")
     add("--n_kv_head", type=int, default=0, help="heads of keys and values; 0: as many as heads")
@@ -109,7 +110,7 @@ def parse_flags():
 def check_ranges(args) -> None:
     """UserError for a number that no run can use."""
     least = dict.fromkeys(("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size", "log_every", "keep_last", "eval_tokens"), 1)
-    least |= dict.fromkeys(("n_kv_head", "total_batch_size", "num_iterations", "stop_at", "warmup_steps", "eval_every", "save_every", "matrix_lr",
+    least |= dict.fromkeys(("vocab_size", "n_kv_head", "total_batch_size", "num_iterations", "stop_at", "warmup_steps", "eval_every", "save_every", "matrix_lr",
                             "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "grad_clip", "seed"), 0)
     for name, low in least.items():
         if not low <= getattr(args, name) < math.inf:
@@ -193,7 +194,7 @@ def main() -> None:
     args = parse_flags()
     begin = time.time()
     if args.dry_run:
-        ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu"))
+        ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.device("meta"))  # shapes, no memory
     else:
         ranks = init_distributed(args.device)
     device = ranks.device
@@ -201,12 +202,16 @@ def main() -> None:
         raise UserError("--rows=packed mixes documents in a row, which a working context must not cross; use --rows=long with --mc_enabled=1")
     if args.mc_enabled and args.compile:
         raise UserError("--compile=1 hides the attention gradients that teach the lens; use --compile=0 with --mc_enabled=1")
-    tokenizer = Tokenizer.load()
-    plan = make_plan(args, tokenizer.vocab_size, ranks.world_size)
+    tokenizer = None if args.dry_run and args.vocab_size else Tokenizer.load()
+    if tokenizer and args.vocab_size not in (0, tokenizer.vocab_size):
+        raise UserError(f"--vocab_size={args.vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids; leave the flag out, or train another")
+    plan = make_plan(args, tokenizer.vocab_size if tokenizer else args.vocab_size, ranks.world_size)
 
     # Model, MegaContext, optimizer. The base is built first, from the seed: the same weights with and without mc.
     seed_everything(args.seed)
-    model = GPT(plan.model).to(device)
+    with device if args.dry_run else contextlib.nullcontext():
+        model = GPT(plan.model)
+    model = model.to(device)
     mc = build_controller(args, plan, model) if args.mc_enabled else None
     if args.dry_run:
         return print0(json.dumps(describe(plan, model, ranks.world_size, mc), indent=1))
