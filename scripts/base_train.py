@@ -239,12 +239,9 @@ def main() -> None:
     step = 0
     if args.resume and complete_steps(directory):
         saved = load_checkpoint(directory, device=device, rank=ranks.rank, world_size=ranks.world_size)
-        if saved.meta["model_config"] != dataclasses.asdict(plan.model) or saved.meta["num_iterations"] != plan.num_iterations:
-            raise UserError(f"{directory} holds another model or horizon; use its flags, another --model_tag, or --resume=0")
+        check_resumable(saved.meta, args, plan, tokenizer, directory)
         model.load_state_dict(saved.model)
         if mc:
-            if saved.mc is None:
-                raise UserError(f"the checkpoint in {directory} has no MegaContext; it was trained with --mc_enabled=0")
             mc.load_state_dict(saved.mc)
         optimizer.load_state_dict(saved.optimizer)
         loader.load_state_dict(saved.loader)
@@ -318,6 +315,23 @@ def main() -> None:
                "flops": facts["flops_per_token"] * plan.tokens_per_step * step, "seconds": round(time.time() - begin, 1), "checkpoint": str(directory)}
     print0(f"done: {step} steps, checkpoint in {directory}")
     print0(json.dumps(summary))
+
+
+MAY_CHANGE = {"data", "device_batch_size", "stop_at", "eval_every", "eval_tokens", "save_every", "keep_last", "log_every", "resume", "model_tag",
+              "run", "device", "compile", "vocab_size"}  # flags of a resumed run; the loader compares the data itself, not its path
+
+
+def check_resumable(meta: dict, args, plan: Plan, tokenizer: Tokenizer, directory: Path) -> None:
+    """UserError when a run would go on with other flags than it began with: state that is restored would silently win over them."""
+    saved = meta["flags"]
+    changed = [f"--{k}={v} (was {saved.get(k, 'not there')})" for k, v in vars(args).items() if k not in MAY_CHANGE and saved.get(k) != v]
+    changed += [f"--{k} (was {saved[k]})" for k in saved if k not in vars(args) and k not in MAY_CHANGE]
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        changed.append(f"tokenizer {tokenizer.fingerprint} (was {meta['tokenizer']})")
+    if not changed and (meta["model_config"] != dataclasses.asdict(plan.model) or meta["num_iterations"] != plan.num_iterations):
+        changed.append(f"model or horizon (was {meta['model_config']}, {meta['num_iterations']} steps)")
+    if changed:
+        raise UserError(f"cannot resume {directory} with other settings: {', '.join(changed)}; use its flags, another --model_tag, or --resume=0")
 
 
 def build_controller(args, plan: Plan, model: GPT):
