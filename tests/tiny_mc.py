@@ -1,0 +1,54 @@
+"""A MegaContext small enough for float64 tests: blocks of 4 tokens, three levels, 64 tokens a row, nothing left at zero."""
+
+import torch
+
+from mc.config import MCConfig
+from mc.keyed_random import uniform
+from mc.runtime import MCController
+from nanochat.dataloader import Batch
+from nanochat.gpt import GPT
+from tiny_gpt import tiny_gpt
+
+K, T, H, W, R, N = 4, 64, 8, 32, 8, 56  # block, row, continuation, budget, protected tokens, history
+VOCAB = 50
+SMALL = dict(block_size=K, max_lod=2, gist_width=16, budget=W, horizon=H, start=0.0, ramp=0, lens_horizon=4, lens_queries=24,
+             lens_key_dim=16, lens_keys=2)
+
+
+def tiny_base(seed: int = 0, dtype: torch.dtype = torch.float64, **config) -> GPT:
+    """Every feature on, windows that see everything."""
+    return tiny_gpt(seed, dtype, **{"sequence_len": 128, "n_layer": 2, **config})
+
+
+def randomize(module: torch.nn.Module, seed: int = 0, std: float = 0.3) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * std)
+
+
+def tiny_mc(gpt: GPT, *, micro_batch: int = 4, num_iterations: int = 10, seed: int = 0, T: int = T, **config) -> MCController:
+    mc = MCController(MCConfig(**{**SMALL, **config}), gpt, T=T, micro_batch=micro_batch, num_iterations=num_iterations, seed=seed)
+    mc.model.to(gpt.lm_head.weight.dtype)
+    randomize(mc.model)
+    return mc
+
+
+def tiny_batch(rows=(0, 1, 2, 3), T: int = T, seed: int = 0) -> Batch:
+    """Rows that are a function of their numbers, every fifth target ignored."""
+    rows = torch.as_tensor(rows)
+    tokens = (uniform(rows, T + 1, seed, "tokens") * VOCAB).long()
+    targets = tokens[:, 1:].masked_fill(torch.arange(T) % 5 == 0, -1)
+    return Batch(tokens[:, :-1].contiguous(), targets, rows, T)
+
+
+def step(mc: MCController, gpt: GPT, batch: Batch, at: int = 0, accumulation: int = 1):
+    """One micro-step with its gradients, as the training loop does it: the result with the metrics of both halves."""
+    result = mc.training_step(gpt, batch, at)
+    (result.loss / accumulation).backward()
+    return result._replace(metrics=result.metrics | mc.lens_step(accumulation))
+
+
+def values(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Without the times."""
+    return {name: float(x) for name, x in metrics.items() if not name.startswith("mc.time")}
