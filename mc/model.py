@@ -151,10 +151,10 @@ class Rows(NamedTuple):
 
 def read_rows(entries: Entries, block_size: int, count: int, before: int) -> Rows:
     """`before` entries up to the cut's last one, then what follows, `count` in all; valid where they are raw tokens."""
-    slot = entries.used_B[:, None] - before + torch.arange(count, device=entries.used_B.device)
-    slot = slot.clamp(0, entries.lod_BM.shape[1] - 1)
+    wanted = entries.used_B[:, None] - before + torch.arange(count, device=entries.used_B.device)
+    slot = wanted.clamp(0, entries.lod_BM.shape[1] - 1)
     lod, index, valid = (x.gather(1, slot) for x in (entries.lod_BM, entries.index_BM, entries.valid_BM))
-    return Rows(slot, (index + 1) * block_size ** lod - 1, valid & (lod == 0))
+    return Rows(slot, (index + 1) * block_size ** lod - 1, valid & (lod == 0) & (slot == wanted))
 
 
 def take(x_BMD: Tensor, slot_BP: Tensor) -> Tensor:
