@@ -1,0 +1,295 @@
+"""The working-context pass: without gists it is the vanilla pass, each entry is its own node, and one rule gives every target."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mc.config import MCConfig, add_flags, from_dict, from_flags, to_dict
+from mc.gaussian_rope import entry_rotary
+from mc.model import Entries, MegaContext, Placed, load_mega_context, read_rows, recency_scores, run_entries, take, with_continuation
+from mc.working_context import finest
+from nanochat.checkpoint import save_checkpoint
+from nanochat.common import FlagParser, UserError
+from tiny_mc import SMALL, H, K, N, R, W, randomize, tiny_base, tiny_batch, tiny_mc
+
+torch.set_num_threads(1)
+tokens = tiny_batch().inputs
+n_B = torch.full((4,), N)
+
+
+def mega(gpt, **config) -> MegaContext:
+    return tiny_mc(gpt, **config).model
+
+
+def random_entries(mc: MegaContext, seed: int = 0, n: torch.Tensor = n_B) -> Entries:
+    scores = torch.randn(4, N // K, generator=torch.Generator().manual_seed(seed))
+    return with_continuation(mc.allocator.cut(mc.allocator.allocate(scores, n))[0], n, H - 1)
+
+
+def spy(gpt, monkeypatch) -> dict:
+    """What the next pass through the base is given, and what its layers capture."""
+    seen: dict = {"captured": []}
+    hidden = gpt.hidden
+
+    def listening(idx, **kwargs):
+        seen.update(kwargs, idx=idx)
+        return hidden(idx, capture=seen["captured"], **kwargs)
+
+    monkeypatch.setattr(gpt, "hidden", listening)
+    return seen
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-6), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@torch.no_grad()
+def test_without_gists_the_pass_is_the_vanilla_pass(dtype, tolerance, kv_heads, monkeypatch):
+    """What the base is given is bit-identical. The bias of keys, zero here, rides in a wider head, whose dot products a kernel may
+    sum in another order: hence the tolerance on what comes out."""
+    gpt = tiny_base(dtype=dtype, n_kv_head=kv_heads)
+    mc = mega(gpt)
+    vanilla = gpt.hidden(tokens[:, :N + H - 1])
+    for capacity in (N, N + 5):
+        seen = spy(gpt, monkeypatch)
+        out = run_entries(gpt, mc, mc.build_tree(gpt.embed(tokens)), tokens, with_continuation(finest(n_B, K, capacity), n_B, H - 1))
+        out = out[:, :N + H - 1]
+        assert torch.equal(seen["idx"][:, :N + H - 1], tokens[:, :N + H - 1]) and not seen["key_bias"].any()
+        assert torch.equal(seen["inputs_embeds"][:, :N + H - 1], gpt.embed(tokens[:, :N + H - 1]))
+        for got, expected in zip(seen["rotary"], gpt.rotary(torch.arange(N + H - 1))):
+            assert torch.equal(got[:, :N + H - 1], expected.expand(4, -1, -1, -1))
+        torch.testing.assert_close(out, vanilla, rtol=0, atol=tolerance)
+        given_all = {k: seen[k] for k in ("inputs_embeds", "rotary", "linked")}
+        monkeypatch.undo()
+        unbiased = gpt.hidden(seen["idx"], **given_all)[:, :N + H - 1]
+        if capacity == N:
+            assert torch.equal(unbiased, vanilla)  # smear and key shift too
+
+
+def test_key_bias_lies_between_nothing_and_the_log_of_the_width():
+    mc = mega(tiny_base())
+    lod = torch.tensor([[0, 1, 2, 0]])
+    bias = mc.key_bias(lod)
+    assert bias[0, 0] == bias[0, 3] == 0 and 0 < bias[0, 1] < math.log(K) and 0 < bias[0, 2] < 2 * math.log(K)
+    bias.sum().backward()
+    assert mc.gist_bias.grad.all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.lists(st.integers(W // K, N // K), min_size=4, max_size=4))
+@torch.no_grad()
+def test_each_entry_is_its_own_nodes_gist(seed, n):
+    gpt = tiny_base()
+    mc = mega(gpt)
+    embeds, n = gpt.embed(tokens), K * torch.tensor(n)
+    entries = random_entries(mc, seed, n)
+    vectors = mc.build_tree(embeds).gather(*entries[:3])
+
+    def gist(b: int, lod: int, index: int) -> torch.Tensor:
+        if lod == 0:
+            return embeds[b, index]
+        children = torch.stack([gist(b, lod - 1, K * index + i) for i in range(K)])
+        return mc.gistnet(children[None], None, lod)[0, 0]
+
+    for b in range(4):
+        covered = 0
+        for w in range(entries.lod_BM.shape[1]):
+            if not entries.valid_BM[b, w]:
+                assert not vectors[b, w].any()
+                continue
+            lod, index = int(entries.lod_BM[b, w]), int(entries.index_BM[b, w])
+            assert index * K**lod == covered
+            covered += K**lod
+            torch.testing.assert_close(vectors[b, w], gist(b, lod, index), rtol=0, atol=1e-12)
+        assert covered == n[b] + H - 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.lists(st.integers(W // K, N // K), min_size=4, max_size=4))
+def test_an_entry_predicts_the_token_after_its_span(seed, n):
+    mc, n = MegaContext(MCConfig(**SMALL), 32), K * torch.tensor(n)
+    entries = random_entries(mc, seed, n)
+    for count, before in ((R + H - 1, R), (W + H - 1, W), (H, 1)):
+        read = read_rows(entries, K, count, before)
+        for b in range(4):
+            rows = [(int(s), int(t)) for s, t, v in zip(read.slot_BP[b], read.token_BP[b], read.valid_BP[b]) if v]
+            assert len(rows) == len(set(rows)), "an entry is read twice"
+            for slot, token in rows:
+                assert entries.lod_BM[b, slot] == 0 and token == entries.index_BM[b, slot]
+            used = int(entries.used_B[b])
+            wanted = range(max(used - before, 0), used + count - before)
+            assert [s for s, _ in rows] == [s for s in wanted if entries.valid_BM[b, s] and entries.lod_BM[b, s] == 0]
+    gists = entries.valid_BM & (entries.lod_BM > 0)
+    read = read_rows(entries, K, W + H - 1, W)
+    token = torch.zeros_like(entries.lod_BM).scatter(1, read.slot_BP, read.token_BP)
+    assert torch.equal(token[gists], ((entries.index_BM + 1) * K**entries.lod_BM - 1)[gists])  # gists follow the same rule
+
+
+def test_with_continuation_appends_right_behind_each_rows_cut():
+    mc, n = MegaContext(MCConfig(**SMALL), 32), torch.tensor([56, 40, 32, 48])
+    cut = mc.allocator.cut(mc.allocator.allocate(torch.full((4, N // K), -torch.inf), n))[0]
+    entries = with_continuation(cut, n, 7)
+    assert entries.lod_BM.shape == (4, W + 7)
+    for b in range(4):
+        used = int(cut.valid_BW[b].sum())
+        assert entries.used_B[b] == used < W
+        for whole, part in zip(entries[:2], cut[:2]):
+            assert whole[b, :used].tolist() == part[b, :used].tolist() and not whole[b, used + 7:].any()
+        assert entries.lod_BM[b, used:used + 7].tolist() == [0] * 7
+        assert entries.index_BM[b, used:used + 7].tolist() == list(range(int(n[b]), int(n[b]) + 7))
+        assert entries.valid_BM[b].tolist() == [True] * (used + 7) + [False] * (W - used)
+
+
+@torch.no_grad()
+def test_only_raw_entries_that_follow_their_predecessor_are_linked(monkeypatch):
+    gpt = tiny_base()
+    mc = mega(gpt)
+    entries, seen = random_entries(mc), spy(gpt, monkeypatch)
+    run_entries(gpt, mc, mc.build_tree(gpt.embed(tokens)), tokens, entries)
+    for b in range(4):
+        shown = [(int(x), int(i)) for x, i, v in zip(*(y[b] for y in entries[:3])) if v]
+        follows = [w > 0 and shown[w][0] == shown[w - 1][0] == 0 and shown[w][1] == shown[w - 1][1] + 1 for w in range(len(shown))]
+        assert seen["linked"][b].tolist() == follows + [False] * (W + H - 1 - len(shown))
+        assert (seen["idx"][b] >= 0).tolist() == [x == 0 for x, _ in shown] + [False] * (W + H - 1 - len(shown))
+        assert seen["key_bias"][b][:len(shown)].gt(0).tolist() == [x > 0 for x, _ in shown]
+    assert 5 < seen["linked"].sum() < entries.valid_BM.sum() - 20
+
+
+@torch.no_grad()
+def test_smear_and_key_shift_stop_at_gists(monkeypatch):
+    """A gist's vector reaches the first layer's keys at its own entry alone; a token's reaches the next token's too."""
+    gpt = tiny_base()
+    mc = mega(gpt)
+    entries, tree = random_entries(mc), mc.build_tree(gpt.embed(tokens))
+
+    def keys(table) -> torch.Tensor:
+        seen = spy(gpt, monkeypatch)
+        run_entries(gpt, mc, type(tree)(table, tree.shape), tokens, entries)
+        monkeypatch.undo()
+        return seen["captured"][0].k[0].transpose(0, 1)
+
+    lod, index = entries.lod_BM[0].tolist(), entries.index_BM[0].tolist()
+    gist = next(w for w in range(W) if lod[w] > 0 and lod[w + 1] == 0)
+    token = next(w for w in range(W) if lod[w:w + 3] == [0, 0, 0] and index[w + 1] == index[w] + 1)
+    before = keys(tree.table_BND)
+    for slot, reach in ((gist, {gist}), (token, {token, token + 1, token + 2})):
+        table = tree.table_BND.clone()
+        table[0, tree.shape.node_row(lod[slot], index[slot])] *= -1
+        table[0, tree.shape.node_row(lod[slot], index[slot])] += 1
+        changed = (keys(table) != before).flatten(1).any(1).nonzero()[:, 0].tolist()
+        assert set(changed) <= reach and {slot} <= set(changed) and (len(reach) == 1 or token + 1 in changed)
+
+
+@torch.no_grad()
+def test_an_entrys_output_depends_on_what_stands_before_it_alone():
+    gpt = tiny_base()
+    mc = mega(gpt)
+    entries, tree = random_entries(mc), mc.build_tree(gpt.embed(tokens))
+    out = run_entries(gpt, mc, tree, tokens, entries)
+    other = tokens.clone()
+    other[:, N] = (other[:, N] + 1) % 50
+    changed = run_entries(gpt, mc, mc.build_tree(gpt.embed(other)), other, entries) != out
+    for b, used in enumerate(entries.used_B.tolist()):
+        assert not changed[b, :used].any() and changed[b, used:used + H - 1].any(-1).all()
+
+
+@torch.no_grad()
+def test_padding_changes_nothing():
+    gpt = tiny_base()
+    mc = mega(gpt)
+    entries, tree = random_entries(mc), mc.build_tree(gpt.embed(tokens))
+    out = run_entries(gpt, mc, tree, tokens, entries)
+    padded = Entries(*(torch.nn.functional.pad(x, (0, 6)) for x in entries[:3]), entries.used_B)
+    got = run_entries(gpt, mc, tree, tokens, padded)[:, :out.shape[1]]
+    torch.testing.assert_close(got[entries.valid_BM], out[entries.valid_BM], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_far_gists_and_gaps_move_positions_and_nothing_else(monkeypatch):
+    gpt = tiny_base()
+    mc = mega(gpt)
+    entries, tree = random_entries(mc), mc.build_tree(gpt.embed(tokens))
+    plain, unplaced = spy(gpt, monkeypatch), run_entries(gpt, mc, tree, tokens, entries)
+    monkeypatch.undo()
+    far, gap, boundary = torch.randn(4, 2, 32, dtype=torch.float64), torch.tensor([0, 4, 400, 12]), torch.tensor([20, 0, 16, 40])
+    seen, out = spy(gpt, monkeypatch), run_entries(gpt, mc, tree, tokens, entries, Placed(far, gap, boundary))
+    assert out.shape == unplaced.shape and not torch.allclose(out, unplaced)
+    assert torch.equal(seen["inputs_embeds"], torch.cat([far, plain["inputs_embeds"]], 1))
+    for name, value in (("idx", -1), ("linked", False)):
+        assert torch.equal(seen[name][:, 2:], plain[name]) and (seen[name][:, :2] == value).all()
+    length = K**entries.lod_BM * entries.valid_BM
+    start = entries.index_BM * K**entries.lod_BM
+    start = start - gap[:, None] * (start < boundary[:, None])
+    start = torch.cat([torch.tensor([[-2 * K**2, -K**2]]) - gap[:, None], start], 1)
+    length = torch.cat([torch.full((4, 2), K**2), length], 1)
+    for got, expected in zip(seen["rotary"], entry_rotary(gpt, start, length)):
+        assert torch.equal(got, expected)
+    nothing = Placed(None, torch.zeros_like(gap), boundary)
+    monkeypatch.undo()
+    assert torch.equal(run_entries(gpt, mc, tree, tokens, entries, nothing), unplaced)
+
+
+@pytest.mark.parametrize("config", [{"positions": "centre"}, {"positions": "contiguous"}, {"alibi": 1}, {"lod_axis": 1}, {"damping_floor": 0.7}])
+@torch.no_grad()
+def test_position_settings_change_the_pass(config):
+    gpt = tiny_base(n_kv_head=4, rope_fraction=0.5)
+    plain, other = mega(gpt), mega(gpt, **config)
+    entries, tree = random_entries(plain), plain.build_tree(gpt.embed(tokens))
+    assert not torch.allclose(run_entries(gpt, plain, tree, tokens, entries), run_entries(gpt, other, tree, tokens, entries))
+
+
+@torch.no_grad()
+def test_rows_are_independent_and_follow_their_permutation():
+    gpt = tiny_base()
+    mc = mega(gpt)
+    order, entries, embeds = torch.tensor([2, 0, 3, 1]), random_entries(mc), gpt.embed(tokens)
+    out = run_entries(gpt, mc, mc.build_tree(embeds), tokens, entries)
+    again = run_entries(gpt, mc, mc.build_tree(embeds[order]), tokens[order], Entries(*(x[order] for x in entries)))
+    torch.testing.assert_close(again, out[order], rtol=0, atol=1e-12)
+
+
+def test_recency_scores_and_take():
+    assert recency_scores(torch.tensor([8, 4]), 3).tolist() == [[0, 1, 2]] * 2
+    x = torch.randn(2, 5, 3)
+    assert torch.equal(take(x, torch.tensor([[4, 0], [1, 1]])), torch.stack([x[0, [4, 0]], x[1, [1, 1]]]))
+
+
+def test_config_survives_flags_and_dicts():
+    parser = FlagParser()
+    add_flags(parser)
+    assert from_flags(parser.parse_args([])) == MCConfig()
+    config = from_flags(parser.parse_args(["--mc_budget=64", "--mc_gist=mean", "--mc-start", "0.5"]))
+    assert config == MCConfig(budget=64, gist="mean", start=0.5) == from_dict(to_dict(config))
+    with pytest.raises(UserError, match="unknown fields: colour"):
+        from_dict({"colour": 1})
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"gist": "sum"}, "use one of mean"), ({"alibi": 2}, "use one of 0, 1"), ({"budget": 0}, "at least 1"), ({"block_size": 1}, "at least 2"),
+    ({"start": 1.0}, r"in \[0, 1\)"), ({"damping_floor": 1.5}, r"in \[0, 1\]"), ({"recent": 33}, "not a multiple"),
+    ({"lens_queries": 8, "lens_horizon": 8}, "must exceed"), ({"positions": "centre", "damping_floor": 0.2}, "no effect"),
+    ({"cuts": "random:0.5"}, "sum to 1"), ({"cuts": "random:x"}, "not policy:share"), ({"cuts": "best:1"}, "shares of"), ({"cuts": "random:2,lens:-1"}, "≥ 0"),
+])  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(wrong, message):
+    with pytest.raises(UserError, match=message):
+        MCConfig(**wrong)
+
+
+@pytest.mark.parametrize("budget, recent, protected", [(128, 0, 32), (1024, 0, 128), (64, 0, 32), (4096, 0, 128), (128, 64, 64)])
+def test_protected_tokens_are_whole_blocks(budget, recent, protected):
+    assert MCConfig(budget=budget, recent=recent).protected == protected
+
+
+def test_a_saved_mega_context_is_loaded_as_it_was(tmp_path):
+    gpt = tiny_base(dtype=torch.float32)
+    mc = tiny_mc(gpt)
+    randomize(mc.model, seed=5)
+    meta = {"mc": mc.meta()}
+    save_checkpoint(tmp_path, 1, model=gpt.state_dict(), optimizer_shard={}, meta=meta, mc=mc.state_dict(), loader={})
+    loaded = load_mega_context(tmp_path, 1, meta, gpt.config.n_embd)
+    assert loaded.config == mc.config and meta["mc"]["trained_lods"] == [1, 2]
+    assert loaded.state_dict().keys() == mc.state_dict().keys()
+    assert all(torch.equal(x, mc.state_dict()[name]) for name, x in loaded.state_dict().items())
+    with pytest.raises(UserError, match="no MegaContext"):
+        load_mega_context(tmp_path, 1, {}, gpt.config.n_embd)
