@@ -73,6 +73,8 @@ class MCConfig:
             raise UserError(f"--mc_recent={self.recent} is not a multiple of the block size {self.block_size}")
         if self.lens_queries <= self.lens_horizon:
             raise UserError(f"--mc_lens_queries={self.lens_queries} must exceed --mc_lens_horizon={self.lens_horizon}")
+        if 0 < self.max_gap < self.block_size:
+            raise UserError(f"--mc_max_gap={self.max_gap} is less than a block of {self.block_size}: gaps are whole blocks")
         if self.damping_floor != MCConfig.damping_floor and self.positions != "gaussian":
             raise UserError(f"--mc_damping_floor has no effect with --mc_positions={self.positions}")
 

@@ -60,7 +60,7 @@ class MCController:
         K, R, H = config.block_size, config.protected, config.horizon
         if config.split == "end" and (T - H) % K:
             raise UserError(f"rows of {T} tokens less a horizon of {H} leave a history of {T - H}, not a multiple of the block size {K}")
-        if T - H < config.budget:
+        if (T - H) // K <= config.budget // K:
             raise UserError(f"--mc_budget={config.budget} holds the whole history of {T - H} tokens: nothing to focus on; "
                             f"lower the budget or raise --max_seq_len")
         for name in ("row_stride", "lens_row_stride"):
@@ -249,7 +249,7 @@ class MCController:
         draw = uniform(rows, 2, self.seed, "gap", step)
         gap = torch.zeros_like(n)
         if c.max_gap:
-            blocks = torch.exp2(draw[:, 0] * torch.log2(torch.tensor(c.max_gap / c.block_size + 1.0))).long() - 1
+            blocks = torch.exp2(draw[:, 0] * torch.log2(torch.tensor(c.max_gap // c.block_size + 2.0))).long() - 1
             gap = blocks * c.block_size
         boundary = (draw[:, 1] * (n - c.protected) / c.block_size).long() * c.block_size
         far = None
