@@ -105,7 +105,8 @@ class MCController:
         """Training FLOPs that MegaContext adds per token of the LM pass, from shapes, while it is active."""
         c, T = self.config, self.T
         entries = c.budget + c.horizon - 1 + c.far_nodes
-        passes = gpt.flops_per_token(entries) * entries * c.variants / c.row_stride
+        read = c.protected + c.horizon - 1 if c.targets == "tail" else entries
+        passes = (gpt.flops_per_token(entries, read) * entries + 2 * read * gpt.lm_head.weight.numel()) * c.variants / c.row_stride
         tree = 3 * self.model.gistnet.flops_per_token() / c.row_stride
         lens = self.model.lensnet.config
         nodes, width = T // c.block_size * c.lens_keys, gpt.config.n_embd

@@ -29,9 +29,9 @@ def _attention(layer: Captured, rows: slice, queries: slice) -> tuple[Tensor, Te
     share = H // layer.k.shape[1]
     k = layer.k[rows, :, :stop].detach().repeat_interleave(share, 1) if share > 1 else layer.k[rows, :, :stop].detach()
     v = layer.v[rows, :, :stop].detach().repeat_interleave(share, 1) if share > 1 else layer.v[rows, :, :stop].detach()
-    logits = q @ k.transpose(-1, -2) / math.sqrt(E)
-    position = torch.arange(queries.start, stop, device=q.device)
-    logits = logits.masked_fill(torch.arange(stop, device=q.device) > position[:, None], -torch.inf)
+    logits = (q / math.sqrt(E)) @ k.transpose(-1, -2)
+    later = torch.ones(Q, Q, dtype=torch.bool, device=q.device).triu(1)  # only the queries' own span has keys after a query
+    logits[..., queries.start:].masked_fill_(later, -torch.inf)
     return logits.softmax(-1), k, v
 
 
@@ -67,8 +67,9 @@ def gate_utility(captured: Sequence[Captured], rows: slice, queries: slice, n_bl
             raise RuntimeError("gate utility needs the gradient at the attention's output: run backward first")
         weights, _, v = _attention(layer, rows, queries)
         d_out, out = layer.y.grad[rows, :, queries], layer.y[rows, :, queries].detach()
-        effect = d_out @ v.transpose(-1, -2) - (d_out * out).sum(-1, keepdim=True)
-        total = total - _per_block((weights * effect).sum(1), n_blocks, block_size)
+        gain = _per_block((weights * (d_out @ v.transpose(-1, -2))).sum(1), n_blocks, block_size)
+        mean = (d_out * out).sum(-1, keepdim=True)
+        total = total - gain + (_per_block(weights, n_blocks, block_size) * mean).sum(1)
     return total
 
 

@@ -393,11 +393,15 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self, S: int) -> float:
-        """Training FLOPs per token of a row of S, from shapes: 6 per weight of every matrix product, 12·D per visible key."""
-        matrices = [m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear)]
-        visible = sum(sum(min(t, w) + 1 for t in range(S)) / S for w in self.config.windows())
-        return 6.0 * sum(matrices) + 12.0 * self.config.n_embd * visible
+    def flops_per_token(self, S: int, num_targets: int | None = None) -> float:
+        """Training FLOPs per token of a row of S, from shapes: 6 per weight of every matrix product, 12·D per visible key.
+
+        num_targets: positions of a row that the head runs on (default: all).
+        """
+        head = self.lm_head.weight.numel()
+        inner = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear)) - head
+        visible = sum(short * (short + 1) / 2 + (S - short) * (w + 1) for w in self.config.windows() for short in [min(S, w + 1)]) / S
+        return 6.0 * (inner + head * (S if num_targets is None else num_targets) / S) + 12.0 * self.config.n_embd * visible
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

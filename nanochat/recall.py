@@ -211,8 +211,8 @@ class RecallTask:
 class CurriculumSchedule:
     """How many blocks a training row stores: few at first, for recall forms sooner on short rows.
 
-    In the first `grow` share of training the number doubles in equal stages from `start` to `blocks`; afterwards every
-    even row has `blocks`, an odd one blocks/4, blocks/2 or blocks at random (never fewer than `start`).
+    In the first `grow` share of training the number doubles in equal stages from `start` to `blocks`; afterwards half of
+    the rows have `blocks`, a quarter each blocks/2 and blocks/4 (never fewer than `start`), drawn per row.
     """
 
     blocks: int = 32
@@ -231,7 +231,7 @@ class CurriculumSchedule:
         doublings = int(np.ceil(np.log2(self.blocks / self.start)))
         stages = np.array([self.start << i for i in range(doublings)] + [self.blocks])
         stage = (progress / max(self.grow, 1e-12) * len(stages)).astype(np.int64).clip(0, len(stages) - 1)
-        sizes = np.maximum(np.array([self.blocks // 4, self.blocks // 2, self.blocks]), self.start)
-        draw = random_bits(key_seed(self.seed, "recall", "curriculum"), rows, 1)[:, 0] % np.uint64(3)
-        late = np.where(rows % 2 == 0, self.blocks, sizes[draw.astype(np.int64)])
+        sizes = np.maximum(np.array([self.blocks // 4, self.blocks // 2, self.blocks, self.blocks]), self.start)
+        draw = random_bits(key_seed(self.seed, "recall", "curriculum"), rows, 1)[:, 0] % np.uint64(4)
+        late = sizes[draw.astype(np.int64)]
         return np.where(progress < self.grow, stages[stage], late)

@@ -169,7 +169,7 @@ def make_plan(args, vocab_size: int, world_size: int) -> Plan:
 def describe(plan: Plan, model: GPT, world_size: int, mc) -> dict:
     """The plan in numbers. Memory per rank: weights, gradients, sharded optimizer state, activations of one micro-batch."""
     parameters = model.num_parameters() + (sum(p.numel() for p in mc.model.parameters()) if mc else 0)
-    flops = model.flops_per_token(plan.T) + (mc.flops_per_token(model) if mc else 0)
+    flops = model.flops_per_token(plan.T) + (mc.flops_per_token(model) * (1 - mc.config.start) if mc else 0)
     c = plan.model
     activations = plan.micro_batch * plan.T * (c.n_layer * 24 * c.n_embd + 4 * c.vocab_size) * 4
     return {
@@ -236,7 +236,7 @@ def main() -> None:
 
     # Resume
     directory = base_dir() / "checkpoints" / (args.model_tag or f"d{args.depth}" + "_mc" * args.mc_enabled)
-    step = 0
+    step, flops = 0, 0.0
     if args.resume and complete_steps(directory):
         saved = load_checkpoint(directory, device=device, rank=ranks.rank, world_size=ranks.world_size)
         check_resumable(saved.meta, args, plan, tokenizer, directory)
@@ -246,7 +246,7 @@ def main() -> None:
         optimizer.load_state_dict(saved.optimizer)
         loader.load_state_dict(saved.loader)
         set_rng_state(saved.rng)
-        step = saved.step
+        step, flops = saved.step, saved.meta["flops"]
         print0(f"resumed {directory} at step {step} of {plan.num_iterations}")
 
     facts = describe(plan, model, ranks.world_size, mc)
@@ -261,7 +261,7 @@ def main() -> None:
 
     def save() -> None:
         meta = {"model_config": dataclasses.asdict(plan.model), "num_iterations": plan.num_iterations, "tokenizer": tokenizer.fingerprint,
-                "flops": facts["flops_per_token"] * plan.tokens_per_step * step, "tokens": plan.tokens_per_step * step,
+                "flops": flops, "tokens": plan.tokens_per_step * step,
                 "val": val and val._asdict(), "flags": vars(args), "mc": mc and mc.meta()}
         save_checkpoint(directory, step, model=model.state_dict(), optimizer_shard=optimizer.state_dict(), meta=meta,
                         mc=mc and mc.state_dict(), loader=loader.state_dict(), rank=ranks.rank, world_size=ranks.world_size, keep_last=args.keep_last)
@@ -269,7 +269,7 @@ def main() -> None:
     with recorder:
         while step < last:
             started = time.perf_counter()
-            waited = 0.0
+            waited, flops_before = 0.0, flops
             for _ in range(plan.accumulation):
                 asked = time.perf_counter()
                 batch = loader.next()
@@ -300,7 +300,7 @@ def main() -> None:
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
-            record_step(recorder, time.perf_counter() - started, waited, multiplier, facts, plan, step, peak, device)
+            record_step(recorder, time.perf_counter() - started, waited, multiplier, flops, flops - flops_before, plan, step, peak, device)
             if evaluating:
                 with autocast:
                     val = evaluate(model, batches(held_out, plan, ranks), eval_steps, token_bytes)
@@ -312,9 +312,15 @@ def main() -> None:
             if saving:
                 save()
     summary = {"step": step, "val_loss": val and val.loss, "val_bpb": val and val.bpb, "tokens": step * plan.tokens_per_step,
-               "flops": facts["flops_per_token"] * plan.tokens_per_step * step, "seconds": round(time.time() - begin, 1), "checkpoint": str(directory)}
+               "flops": flops, "seconds": round(time.time() - begin, 1), "checkpoint": str(directory)}
     print0(f"done: {step} steps, checkpoint in {directory}")
     print0(json.dumps(summary))
+
+
+def step_flops(model: GPT, mc, plan: Plan, step: int, num_targets: int) -> float:
+    """FLOPs of one optimizer step over all ranks, from shapes."""
+    per_token = model.flops_per_token(plan.T, num_targets) + (mc.flops_per_token(model) if mc and mc.active(step) else 0)
+    return per_token * plan.tokens_per_step
 
 
 MAY_CHANGE = {"data", "device_batch_size", "stop_at", "eval_every", "eval_tokens", "save_every", "keep_last", "log_every", "resume", "model_tag",
@@ -358,13 +364,13 @@ def batches(source: Source, plan: Plan, ranks: Ranks):
         yield loader.next()
 
 
-def record_step(recorder: Recorder, seconds: float, waited: float, multiplier: float, facts: dict, plan: Plan, step: int, peak: float, device: torch.device) -> None:
+def record_step(recorder: Recorder, seconds: float, waited: float, multiplier: float, flops: float, step_flops: float, plan: Plan, step: int, peak: float, device: torch.device) -> None:
     recorder.record("train.step_time", seconds)
     recorder.record("train.data_wait", waited)
     recorder.record("train.tokens_per_second", plan.tokens_per_step / seconds)
-    recorder.record("train.mfu", facts["flops_per_token"] * plan.tokens_per_step / seconds / peak)
+    recorder.record("train.mfu", step_flops / seconds / peak)
     recorder.record("train.tokens", step * plan.tokens_per_step)
-    recorder.record("train.flops", facts["flops_per_token"] * plan.tokens_per_step * step)
+    recorder.record("train.flops", flops)
     recorder.record("train.memory", torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     recorder.record("optim.lr", multiplier)
 

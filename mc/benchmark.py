@@ -1,0 +1,113 @@
+"""Step time of MegaContext against vanilla: same model, data, optimizer and batch, alternating blocks of steps in one process.
+
+Machines are shared and noisy, so only ratios are reported: of each pair of neighbouring blocks, with the median over pairs and an
+interval from a bootstrap over them.
+"""
+
+import time
+from collections import defaultdict
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mc.config import from_dict
+from mc.runtime import MCController
+from nanochat.common import UserError, seed_everything
+from nanochat.dataloader import Loader, make_source
+from nanochat.gpt import GPT, config_from_dict
+from nanochat.optim import MuonAdamW, gpt_param_groups
+from nanochat.recall import CurriculumSchedule
+from nanochat.schedule import batch_lr_scale
+from nanochat.tokenizer import Tokenizer
+
+
+class StepTimes(NamedTuple):
+    ratio: float  # MC / vanilla, median over pairs of blocks
+    low: float  # 95 % interval
+    high: float
+    vanilla_s: float  # seconds per step
+    mc_s: float
+    parts: dict[str, float]  # seconds per step of MC's parts; "backward and optimizer" is what is left beyond vanilla's
+
+
+def interval(values: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of the median."""
+    rng = np.random.default_rng(seed)
+    medians = np.median(rng.choice(values, (draws, len(values))), axis=1)
+    return float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
+
+
+def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, steps: int = 3, device: str = "cpu") -> StepTimes:
+    """Both kinds of step at the settings of a MegaContext checkpoint's `meta`, MegaContext active throughout.
+
+    Rows come from the last third of that run, so that a curriculum is where MegaContext trained. UserError without MegaContext.
+    """
+    if not meta.get("mc"):
+        raise UserError("the checkpoint was trained with --mc_enabled=0: it has no MegaContext settings to time")
+    flags, config = meta["flags"], config_from_dict(meta["model_config"])
+    T, total = config.sequence_len, flags["total_batch_size"] or meta["tokens"] // meta["num_iterations"]
+    rows = total // T
+    recall = {}
+    if flags["data"] == "recall":
+        recall = dict(schedule=CurriculumSchedule(grow=flags["recall_grow"], seed=flags["seed"]), total_rows=rows * meta["num_iterations"])
+    source = make_source(flags["data"], "train", T=T, seed=flags["seed"], tokenizer=tokenizer, rows=flags["rows"],
+                         text_column=flags["text_column"], **recall)
+    scale = batch_lr_scale(total)
+
+    def runner(with_mc: bool):
+        seed_everything(flags["seed"])
+        gpt = GPT(config).to(device)
+        mc = None
+        if with_mc:
+            settings = replace(from_dict(meta["mc"]["config"]), start=0.0, ramp=0)
+            mc = MCController(settings, gpt, T=T, micro_batch=flags["device_batch_size"], num_iterations=1, seed=flags["seed"])
+        rates = {name: flags[name] * scale for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")}
+        groups = gpt_param_groups(gpt.named_parameters(), config.n_embd, weight_decay=flags["weight_decay"], **rates)
+        optimizer = MuonAdamW(groups + (mc.param_groups() if mc else []))
+        loader = Loader(source, rows, flags["device_batch_size"], T, device=device)
+        loader.load_state_dict({**loader.state_dict(), "next_row": rows * (2 * meta["num_iterations"] // 3)})
+        parts: dict[str, float] = defaultdict(float)
+
+        def step() -> None:
+            for _ in range(loader.micro_steps):
+                batch = loader.next()
+                if mc:
+                    loss, metrics = mc.training_step(gpt, batch, 0)[:2]
+                else:
+                    loss, metrics = gpt.loss(gpt.hidden(batch.inputs), batch.targets, batch.num_targets), {}
+                (loss / loader.micro_steps).backward()
+                if mc:
+                    metrics |= mc.lens_step(loader.micro_steps)
+                for name, value in metrics.items():
+                    if name.startswith("mc.time."):
+                        parts[name.removeprefix("mc.time.")] += float(value)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step, parts
+
+    def timed(step) -> float:
+        synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(steps):
+            step()
+        synchronize(device)
+        return (time.perf_counter() - begin) / steps
+
+    (vanilla, _), (mega, parts) = runner(False), runner(True)
+    timed(vanilla), timed(mega)
+    parts.clear()
+    seconds = np.array([[timed(vanilla), timed(mega)] for _ in range(pairs)])
+    ratios = seconds[:, 1] / seconds[:, 0]
+    shares = {name: value / (pairs * steps) for name, value in parts.items() if name != "lm"}
+    vanilla_s, mc_s = np.median(seconds, axis=0)
+    if shares:
+        shares["backward and optimizer"] = mc_s - vanilla_s - sum(shares.values())
+    return StepTimes(float(np.median(ratios)), *interval(ratios), float(vanilla_s), float(mc_s), shares)
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()

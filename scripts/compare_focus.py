@@ -1,0 +1,103 @@
+"""Judge full context, sliding windows and MegaContext's working contexts on the same held-out tokens, and write the report.
+
+    python -m scripts.compare_focus --recall_mc=DIR --recall_vanilla=DIR --text_mc=DIR --text_vanilla=DIR --out=DIR
+"""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mc.benchmark import training_step_times
+from mc.evaluation import FocusComparison, Outcome, plain_outcomes
+from mc.model import load_mega_context
+from mc.report import task_report, write
+from nanochat.common import FlagParser, UserError, base_dir, print0, run_main
+from nanochat.dataloader import eval_rows, make_source
+from nanochat.dataset import Progress
+from nanochat.loading import load_model
+from nanochat.tokenizer import Tokenizer
+
+TASKS = ("recall", "text")
+
+
+def compare(mc_dir: Path, vanilla_dir: Path, tokenizer: Tokenizer, args, task: str) -> tuple[dict, dict]:
+    """(one task's part of the report, meta of the MC checkpoint)."""
+    gpt, meta = load_model(mc_dir)
+    vanilla, vanilla_meta = load_model(vanilla_dir)
+    mc = load_mega_context(mc_dir, meta["step"], meta, gpt.config.n_embd)
+    for name in ("model_config", "tokens", "tokenizer"):
+        if meta[name] != vanilla_meta[name]:
+            raise UserError(f"{mc_dir} and {vanilla_dir} differ in {name}: only models of one shape, trained on equally many tokens, are compared")
+    flags, c = meta["flags"], mc.config
+    T = gpt.config.sequence_len
+    n = (T - c.horizon) // c.block_size * c.block_size
+    source = make_source(flags["data"], "val", T=T, seed=flags["seed"], tokenizer=tokenizer, rows=flags["rows"], text_column=flags["text_column"])
+    count = eval_rows(source, args.contexts * T)
+    progress = Progress(f"{task}: contexts judged", count, "contexts", every_s=15)
+    parts: dict[str, list[Outcome]] = {}
+    for first in range(0, count, args.batch):
+        rows = np.arange(first, min(first + args.batch, count))
+        tokens, mask = source.row_tokens(rows)
+        targets = torch.from_numpy(tokens[:, 1:] if mask is None else np.where(mask[:, 1:], tokens[:, 1:], -1))[:, :n + c.horizon]
+        tokens = torch.from_numpy(tokens[:, :n + c.horizon])
+        plain = plain_outcomes(gpt, tokens, targets, n, c.budget)
+        focus = FocusComparison(gpt, mc, tokens, targets, n, args.seed, torch.from_numpy(rows))
+        tested = {f"mc_{policy}": focus.outcome(focus.scores(policy)) for policy in ("random", "recency", "lens")}
+        bare = plain_outcomes(vanilla, tokens, targets, n, c.budget)
+        found = {"full": plain["full"], "sliding_window": plain["window"], **tested, "mc_oracle": focus.oracle(tested),
+                 "vanilla_full": bare["full"], "vanilla_window": bare["window"]}
+        for name, outcome in found.items():
+            parts.setdefault(name, []).append(outcome)
+        progress.update(min(first + args.batch, count))
+    for found in parts.values():
+        for outcome in found:
+            assert outcome.nll_B.isfinite().all(), "a working context gave a loss that is not finite"
+    outcomes = {name: Outcome.cat([Outcome(o.nll_B, o.acc_B, o.entries_B) for o in found]) for name, found in parts.items()}
+    facts = {"horizon": c.horizon, "recent": c.protected, "block_size": c.block_size, "tokens": meta["tokens"],
+             "flops": {"mc": meta["flops"], "vanilla": vanilla_meta["flops"]}, "trained_lods": meta["mc"]["trained_lods"]}
+    return task_report(outcomes, history=n, budget=c.budget, with_accuracy=task == "recall", facts=facts), meta
+
+
+def commit() -> str:
+    found = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    return found.stdout.strip() or "not a git checkout"
+
+
+def main() -> None:
+    parser = FlagParser(prog="python -m scripts.compare_focus", description=__doc__.split("\n\n")[0])
+    for task in TASKS:
+        parser.add_argument(f"--{task}_mc", required=True, type=Path, help=f"checkpoint directory trained on {task} with --mc_enabled=1")
+        parser.add_argument(f"--{task}_vanilla", required=True, type=Path, help=f"its vanilla twin: same flags but --mc_enabled=0")
+    parser.add_argument("--contexts", type=int, default=64, help="held-out contexts per task")
+    parser.add_argument("--batch", type=int, default=32, help="contexts at a time")
+    parser.add_argument("--pairs", type=int, default=6, help="pairs of blocks of steps timed per task")
+    parser.add_argument("--seed", type=int, default=0, help="of random focus")
+    parser.add_argument("--out", type=Path, default=None, help="where the report goes; default $NANOCHAT_BASE_DIR/quickstart")
+    args = parser.parse_args()
+    if min(args.contexts, args.batch, args.pairs) < 1:
+        raise UserError("--contexts, --batch and --pairs must be at least 1")
+    out = args.out or base_dir() / "quickstart"
+    tokenizer = Tokenizer.load()
+    report: dict = {"tasks": {}, "step_times": {}}
+    runs = {}
+    for task in TASKS:
+        mc_dir, vanilla_dir = getattr(args, f"{task}_mc"), getattr(args, f"{task}_vanilla")
+        report["tasks"][task], meta = compare(mc_dir, vanilla_dir, tokenizer, args, task)
+        print0(f"{task}: timing steps")
+        times = training_step_times(meta, tokenizer, pairs=args.pairs)
+        report["step_times"][task] = {"ratio": times.ratio, "low": times.low, "high": times.high,
+                                      "shares": {name: seconds / times.vanilla_s for name, seconds in times.parts.items()}}
+        runs[task] = {kind: base_dir() / "runs" / directory.name / "metrics.jsonl" for kind, directory in (("mc", mc_dir), ("vanilla", vanilla_dir))}
+        seed = meta["flags"]["seed"]
+    ratio = max(cost["ratio"] for cost in report["step_times"].values())
+    report |= {"step_time_ratio": ratio, "seed": seed, "commit": commit()}
+    print(write(report, runs, out), flush=True)
+    print(f"report in {out}")
+    print(json.dumps({"report": str(out / "report.json"), "step_time_ratio": ratio}))
+
+
+if __name__ == "__main__":
+    run_main(main)
