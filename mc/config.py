@@ -40,7 +40,7 @@ class MCConfig:
     variants: int = setting(1, "working contexts per such row")
     cuts: str = setting("random:0.2,recency:0.1,lens:0.5,teacher:0.2", "how training chooses what to show: policy:share, …")
     targets: str = setting("tail", "working-context loss on the recent tokens and the continuation, or on all raw entries", ("tail", "raw"))
-    split: str = setting("end", "continuation at the row's end, or at a random block boundary in its last half", ("end", "random"))
+    split: str = setting("end", "continuation after the row's last block boundary that leaves room for it, or after a random one of its last half", ("end", "random"))
     wc_weight: float = setting(1.0, "weight of the working context's next-token loss")
     kl_weight: float = setting(0.5, "weight of the KL from the full-context distribution")
     # the lens

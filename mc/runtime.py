@@ -58,10 +58,9 @@ class MCController:
     def __init__(self, config: MCConfig, gpt: GPT, *, T: int, micro_batch: int, num_iterations: int, seed: int):
         """gpt: the base, already on its device. T: tokens per row. UserError for settings that cannot work together."""
         K, R, H = config.block_size, config.protected, config.horizon
-        if config.split == "end" and (T - H) % K:
-            raise UserError(f"rows of {T} tokens less a horizon of {H} leave a history of {T - H}, not a multiple of the block size {K}")
-        if (T - H) // K <= config.budget // K:
-            raise UserError(f"--mc_budget={config.budget} holds the whole history of {T - H} tokens: nothing to focus on; "
+        history = (T - H) // K * K
+        if history // K <= config.budget // K:
+            raise UserError(f"--mc_budget={config.budget} holds the whole history of {history} tokens: nothing to focus on; "
                             f"lower the budget or raise --max_seq_len")
         for name in ("row_stride", "lens_row_stride"):
             if micro_batch % getattr(config, name):
@@ -78,9 +77,9 @@ class MCController:
             raise UserError("--mc_alibi=1 needs as many kv heads as heads")
         if min(gpt.config.windows()) < T:
             raise UserError(f"--window_pattern={gpt.config.window_pattern}: windowed layers cannot see distant gists; use L with --mc_enabled=1")
-        self.config, self.T, self.seed = config, T, seed
+        self.config, self.T, self.history, self.seed = config, T, history, seed  # history: the longest before a continuation
         self.model = MegaContext(config, gpt.config.n_embd).to(gpt.lm_head.weight.device)
-        check_feasible(T - H, self.model.focus_config())
+        check_feasible(history, self.model.focus_config())
         self.start_step = int(config.start * num_iterations)
         self._pending: _Pending | None = None
 
@@ -97,7 +96,7 @@ class MCController:
 
     def meta(self) -> dict[str, Any]:
         """What a checkpoint must say about its MegaContext: the settings, and which levels were trained."""
-        K, history = self.config.block_size, self.T - self.config.horizon
+        K, history = self.config.block_size, self.history
         return {"config": to_dict(self.config),
                 "trained_lods": [lod for lod in range(1, self.config.max_lod + 1) if K ** lod <= history]}
 
@@ -191,7 +190,7 @@ class MCController:
 
     def _splits(self, rows: Tensor, step: int) -> Tensor:
         """[R] tokens of history before the continuation, a block boundary."""
-        K, last = self.config.block_size, self.T - self.config.horizon
+        K, last = self.config.block_size, self.history
         if self.config.split == "end":
             return torch.full_like(rows, last)
         least = max(last // 2, self.config.budget) // K + 1
@@ -235,11 +234,11 @@ class MCController:
     def _teacher_scores(self, captured: list[Captured], chosen: slice, n: Tensor, count: int, rows: int) -> Tensor:
         """[RV, N] attention mass of the continuation's queries in the full pass: the best that is known before its backward.
 
-        With random splits the last H rows stand for every row's continuation.
+        With random splits the rows of the latest continuation stand for every row's.
         """
         if not self.config.cut_shares()["teacher"]:
             return torch.zeros(rows, count, device=n.device)
-        last = slice(self.T - self.config.horizon - 1, self.T)
+        last = slice(self.history - 1, self.history + self.config.horizon - 1)
         mass = attention_mass(captured, chosen, last, count, self.config.block_size).sum(1)
         return mass.repeat(self.config.variants, 1)
 

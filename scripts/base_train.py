@@ -280,6 +280,7 @@ def main() -> None:
                 if mc:
                     metrics |= mc.lens_step(plan.accumulation)
                 unlogged.append(metrics)
+                flops += step_flops(model, mc, plan, step, batch.num_targets) / plan.accumulation
             evaluating, saving = (step + 1 == last or (every and (step + 1) % every == 0) for every in (args.eval_every, args.save_every))
             logging = (step + 1) % args.log_every == 0 or evaluating or saving  # a saved step's loss was looked at
             if logging:
