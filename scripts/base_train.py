@@ -248,6 +248,8 @@ def main() -> None:
         set_rng_state(saved.rng)
         step, flops = saved.step, saved.meta["flops"]
         print0(f"resumed {directory} at step {step} of {plan.num_iterations}")
+    elif steps := complete_steps(directory):
+        raise UserError(f"{directory} holds checkpoints of another run, up to step {steps[-1]}; use --resume=1, another --model_tag, or remove it")
 
     facts = describe(plan, model, ranks.world_size, mc)
     print0(f"{facts['parameters']:,} parameters, {plan.num_iterations} steps of {plan.tokens_per_step:,} tokens, {facts['flops']:.3g} FLOPs, {ranks.world_size} rank(s) on {device}")
