@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mc.config import POLICIES, MCConfig, to_dict
@@ -239,8 +240,9 @@ class MCController:
         if not self.config.cut_shares()["teacher"]:
             return torch.zeros(rows, count, device=n.device)
         last = slice(self.history - 1, self.history + self.config.horizon - 1)
-        mass = attention_mass(captured, chosen, last, count, self.config.block_size).sum(1)
-        return mass.repeat(self.config.variants, 1)
+        seen = self.history // self.config.block_size
+        mass = attention_mass(captured, chosen, last, seen, self.config.block_size).sum(1)
+        return F.pad(mass, (0, count - seen)).repeat(self.config.variants, 1)  # what lies beyond any history is never shown
 
     def _placed(self, tree: Tree, rows: Tensor, n: Tensor, step: int) -> Placed | None:
         c = self.config
