@@ -64,7 +64,7 @@ def test_opening_a_block_changes_the_loss_by_its_utility(batch, monkeypatch):
     def loss(opened: float) -> float:
         gate = torch.zeros(4, 20, BLOCKS, dtype=torch.float64)
         gate[..., best] = opened
-        monkeypatch.setattr(nanochat.gpt, "attend", gated_attend([gate] * 2))
+        monkeypatch.setattr(nanochat.gpt, "attend", gated_attend([gate] * 3))
         return gpt.loss(gpt.hidden(batch.inputs), batch.targets).item()
 
     gain = (loss(-1e-4) - loss(1e-4)) / 2e-4
@@ -114,7 +114,7 @@ def test_attention_mass_is_the_softmax_per_block_beyond_the_mean_blocks(n_kv_hea
                 for i, t in enumerate(range(30, 50)):
                     weights = (k[row, h * n_kv_head // 4, :t + 1] @ q[row, h, t] / math.sqrt(q.shape[-1])).softmax(0).detach()
                     weights[0] = 0
-                    expected[b, i] += weights[:BLOCKS * K].view(BLOCKS, K).sum(1) / 8
+                    expected[b, i] += weights[:BLOCKS * K].view(BLOCKS, K).sum(1) / 12
     expected -= expected.mean(-1, keepdim=True)
     torch.testing.assert_close(attention_mass(captured, ROWS, QUERIES, BLOCKS, K), expected, rtol=0, atol=1e-12)
 

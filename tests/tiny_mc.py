@@ -17,7 +17,7 @@ SMALL = dict(block_size=K, max_lod=2, gist_width=16, budget=W, horizon=H, start=
 
 def tiny_base(seed: int = 0, dtype: torch.dtype = torch.float64, **config) -> GPT:
     """Every feature on, windows that see everything."""
-    return tiny_gpt(seed, dtype, **{"sequence_len": 128, "n_layer": 2, **config})
+    return tiny_gpt(seed, dtype, **{"sequence_len": 128, "n_layer": 3, **config})
 
 
 def randomize(module: torch.nn.Module, seed: int = 0, std: float = 0.3) -> None:

@@ -1,0 +1,427 @@
+"""MCController: what a micro-batch teaches whom, the same however rows are spread, and every setting with an effect."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mc.runtime
+from mc.config import POLICIES, MCConfig
+from mc.model import Entries, run_entries, take
+from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig, token_losses
+from nanochat.optim import MuonAdamW, check_groups, gpt_param_groups
+from nanochat.schedule import ramp
+from scripts.base_train import vanilla_step
+from tiny_mc import H, K, N, R, SMALL, T, VOCAB, W, step, tiny_base, tiny_batch, tiny_mc, values
+
+torch.set_num_threads(1)
+
+
+def gradients(*modules) -> dict[str, torch.Tensor]:
+    return {f"{i}.{name}": p.grad.clone() for i, m in enumerate(modules) for name, p in m.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def names(*modules) -> set[str]:
+    return {f"{i}.{name}" for i, m in enumerate(modules) for name, _ in m.named_parameters()}
+
+
+def clear(*modules) -> None:
+    for m in modules:
+        m.zero_grad(set_to_none=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What each loss teaches
+
+
+def test_before_the_start_a_step_is_the_vanilla_step():
+    gpt, batch = tiny_base(dtype=torch.float32), tiny_batch()
+    mc = tiny_mc(gpt, start=0.5)
+    vanilla, _ = vanilla_step(gpt, batch)
+    vanilla.backward()
+    expected = gradients(gpt)
+    clear(gpt)
+    result = step(mc, gpt, batch, at=4)
+    assert torch.equal(result.loss, vanilla) and set(values(result.metrics)) == {"train.loss"} and result.primary is None
+    got = gradients(gpt)
+    assert got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in expected)
+    assert not gradients(mc.model) and mc.lens_step() == {}
+    assert "mc.loss.wc" in step(mc, gpt, batch, at=5).metrics
+
+
+def test_the_lm_pass_of_an_active_step_is_the_vanilla_pass():
+    gpt, batch = tiny_base(dtype=torch.float32), tiny_batch()
+    assert torch.equal(step(tiny_mc(gpt), gpt, batch).metrics["train.loss"], vanilla_step(gpt, batch)[0])
+
+
+@pytest.mark.parametrize("term", [{"wc_weight": 1.0, "kl_weight": 0.0}, {"wc_weight": 0.0, "kl_weight": 1.0}])
+def test_the_working_context_teaches_base_gistnet_and_gist_bias_but_not_the_lens(term, monkeypatch):
+    gpt = tiny_base()
+    mc = tiny_mc(gpt, **term)
+    monkeypatch.setattr(gpt, "loss", lambda *_: torch.zeros((), dtype=torch.float64))
+    mc.training_step(gpt, tiny_batch(), 0).loss.backward()
+    got = gradients(gpt, mc.model)
+    assert set(got) == {n for n in names(gpt, mc.model) if "lensnet" not in n}
+    assert got["1.gist_bias"].all()
+
+
+def test_the_lens_loss_teaches_the_lens_alone():
+    gpt = tiny_base()
+    mc = tiny_mc(gpt)
+    mc.training_step(gpt, tiny_batch(), 0).loss.backward()
+    before = gradients(gpt, mc.model)
+    mc.lens_step()
+    after = gradients(gpt, mc.model)
+    assert set(after) - set(before) == {n for n in names(gpt, mc.model) if "lensnet" in n}
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert mc.lens_step() == {}, "a lens step without a pass behind it"
+
+
+@pytest.mark.parametrize("teacher", ["gate", "attention"])
+def test_the_lens_loss_falls(teacher):
+    gpt, batch = tiny_base(dtype=torch.float32), tiny_batch()
+    mc = tiny_mc(gpt, teacher=teacher)
+    optimizer = torch.optim.Adam(mc.model.lensnet.parameters(), lr=3e-2)
+    mc.training_step(gpt, batch, 0).loss.backward()
+    pending, curve = mc._pending, []  # the base stands still: one pass will do
+    for _ in range(50):
+        mc._pending = pending
+        clear(mc.model)
+        curve.append(mc.lens_step())
+        optimizer.step()
+    losses = [m["mc.loss.lens"].item() for m in curve]
+    assert losses[-1] < losses[0] - 0.5 and curve[-1]["mc.lens.hit"] > curve[0]["mc.lens.hit"]
+    assert losses[-1] >= 2 * curve[-1]["mc.lens.teacher_entropy"].item(), "two cross-entropies below twice the entropy"
+
+
+def test_the_lens_reads_nothing_of_the_full_pass(monkeypatch):
+    """Its target may come from there, its logits not: other layers, the same logits."""
+    gpt, batch = tiny_base(), tiny_batch()
+    mc, seen = tiny_mc(gpt), []
+    logits = mc.model.lensnet.logits
+    monkeypatch.setattr(mc.model.lensnet, "logits", lambda *a: seen.append(logits(*a)) or seen[-1])
+    first = step(mc, gpt, batch)
+    with torch.no_grad():
+        for block in gpt.transformer.h:
+            block.attn.c_v.weight.mul_(-1.5)
+            block.mlp.c_fc.weight.mul_(0.5)
+    second = step(mc, gpt, batch)
+    assert first.metrics["train.loss"] != second.metrics["train.loss"] and first.metrics["mc.loss.lens"] != second.metrics["mc.loss.lens"]
+    assert all(torch.equal(a, b) for a, b in zip(*seen))
+
+
+def test_every_parameter_is_in_one_group_moves_is_saved_and_restored():
+    gpt = tiny_base(dtype=torch.float32)
+    mc = tiny_mc(gpt)
+    rates = dict(matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004, scalar_lr=0.5, weight_decay=0.0)
+    optimizer = MuonAdamW(gpt_param_groups(gpt.named_parameters(), gpt.config.n_embd, **rates) + mc.param_groups())
+    check_groups({"gpt": gpt, "mc": mc.model}, optimizer.param_groups)
+    before = {k: p.detach().clone() for k, p in [*gpt.named_parameters(), *mc.model.named_parameters()]}
+    for i in range(3):
+        step(mc, gpt, tiny_batch(range(4 * i, 4 * i + 4)), at=i)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    moved = {k: not torch.equal(p, before[k]) for k, p in [*gpt.named_parameters(), *mc.model.named_parameters()]}
+    assert all(moved.values()), [k for k, v in moved.items() if not v]
+    assert set(mc.state_dict()) == {k for k, _ in mc.model.named_parameters()}
+    other = tiny_mc(gpt, seed=0)
+    other.load_state_dict({k: v.clone() for k, v in mc.state_dict().items()})
+    clear(gpt, mc.model)
+    one, two = step(mc, gpt, tiny_batch()), step(other, gpt, tiny_batch())
+    assert values(one.metrics) == values(two.metrics) and torch.equal(one.loss, two.loss)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which tokens
+
+
+def planted(shift: int) -> GPT:
+    """A base without layers' work whose head names (token + shift) mod 40, sure of it."""
+    gpt = GPT(GPTConfig(128, VOCAB, 1, 4, 4, 64, value_embeds=False)).double()
+    with torch.no_grad():
+        gpt.transformer.wte.weight.copy_(torch.eye(64))
+        gpt.lm_head.weight.zero_()[:40, :40] = 20 * torch.eye(40).roll(shift, 0)
+    return gpt
+
+
+@pytest.mark.parametrize("config", [{}, {"targets": "raw"}, {"split": "random"}, {"targets": "raw", "split": "random", "variants": 2}, {"max_gap": 64, "far_nodes": 1}])
+def test_an_entry_is_trained_on_the_token_after_it(config):
+    """Where each token is the one before it plus one, a model of successors has nothing to learn, one that copies everything."""
+    rows = torch.arange(4)
+    tokens = (torch.arange(T + 1) + 3 * rows[:, None]) % 40
+    batch = tiny_batch()._replace(inputs=tokens[:, :-1], targets=tokens[:, 1:])
+    for at in range(3):
+        successor, copier = (step(tiny_mc(gpt, **config), gpt, batch, at).metrics for gpt in (planted(1), planted(0)))
+        for name in ("train.loss", "mc.loss.wc"):
+            assert successor[name] < 0.01 and copier[name] > 10
+        assert abs(successor["mc.delta_nll"]) < 1e-9 and abs(copier["mc.delta_nll"]) < 1e-9
+
+
+@pytest.mark.parametrize("config", [{}, {"split": "random"}, {"targets": "raw"}, {"row_stride": 2}, {"horizon": 7}])
+@torch.no_grad()
+def test_delta_nll_compares_the_same_tokens_under_two_contexts(config):
+    gpt, batch = tiny_base(), tiny_batch()
+    mc = tiny_mc(gpt, **config)
+    with torch.enable_grad():
+        result = mc.training_step(gpt, batch, 0)
+    rows = slice(None, None, config.get("row_stride", 1))
+    inputs, targets, entries = batch.inputs[rows], batch.targets[rows], result.primary
+    out = run_entries(gpt, mc.model, mc.model.build_tree(gpt.embed(inputs)), inputs, entries)
+    full, expected, wc, H = gpt(inputs), [], [], mc.config.horizon
+    for b, used in enumerate(entries.used_B.tolist()):
+        n = int(entries.index_BM[b, used])
+        assert n % K == 0 and W < n <= N and (n == N or config.get("split") == "random")
+        wanted = targets[b, n - 1:n + H - 1]
+        ours, theirs = (token_losses(x[None], wanted[None])[0] for x in (gpt.logits(out[b, used - 1:used + H - 1]), full[b, n - 1:n + H - 1]))
+        counted = (wanted >= 0).sum()
+        wc.append(ours.sum() / counted)
+        expected.append((ours - theirs).sum() / counted)
+    torch.testing.assert_close(result.metrics["mc.delta_nll"], torch.stack(expected).mean())
+    torch.testing.assert_close(result.metrics["mc.loss.wc"], torch.stack(wc).mean())
+
+
+@torch.no_grad()
+def test_the_loss_is_the_weighted_sum_of_its_parts():
+    gpt, batch = tiny_base(), tiny_batch()
+    mc = tiny_mc(gpt, ramp=4, wc_weight=0.7, kl_weight=0.3)
+    with torch.enable_grad():
+        result = mc.training_step(gpt, batch, 1)
+    out = run_entries(gpt, mc.model, mc.model.build_tree(gpt.embed(batch.inputs)), batch.inputs, result.primary)
+    full, rows = gpt(batch.inputs), []
+    for b, used in enumerate(result.primary.used_B.tolist()):
+        wanted = batch.targets[b, N - R:N + H - 1]
+        ours, teacher = gpt.logits(out[b, used - R:used + H - 1]), full[b, N - R:N + H - 1]
+        kl = torch.nn.functional.kl_div(ours.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        counted = wanted >= 0
+        rows.append(0.7 * token_losses(ours[None], wanted[None])[0][counted].mean() + 0.3 * kl[counted].mean())
+    torch.testing.assert_close(result.loss, result.metrics["train.loss"] + ramp(1, 0, 4) * torch.stack(rows).mean())
+
+
+def test_the_primary_variant_of_a_row_is_its_best(monkeypatch):
+    gpt, batch, seen = tiny_base(), tiny_batch(), []
+    mc = tiny_mc(gpt, variants=4, kl_weight=0.0)
+
+    def listening(gpt, model, tree, tokens, entries, placed):
+        seen.append((tokens, entries, run_entries(gpt, model, tree, tokens, entries, placed)))
+        return seen[-1][2]
+
+    monkeypatch.setattr("mc.runtime.run_entries", listening)
+    primary = mc.training_step(gpt, batch, 0).primary
+    (tokens, entries, out), = seen
+    assert torch.equal(tokens, batch.inputs.repeat(4, 1))
+    slot = entries.used_B[:, None] - R + torch.arange(R + H - 1)
+    wanted = batch.targets[:, N - R:N + H - 1].repeat(4, 1)
+    nll = (token_losses(gpt.logits(take(out, slot)), wanted).sum(1) / (wanted >= 0).sum(1)).view(4, 4)
+    assert len(nll.argmin(0).unique()) > 1
+    for b, v in enumerate(nll.argmin(0).tolist()):
+        assert all(torch.equal(x[b], y[4 * v + b]) for x, y in zip(primary, entries))
+    assert not torch.equal(entries.lod_BM[:4], entries.lod_BM[4:8])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows on their own
+
+
+@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random", "max_gap": 64}, {"teacher": "attention"}])
+def test_micro_batches_add_up_to_the_batch(config):
+    gpt = tiny_base()
+    mc = tiny_mc(gpt, **config)
+    whole = step(mc, gpt, tiny_batch())
+    expected = gradients(gpt, mc.model)
+    clear(gpt, mc.model)
+    halves = [step(mc, gpt, tiny_batch(rows), accumulation=2) for rows in ((0, 1), (2, 3))]
+    got = gradients(gpt, mc.model)
+    assert got.keys() == expected.keys() == names(gpt, mc.model)
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+    torch.testing.assert_close((halves[0].loss + halves[1].loss) / 2, whole.loss)
+    for name, value in values(whole.metrics).items():
+        assert (values(halves[0].metrics)[name] + values(halves[1].metrics)[name]) / 2 == pytest.approx(value, rel=1e-5, abs=1e-7), name
+    for x, *parts in zip(whole.primary, *(h.primary for h in halves)):
+        assert torch.equal(x, torch.cat(parts))
+
+
+@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random", "max_gap": 64}])
+def test_permuting_the_batch_permutes_the_results(config):
+    gpt = tiny_base()
+    mc = tiny_mc(gpt, **config)
+    one, two = step(mc, gpt, tiny_batch((0, 1, 2, 3))), step(mc, gpt, tiny_batch((2, 0, 3, 1)))
+    for x, y in zip(one.primary, two.primary):
+        assert torch.equal(x[[2, 0, 3, 1]], y)
+    assert len(set(map(tuple, one.primary.lod_BM.tolist()))) > 1
+    assert values(one.metrics) == pytest.approx(values(two.metrics), rel=1e-6)
+
+
+def test_gaps_and_splits_are_drawn_per_row():
+    mc = tiny_mc(tiny_base(), max_gap=64, split="random")
+    rows, n = torch.arange(200), torch.full((200,), N)
+    placed = mc._placed(None, rows, n, 0)
+    assert placed.gap_B.unique().tolist() == list(range(0, 65, K)) and placed.boundary_B.unique().tolist() == list(range(0, N - R, K))
+    assert (placed.gap_B < 16).float().mean() > 0.3  # log-uniform
+    splits = mc._splits(rows, 0)
+    assert splits.unique().tolist() == list(range(W + K, N + 1, K)) and not torch.equal(splits, mc._splits(rows, 1))
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(mc._splits(rows[order], 0), splits[order])
+    assert torch.equal(mc._placed(None, rows[order], n, 0).gap_B, placed.gap_B[order])
+
+
+@pytest.mark.parametrize("policy", ["lens", "teacher"])
+def test_nothing_is_left_over_from_the_step_before(policy):
+    gpt = tiny_base()
+    mc, fresh = tiny_mc(gpt, cuts=f"{policy}:1"), tiny_mc(gpt, cuts=f"{policy}:1")
+    first = step(mc, gpt, tiny_batch())
+    clear(gpt, mc.model)
+    second, alone = step(mc, gpt, tiny_batch(seed=1)), step(fresh, gpt, tiny_batch(seed=1))
+    assert not torch.equal(first.primary.lod_BM, second.primary.lod_BM), "other tokens, the same rows: another choice"
+    assert values(second.metrics) == values(alone.metrics) and torch.equal(second.loss, alone.loss)
+
+
+def test_policies_are_drawn_by_their_shares_and_do_what_they_say():
+    gpt = tiny_base()
+    shares = dict.fromkeys(POLICIES, 0.0)
+    for at in range(4):
+        metrics = tiny_mc(gpt, cuts="random:0.25,lens:0.25,teacher:0.5").training_step(gpt, tiny_batch(range(40)), at).metrics
+        for p in POLICIES:
+            shares[p] += metrics[f"mc.cuts.{p}"].item() / 4
+    assert shares == pytest.approx({"random": 0.25, "recency": 0, "lens": 0.25, "teacher": 0.5}, abs=0.12)
+    entries = tiny_mc(gpt, cuts="recency:1").training_step(gpt, tiny_batch(range(40)), 0).primary
+    for lod, used in zip(entries.lod_BM.tolist(), entries.used_B.tolist()):
+        assert lod[used - R:used] == [0] * R
+        if used == W:  # a full budget: everything raw stands at the end, but for one path opened part of the way
+            first_raw = lod.index(0)
+            assert not any(lod[first_raw:used]) and used - first_raw > R
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every setting does something
+
+
+def fingerprint(at: int = 1, gpt: dict = {}, **config) -> tuple:
+    base = tiny_base(**{"rope_fraction": 0.5, "n_kv_head": 4, **gpt})
+    mc = tiny_mc(base, **config)
+    result = step(mc, base, tiny_batch(), at)
+    rates = [(g["name"], g["lr"]) for g in mc.param_groups()]
+    shapes = {k: tuple(v.shape) for k, v in mc.state_dict().items()}
+    return result.loss.item(), values(result.metrics), [x.tolist() for x in result.primary] if result.primary else None, rates, shapes
+
+
+OTHER = dict(
+    block_size=8, max_lod=1, gist="mean", gist_width=8, gist_pool=dict(gist="transformer", gist_pool="cls"), gist_head="mlp", gist_shared=0,
+    budget=28, recent=12, horizon=4, positions="centre", damping_floor=0.5, lod_axis=1, alibi=1, max_gap=64, far_nodes=1,
+    start=0.5, ramp=5, row_stride=2, variants=2, cuts="random:1", targets="raw", split="random", wc_weight=0.5, kl_weight=0.0,
+    teacher="attention", lens_horizon=2, lens_queries=16, lens_row_stride=2, lens_key_dim=8, lens_keys=4, gist_lr=0.5, lens_lr=0.5,
+)  # fmt: skip
+
+
+def test_every_setting_is_tried():
+    assert set(OTHER) == {f.name for f in fields(MCConfig)}, "a new setting needs a line in OTHER"
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_every_setting_changes_something(name):
+    config = OTHER[name] if isinstance(OTHER[name], dict) else {name: OTHER[name]}
+    default = {k: v for k, v in config.items() if k != name}
+    assert fingerprint(**default) == fingerprint(**default)
+    assert fingerprint(**config) != fingerprint(**default)
+
+
+@pytest.mark.parametrize("config, gpt, message", [
+    ({"budget": 60}, {}, "nothing to focus on"),
+    ({"budget": N}, {}, "nothing to focus on"),
+    ({"budget": N, "split": "random"}, {}, "nothing to focus on"),
+    ({"row_stride": 3}, {}, "does not divide the micro-batch"),
+    ({"lens_row_stride": 3}, {}, "does not divide the micro-batch"),
+    ({"far_nodes": 4}, {}, "needs more rows"),
+    ({"far_nodes": 2, "row_stride": 2}, {}, "needs more rows"),
+    ({"far_nodes": 1, "max_lod": 4}, {}, "lower --mc_max_lod"),
+    ({"lens_queries": 60}, {}, "leaves no history"),
+    ({"lod_axis": 1}, {}, "rope_fraction below 1"),
+    ({"alibi": 1}, {}, "as many kv heads"),
+    ({}, {"sequence_len": 32, "window_pattern": "L"}, "windowed layers"),
+    ({}, {"sequence_len": 240, "window_pattern": "SL", "T": 160}, "windowed layers"),
+    ({"budget": 12}, {}, "too small"),
+    ({"max_gap": 3}, {}, "less than a block"),
+    ({"lens_keys": 3}, {}, "3 lens keys"),
+    ({"gist": "mean", "gist_head": "mlp"}, {}, "no head"),
+    ({"gist_pool": "cls"}, {}, "needs the variant"),
+])  # fmt: skip
+def test_settings_that_cannot_work_together_are_refused(config, gpt, message):
+    T = gpt.get("T", 64)
+    with pytest.raises(UserError, match=message):
+        tiny_mc(tiny_base(**{k: v for k, v in gpt.items() if k != "T"}), T=T, **config)
+
+
+@pytest.mark.parametrize("budget", range(20, 56))
+@pytest.mark.parametrize("max_lod", [1, 2, 3])
+def test_random_splits_always_fit(budget, max_lod):
+    """Where a budget is accepted, no split leaves a row without its cut or beyond its tokens."""
+    try:
+        mc = tiny_mc(tiny_base(), budget=budget, max_lod=max_lod, split="random")
+    except UserError:
+        return
+    splits = torch.cat([mc._splits(torch.arange(50), at) for at in range(4)]).unique()
+    assert splits.min() > budget and splits.max() <= N
+    scores = torch.randn(len(splits), T // K)
+    assert mc.model.allocator.cut(mc.model.allocator.allocate(scores, splits))[1].all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fit for an accelerator
+
+
+class Watch(TorchDispatchMode):
+    """Every operation with the shapes it gives; those that wait for the device, or whose shape depends on data, are kept apart."""
+
+    WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique_dim", "aten::_unique2", "aten::is_nonzero", "aten::equal"}
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.waits = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.name().split(".")[0]
+        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name in ("aten::index", "aten::index_put", "aten::index_put_") else []
+        if name in self.WAITING or masks:
+            self.waits.append(name)
+        self.calls.append((name, [tuple(x.shape) for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor)]))
+        return out
+
+
+def watched(gpt, mc, batch, at) -> Watch:
+    clear(gpt)
+    with Watch() as watch:
+        step(mc, gpt, batch, at)
+    return watch
+
+
+@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random", "max_gap": 64, "far_nodes": 1, "teacher": "attention"}, {"alibi": 1, "lod_axis": 1}])
+def test_a_step_never_waits_for_the_device_and_has_static_shapes(config):
+    gpt = tiny_base(dtype=torch.float32, rope_fraction=0.5, n_kv_head=4)
+    one = watched(gpt, tiny_mc(gpt, **config), tiny_batch(), 0)
+    two = watched(gpt, tiny_mc(gpt, seed=5, **config), tiny_batch((9, 7, 100, 10**10), seed=3), 3)
+    assert len(one.calls) > 500 and not one.waits
+    assert one.calls == two.calls
+
+
+def test_the_watch_sees_a_wait():
+    with Watch() as watch:
+        x = torch.arange(3)
+        x.sum().item(), x[x > 1], bool(x.any()), x.nonzero()
+    assert len(watch.waits) >= 4
+
+
+def test_meta_names_the_levels_that_were_trained():
+    assert tiny_mc(tiny_base(), max_lod=3).meta()["trained_lods"] == [1, 2]
+    assert tiny_mc(tiny_base(), max_lod=1).meta() == {"config": {**vars(MCConfig(**{**SMALL, "max_lod": 1}))}, "trained_lods": [1]}
+
+
+def test_flops_follow_the_dials():
+    gpt = tiny_base()
+    flops = {str(c): tiny_mc(gpt, **c).flops_per_token(gpt) for c in ({}, {"row_stride": 2}, {"variants": 2}, {"lens_row_stride": 2}, {"budget": 28})}
+    plain, fewer, more, lens, small = flops.values()
+    assert fewer < plain < more and lens < plain and small < plain
+    wc = more - plain
+    assert plain - fewer > wc / 2 and plain - lens > 0
