@@ -6,7 +6,8 @@ and the state of a loader is one number. A *source* turns row numbers into token
 
   LongRows     each row is a piece of one long document, whose pieces follow one another: long context stays whole
   PackedRows   rows start with bos, short documents packed to fill them (nanochat's manner)
-  RecallSource synthetic key-value recall; RandomSource uniform random tokens (a floor that no loss may go below)
+  RecallSource synthetic key-value recall; NeedleSource its facts hidden in text
+  RandomSource uniform random tokens (a floor that no loss may go below)
 """
 
 from bisect import bisect_right
@@ -20,6 +21,9 @@ from nanochat.dataset import open_corpus
 from nanochat.recall import CurriculumSchedule, RecallTask, random_bits
 from nanochat.token_cache import TokenCache, open_token_cache
 from nanochat.tokenizer import Tokenizer
+
+
+SYNTHETIC = ("recall", "needle", "random")  # values of --data that are not text: no bits per byte, nothing to pack
 
 
 class Batch(NamedTuple):
@@ -200,6 +204,25 @@ class RecallSource:
         return limit
 
 
+class NeedleSource:
+    """Recall facts hidden in text of the same split: `needles` blocks of pairs in filler, then questions about them."""
+
+    def __init__(self, task: RecallTask, filler: np.ndarray, T: int, split: str, needles: int):
+        self.T, self.task, self._filler, self._split, self._needles = T, task, filler, split, needles
+        questions = 2 * min(task.announce // 2 + task.ask // 2, min(needles, task.episode_blocks) * task.pairs_per_block)
+        self._history = T - questions
+        task.needle_rows(split, np.zeros(1), filler, self._history, needles)  # refuses a T or a number of needles that does not fit
+        self.fingerprint = f"needle-{key_seed(repr(task), T, split, needles, len(filler)):016x}"
+        self.summary = f"{split}: {needles} needle(s) of {task.pairs_per_block} facts in {self._history} tokens of text, rows of {T} tokens"
+
+    def row_tokens(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        made = self.task.needle_rows(self._split, rows, self._filler, self._history, self._needles)
+        return made.tokens, made.mask
+
+    def count_rows(self, limit: int) -> int:
+        return limit
+
+
 class RandomSource:
     """Uniform random tokens: the entropy is ln(vocab) and nothing can be learned."""
 
@@ -227,14 +250,18 @@ def make_source(
     recall_task: RecallTask | None = None,
     schedule: CurriculumSchedule | None = None,
     total_rows: int | None = None,
+    needles: int = 4,
 ) -> Source:
-    """The source that the flags name. data: "stdlib", "recall", "random", or a directory; rows: "long" or "packed".
+    """The source that the flags name. data: "stdlib", "recall", "needle", "random", or a directory; rows: "long" or "packed".
 
     recall_task, schedule and total_rows are for data="recall": by default the tokenizer's ids and no curriculum.
     """
     if data == "recall":
         task = recall_task or RecallTask.for_tokenizer(tokenizer, seed=seed)
         return RecallSource(task, T, split, schedule, total_rows)
+    if data == "needle":
+        filler = open_token_cache(open_corpus("stdlib"), split, tokenizer).tokens
+        return NeedleSource(RecallTask.for_tokenizer(tokenizer, seed=seed), filler, T, split, needles)
     if data == "random":
         return RandomSource(tokenizer.vocab_size, T, seed, split)
     if rows not in ("long", "packed"):

@@ -372,9 +372,9 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] float32 (float64 for a float64 model), softly capped."""
-        raw = self.lm_head(hidden)[..., :self.config.vocab_size]
+        raw = self.lm_head(hidden / self.config.softcap)[..., :self.config.vocab_size]  # divided while it is small
         raw = raw if raw.dtype == torch.float64 else raw.float()
-        return self.config.softcap * torch.tanh(raw / self.config.softcap)
+        return self.config.softcap * torch.tanh(raw)
 
     def forward(self, idx: Tensor | None, targets: Tensor | None = None, **entries) -> Tensor:
         """Logits [B, S, V]; with `targets` [B, S] (−1 = ignored) the mean loss instead. Keywords as `hidden`."""

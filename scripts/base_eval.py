@@ -4,11 +4,11 @@ import json
 from argparse import SUPPRESS
 
 from nanochat.common import FlagParser, UserError, init_distributed, print0, run_main
-from nanochat.dataloader import Loader, eval_rows, make_source
+from nanochat.dataloader import SYNTHETIC, Loader, eval_rows, make_source
 from nanochat.evaluation import evaluate
 from nanochat.loading import add_model_flags, model_from_flags
 
-DATA = {"data": "stdlib", "rows": "long", "text_column": "text", "seed": 42}  # of a checkpoint that does not say what it was trained on
+DATA = {"data": "stdlib", "rows": "long", "text_column": "text", "seed": 42, "needles": 4}  # of a checkpoint that does not say what it was trained on
 
 
 def main() -> None:
@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--data", help="'stdlib', 'recall', 'random', or a directory of parquet, jsonl or text files (default: as trained)", **as_trained)
     parser.add_argument("--rows", help="'long' (pieces of long documents) or 'packed' (short ones together) (default: as trained)", **as_trained)
     parser.add_argument("--text_column", help="column of parquet and jsonl files that holds the text (default: as trained)", **as_trained)
+    parser.add_argument("--needles", type=int, help="blocks of facts hidden in each row of --data=needle (default: as trained)", **as_trained)
     parser.add_argument("--seed", type=int, help="of the choice of rows, and of recall's aliases (default: as trained)", **as_trained)
     parser.add_argument("--split", default="val", choices=("val", "train"), help="which documents")
     parser.add_argument("--row_tokens", type=int, default=0, help="tokens a row; 0: the model's sequence length")
@@ -34,7 +35,7 @@ def main() -> None:
     source = make_source(data, args.split, T=T, tokenizer=tokenizer, **chosen)
     rows = eval_rows(source, args.eval_tokens, args.micro_batch * ranks.world_size)
     loader = Loader(source, rows, args.micro_batch, T, ranks.rank, ranks.world_size, ranks.device)
-    token_bytes = None if data in ("recall", "random") else tokenizer.token_bytes()  # those are not text
+    token_bytes = None if data in SYNTHETIC else tokenizer.token_bytes()  # those are not text
     result = evaluate(model, iter(loader.next, None), loader.micro_steps, token_bytes)
     bpb = "" if result.bpb is None else f", {result.bpb:.4f} bits/byte"
     print0(f"{data} {args.split}: loss {result.loss:.4f} nats/token{bpb} over {result.targets:,} targets in {rows:,} rows of {T}")

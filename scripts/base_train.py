@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # torchrun scri
 
 from nanochat.checkpoint import complete_steps, load_checkpoint, save_checkpoint, set_rng_state
 from nanochat.common import FlagParser, Ranks, UserError, base_dir, init_distributed, print0, run_main, seed_everything
-from nanochat.dataloader import Loader, Source, eval_rows, make_source
+from nanochat.dataloader import SYNTHETIC, Loader, Source, eval_rows, make_source
 from nanochat.evaluation import evaluate
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, assert_finite, check_groups, global_grad_norm, gpt_param_groups
@@ -59,7 +59,8 @@ def parse_flags():
     add("--tie_qk", default=0, help="1: key projections start equal to query projections", **flag)
     add("--rope_fraction", type=float, default=1.0, help="share of each head's dims that is rotated")
     # data
-    add("--data", default="stdlib", help="stdlib (embedded), recall, random, or a directory of parquet, jsonl or text files")
+    add("--data", default="stdlib", help="stdlib (embedded), recall, needle, random, or a directory of parquet, jsonl or text files")
+    add("--needles", type=int, default=4, help="blocks of facts hidden in the text of each row of --data=needle")
     add("--rows", default="long", choices=("long", "packed"), help="rows within one long document, or packed from several")
     add("--text_column", default="text", help="column of parquet and jsonl files that holds the text")
     add("--recall_grow", type=float, default=0.5, help="share of a recall run over which rows grow to their full number of blocks")
@@ -198,7 +199,7 @@ def main() -> None:
     else:
         ranks = init_distributed(args.device)
     device = ranks.device
-    if args.mc_enabled and args.rows == "packed" and args.data not in ("recall", "random"):
+    if args.mc_enabled and args.rows == "packed" and args.data not in SYNTHETIC:
         raise UserError("--rows=packed mixes documents in a row, which a working context must not cross; use --rows=long with --mc_enabled=1")
     if args.mc_enabled and args.compile:
         raise UserError("--compile=1 hides the attention gradients that teach the lens; use --compile=0 with --mc_enabled=1")
@@ -223,7 +224,7 @@ def main() -> None:
         model.hidden = torch.compile(model.hidden, dynamic=False)
 
     # Data
-    make = dict(T=plan.T, seed=args.seed, tokenizer=tokenizer, rows=args.rows, text_column=args.text_column)
+    make = dict(T=plan.T, seed=args.seed, tokenizer=tokenizer, rows=args.rows, text_column=args.text_column, needles=args.needles)
     curriculum = {}
     if args.data == "recall":
         curriculum = dict(schedule=CurriculumSchedule(grow=args.recall_grow, seed=args.seed), total_rows=plan.rows_per_step * plan.num_iterations)
@@ -231,7 +232,7 @@ def main() -> None:
     loader = Loader(source, plan.rows_per_step, plan.micro_batch, plan.T, ranks.rank, ranks.world_size, device)
     held_out = make_source(args.data, "val", **make)
     eval_steps = eval_rows(held_out, args.eval_tokens, plan.micro_batch * ranks.world_size) // (plan.micro_batch * ranks.world_size)
-    token_bytes = tokenizer.token_bytes() if args.data not in ("recall", "random") else None
+    token_bytes = tokenizer.token_bytes() if args.data not in SYNTHETIC else None
     print0(source.summary)
 
     # Resume

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.dataloader import Loader, LongRows, PackedRows, RandomSource, RecallSource, eval_rows, make_source
+from nanochat.dataloader import Loader, LongRows, NeedleSource, PackedRows, RandomSource, RecallSource, eval_rows, make_source
 from nanochat.recall import CurriculumSchedule, RecallTask
 from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer
@@ -248,3 +248,21 @@ def test_make_source(tmp_path, monkeypatch):
     assert isinstance(recall, RecallSource) and tokens.max() < tokenizer.vocab_size and mask.any()
     with pytest.raises(UserError, match="--rows=wide"):
         make_source(data, "train", rows="wide", **common)
+
+
+def test_needle_source_hides_answerable_facts_in_text():
+    """Issue (b): every asked value stands in the history behind its key; the filler is the split's own text."""
+    task = RecallTask(range(100, 612), range(612, 1124), range(1124, 1156))
+    filler = np.arange(50)
+    for needles, T in ((1, 288), (3, 320)):
+        source = NeedleSource(task, filler, T, "train", needles)
+        tokens, mask = source.row_tokens(np.arange(3))
+        assert tokens.shape == mask.shape == (3, T + 1)
+        for row, counted in zip(tokens, mask):
+            facts = {int(k): int(v) for k, v in zip(row[:-1], row[1:]) if k in task.keys}
+            key_of_alias = {int(a): task.keys.start + i for i, a in enumerate(task.alias_of_key)}
+            assert len(facts) == needles * task.pairs_per_block and counted.any()
+            assert all(facts[key_of_alias[int(row[i - 1])]] == row[i] for i in np.flatnonzero(counted))
+            assert (row[: T // 2] < 50).any()
+    with pytest.raises(UserError, match="multiple of the block"):
+        NeedleSource(task, filler, 300, "train", 3)
