@@ -390,12 +390,16 @@ def download_shards(num_shards: int, directory: Path, base_url: str = BASE_URL, 
         print0(f"{done}/{len(shards)} {name}, ETA {eta:.0f} s")
 
 
-def main() -> None:
+def make_parser() -> FlagParser:
     parser = FlagParser(prog="python -m nanochat.dataset", description="Download nanochat's public pretraining shards.")
     parser.add_argument("--num_shards", type=int, required=True, help="training shards of about 100 MB; one more is held out")
     parser.add_argument("--dir", type=Path, default=base_dir() / "fineweb-edu", help="where to; then train with --data=DIR")
     parser.add_argument("--base_url", default=BASE_URL, help="folder that serves shard_00000.parquet and so on")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     download_shards(args.num_shards, args.dir, args.base_url)
     print0(json.dumps({"dir": str(args.dir), "shards": args.num_shards + 1}))
 

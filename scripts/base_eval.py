@@ -11,7 +11,7 @@ from nanochat.loading import add_model_flags, model_from_flags
 DATA = {"data": "stdlib", "rows": "long", "text_column": "text", "seed": 42, "needles": 4}  # of a checkpoint that does not say what it was trained on
 
 
-def main() -> None:
+def make_parser() -> FlagParser:
     parser = FlagParser(prog="python -m scripts.base_eval", description=__doc__)
     add_model_flags(parser)
     as_trained = dict(default=SUPPRESS)
@@ -24,7 +24,11 @@ def main() -> None:
     parser.add_argument("--row_tokens", type=int, default=0, help="tokens a row; 0: the model's sequence length")
     parser.add_argument("--eval_tokens", type=int, default=65536, help="tokens to evaluate on, over all ranks")
     parser.add_argument("--micro_batch", type=int, default=8, help="rows at a time on one rank")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     if args.row_tokens < 0 or args.micro_batch < 1:
         raise UserError(f"--row_tokens={args.row_tokens} --micro_batch={args.micro_batch}: at least 0 and 1")
     ranks = init_distributed(args.device)

@@ -39,7 +39,7 @@ from nanochat.tokenizer import Tokenizer
 # Flags
 
 
-def parse_flags():
+def make_parser(with_mc: bool = True) -> FlagParser:
     parser = FlagParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     flag = dict(type=int, choices=(0, 1))
@@ -95,9 +95,14 @@ def parse_flags():
     add("--compile", default=0, help="1: torch.compile the layers", **flag)
     add("--dry_run", default=0, help="1: print the plan (model, tokens, FLOPs, memory) and stop", **flag)
     add("--mc_enabled", default=0, help="1: train MegaContext beside the model", **flag)
-    if wants_mc(sys.argv[1:]):
+    if with_mc:
         from mc.config import add_flags
         add_flags(parser)
+    return parser
+
+
+def parse_flags():
+    parser = make_parser(wants_mc(sys.argv[1:]))
     args, unknown = parser.parse_known_args()
     names = [name for name in unknown if name.startswith("--")]
     if names and all(name.startswith("--mc_") for name in names) and not args.mc_enabled:

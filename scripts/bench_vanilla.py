@@ -102,7 +102,7 @@ class Trainee:
         return time.perf_counter() - start
 
 
-def main() -> None:
+def make_parser() -> FlagParser:
     parser = FlagParser(prog="python -m scripts.bench_vanilla", description=__doc__)
     parser.add_argument("--n_layer", type=int, default=4, help="layers")
     parser.add_argument("--n_head", type=int, default=4, help="heads")
@@ -115,7 +115,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto (CUDA when there is one), cpu or cuda; CUDA runs under bfloat16 autocast")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     if min(args.row_tokens, args.rows, args.pairs - 1, args.block_steps) < 1:
         raise UserError("--row_tokens, --rows and --block_steps are at least 1, --pairs at least 2")
     if args.threads:

@@ -19,7 +19,7 @@ def typed_prompts() -> Iterator[str]:
         yield line
 
 
-def main() -> None:
+def make_parser() -> FlagParser:
     parser = FlagParser(prog="python -m scripts.chat_cli", description=__doc__)
     add_model_flags(parser)
     parser.add_argument("--prompt", help="text to continue; without it, each line of stdin, until an empty one")
@@ -27,7 +27,11 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token; 1 draws as the model predicts")
     parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     ranks = init_distributed(args.device)
     model, tokenizer, _ = model_from_flags(args, ranks.device)
     engine = Engine(model, tokenizer)

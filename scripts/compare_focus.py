@@ -66,17 +66,21 @@ def commit() -> str:
     return found.stdout.strip() or "not a git checkout"
 
 
-def main() -> None:
+def make_parser() -> FlagParser:
     parser = FlagParser(prog="python -m scripts.compare_focus", description=__doc__.split("\n\n")[0])
     for task in TASKS:
         parser.add_argument(f"--{task}_mc", required=True, type=Path, help=f"checkpoint directory trained on {task} with --mc_enabled=1")
-        parser.add_argument(f"--{task}_vanilla", required=True, type=Path, help=f"its vanilla twin: same flags but --mc_enabled=0")
+        parser.add_argument(f"--{task}_vanilla", required=True, type=Path, help="its vanilla twin: same flags but --mc_enabled=0")
     parser.add_argument("--contexts", type=int, default=64, help="held-out contexts per task")
     parser.add_argument("--batch", type=int, default=32, help="contexts at a time")
     parser.add_argument("--pairs", type=int, default=6, help="pairs of blocks of steps timed per task")
     parser.add_argument("--seed", type=int, default=0, help="of random focus")
     parser.add_argument("--out", type=Path, default=None, help="where the report goes; default $NANOCHAT_BASE_DIR/quickstart")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     if min(args.contexts, args.batch, args.pairs) < 1:
         raise UserError("--contexts, --batch and --pairs must be at least 1")
     out = args.out or base_dir() / "quickstart"

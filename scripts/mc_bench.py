@@ -10,14 +10,18 @@ from nanochat.common import FlagParser, UserError, run_main
 from nanochat.tokenizer import Tokenizer
 
 
-def main() -> None:
+def make_parser() -> FlagParser:
     parser = FlagParser(prog="python -m scripts.mc_bench", description=__doc__)
     parser.add_argument("what", choices=("train",), help="train: step time at the settings of a MegaContext checkpoint")
     parser.add_argument("--checkpoint_dir", required=True, help="checkpoint directory of a run with --mc_enabled=1")
     parser.add_argument("--pairs", type=int, default=8, help="pairs of blocks, vanilla and MegaContext in turn")
     parser.add_argument("--steps", type=int, default=3, help="steps per block")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     if min(args.pairs, args.steps) < 1:
         raise UserError(f"--pairs={args.pairs} --steps={args.steps}: at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():

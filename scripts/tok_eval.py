@@ -8,11 +8,15 @@ from nanochat.dataset import open_corpus
 from nanochat.tokenizer import Tokenizer
 
 
-def main() -> None:
+def make_parser() -> FlagParser:
     parser = FlagParser(prog="python -m scripts.tok_eval", description=__doc__)
     parser.add_argument("--data", default="stdlib", help="'stdlib' (embedded corpus) or a directory of parquet, jsonl or text files")
     parser.add_argument("--text_column", default="text", help="column of parquet and jsonl files that holds the text")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     tokenizer = Tokenizer.load()
     sizes = tokenizer.token_bytes()
     kinds = defaultdict(lambda: [0, 0, 0])  # documents, bytes, tokens

@@ -18,13 +18,17 @@ def training_texts(data: str, text_column: str, max_chars: int) -> Iterator[str]
             return
 
 
-def main() -> None:
+def make_parser() -> FlagParser:
     parser = FlagParser(prog="python -m scripts.tok_train", description=__doc__)
     parser.add_argument("--data", default="stdlib", help="'stdlib' (embedded corpus) or a directory of parquet, jsonl or text files")
     parser.add_argument("--text_column", default="text", help="column of parquet and jsonl files that holds the text")
     parser.add_argument("--vocab_size", type=int, default=2048, help="BPE tokens, the 256 bytes included; special ids come on top")
     parser.add_argument("--max_chars", type=int, default=2_000_000_000, help="characters of the corpus to train on, at most")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     if args.max_chars < 1:
         raise UserError(f"--max_chars={args.max_chars}: at least 1")
     start = time.monotonic()
