@@ -113,14 +113,13 @@ def test_needles_in_a_long_history(needles):
         assert (text < 2048).all()
 
 
-def test_schedule_grows_then_keeps_half_the_rows_at_the_most():
+def test_schedule_grows_then_half_the_rows_store_the_most():
     schedule = CurriculumSchedule(seed=1)
     early = schedule.num_blocks(np.linspace(0, 0.499, 100), np.arange(100))
     assert (np.diff(early) >= 0).all() and sorted(set(early.tolist())) == [2, 4, 8, 16, 32]
     late = schedule.num_blocks(0.7, np.arange(3000))
-    assert set(late.tolist()) == {8, 16, 32} and (late == 32).mean() >= 0.5
+    assert set(late.tolist()) == {8, 16, 32} and abs((late == 32).mean() - 0.5) < 0.05
     assert (schedule.num_blocks(0.7, np.arange(100, 200)) == late[100:200]).all()
-    assert schedule.num_blocks(1.0, 4).tolist() == [32]
     assert CurriculumSchedule(blocks=24).num_blocks(0.49, 0) == 24
     assert set(CurriculumSchedule(grow=0).num_blocks(0.0, np.arange(50)).tolist()) == {8, 16, 32}
     assert CurriculumSchedule(blocks=2).num_blocks(0.9, np.arange(5)).max() == 2
