@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mc.working_context import Cut, from_expanded, tiling
+from mc.mega_context import tiling
+from mc.working_context import Cut, from_expanded
 from nanochat.common import UserError
 
 NEVER = -(2**31)  # `changed_BN` of a node that no edit has flipped

@@ -28,12 +28,6 @@ class Cut(NamedTuple):
     block_size: int
 
 
-def tiling(n_tokens: int | Tensor, block_size: int, max_lod: int) -> int | Tensor:
-    """The least number of entries that tile n tokens: the digits of n in base K, the topmost one unbounded."""
-    lower = sum(n_tokens // block_size**lod % block_size for lod in range(max_lod))
-    return lower + n_tokens // block_size**max_lod
-
-
 def _emit(count_BS: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Source s yields count[s] consecutive entries; find each slot's source.
 

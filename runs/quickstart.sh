@@ -13,10 +13,10 @@ SEED="${SEED:-42}"
 SHARED=(--max_seq_len=1088 --head_dim=32 --value_embeds=0 --smear=0 --resid_scalars=0 --backout=0 --key_shift=1 --tie_qk=1
         --rope_fraction=0.5 --device_batch_size=4 --total_batch_size=4352 --grad_clip=1 --eval_tokens=32640 --eval_every=0
         --log_every=25 --save_every=100 --resume=1 --seed="$SEED")
-RECALL=(--data=recall --depth=2 --aspect_ratio=64 --num_iterations=450 --recall_grow=0.75)
+RECALL=(--data=recall --depth=2 --aspect_ratio=64 --num_iterations=400 --recall_grow=0.75)
 TEXT=(--data=stdlib --depth=4 --aspect_ratio=32 --num_iterations=450)
 MC=(--mc_enabled=1 --mc_budget=128 --mc_horizon=32 --mc_row_stride=2 --mc_lens_row_stride=2)
-MC_RECALL=(--mc_start=0.3 --mc_lens_queries=512)
+MC_RECALL=(--mc_start=0.3 --mc_lens_queries=512 --mc_teacher=attention --mc_lens_horizon=2)
 MC_TEXT=(--mc_start=0.3)
 
 train() {  # tag, flags…

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mc import working_context as wc
+from mc.mega_context import tiling
 from mc.focus_allocator import FocusConfig, FocusReport, FocusState, GreedyAllocator, check_feasible, utilization
 from nanochat.common import UserError
 
@@ -227,13 +228,13 @@ def optimum(utility_N1: torch.Tensor, n: int, cfg: FocusConfig) -> float:
         width = level_SN.shape[1] // cfg.block_size
         level_SN = level_SN[:, : width * cfg.block_size].unflatten(1, (width, cfg.block_size)).amax(-1)
         nodes_S = nodes_S + level_SN.sum(1)
-    entries_S = wc.tiling(n, cfg.block_size, cfg.max_lod) + (cfg.block_size - 1) * nodes_S
+    entries_S = tiling(n, cfg.block_size, cfg.max_lod) + (cfg.block_size - 1) * nodes_S
     return float((sets_SN * utility_N1).sum(1)[entries_S <= cfg.budget].max())
 
 
 @pytest.mark.parametrize("k, max_lod, n", [(2, 1, 17), (2, 3, 16), (2, 3, 23), (3, 2, 29), (4, 2, 47)])
 def test_greedy_is_near_the_brute_force_optimum(k, max_lod, n):
-    gen, n_blocks, trials, least = torch.Generator().manual_seed(0), n // k, 40, wc.tiling(n, k, max_lod)
+    gen, n_blocks, trials, least = torch.Generator().manual_seed(0), n // k, 40, tiling(n, k, max_lod)
     utility_BN1 = -torch.rand(trials, n_blocks, generator=gen).log()
     for nodes in (max_lod, max_lod + 2, max_lod + 4):
         cfg = FocusConfig(least + (k - 1) * nodes, k, max_lod, recent=0)

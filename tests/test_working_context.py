@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mc import working_context as wc
+from mc.mega_context import tiling
 
 torch.set_num_threads(1)
 SIZES = [1, 31, 32, 33, 77, 1023, 1025]
@@ -90,7 +91,7 @@ def test_coarsest_is_the_least_tiling(k, max_lod):
     cut = wc.coarsest(n_B, k, max_lod, 1025)
     wc.check(cut, n_B, 1025, max_lod)
     assert same(cut, wc.from_expanded(closed, n_B, k, 1025)[0])
-    assert wc.entries_used(cut).tolist() == [wc.tiling(n, k, max_lod) for n in SIZES]
+    assert wc.entries_used(cut).tolist() == [tiling(n, k, max_lod) for n in SIZES]
     assert same(wc.coarsest(77, k, max_lod, 1025), wc.Cut(*(x[4:5] for x in cut[:3]), k))
     assert entries(wc.finest(n_B, k, 1025)) == [[(0, i) for i in range(n)] for n in SIZES]
 
@@ -100,7 +101,7 @@ def test_coarsest_is_the_least_tiling(k, max_lod):
 def test_random_edits_match_the_reference_and_keep_every_invariant(case, slack):
     k, max_lod, sizes, seed, p = case
     n_B, gen = torch.tensor(sizes), torch.Generator().manual_seed(seed)
-    capacity = max(wc.tiling(n, k, max_lod) for n in sizes) + slack
+    capacity = max(tiling(n, k, max_lod) for n in sizes) + slack
     cut = wc.coarsest(n_B, k, max_lod, capacity)
     for step in range(6):
         before, mask_BW = entries(cut), torch.rand(cut.lod_BW.shape, generator=gen) < p
