@@ -109,12 +109,12 @@ def parse_flags():
         parser.error(f"{' '.join(unknown)}: needs --mc_enabled=1")
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
-    check_ranges(args)
+    check_ranges(args, {name: parser.get_default(name) for name in vars(args)})
     return args
 
 
-def check_ranges(args) -> None:
-    """UserError for a number that no run can use."""
+def check_ranges(args, defaults: dict) -> None:
+    """UserError for a number that no run can use, or a flag of data that is not trained on."""
     least = dict.fromkeys(("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size", "log_every", "keep_last", "eval_tokens"), 1)
     least |= dict.fromkeys(("vocab_size", "n_kv_head", "total_batch_size", "num_iterations", "stop_at", "warmup_steps", "eval_every", "save_every", "matrix_lr",
                             "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "grad_clip", "seed"), 0)
@@ -124,6 +124,9 @@ def check_ranges(args) -> None:
     for name in ("recall_grow", "warmdown_ratio", "final_lr_frac"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name}={getattr(args, name)} must be in [0, 1]")
+    for name, data in (("recall_grow", "recall"), ("needles", "needle")):
+        if getattr(args, name) != defaults[name] and args.data != data:
+            raise UserError(f"--{name}={getattr(args, name)} has no effect with --data={args.data}: it is for --data={data}")
     if not 0 < args.target_tokens_per_param < math.inf:
         raise UserError(f"--target_tokens_per_param={args.target_tokens_per_param} must be positive")
 
