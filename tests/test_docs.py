@@ -1,0 +1,146 @@
+"""The documents agree with the code: generated tables, the README's file tree and commands, every link."""
+
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+from scripts.flag_table import commands, flags_of
+
+ROOT = Path(__file__).resolve().parents[1]
+VAULT = ROOT / "obsidian"
+README = ROOT / "README.md"
+CODE = ("nanochat", "mc", "scripts", "runs")  # the file tree names every .py and .sh file below these
+PAGES = [README, *sorted(VAULT.rglob("*.md"))]
+pages = pytest.mark.parametrize("page", PAGES, ids=[str(p.relative_to(ROOT)) for p in PAGES])
+
+
+def test_generated_tables_are_current(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "scripts.flag_table", f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("Flags.md", "Metrics.md"):
+        committed = VAULT / "ops" / name
+        assert committed.read_text() == (tmp_path / name).read_text(), f"{committed} is out of date: run python -m scripts.flag_table"
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_flag_has_help(command):
+    parser = import_module(command).make_parser()
+    assert parser.description
+    for _, actions in flags_of(parser):
+        for action in actions:
+            assert action.help and action.help.strip(), f"{command} {action.option_strings or action.dest}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README
+
+
+def tracked(*folders: str) -> set[str]:
+    """Files of the repository below `folders`: tracked, or about to be."""
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *folders], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:  # a copy without its history
+        return {str(p.relative_to(ROOT)) for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file()}
+    return {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
+
+
+def file_tree(text: str) -> dict[str, str]:
+    """path -> description, from the README's indented tree: `folder/` at the margin, its files indented below it."""
+    tree, folder = {}, ""
+    block = re.search(r"^## File tree\n.*?^```\n(.*?)^```", text, re.S | re.M).group(1)
+    for line in block.splitlines():
+        name, _, description = line.strip().partition(" ")
+        if not line.startswith(" ") and name.endswith("/"):
+            folder = name
+        tree[(folder if line.startswith(" ") else "") + name] = description.strip()
+    return tree
+
+
+def test_readme_file_tree_is_complete():
+    tree = file_tree(README.read_text())
+    code = {name for name in tracked(*CODE) if name.endswith((".py", ".sh")) and not name.endswith("__init__.py")}
+    named = {name for name in tree if name.endswith((".py", ".sh")) and name.startswith(tuple(f"{f}/" for f in CODE))}
+    assert sorted(code - named) == [], "files that the README's tree lacks"
+    assert sorted(named - code) == [], "files of the README's tree that are not there"
+    assert [name for name in tree if not (ROOT / name).exists()] == []
+    assert [name for name, description in tree.items() if len(description) < 5] == [], "without a description"
+
+
+@pytest.mark.parametrize("script", ["quickstart", "test"])
+def test_readme_names_the_two_commands(script):
+    assert re.search(rf"^bash runs/{script}\.sh$", README.read_text(), re.M)
+    assert (ROOT / "runs" / f"{script}.sh").is_file()
+
+
+def test_flags_in_examples_exist():
+    """Every `--flag` that the README or the vault names belongs to a command, or to torchrun."""
+    known = {name for c in commands() for _, actions in flags_of(import_module(c).make_parser()) for a in actions for name in a.option_strings}
+    known |= {"--help", "--standalone", "--nproc_per_node"}
+    for page in PAGES:
+        used = {flag.rstrip("_") for flag in re.findall(r"(?<![\w-])--[a-z]\w*", page.read_text())}  # `--mc_…` stands for all of them
+        assert sorted(used - known - {"--mc"}) == [], page
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Links
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """Headings as they appear in links: GitHub's slugs."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pages
+def test_markdown_links_resolve(page):
+    for target in re.findall(r"!?\[[^\]]*\]\(([^)\s]+)\)", without_code(page.read_text())):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = unquote(target).partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists() and found.is_relative_to(ROOT), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(found), f"{page.name}: {target}"
+
+
+@pages
+def test_wiki_links_resolve(page):
+    names = [p.stem for p in VAULT.rglob("*.md")]
+    for target in re.findall(r"\[\[([^\]|#]+)[^\]]*\]\]", without_code(page.read_text())):
+        assert names.count(target.strip()) == 1, f"{page.name}: [[{target}]] names {names.count(target.strip())} pages"
+
+
+def test_every_page_is_reachable_from_home():
+    seen, todo = set(), [VAULT / "Home.md"]
+    while todo:
+        page = todo.pop()
+        if page in seen:
+            continue
+        seen.add(page)
+        text = without_code(page.read_text())
+        linked = [(page.parent / unquote(t.partition("#")[0])).resolve() for t in re.findall(r"\]\(([^)\s]+\.md[^)\s]*)\)", text)]
+        linked += [p for t in re.findall(r"\[\[([^\]|#]+)", text) for p in VAULT.rglob(f"{t.strip()}.md")]
+        todo += [p for p in linked if p.suffix == ".md" and p.is_relative_to(VAULT)]
+    assert sorted(str(p.relative_to(VAULT)) for p in set(VAULT.rglob("*.md")) - seen) == []
+
+
+@pages
+def test_pages_name_files_that_exist(page):
+    """Every repository path in code font, `mc/runtime.py` or `tests/test_gpt.py`, is there."""
+    for name in re.findall(r"`((?:nanochat|mc|scripts|runs|tests)/[\w/.]+\.(?:py|sh))`", page.read_text()):
+        assert (ROOT / name).is_file(), f"{page.name}: {name}"
+
+
+def test_pages_name_tests_that_exist():
+    """Every test in code font is there."""
+    tests = set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in (ROOT / "tests").rglob("test_*.py")), re.M))
+    for page in PAGES:
+        named = set(re.findall(r"`(test_\w+)`", page.read_text()))
+        assert named <= tests, f"{page.name}: {sorted(named - tests)}"
