@@ -75,5 +75,6 @@ def gate_utility(captured: Sequence[Captured], rows: slice, queries: slice, n_bl
 
 def over_horizon(per_query_BQN: Tensor, horizon: int) -> Tensor:
     """[B, Q − horizon + 1, N]: at query t the sum over rows [t, t + horizon), which predict tokens (t, t + horizon]."""
-    total = torch.nn.functional.pad(per_query_BQN, (0, 0, 1, 0)).cumsum(1)
+    x_BQN = per_query_BQN.to(torch.promote_types(per_query_BQN.dtype, torch.float32))  # a running sum in bfloat16 drowns its parts
+    total = torch.nn.functional.pad(x_BQN, (0, 0, 1, 0)).cumsum(1)
     return total[:, horizon:] - total[:, :-horizon]
