@@ -122,9 +122,15 @@ def test_the_oracle_is_never_beaten():
     assert (oracle.nll_B < torch.stack([o.nll_B for o in tested.values()]).amin(0)).any()
     assert len(tried) % (BLOCKS - R // K) == 0 and len(tried) >= 2 * (BLOCKS - R // K)
     assert (oracle.entries_B <= W).all()
-    for b in range(6):  # what it reports is one cut's
-        again = focus.outcome(torch.where(oracle.shown_BN, 0.0, -torch.inf))
-        torch.testing.assert_close(again.nll_B, oracle.nll_B)
+    best = torch.stack([o.nll_B for o in alone]).argmin(0)
+    for block in range(BLOCKS - R // K):  # greedy: each other block beside the best
+        scores = torch.full((6, BLOCKS), -torch.inf).scatter(1, best[:, None], 0.0)
+        scores[:, block] = 0
+        assert (oracle.nll_B <= focus.outcome(scores).nll_B).all()
+    again = focus.outcome(torch.where(oracle.shown_BN, 0.0, -torch.inf))  # what it reports is one cut's
+    torch.testing.assert_close(again.nll_B, oracle.nll_B)
+    tested["lens"].nll_B[2] = -1.0
+    assert focus.oracle(tested).nll_B.tolist() == pytest.approx(oracle.nll_B.index_fill(0, torch.tensor(2), -1.0).tolist())
 
 
 def test_teacher_scores_are_the_teachers_on_the_continuations_queries():

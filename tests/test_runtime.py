@@ -272,6 +272,7 @@ def test_nothing_is_left_over_from_the_step_before(policy):
     gpt = tiny_base()
     mc, fresh = tiny_mc(gpt, cuts=f"{policy}:1"), tiny_mc(gpt, cuts=f"{policy}:1")
     first = step(mc, gpt, tiny_batch())
+    mc.training_step(gpt, tiny_batch(seed=2), 0)  # and its lens never taught
     clear(gpt, mc.model)
     second, alone = step(mc, gpt, tiny_batch(seed=1)), step(fresh, gpt, tiny_batch(seed=1))
     assert not torch.equal(first.primary.lod_BM, second.primary.lod_BM), "other tokens, the same rows: another choice"

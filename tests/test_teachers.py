@@ -126,6 +126,11 @@ def test_over_horizon(horizon):
     torch.testing.assert_close(over_horizon(x, horizon), expected)
 
 
+def test_over_horizon_of_half_precision_does_not_drown_in_its_running_sum():
+    x = torch.rand(1, 600, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+    torch.testing.assert_close(over_horizon(x, 8), over_horizon(x.float(), 8), rtol=1e-2, atol=0, check_dtype=False)
+
+
 def test_teachers_keep_no_graph_and_leave_the_pass_unchanged(batch):
     gpt = tiny_base()
     captured: list[Captured] = []
