@@ -1,0 +1,185 @@
+"""base_train end to end, by running it: reproducible, resumable, the same on one rank and two, MegaContext apart (B1, B2, B7, B9, B10)."""
+
+import json
+import math
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from e2e_commands import KINDS, MC, ROOT, TINY, last_checkpoint, losses, real, rows, same, start, tree
+
+from nanochat.tokenizer import Reserved, Tokenizer
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+RANKS_TOLERANCE = 1e-4  # nats; sums over ranks and micro-steps round elsewhere, and 20 steps let that grow
+
+
+def worst_difference(a: Path, b: Path) -> float:
+    """Largest difference of train.loss between two runs, over all steps."""
+    x, y = ([row["train.loss"] for row in rows(base)] for base in (a, b))
+    assert len(x) == len(y) == 20
+    return max(abs(p - q) for p, q in zip(x, y))
+
+
+@kinds
+def test_same_seed_same_losses(kind, reference, base, train):
+    train(base, *KINDS[kind]).ok()
+    assert losses(base) == losses(reference[kind]) and len(losses(base)) == 20
+    assert same(last_checkpoint(base), last_checkpoint(reference[kind]))
+
+
+def test_the_runs_compared_here_do_train(reference):
+    first, last = ([row["train.loss"] for row in rows(reference["mc"])][i] for i in (0, -1))
+    assert last < first - 1
+    assert [("mc.loss.wc" in row, "mc.loss.lens" in row) for row in rows(reference["mc"])] == [(step >= 4,) * 2 for step in range(20)]
+
+
+@pytest.mark.parametrize("mc", ["absent", "poisoned"])
+def test_vanilla_never_imports_mc(mc, reference, base, train, tmp_path):
+    """B2: the same losses without the package, and nothing of it is imported with it."""
+    for package in ("nanochat", "scripts"):
+        shutil.copytree(ROOT / package, tmp_path / "copy" / package, ignore=shutil.ignore_patterns("__pycache__"))
+    if mc == "poisoned":
+        (tmp_path / "copy" / "mc").mkdir()
+        (tmp_path / "copy" / "mc" / "__init__.py").write_text("raise RuntimeError('mc was imported')")
+    done = train(base, "--mc_enabled=0", root=tmp_path / "copy").ok()
+    assert losses(base) == losses(reference["vanilla"])
+    assert not [name for name in done.modules if name.partition(".")[0] == "mc"]
+    if mc == "poisoned":
+        assert "mc was imported" in train(base, "--mc_enabled=1", root=tmp_path / "copy").err
+
+
+@kinds
+def test_stopped_and_resumed_is_uninterrupted(kind, reference, base, train):
+    train(base, *KINDS[kind], "--stop_at=7").ok()
+    resumed = train(base, *KINDS[kind], "--resume=1").ok()
+    assert "at step 7 of 20" in resumed.out
+    assert losses(base) == losses(reference[kind])
+    assert same(last_checkpoint(base), last_checkpoint(reference[kind]))
+
+
+@kinds
+def test_killed_and_resumed_is_uninterrupted(kind, reference, base, prepared):
+    flags = [*TINY, f"--data={prepared / 'texts'}", *KINDS[kind], "--save_every=3"]
+    running = start(base, "base_train", *flags)
+    deadline = time.monotonic() + 60
+    while not (base / "checkpoints" / "t" / "complete_000006.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert running.kill() == -signal.SIGKILL
+    start(base, "base_train", *flags, "--resume=1").wait().ok()
+    assert losses(base) == losses(reference[kind])
+    assert same(last_checkpoint(base), last_checkpoint(reference[kind]))
+
+
+@pytest.mark.parametrize("flag", ["--matrix_lr=0.01", "--warmup_steps=3", "--num_iterations=40", "--mc_gist_lr=0.1", "--mc_kl_weight=0", "--mc_enabled=0"])
+def test_resume_with_changed_settings_is_refused(flag, reference, train):
+    before = tree(reference["mc"])
+    flags = [f for f in MC if not (flag == "--mc_enabled=0" and f.startswith("--mc_"))]
+    error = train(reference["mc"], *flags, "--resume=1", flag).error
+    assert flag in error and "was" in error and tree(reference["mc"]) == before
+
+
+def test_resume_honours_operational_flags(base, train, reference):
+    train(base, "--stop_at=4").ok()
+    train(base, "--resume=1", "--device_batch_size=4", "--log_every=8", "--eval_every=6", "--save_every=5", "--keep_last=2").ok()
+    assert [row["step"] for row in rows(base)][4:] == [5, 6, 8, 10, 12, 15, 16, 18, 20]
+    assert [row["step"] for row in rows(base) if "val.loss" in row] == [4, 6, 12, 18, 20]
+    assert sorted(p.name for p in (base / "checkpoints" / "t").glob("complete_*")) == ["complete_000015.json", "complete_000020.json"]
+    assert abs(rows(base)[-1]["train.loss"] - sum(r["train.loss"] for r in rows(reference["vanilla"])[18:]) / 2) < RANKS_TOLERANCE
+
+
+@kinds
+def test_two_ranks_are_one(kind, reference, base, prepared):
+    """B1, trap 16: torchrun with two gloo processes gives the curve of one process."""
+    done = real(base, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "scripts/base_train.py", *TINY,
+                f"--data={prepared / 'texts'}", *KINDS[kind])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 rank(s) on cpu" in done.stdout and done.stdout.count("done: 20 steps") == 1
+    assert 0 < worst_difference(base, reference[kind]) < RANKS_TOLERANCE
+    assert abs(rows(base)[-1]["val.loss"] - rows(reference[kind])[-1]["val.loss"]) < RANKS_TOLERANCE
+    assert len(list((base / "checkpoints" / "t").glob("optim_*"))) == 2
+
+
+@kinds
+def test_accumulated_micro_batches_are_one_larger(kind, reference, base, train):
+    train(base, *KINDS[kind], "--device_batch_size=4").ok()
+    assert 0 < worst_difference(base, reference[kind]) < RANKS_TOLERANCE
+
+
+def test_equal_tokens_more_flops_with_mc(reference):
+    """Trap 12."""
+    vanilla, mc = (rows(reference[kind]) for kind in ("vanilla", "mc"))
+    assert [row["train.tokens"] for row in vanilla] == [row["train.tokens"] for row in mc] == [512 * (i + 1) for i in range(20)]
+    assert [row["train.flops"] for row in vanilla][:4] == [row["train.flops"] for row in mc][:4]  # MegaContext begins at step 4
+    assert mc[-1]["train.flops"] > 1.2 * vanilla[-1]["train.flops"]
+
+
+@kinds
+def test_what_is_recorded(kind, reference):
+    """B10: throughput, utilization, losses, bits per byte, memory and the time of each part."""
+    wanted = {"train.loss", "train.grad_norm", "train.step_time", "train.data_wait", "train.tokens_per_second", "train.mfu", "train.tokens",
+              "train.flops", "train.memory", "optim.lr", "val.loss", "val.bpb"}  # fmt: skip
+    if kind == "mc":
+        wanted |= {"mc.loss.wc", "mc.loss.kl", "mc.loss.lens", "mc.delta_nll", "mc.lens.hit", "mc.focus.utilization"}
+        wanted |= {f"mc.time.{part}" for part in ("lm", "tree", "focus", "wc", "lens")}
+    last = rows(reference[kind])[-1]
+    assert wanted <= last.keys()
+    assert all(math.isfinite(value) for value in last.values())
+    assert 0 < last["train.mfu"] < 1.5 and last["train.memory"] > 1e7
+
+
+@pytest.mark.slow
+def test_random_tokens_cannot_be_predicted(base, train):
+    """Trap 1: no next-token loss on uniform random tokens goes below ln V; a target that is not shifted would."""
+    tokenizer = Tokenizer([bytes([i]) for i in range(256)], reserved=Reserved(2, 2, 2))  # few ids: easy to copy, were it possible
+    tokenizer.save(base / "tokenizer")
+    train(base, *MC, "--data=random", "--num_iterations=300", "--total_batch_size=256", "--mc_start=0.1", "--matrix_lr=0.04").ok()
+    floor = math.log(tokenizer.vocab_size) - 0.02
+    for name in ("train.loss", "mc.loss.wc"):
+        curve = [row[name] for row in rows(base) if name in row]
+        means = [sum(curve[i : i + 50]) / 50 for i in range(len(curve) - 49)]
+        assert len(means) > 200 and min(means) > floor, (name, min(means), floor)
+
+
+def test_wandb_offline(base, prepared):
+    pytest.importorskip("wandb")
+    done = real(base, "-m", "scripts.base_train", *TINY, f"--data={prepared / 'texts'}", "--num_iterations=2", "--run=trial", WANDB_MODE="offline")
+    assert done.returncode == 0, done.stderr
+    assert list((base / "runs" / "t").rglob("offline-run-*/*.wandb")) and len(rows(base)) == 2
+
+
+# -- flags and plans ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", sorted(p.stem for p in (ROOT / "scripts").glob("*.py") if p.stem != "__init__"))
+def test_help(script, tmp_path):
+    """Every script explains itself, every flag of it has a text."""
+    shown = start(tmp_path / "base", script, "--help", COLUMNS="1000").wait().ok()
+    assert shown.out.startswith("usage:") and not (tmp_path / "base").exists()
+    lines = shown.out.splitlines()
+    for line, below in zip(lines, [*lines[1:], ""]):
+        if line.startswith("  -"):  # its text stands behind it, or below
+            assert "  " in line.strip() or below.startswith(" " * 8), f"{script}: no help for {line.strip()}"
+
+
+def test_both_spellings_of_flags(base, train):
+    plans = [train(base, "--dry_run=1", *MC[1:], *flags).ok().out for flags in (["--mc_enabled=1"], ["--mc-enabled", "1"], ["--mc-enabled=1"])]
+    assert len(set(plans)) == 1 and json.loads(plans[0])["mc"] is True
+    off = train(base, "--dry_run=1", "--mc_enabled=1", "--mc-enabled", "0").ok()
+    assert json.loads(off.out)["mc"] is False and "mc" not in off.modules
+
+
+@pytest.mark.parametrize("depth", [12, 20])
+@pytest.mark.parametrize("mc", [0, 1])
+def test_dry_run_of_eight_ranks(depth, mc, tmp_path):
+    """The plan of a node, from a bare machine: no tokenizer, no process group, nothing written."""
+    flags = [f"--depth={depth}", f"--mc_enabled={mc}", "--max_seq_len=2048", "--vocab_size=32768", "--dry_run=1"]
+    done = start(tmp_path / "base", "base_train", *flags, WORLD_SIZE="8", RANK="0").wait().ok()
+    plan = json.loads(done.out)
+    assert plan["ranks"] == 8 and plan["layers"] == depth and plan["width"] == 64 * depth and plan["vocabulary"] == 32768
+    assert plan["tokens_per_step"] == plan["rows_per_step"] * 2048 and plan["rows_per_step"] % (8 * plan["accumulation"]) == 0
+    assert plan["tokens"] == plan["tokens_per_step"] * plan["iterations"] > 1e9
+    assert 6 * plan["tokens"] * 1e8 < plan["flops"] and plan["memory_bytes_per_rank"] > 1e9
+    assert not (tmp_path / "base").exists()
