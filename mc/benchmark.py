@@ -53,8 +53,9 @@ def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, ste
     if flags["data"] == "recall":
         recall = dict(schedule=CurriculumSchedule(grow=flags["recall_grow"], seed=flags["seed"]), total_rows=rows * meta["num_iterations"])
     source = make_source(flags["data"], "train", T=T, seed=flags["seed"], tokenizer=tokenizer, rows=flags["rows"],
-                         text_column=flags["text_column"], **recall)
+                         text_column=flags["text_column"], needles=flags["needles"], **recall)
     scale = batch_lr_scale(total)
+    half = flags["dtype"] == "bfloat16" or (flags["dtype"] == "auto" and device != "cpu")
 
     def runner(with_mc: bool):
         seed_everything(flags["seed"])
@@ -73,10 +74,11 @@ def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, ste
         def step() -> None:
             for _ in range(loader.micro_steps):
                 batch = loader.next()
-                if mc:
-                    loss, metrics = mc.training_step(gpt, batch, 0)[:2]
-                else:
-                    loss, metrics = gpt.loss(gpt.hidden(batch.inputs), batch.targets, batch.num_targets), {}
+                with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
+                    if mc:
+                        loss, metrics = mc.training_step(gpt, batch, 0)[:2]
+                    else:
+                        loss, metrics = gpt.loss(gpt.hidden(batch.inputs), batch.targets, batch.num_targets), {}
                 (loss / loader.micro_steps).backward()
                 if mc:
                     metrics |= mc.lens_step(loader.micro_steps)

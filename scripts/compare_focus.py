@@ -34,7 +34,8 @@ def compare(mc_dir: Path, vanilla_dir: Path, tokenizer: Tokenizer, args, task: s
     flags, c = meta["flags"], mc.config
     T = gpt.config.sequence_len
     n = (T - c.horizon) // c.block_size * c.block_size
-    source = make_source(flags["data"], "val", T=T, seed=flags["seed"], tokenizer=tokenizer, rows=flags["rows"], text_column=flags["text_column"])
+    source = make_source(flags["data"], "val", T=T, seed=flags["seed"], tokenizer=tokenizer, rows=flags["rows"], text_column=flags["text_column"],
+                         needles=flags["needles"])
     count = eval_rows(source, args.contexts * T)
     progress = Progress(f"{task}: contexts judged", count, "contexts", every_s=15)
     parts: dict[str, list[Outcome]] = {}
