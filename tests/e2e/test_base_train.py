@@ -13,7 +13,8 @@ from e2e_commands import KINDS, MC, ROOT, TINY, last_checkpoint, losses, real, r
 from nanochat.tokenizer import Reserved, Tokenizer
 
 kinds = pytest.mark.parametrize("kind", KINDS)
-RANKS_TOLERANCE = 1e-4  # nats; sums over ranks and micro-steps round elsewhere, and 20 steps let that grow
+RANKS_TOLERANCE = 1e-5  # nats; measured 2.4e-7: micro-batches of the same shape, summed elsewhere
+SHAPE_TOLERANCE = 1e-3  # nats; measured 6e-5: products of another shape round otherwise, and Muon's bfloat16 lets that grow over 20 steps
 
 
 def worst_difference(a: Path, b: Path) -> float:
@@ -87,7 +88,7 @@ def test_resume_honours_operational_flags(base, train, reference):
     assert [row["step"] for row in rows(base)][4:] == [5, 6, 8, 10, 12, 15, 16, 18, 20]
     assert [row["step"] for row in rows(base) if "val.loss" in row] == [4, 6, 12, 18, 20]
     assert sorted(p.name for p in (base / "checkpoints" / "t").glob("complete_*")) == ["complete_000015.json", "complete_000020.json"]
-    assert abs(rows(base)[-1]["train.loss"] - sum(r["train.loss"] for r in rows(reference["vanilla"])[18:]) / 2) < RANKS_TOLERANCE
+    assert abs(rows(base)[-1]["train.loss"] - sum(r["train.loss"] for r in rows(reference["vanilla"])[18:]) / 2) < SHAPE_TOLERANCE
 
 
 @kinds
@@ -97,7 +98,7 @@ def test_two_ranks_are_one(kind, reference, base, prepared):
                 f"--data={prepared / 'texts'}", *KINDS[kind])  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 rank(s) on cpu" in done.stdout and done.stdout.count("done: 20 steps") == 1
-    assert 0 < worst_difference(base, reference[kind]) < RANKS_TOLERANCE
+    assert worst_difference(base, reference[kind]) < RANKS_TOLERANCE
     assert abs(rows(base)[-1]["val.loss"] - rows(reference[kind])[-1]["val.loss"]) < RANKS_TOLERANCE
     assert len(list((base / "checkpoints" / "t").glob("optim_*"))) == 2
 
@@ -105,7 +106,7 @@ def test_two_ranks_are_one(kind, reference, base, prepared):
 @kinds
 def test_accumulated_micro_batches_are_one_larger(kind, reference, base, train):
     train(base, *KINDS[kind], "--device_batch_size=4").ok()
-    assert 0 < worst_difference(base, reference[kind]) < RANKS_TOLERANCE
+    assert 0 < worst_difference(base, reference[kind]) < SHAPE_TOLERANCE
 
 
 def test_equal_tokens_more_flops_with_mc(reference):
