@@ -24,7 +24,7 @@ class MCConfig:
     gist_shared: int = setting(1, "1: one GistNet for all levels with a level embedding; 0: one per level", (0, 1))
     # the working context
     budget: int = setting(128, "W: entries of the working context before the continuation, everything included")
-    recent: int = setting(0, "R: last tokens protected as LOD0; 0: min(128, W/4) in whole blocks")
+    recent: int = setting(0, "R: last tokens protected as LOD0; 0: min(128, W/4) in whole blocks, at least one")
     horizon: int = setting(32, "H: tokens of the continuation on which a working context is judged")
     positions: str = setting("gaussian", "positions of entries: damped at global centres, undamped, or numbered in order",
                              ("gaussian", "centre", "contiguous"))
@@ -38,7 +38,7 @@ class MCConfig:
     ramp: int = setting(20, "steps over which their losses ramp in")
     row_stride: int = setting(1, "every how many rows get a working context: the dial of its compute")
     variants: int = setting(1, "working contexts per such row")
-    cuts: str = setting("random:0.2,recency:0.1,lens:0.5,teacher:0.2", "how training chooses what to show: policy:share, …")
+    cuts: str = setting("random:0.2,recency:0.1,lens:0.5,teacher:0.2", "how training chooses what to show: policy:share, …; teacher means attention mass, known before the backward pass")
     targets: str = setting("tail", "working-context loss on the recent tokens and the continuation, or on all raw entries", ("tail", "raw"))
     split: str = setting("end", "continuation after the row's last block boundary that leaves room for it, or after a random one of its last half", ("end", "random"))
     wc_weight: float = setting(1.0, "weight of the working context's next-token loss")
@@ -77,6 +77,10 @@ class MCConfig:
             raise UserError(f"--mc_max_gap={self.max_gap} is less than a block of {self.block_size}: gaps are whole blocks")
         if self.damping_floor != MCConfig.damping_floor and self.positions != "gaussian":
             raise UserError(f"--mc_damping_floor has no effect with --mc_positions={self.positions}")
+
+        for name in ("gist_width", "gist_shared"):
+            if self.gist == "mean" and getattr(self, name) != getattr(MCConfig, name):
+                raise UserError(f"--mc_{name} has no effect with --mc_gist=mean, which has no weights")
 
     @property
     def protected(self) -> int:

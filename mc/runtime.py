@@ -28,7 +28,7 @@ from mc.keyed_random import gumbel, uniform
 from mc.losses import distillation, lens_loss, lens_targets, row_mean
 from mc.mega_context import Tree
 from mc.model import Entries, MegaContext, Placed, read_rows, recency_scores, run_entries, take, with_continuation
-from mc.teachers import attention_mass, gate_utility, over_horizon
+from mc.teachers import attention_mass, beyond_average, gate_utility, over_horizon
 from mc.working_context import Cut, entries_used
 from nanochat.common import UserError
 from nanochat.gpt import GPT, Captured, mean_loss, token_losses
@@ -276,6 +276,8 @@ class MCController:
         end = (torch.arange(count, device=embeds.device) + 1) * c.block_size
         cursor = torch.arange(asked.start + 1, asked.stop + 1, device=embeds.device)
         visible = (end <= cursor[:, None] - c.protected).expand(len(embeds), -1, -1)
+        if c.teacher == "attention":
+            signal = beyond_average(signal, visible)
         target, weight = lens_targets(signal, visible)
         lens = self.model.lensnet
         own, logits = lens.logits(embeds, lens.keys(embeds[:, :count * c.block_size]), asked)

@@ -41,10 +41,9 @@ def _per_block(x_BQS: Tensor, n_blocks: int, block_size: int) -> Tensor:
 
 @torch.no_grad()
 def attention_mass(captured: Sequence[Captured], rows: slice, queries: slice, n_blocks: int, block_size: int) -> Tensor:
-    """[B, Q, N] share of attention on each of the first n_blocks blocks, the first token (the sink) left out, beyond the mean block's.
+    """[B, Q, N] share of attention on each of the first n_blocks blocks, the first token (the sink) left out.
 
-    Mean over layers and heads (a maximum is ruled by flat heads). Most heads are flat, so the mean block's share is taken off: what
-    is left names the right block in place of a near-uniform distribution (recall, 32 blocks: 0.11 on the right block before). captured: layers that see everything. n_blocks must lie
+    Mean over layers and heads (a maximum is ruled by flat heads). captured: layers that see everything. n_blocks must lie
     before the last query.
     """
     total = 0.0
@@ -52,7 +51,7 @@ def attention_mass(captured: Sequence[Captured], rows: slice, queries: slice, n_
         weights, _, _ = _attention(layer, rows, queries)
         weights[..., 0] = 0
         total = total + _per_block(weights.mean(1), n_blocks, block_size)
-    return (total - total.mean(-1, keepdim=True)) / len(captured)
+    return total / len(captured)
 
 
 @torch.no_grad()
@@ -78,3 +77,13 @@ def over_horizon(per_query_BQN: Tensor, horizon: int) -> Tensor:
     x_BQN = per_query_BQN.to(torch.promote_types(per_query_BQN.dtype, torch.float32))  # a running sum in bfloat16 drowns its parts
     total = torch.nn.functional.pad(x_BQN, (0, 0, 1, 0)).cumsum(1)
     return total[:, horizon:] - total[:, :-horizon]
+
+
+def beyond_average(signal_BQN: Tensor, visible_BQN: Tensor) -> Tensor:
+    """What a block has beyond the mean of the visible ones.
+
+    Most heads attend flatly, so a block's share of attention is nearly that of any other (recall, 32 blocks: 0.11 on the right one);
+    what lies above the mean names it.
+    """
+    mean = (signal_BQN * visible_BQN).sum(-1, keepdim=True) / visible_BQN.sum(-1, keepdim=True).clamp_min(1)
+    return signal_BQN - mean

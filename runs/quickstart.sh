@@ -10,28 +10,27 @@ SEED="${SEED:-42}"
 [ -f "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json" ] || python -m scripts.tok_train --data=stdlib
 
 # Both tasks: rows of 1,088 tokens, history 1,056, budget 128 entries, 32 recent and 32 judged tokens, block size 32.
-SHARED=(--max_seq_len=1088 --head_dim=32 --value_embeds=0 --smear=0 --resid_scalars=0 --backout=0 --key_shift=1 --tie_qk=1
-        --rope_fraction=0.5 --device_batch_size=4 --total_batch_size=4352 --grad_clip=1 --eval_tokens=32640 --eval_every=0
-        --log_every=25 --save_every=100 --resume=1 --seed="$SEED")
-RECALL=(--data=recall --depth=2 --aspect_ratio=64 --num_iterations=400 --recall_grow=0.75)
-TEXT=(--data=stdlib --depth=4 --aspect_ratio=32 --num_iterations=450)
+SHARED=(--max_seq_len=1088 --head_dim=32 --key_shift=1 --tie_qk=1 --rope_fraction=0.5 --device_batch_size=4
+        --total_batch_size=4352 --grad_clip=1 --eval_tokens=32640 --eval_every=0 --log_every=25 --save_every=100 --resume=1
+        --seed="$SEED")
+RECALL=(--data=recall --depth=2 --aspect_ratio=64 --value_embeds=0 --smear=0 --resid_scalars=0 --backout=0 --recall_grow=0.75)
+TEXT=(--data=stdlib --depth=4 --aspect_ratio=32 --matrix_lr=0.04 --unembedding_lr=0.01 --dtype=bfloat16)
 MC=(--mc_enabled=1 --mc_budget=128 --mc_horizon=32 --mc_row_stride=2 --mc_lens_row_stride=2)
 MC_RECALL=(--mc_start=0.3 --mc_lens_queries=512 --mc_teacher=attention --mc_lens_horizon=2)
-MC_TEXT=(--mc_start=0.3)
+MC_TEXT=(--mc_start=0.4)
 
-train() {  # tag, flags…
-  local tag="$1"; shift
-  local done_file
-  done_file="$(printf '%s/checkpoints/%s/complete_%06d.json' "$NANOCHAT_BASE_DIR" "$tag" 450)"
+train() {  # tag, steps, flags…
+  local tag="$1" steps="$2" done_file; shift 2
+  done_file="$(printf '%s/checkpoints/%s/complete_%06d.json' "$NANOCHAT_BASE_DIR" "$tag" "$steps")"
   if [ -f "$done_file" ]; then echo "== $tag: already trained"; return; fi
   echo "== $tag"
-  torchrun --standalone --nproc_per_node=1 scripts/base_train.py --model_tag="$tag" "${SHARED[@]}" "$@"
+  torchrun --standalone --nproc_per_node=1 scripts/base_train.py --model_tag="$tag" --num_iterations="$steps" "${SHARED[@]}" "$@"
 }
 
-train "quickstart_recall_mc_$SEED" "${RECALL[@]}" "${MC[@]}" "${MC_RECALL[@]}"
-train "quickstart_recall_vanilla_$SEED" "${RECALL[@]}" --mc_enabled=0
-train "quickstart_text_mc_$SEED" "${TEXT[@]}" "${MC[@]}" "${MC_TEXT[@]}"
-train "quickstart_text_vanilla_$SEED" "${TEXT[@]}" --mc_enabled=0
+train "quickstart_recall_mc_$SEED" 400 "${RECALL[@]}" "${MC[@]}" "${MC_RECALL[@]}"
+train "quickstart_recall_vanilla_$SEED" 400 "${RECALL[@]}" --mc_enabled=0
+train "quickstart_text_mc_$SEED" 300 "${TEXT[@]}" "${MC[@]}" "${MC_TEXT[@]}"
+train "quickstart_text_vanilla_$SEED" 300 "${TEXT[@]}" --mc_enabled=0
 
 CKPT="$NANOCHAT_BASE_DIR/checkpoints"
 python -m scripts.compare_focus --recall_mc="$CKPT/quickstart_recall_mc_$SEED" --recall_vanilla="$CKPT/quickstart_recall_vanilla_$SEED" \

@@ -274,8 +274,10 @@ def main() -> None:
         meta = {"model_config": dataclasses.asdict(plan.model), "num_iterations": plan.num_iterations, "tokenizer": tokenizer.fingerprint,
                 "flops": flops, "tokens": plan.tokens_per_step * step,
                 "val": val and val._asdict(), "flags": vars(args), "mc": mc and mc.meta()}
+        begin_save = time.perf_counter()
         save_checkpoint(directory, step, model=model.state_dict(), optimizer_shard=optimizer.state_dict(), meta=meta,
                         mc=mc and mc.state_dict(), loader=loader.state_dict(), rank=ranks.rank, world_size=ranks.world_size, keep_last=args.keep_last)
+        recorder.record("checkpoint.save_time", time.perf_counter() - begin_save)
 
     with recorder:
         while step < last:
@@ -308,8 +310,10 @@ def main() -> None:
                 if group["kind"] == "muon":
                     group["momentum"] = muon_momentum(step, plan.num_iterations)
                     group["weight_decay"] = args.weight_decay * weight_decay_multiplier(step, plan.num_iterations)
+            updating = time.perf_counter()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            recorder.record("train.optimizer_time", time.perf_counter() - updating)
             step += 1
 
             record_step(recorder, time.perf_counter() - started, waited, multiplier, flops, flops - flops_before, plan, step, peak, device)
@@ -385,6 +389,7 @@ def record_step(recorder: Recorder, seconds: float, waited: float, multiplier: f
     recorder.record("train.flops", flops)
     recorder.record("train.memory", torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     recorder.record("optim.lr", multiplier)
+    recorder.record("optim.momentum", muon_momentum(step - 1, plan.num_iterations))
 
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, data sheets

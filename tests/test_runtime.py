@@ -352,6 +352,8 @@ def test_every_setting_changes_something(name):
     ({"lens_keys": 3}, {}, "3 lens keys"),
     ({"gist": "mean", "gist_head": "mlp"}, {}, "no head"),
     ({"gist_pool": "cls"}, {}, "needs the variant"),
+    ({"gist": "mean", "gist_width": 16}, {}, "gist_width has no effect"),
+    ({"gist": "mean", "gist_shared": 0}, {}, "gist_shared has no effect"),
 ])  # fmt: skip
 def test_settings_that_cannot_work_together_are_refused(config, gpt, message):
     T = gpt.get("T", 64)

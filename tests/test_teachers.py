@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nanochat.gpt
-from mc.teachers import attention_mass, gate_utility, over_horizon
+from mc.teachers import attention_mass, beyond_average, gate_utility, over_horizon
 from nanochat.gpt import Captured, token_losses
 from tiny_mc import K, T, tiny_base, tiny_batch
 
@@ -105,7 +105,7 @@ def test_gate_utility_needs_the_backward_pass(batch):
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 4])
-def test_attention_mass_is_the_softmax_per_block_beyond_the_mean_blocks(n_kv_head, batch):
+def test_attention_mass_is_the_softmax_per_block(n_kv_head, batch):
     captured = captured_after_backward(tiny_base(n_kv_head=n_kv_head), batch)
     expected = torch.zeros(2, 20, BLOCKS, dtype=torch.float64)
     for q, k, _, _ in captured:
@@ -115,8 +115,14 @@ def test_attention_mass_is_the_softmax_per_block_beyond_the_mean_blocks(n_kv_hea
                     weights = (k[row, h * n_kv_head // 4, :t + 1] @ q[row, h, t] / math.sqrt(q.shape[-1])).softmax(0).detach()
                     weights[0] = 0
                     expected[b, i] += weights[:BLOCKS * K].view(BLOCKS, K).sum(1) / 12
-    expected -= expected.mean(-1, keepdim=True)
     torch.testing.assert_close(attention_mass(captured, ROWS, QUERIES, BLOCKS, K), expected, rtol=0, atol=1e-12)
+
+
+def test_beyond_average_counts_the_visible_blocks_only():
+    signal = torch.tensor([[[1.0, 2.0, 6.0, 100.0], [1.0, 2.0, 6.0, 100.0]]])
+    visible = torch.tensor([[[True, True, True, False], [False] * 4]])
+    torch.testing.assert_close(beyond_average(signal, visible)[0, 0, :3], torch.tensor([-2.0, -1.0, 3.0]))
+    assert beyond_average(signal, visible).isfinite().all()
 
 
 @pytest.mark.parametrize("horizon", [1, 4, 20])
