@@ -63,7 +63,7 @@ register(
     Metric("train.data_wait", "s", "histogram", "Part of a step spent waiting for its batch."),
     Metric("train.optimizer_time", "s", "histogram", "Part of a step spent in the optimizer."),
     Metric("train.memory", "By", "gauge", "Peak memory: of the device on CUDA, else of the process."),
-    Metric("train.grad_norm", "1", "histogram", "L2 norm of all gradients together, before clipping."),
+    Metric("train.grad_norm", "1", "histogram", "L2 norm of the base model's gradients together, before clipping."),
     Metric("optim.lr", "1", "gauge", "Multiplier on every learning rate.", short="lr"),
     Metric("optim.momentum", "1", "gauge", "Muon's momentum."),
     Metric("val.loss", "{nat}", "gauge", "Next-token loss on held-out documents."),

@@ -52,11 +52,11 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
 
 
 def _build(path: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> None:
+    progress = Progress(f"tokenizing {corpus.name} {split}", corpus.num_documents(split), "documents")
     dtype = np.uint16 if tokenizer.vocab_size < 1 << 16 else np.uint32
     tmp = path.with_name(f"{path.name}.tmp")
     shutil.rmtree(tmp, ignore_errors=True)  # left by an interrupted run; we hold the lock
     tmp.mkdir(parents=True)
-    progress = Progress(f"tokenizing {corpus.name} {split}", corpus.num_documents(split), "documents")
     lengths = []
     try:
         with open(tmp / "tokens.bin", "wb") as f:

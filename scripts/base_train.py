@@ -79,7 +79,7 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     add("--warmup_steps", type=int, default=20, help="steps over which learning rates rise")
     add("--warmdown_ratio", type=float, default=0.5, help="share of the run over which they fall")
     add("--final_lr_frac", type=float, default=0.05, help="share of the learning rate that is left at the end")
-    add("--grad_clip", type=float, default=0.0, help="largest norm of all gradients together; 0: no clipping")
+    add("--grad_clip", type=float, default=0.0, help="largest norm of the base model's gradients together; 0: no clipping")
     # run
     add("--eval_every", type=int, default=100, help="steps between evaluations; 0: at the end only")
     add("--eval_tokens", type=int, default=32768, help="held-out tokens per evaluation")
