@@ -47,7 +47,7 @@ def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, ste
     if not meta.get("mc"):
         raise UserError("the checkpoint was trained with --mc_enabled=0: it has no MegaContext settings to time")
     flags, config = meta["flags"], config_from_dict(meta["model_config"])
-    T, total = config.sequence_len, flags["total_batch_size"] or meta["tokens"] // meta["num_iterations"]
+    T, total = config.sequence_len, flags["total_batch_size"] or meta["tokens"] // meta["step"]
     rows = total // T
     recall = {}
     if flags["data"] == "recall":
