@@ -4,33 +4,62 @@
 """
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from mc.benchmark import training_step_times
 from mc.evaluation import FocusComparison, Outcome, plain_outcomes
-from mc.model import load_mega_context
+from mc.model import MegaContext, load_mega_context
 from mc.report import task_report, write
 from nanochat.common import FlagParser, UserError, base_dir, print0, run_main
 from nanochat.dataloader import eval_rows, make_source
 from nanochat.dataset import Progress
+from nanochat.gpt import GPT
 from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
 
 TASKS = ("recall", "text")
 
 
-def compare(mc_dir: Path, vanilla_dir: Path, tokenizer: Tokenizer, args, task: str) -> tuple[dict, dict]:
-    """(one task's part of the report, meta of the MC checkpoint)."""
+class Pair(NamedTuple):
+    """An MC checkpoint and its vanilla twin."""
+
+    gpt: GPT
+    mc: MegaContext
+    meta: dict
+    vanilla: GPT
+    vanilla_meta: dict
+    logs: dict[str, Path]  # "mc", "vanilla" -> metrics.jsonl
+
+
+def load_pair(mc_dir: Path, vanilla_dir: Path, tokenizer: Tokenizer) -> Pair:
+    """UserError unless they are twins, trained with this tokenizer, whose logs are there."""
     gpt, meta = load_model(mc_dir)
     vanilla, vanilla_meta = load_model(vanilla_dir)
     mc = load_mega_context(mc_dir, meta["step"], meta, gpt.config.n_embd)
-    for name in ("model_config", "tokens", "tokenizer"):
-        if meta[name] != vanilla_meta[name]:
-            raise UserError(f"{mc_dir} and {vanilla_dir} differ in {name}: only models of one shape, trained on equally many tokens, are compared")
+    if vanilla_meta["mc"]:
+        raise UserError(f"the checkpoint in {vanilla_dir} was trained with --mc_enabled=1: it is no vanilla twin")
+    facts, vanilla_facts = ({**m, "seed": m["flags"]["seed"], "data": m["flags"]["data"]} for m in (meta, vanilla_meta))
+    for name in ("model_config", "tokens", "tokenizer", "seed", "data"):
+        if facts[name] != vanilla_facts[name]:
+            raise UserError(f"{mc_dir} and {vanilla_dir} differ in {name}: only models of one shape, trained on the same tokens, are compared")
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(f"{mc_dir} was trained with tokenizer {meta['tokenizer']}, here is {tokenizer.fingerprint}; restore that one")
+    logs = {kind: base_dir() / "runs" / directory.name / "metrics.jsonl" for kind, directory in (("mc", mc_dir), ("vanilla", vanilla_dir))}
+    for path in logs.values():
+        if not path.exists():
+            raise UserError(f"no {path}: the training's log, for the plot; set NANOCHAT_BASE_DIR to where it was trained")
+    return Pair(gpt, mc, meta, vanilla, vanilla_meta, logs)
+
+
+def compare(pair: Pair, tokenizer: Tokenizer, args, task: str) -> dict:
+    """One task's part of the report."""
+    gpt, mc, meta, vanilla, vanilla_meta, _ = pair
     flags, c = meta["flags"], mc.config
     T = gpt.config.sequence_len
     n = (T - c.horizon) // c.block_size * c.block_size
@@ -59,12 +88,13 @@ def compare(mc_dir: Path, vanilla_dir: Path, tokenizer: Tokenizer, args, task: s
     outcomes = {name: Outcome.cat([Outcome(o.nll_B, o.acc_B, o.entries_B) for o in found]) for name, found in parts.items()}
     facts = {"horizon": c.horizon, "recent": c.protected, "block_size": c.block_size, "tokens": meta["tokens"],
              "flops": {"mc": meta["flops"], "vanilla": vanilla_meta["flops"]}, "trained_lods": meta["mc"]["trained_lods"]}
-    return task_report(outcomes, history=n, budget=c.budget, with_accuracy=task == "recall", facts=facts), meta
+    return task_report(outcomes, history=n, budget=c.budget, with_accuracy=task == "recall", facts=facts)
 
 
 def commit() -> str:
-    found = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
-    return found.stdout.strip() or "not a git checkout"
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    found = shutil.which("git") and subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return found or "not a git checkout"
 
 
 def make_parser() -> FlagParser:
@@ -85,21 +115,20 @@ def main() -> None:
     if min(args.contexts, args.batch, args.pairs) < 1:
         raise UserError("--contexts, --batch and --pairs must be at least 1")
     out = args.out or base_dir() / "quickstart"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is a file; name a folder")
     tokenizer = Tokenizer.load()
+    pairs = {task: load_pair(getattr(args, f"{task}_mc"), getattr(args, f"{task}_vanilla"), tokenizer) for task in TASKS}
     report: dict = {"tasks": {}, "step_times": {}}
-    runs = {}
-    for task in TASKS:
-        mc_dir, vanilla_dir = getattr(args, f"{task}_mc"), getattr(args, f"{task}_vanilla")
-        report["tasks"][task], meta = compare(mc_dir, vanilla_dir, tokenizer, args, task)
+    for task, pair in pairs.items():
+        report["tasks"][task] = compare(pair, tokenizer, args, task)
         print0(f"{task}: timing steps")
-        times = training_step_times(meta, tokenizer, pairs=args.pairs)
+        times = training_step_times(pair.meta, tokenizer, pairs=args.pairs)
         report["step_times"][task] = {"ratio": times.ratio, "low": times.low, "high": times.high,
                                       "shares": {name: seconds / times.vanilla_s for name, seconds in times.parts.items()}}
-        runs[task] = {kind: base_dir() / "runs" / directory.name / "metrics.jsonl" for kind, directory in (("mc", mc_dir), ("vanilla", vanilla_dir))}
-        seed = meta["flags"]["seed"]
     ratio = max(cost["ratio"] for cost in report["step_times"].values())
-    report |= {"step_time_ratio": ratio, "seed": seed, "commit": commit()}
-    print(write(report, runs, out), flush=True)
+    report |= {"step_time_ratio": ratio, "seed": pair.meta["flags"]["seed"], "commit": commit()}
+    print(write(report, {task: pair.logs for task, pair in pairs.items()}, out), flush=True)
     print(f"report in {out}")
     print(json.dumps({"report": str(out / "report.json"), "step_time_ratio": ratio}))
 
