@@ -42,10 +42,12 @@ def interval(values: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[floa
 def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, steps: int = 3, device: str = "cpu") -> StepTimes:
     """Both kinds of step at the settings of a MegaContext checkpoint's `meta`, MegaContext active throughout.
 
-    Rows come from the last third of that run, so that a curriculum is where MegaContext trained. UserError without MegaContext.
+    Rows come from the last third of that run, so that a curriculum is where MegaContext trained. UserError without MegaContext or its tokenizer.
     """
     if not meta.get("mc"):
         raise UserError("the checkpoint was trained with --mc_enabled=0: it has no MegaContext settings to time")
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(f"the checkpoint was trained with tokenizer {meta['tokenizer']}, here is {tokenizer.fingerprint}; restore that one")
     flags, config = meta["flags"], config_from_dict(meta["model_config"])
     T, total = config.sequence_len, flags["total_batch_size"] or meta["tokens"] // meta["step"]
     rows = total // T

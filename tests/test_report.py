@@ -22,6 +22,7 @@ from tiny_mc import SMALL, T
 matplotlib.use("Agg")
 torch.set_num_threads(1)
 CONTEXTS, HISTORY, BUDGET = 40, 1056, 128
+TOKENIZER = SimpleNamespace(vocab_size=50, fingerprint="abc")
 ABOVE_FULL = {"full": 0.0, "sliding_window": 1.0, "mc_random": 0.9, "mc_recency": 1.2, "mc_lens": 0.25, "mc_oracle": -0.1,
               "vanilla_full": -0.5, "vanilla_window": 0.4}  # nats, in every row  # fmt: skip
 FACTS = {"horizon": 32, "recent": 32, "block_size": 32, "tokens": 1_740_800, "flops": {"mc": 2.5e12, "vanilla": 2e12}, "trained_lods": [1, 2]}
@@ -206,7 +207,7 @@ def meta(**flags) -> dict:
     flags = dict(data="random", seed=0, total_batch_size=4 * T, device_batch_size=2, dtype="float32", rows="long", text_column="text", needles=4,
                  recall_grow=0.5, matrix_lr=0.02, embedding_lr=0.3, unembedding_lr=0.004, scalar_lr=0.1, weight_decay=0.0) | flags  # fmt: skip
     config = GPTConfig(T, 50, 1, 1, 1, 16, smear=False, value_embeds=False)
-    return {"flags": flags, "model_config": asdict(config), "num_iterations": 6, "step": 2, "tokens": 2 * 4 * T,
+    return {"flags": flags, "model_config": asdict(config), "num_iterations": 6, "step": 2, "tokens": 2 * 4 * T, "tokenizer": "abc",
             "mc": {"config": to_dict(MCConfig(**{**SMALL, "start": 0.5, "ramp": 3})), "trained_lods": [1, 2]}}  # fmt: skip
 
 
@@ -229,7 +230,7 @@ def clock(monkeypatch) -> list[str]:
 @pytest.mark.parametrize("total_batch_size", [4 * T, 0])
 def test_step_times(clock, total_batch_size):
     """A batch size that the flags left to be derived is found again, also where the run was stopped early."""
-    times = benchmark.training_step_times(meta(total_batch_size=total_batch_size), SimpleNamespace(vocab_size=50), pairs=2, steps=3)
+    times = benchmark.training_step_times(meta(total_batch_size=total_batch_size), TOKENIZER, pairs=2, steps=3)
     assert times[:5] == pytest.approx((1.5, 1.5, 1.5, 2.0, 3.0))
     assert clock.count("lens") == 3 * 3 * 2 and clock.count("micro-step") == 2 * 3 * 3 * 2  # a block to warm up, then two pairs
     assert set(times.parts) == {"tree", "focus", "wc", "lens", "backward and optimizer"}
@@ -238,11 +239,13 @@ def test_step_times(clock, total_batch_size):
 
 
 def test_step_times_on_a_real_clock():
-    times = benchmark.training_step_times(meta(), SimpleNamespace(vocab_size=50), pairs=3, steps=1)
+    times = benchmark.training_step_times(meta(), TOKENIZER, pairs=3, steps=1)
     assert 0 < times.low <= times.ratio <= times.high and times.vanilla_s > 0
     assert sum(times.parts.values()) == pytest.approx(times.mc_s - times.vanilla_s)
 
 
-def test_step_times_need_megacontext():
+def test_step_times_need_megacontext_and_its_tokenizer():
     with pytest.raises(UserError, match="--mc_enabled=0"):
-        benchmark.training_step_times({**meta(), "mc": None}, SimpleNamespace(vocab_size=50))
+        benchmark.training_step_times({**meta(), "mc": None}, TOKENIZER)
+    with pytest.raises(UserError, match="tokenizer abc, here is xyz"):
+        benchmark.training_step_times(meta(), SimpleNamespace(vocab_size=50, fingerprint="xyz"))
