@@ -1,0 +1,269 @@
+"""compare_focus and mc_bench on tiny checkpoints, and the trainings that quickstart.sh would run: the report's shape, same numbers twice,
+mistakes in one line."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from e2e_commands import ROOT, run, start, tree
+
+from mc.report import SYSTEMS
+from scripts import base_train
+from scripts.compare_focus import commit, make_parser
+
+TINY = ["--depth=1", "--aspect_ratio=16", "--head_dim=16", "--smear=0", "--value_embeds=0", "--device_batch_size=2", "--num_iterations=2",
+        "--save_every=1", "--eval_every=0", "--eval_tokens=1", "--log_every=1", "--device=cpu", "--seed=3"]  # fmt: skip
+LENS = ["--mc_enabled=1", "--mc_start=0", "--mc_ramp=1", "--mc_gist_width=16", "--mc_lens_key_dim=8", "--mc_lens_keys=1", "--mc_lens_queries=48"]
+TASKS = {  # flags of both trainings, flags of MegaContext, and (n, W, R, H, block size)
+    "recall": (["--data=recall", "--max_seq_len=1088", "--total_batch_size=2176"], ["--mc_budget=96"], (1056, 96, 32, 32, 32)),
+    "text": (["--max_seq_len=128", "--total_batch_size=256"], ["--mc_block_size=8", "--mc_budget=48", "--mc_horizon=8", "--mc_recent=8"],
+             (120, 48, 8, 8, 8)),
+}  # fmt: skip
+ROW = {"system", "nll", "delta_nll", "acc", "entries"}
+
+
+@pytest.fixture(scope="session")
+def trained(prepared, tmp_path_factory) -> Path:
+    """A base directory with a checkpoint of each task and kind. Not to be changed."""
+    base = Path(shutil.copytree(prepared / "base", tmp_path_factory.mktemp("compare") / "base"))
+    for task, (flags, mc, _) in TASKS.items():
+        data = [] if task == "recall" else [f"--data={prepared / 'texts'}"]
+        for kind, extra in (("mc", [*LENS, *mc]), ("vanilla", [])):
+            run(base, "base_train", *TINY, *flags, *data, *extra, f"--model_tag={task}_{kind}").ok()
+    return base
+
+
+def compare(base: Path, *flags: str, contexts: int = 2, **checkpoints: Path):
+    """compare_focus on the checkpoints of `base`, or those named."""
+    places = {f"{task}_{kind}": base / "checkpoints" / f"{task}_{kind}" for task in TASKS for kind in ("mc", "vanilla")} | checkpoints
+    named = [f"--{name}={place}" for name, place in places.items()]
+    return run(base, "compare_focus", *named, f"--contexts={contexts}", "--pairs=1", *flags)
+
+
+@pytest.fixture(scope="session")
+def compared(trained):
+    """(base directory, what compare_focus printed)."""
+    return trained, compare(trained).ok()
+
+
+# -- report ---------------------------------------------------------------------------------------------------------------
+
+
+def test_report(compared):
+    base, done = compared
+    out = base / "quickstart"
+    found = json.loads((out / "report.json").read_text())
+    assert {"tasks", "step_time_ratio", "seed", "commit"} <= set(found) and set(found["tasks"]) == set(TASKS)
+    assert found["seed"] == 3 and isinstance(found["commit"], str) and found["commit"]
+    assert found["step_time_ratio"] == max(cost["ratio"] for cost in found["step_times"].values()) > 0
+    for name, (_, _, (n, budget, recent, horizon, block)) in TASKS.items():
+        task = found["tasks"][name]
+        assert (task["history"], task["budget"], task["recent"], task["horizon"], task["block_size"]) == (n, budget, recent, horizon, block)
+        assert [row["system"] for row in task["rows"]] == list(SYSTEMS) and all(ROW <= set(row) for row in task["rows"])
+        assert task["contexts"] == 2 and task["tokens"] == 2 * (2176 if name == "recall" else 256)
+        assert task["flops"]["mc"] > task["flops"]["vanilla"] > 0
+        of = {row["system"]: row for row in task["rows"]}
+        for system, row in of.items():
+            assert 0 < row["nll"] < 20 and isinstance(row["entries"], int)
+            assert row["acc"] is None if name == "text" else 0 <= row["acc"] <= 1
+            own_full = of["vanilla_full" if system.startswith("vanilla") else "full"]["nll"]
+            assert row["delta_nll"] == pytest.approx(row["nll"] - own_full, abs=1e-6)
+            if system.endswith("full"):
+                assert row["entries"] == n and row["delta_nll"] == 0
+            elif system.endswith("window"):
+                assert row["entries"] == budget
+            else:
+                assert recent < row["entries"] <= budget
+        assert of["mc_oracle"]["nll"] <= min(of[f"mc_{policy}"]["nll"] for policy in ("random", "recency", "lens"))
+        assert of["full"]["nll"] != of["vanilla_full"]["nll"] and len({row["nll"] for row in task["rows"]}) >= 6
+        parts = found["step_times"][name]["shares"]
+        assert sum(parts.values()) == pytest.approx(found["step_times"][name]["ratio"] - 1, abs=1e-6)  # one pair: medians are the pair's
+
+
+def test_what_is_printed(compared):
+    base, done = compared
+    text = (base / "quickstart" / "report.md").read_text()
+    assert text in done.out and not done.err
+    assert len(re.findall(r"^\| (?:MC|vanilla) \|", text, re.M)) == 2 * len(SYSTEMS)
+    last = json.loads(done.out.splitlines()[-1])
+    found = json.loads((base / "quickstart" / "report.json").read_text())
+    assert last == {"report": str(base / "quickstart" / "report.json"), "step_time_ratio": found["step_time_ratio"]}
+    for name in TASKS:
+        assert f"{name}: timing steps" in done.out
+    for plot in ("systems.png", "training.png"):
+        assert (base / "quickstart" / plot).stat().st_size > 20_000
+
+
+def numbers(report: Path) -> dict:
+    """What does not depend on the clock."""
+    found = json.loads(report.read_text())
+    return {key: value for key, value in found.items() if not key.startswith("step_time")}
+
+
+def test_again(compared, tmp_path):
+    """The same numbers, and nothing done to the checkpoints."""
+    base, _ = compared
+    before = tree(base / "checkpoints")
+    compare(base, f"--out={tmp_path / 'again'}").ok()
+    first, again = numbers(base / "quickstart" / "report.json"), numbers(tmp_path / "again" / "report.json")
+    assert again == first and tree(base / "checkpoints") == before
+
+
+def test_commit(monkeypatch):
+    """Of a checkout, a copy without one, or a machine without git."""
+    assert re.fullmatch(r"\S+|not a git checkout", commit())
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert commit() == "not a git checkout"
+
+
+def test_mc_bench(trained):
+    done = run(trained, "mc_bench", "train", f"--checkpoint_dir={trained / 'checkpoints' / 'text_mc'}", "--pairs=2", "--steps=1").ok()
+    found = json.loads(done.out.splitlines()[-1])
+    assert set(found) == {"ratio", "low", "high", "vanilla_s", "mc_s", "parts"} and 0 < found["low"] <= found["ratio"] <= found["high"]
+    assert sum(found["parts"].values()) == pytest.approx(found["mc_s"] - found["vanilla_s"])
+    printed = dict(re.findall(r"^  (\S.*?) +(-?[\d.]+)% of a vanilla step$", done.out, re.M))
+    assert {name: float(share) for name, share in printed.items()} == pytest.approx(
+        {name: 100 * seconds / found["vanilla_s"] for name, seconds in found["parts"].items()}, abs=0.051)  # fmt: skip
+    assert f"step time MC / vanilla {found['ratio']:.3f} [" in done.out.splitlines()[0]
+
+
+# -- mistakes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kept(trained, tmp_path_factory) -> Path:
+    """A base directory of checkpoints that nothing here may touch, with no report. `shorter`: of the first step only; `unlogged`:
+    copied without its log; `reseeded`: another seed."""
+    base = Path(shutil.copytree(trained, tmp_path_factory.mktemp("mistakes") / "base"))
+    shutil.rmtree(base / "quickstart", ignore_errors=True)
+    shutil.copytree(base / "checkpoints" / "recall_vanilla", base / "checkpoints" / "shorter", ignore=shutil.ignore_patterns("*_000002*"))
+    shutil.copytree(base / "checkpoints" / "recall_vanilla", base / "checkpoints" / "unlogged")
+    run(base, "base_train", *TINY, *TASKS["recall"][0], "--seed=4", "--model_tag=reseeded").ok()
+    return base
+
+
+MISTAKES = {  # flag -> the checkpoint named instead, and what the line says
+    "missing": ("recall_mc", "nowhere", "no checkpoint directory"),
+    "missing vanilla": ("recall_vanilla", "nowhere", "no checkpoint directory"),
+    "missing text": ("text_mc", "nowhere", "no checkpoint directory"),
+    "vanilla as mc": ("recall_mc", "recall_vanilla", "has no MegaContext"),
+    "mc as vanilla": ("recall_vanilla", "recall_mc", "--mc_enabled=1"),
+    "fewer tokens": ("recall_vanilla", "shorter", "differ in tokens"),
+    "another seed": ("recall_vanilla", "reseeded", "differ in seed"),
+    "no log": ("recall_vanilla", "unlogged", "metrics.jsonl: the training's log"),
+    "another shape": ("recall_vanilla", "text_vanilla", "differ in model_config"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_wrong_checkpoint(mistake, kept):
+    flag, instead, message = MISTAKES[mistake]
+    before = tree(kept)
+    done = compare(kept, **{flag: kept / "checkpoints" / instead})
+    assert message in done.error and instead in done.error and tree(kept) == before
+    assert not done.out, "seen only after minutes of work"
+
+
+def test_impossible_values(kept, tmp_path):
+    before = tree(kept)
+    assert "--contexts" in compare(kept, contexts=0).error
+    assert "--batch" in compare(kept, "--batch=0").error
+    assert "--contexts: invalid int value: 'many'" in compare(kept, "--contexts=many").error
+    assert "unrecognized arguments: --context=3" in compare(kept, "--context=3").error
+    assert "required: --recall_mc" in run(kept, "compare_focus").error
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in compare(kept, f"--out={tmp_path / 'file'}").error
+    assert tree(kept) == before
+
+
+def test_another_tokenizer(kept, tmp_path):
+    base = Path(shutil.copytree(kept, tmp_path / "base"))
+    run(base, "tok_train", f"--data={ROOT / 'nanochat'}", "--vocab_size=300").ok()
+    before = tree(base)
+    assert "tokenizer" in compare(base).error and tree(base) == before
+    assert "tokenizer" in run(base, "mc_bench", "train", f"--checkpoint_dir={base / 'checkpoints' / 'text_mc'}").error
+
+
+@pytest.mark.parametrize(("checkpoint", "flags", "message"), [
+    ("nowhere", [], "no checkpoint directory"), ("text_vanilla", [], "--mc_enabled=0"), ("text_mc", ["--pairs=0"], "--pairs=0"),
+    ("text_mc", ["--steps=0"], "--steps=0"), ("text_mc", ["--device=tpu"], "--device: invalid choice: 'tpu'")])  # fmt: skip
+def test_mistakes_of_mc_bench(checkpoint, flags, message, kept):
+    before = tree(kept)
+    assert message in run(kept, "mc_bench", "train", f"--checkpoint_dir={kept / 'checkpoints' / checkpoint}", *flags).error
+    assert tree(kept) == before
+
+
+# -- quickstart -----------------------------------------------------------------------------------------------------------
+
+STUB = """#!/bin/sh
+printf '%s\\0' "$(basename "$0")" "$@" >> "$RECORD"
+printf '\\n' >> "$RECORD"
+"""
+
+
+def quickstart(folder: Path, **env: str) -> list[list[str]]:
+    """The commands that quickstart.sh gives, without running them: python and torchrun only write down their arguments."""
+    stubs, record = folder / "stubs", folder / "record"
+    stubs.mkdir(exist_ok=True)
+    record.write_text("")
+    for name in ("python", "torchrun"):
+        (stubs / name).write_text(STUB)
+        (stubs / name).chmod(0o755)
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "SEED")}
+    subprocess.run(["bash", str(ROOT / "runs" / "quickstart.sh")], cwd=folder, check=True, capture_output=True, timeout=60, env={
+        **clean, "PATH": f"{stubs}:{os.environ['PATH']}", "RECORD": str(record), "NO_INSTALL": "1", "NANOCHAT_BASE_DIR": str(folder / "base"), **env})
+    return [line.rstrip("\0").split("\0") for line in record.read_text().splitlines()]
+
+
+def trainings(commands: list[list[str]]) -> list[list[str]]:
+    """The flags of base_train in each call of torchrun."""
+    return [words[words.index("scripts/base_train.py") + 1:] for words in commands if words[0] == "torchrun"]
+
+
+def parsed(flags: list[str]) -> dict:
+    return vars(base_train.make_parser().parse_args(flags))
+
+
+def test_quickstart_trains_twins(tmp_path):
+    """Two pairs that differ in MegaContext alone, at equal tokens, seed and shape; and every flag of theirs is accepted."""
+    commands = quickstart(tmp_path, SEED="7")
+    assert [words[0] for words in commands] == ["python", *["torchrun"] * 4, "python"]
+    assert commands[0][:3] == ["python", "-m", "scripts.tok_train"]
+    flags = trainings(commands)
+    planned = [start(tmp_path / "base", "base_train", *words, "--dry_run=1", "--vocab_size=4096") for words in flags]
+    plans = [json.loads(plan.wait().ok().out) for plan in planned]
+    for mc, vanilla in ((0, 1), (2, 3)):
+        assert (plans[mc]["mc"], plans[vanilla]["mc"]) == (True, False)
+        same = ("layers", "width", "heads", "vocabulary", "sequence", "rows_per_step", "tokens_per_step", "accumulation", "iterations", "tokens")
+        assert {name: plans[mc][name] for name in same} == {name: plans[vanilla][name] for name in same}
+        assert plans[mc]["flops"] > plans[vanilla]["flops"] and plans[mc]["parameters"] > plans[vanilla]["parameters"]
+        a, b = ({k: v for k, v in parsed(flags[i]).items() if not k.startswith("mc_") and k != "model_tag"} for i in (mc, vanilla))
+        assert a == b and a["seed"] == 7
+    tags = [parsed(words)["model_tag"] for words in flags]
+    assert len(set(tags)) == 4 and [parsed(words)["data"] for words in flags] == ["recall"] * 2 + ["stdlib"] * 2
+    assert commands[-1][:3] == ["python", "-m", "scripts.compare_focus"]
+    args = vars(make_parser().parse_args(commands[-1][3:]))
+    places = [tmp_path / "base" / "checkpoints" / tag for tag in tags]
+    assert [args[name] for name in ("recall_mc", "recall_vanilla", "text_mc", "text_vanilla")] == places
+    assert args["out"] == tmp_path / "base" / "quickstart"
+
+
+def test_quickstart_reuses_what_is_there(tmp_path):
+    """Each training is left out once its last step's record is there, and resumed before."""
+    base = tmp_path / "base"
+    (base / "tokenizer").mkdir(parents=True)
+    (base / "tokenizer" / "tokenizer.json").write_text("{}")
+    commands = quickstart(tmp_path)
+    assert [words[0] for words in commands] == ["torchrun"] * 4 + ["python"]
+    for words in trainings(commands):
+        flags = parsed(words)
+        assert flags["resume"] == 1
+        directory = base / "checkpoints" / flags["model_tag"]
+        directory.mkdir(parents=True)
+        (directory / f"complete_{flags['num_iterations']:06d}.json").write_text("{}")
+    assert [words[0] for words in quickstart(tmp_path)] == ["python"]
+    assert len(trainings(quickstart(tmp_path, SEED="8"))) == 4
