@@ -68,7 +68,7 @@ def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, ste
             mc = MCController(settings, gpt, T=T, micro_batch=flags["device_batch_size"], num_iterations=1, seed=flags["seed"])
         rates = {name: flags[name] * scale for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")}
         groups = gpt_param_groups(gpt.named_parameters(), config.n_embd, weight_decay=flags["weight_decay"], **rates)
-        optimizer = MuonAdamW(groups + (mc.param_groups() if mc else []))
+        optimizer = MuonAdamW(groups + (mc.param_groups(scale) if mc else []))
         loader = Loader(source, rows, flags["device_batch_size"], T, device=device)
         loader.load_state_dict({**loader.state_dict(), "next_row": rows * (2 * meta["num_iterations"] // 3)})
         parts: dict[str, float] = defaultdict(float)

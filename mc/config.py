@@ -3,6 +3,7 @@
 import argparse
 from dataclasses import asdict, dataclass, field, fields
 
+from mc.gaussian_rope import SCHEMES
 from nanochat.common import UserError
 
 POLICIES = ("random", "recency", "lens", "teacher")
@@ -26,13 +27,12 @@ class MCConfig:
     budget: int = setting(128, "W: entries of the working context before the continuation, everything included")
     recent: int = setting(0, "R: last tokens protected as LOD0; 0: min(128, W/4) in whole blocks, at least one")
     horizon: int = setting(32, "H: tokens of the continuation on which a working context is judged")
-    positions: str = setting("gaussian", "positions of entries: damped at global centres, undamped, or numbered in order",
-                             ("gaussian", "centre", "contiguous"))
+    positions: str = setting("gaussian", "positions of entries: damped at global centres, undamped, or numbered in order", SCHEMES)
     damping_floor: float = setting(0.1, "share of every frequency that a gist keeps under --mc_positions=gaussian")
     lod_axis: int = setting(0, "1: unrotated dims turn by the entry's LOD (needs --rope_fraction < 1)", (0, 1))
     alibi: int = setting(0, "1: ALiBi by global distance in the working context", (0, 1))
     max_gap: int = setting(0, "tokens: push the older part of the history back by up to this far (log-uniform per row); 0: never")
-    far_nodes: int = setting(0, "stored gradient-free top-level gists of other rows of the micro-batch put in front of the history")
+    far_nodes: int = setting(0, "gradient-free top-level gists, each of another row, put in front of the history: far distances, distractors")
     # what is trained on it
     start: float = setting(0.3, "share of the training after which working contexts and lens begin: recall must have formed")
     ramp: int = setting(20, "steps over which their losses ramp in")
@@ -51,8 +51,8 @@ class MCConfig:
     lens_key_dim: int = setting(128, "width of a lens key")
     lens_keys: int = setting(4, "lens keys per block")
     # optimization
-    gist_lr: float = setting(2e-3, "learning rate of GistNet and the gists' logit bias (AdamW)")
-    lens_lr: float = setting(0.03, "learning rate of LensNet (Muon; a tenth for its scalars)")
+    gist_lr: float = setting(4e-3, "learning rate of GistNet and the gists' logit bias (AdamW), scaled with the batch like the base's")
+    lens_lr: float = setting(0.06, "learning rate of LensNet (Muon; a tenth for its scalars), scaled with the batch like the base's")
 
     def __post_init__(self):
         for f in fields(self):
@@ -65,6 +65,13 @@ class MCConfig:
         for name, least in low.items():
             if getattr(self, name) < least:
                 raise UserError(f"--mc_{name}={getattr(self, name)} must be at least {least}")
+        for name, least in dict(wc_weight=0, kl_weight=0, gist_lr=1e-12, lens_lr=1e-12).items():
+            if not least <= getattr(self, name) < float("inf"):
+                raise UserError(f"--mc_{name}={getattr(self, name)} must be a finite number, {'at least 0' if not least else 'above 0'}")
+        if not self.wc_weight and not self.kl_weight:
+            raise UserError("--mc_wc_weight=0 with --mc_kl_weight=0 trains nothing on the working context; raise one")
+        if self.max_gap and self.positions == "contiguous" and not self.alibi:
+            raise UserError("--mc_max_gap has no effect with --mc_positions=contiguous, which ignores where entries stand")
         if not 0 <= self.start < 1:
             raise UserError(f"--mc_start={self.start} must be in [0, 1)")
         if not 0 <= self.damping_floor <= 1:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.common import UserError
+from nanochat.gpt import norm
 
 VARIANTS, POOLS, HEADS, GISTS = ("mean", "transformer", "slots"), ("mean", "query", "cls"), ("linear", "mlp"), (1, 2, 4)
 MLP_RATIO = 2  # hidden width of an MLP / C
@@ -68,11 +69,6 @@ class GistNetConfig:
             raise UserError(f"a block of {self.block_size} does not divide into {self.n_gists} gists")
         if not 0 < self.width <= MAX_WIDTH or self.n_head < 1 or self.width % self.n_head:
             raise UserError(f"gistnet width {self.width} must be at most {MAX_WIDTH} and divide into its {self.n_head} heads")
-
-
-def norm(x: Tensor) -> Tensor:
-    """x scaled to rms 1 over its last dim; no parameters; 0 stays 0."""
-    return F.rms_norm(x, (x.shape[-1],))
 
 
 def linear(n_in: int, n_out: int) -> nn.Linear:

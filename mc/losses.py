@@ -9,6 +9,7 @@ from torch import Tensor
 
 def row_mean(x_BP: Tensor, weight_BP: Tensor) -> Tensor:
     """[B] weighted mean over each row; 0 for a row without weight."""
+    x_BP = x_BP.to(torch.promote_types(x_BP.dtype, torch.float32))
     weight_BP = weight_BP.to(x_BP.dtype)
     return (x_BP * weight_BP).sum(1) / weight_BP.sum(1).clamp_min(1e-9)
 

@@ -14,8 +14,10 @@ between micro-batches. Before `start` a step is the vanilla step.
 Shapes: B rows, R rows with a working context (V variants of each: RV), T tokens, D width, N blocks, P positions read, Q queries.
 """
 
+import math
 import time
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +33,7 @@ from mc.model import Entries, MegaContext, Placed, read_rows, recency_scores, ru
 from mc.teachers import attention_mass, beyond_average, gate_utility, over_horizon
 from mc.working_context import Cut, entries_used
 from nanochat.common import UserError
-from nanochat.gpt import GPT, Captured, mean_loss, token_losses
+from nanochat.gpt import GPT, Captured, token_losses
 from nanochat.schedule import ramp
 
 import mc.telemetry  # noqa: F401  registers the metrics
@@ -66,8 +68,9 @@ class MCController:
         for name in ("row_stride", "lens_row_stride"):
             if micro_batch % getattr(config, name):
                 raise UserError(f"--mc_{name}={getattr(config, name)} does not divide the micro-batch of {micro_batch} rows")
-        if config.far_nodes >= micro_batch // config.row_stride and config.far_nodes:
-            raise UserError(f"--mc_far_nodes={config.far_nodes} needs more rows than the micro-batch of {micro_batch} gives")
+        if (micro_batch // config.row_stride) % (config.far_nodes + 1):
+            raise UserError(f"--mc_far_nodes={config.far_nodes} takes gists from groups of {config.far_nodes + 1} rows, which do not divide "
+                            f"the {micro_batch // config.row_stride} rows of a micro-batch that have a working context")
         if config.far_nodes and K ** config.max_lod > T:
             raise UserError(f"--mc_far_nodes: rows of {T} tokens hold no LOD{config.max_lod} node of {K ** config.max_lod} tokens; lower --mc_max_lod")
         if config.lens_queries > T - R - K:
@@ -86,8 +89,9 @@ class MCController:
 
     # -- the training loop's interface ------------------------------------------------------------------------------------
 
-    def param_groups(self) -> list[dict]:
-        return self.model.param_groups()
+    def param_groups(self, lr_scale: float = 1.0) -> list[dict]:
+        """Optimizer groups of GistNet and LensNet; lr_scale as for the base's rates."""
+        return self.model.param_groups(lr_scale)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.model.state_dict()
@@ -213,12 +217,14 @@ class MCController:
         c, count = self.config, tree.shape.counts[1]
         key = rows * self.config.variants + variant
         draw = uniform(key, 2, self.seed, "policy", step)
-        shares = torch.tensor([c.cut_shares()[p] for p in POLICIES], device=rows.device).cumsum(0)
-        policy = torch.searchsorted(shares, draw[:, :1].contiguous(), right=True).clamp_max(len(POLICIES) - 1)
+        bounds = list(accumulate(c.cut_shares()[p] for p in POLICIES))[:-1]
+        policy = sum((draw[:, :1] >= bound).long() for bound in bounds)
         noise = gumbel(key, count, self.seed, "cut", step)
         by_policy = torch.stack([noise, recency_scores(n, count), self.model.lens_logits(tree.levels[0], n) + noise,
                                  self._teacher_scores(captured, chosen, n, count, len(rows))], 1)
         scores = by_policy.gather(1, policy[..., None].expand(-1, -1, count))[:, 0]
+        end = (torch.arange(count, device=rows.device) + 1) * c.block_size
+        scores = scores.masked_fill(end > (n - c.protected)[:, None], -torch.inf)  # the tail is shown anyway, the rest is the future
         scores = scores.masked_fill(self._unwanted(scores, draw[:, 1]), -torch.inf)
         state = self.model.allocator.allocate(scores, n)
         for i, name in enumerate(POLICIES):
@@ -251,13 +257,13 @@ class MCController:
         draw = uniform(rows, 2, self.seed, "gap", step)
         gap = torch.zeros_like(n)
         if c.max_gap:
-            blocks = torch.exp2(draw[:, 0] * torch.log2(torch.tensor(c.max_gap // c.block_size + 2.0))).long() - 1
+            blocks = torch.exp2(draw[:, 0] * math.log2(c.max_gap // c.block_size + 2)).long() - 1
             gap = blocks * c.block_size
         boundary = (draw[:, 1] * (n - c.protected) / c.block_size).long() * c.block_size
         far = None
         if c.far_nodes:
-            top = tree.levels[c.max_lod][:, 0].detach()
-            far = torch.stack([top.roll(i + 1, 0) for i in range(c.far_nodes)], 1)
+            top = tree.levels[c.max_lod][:, 0].detach().unflatten(0, (-1, c.far_nodes + 1))  # groups of neighbouring rows
+            far = torch.stack([top.roll(i + 1, 1).flatten(0, 1) for i in range(c.far_nodes)], 1)
         return Placed(far, gap, boundary)
 
     # -- the lens ----------------------------------------------------------------------------------------------------------

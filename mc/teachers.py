@@ -21,18 +21,20 @@ from torch import Tensor
 from nanochat.gpt import Captured
 
 
-def _attention(layer: Captured, rows: slice, queries: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention weights [B, H, Q, S'] of some queries on the keys up to the last of them, and those keys and values."""
-    q = layer.q[rows, :, queries].detach()
-    B, H, Q, E = q.shape
-    stop = queries.stop
-    share = H // layer.k.shape[1]
-    k = layer.k[rows, :, :stop].detach().repeat_interleave(share, 1) if share > 1 else layer.k[rows, :, :stop].detach()
-    v = layer.v[rows, :, :stop].detach().repeat_interleave(share, 1) if share > 1 else layer.v[rows, :, :stop].detach()
-    logits = (q / math.sqrt(E)) @ k.transpose(-1, -2)
+def _precise(x: Tensor) -> Tensor:
+    """At least float32: autocast leaves q and k in one precision, v and the output in another, and differences follow."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _attention(layer: Captured, rows: slice, queries: slice) -> tuple[Tensor, Tensor]:
+    """Attention weights [B, H, Q, S'] of some queries on the keys up to the last of them, and the values [B, H, S', E]."""
+    q = _precise(layer.q[rows, :, queries])
+    share, Q = q.shape[1] // layer.k.shape[1], q.shape[2]
+    k, v = (_precise(x[rows, :, :queries.stop]).repeat_interleave(share, 1) for x in (layer.k, layer.v))
+    logits = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
     later = torch.ones(Q, Q, dtype=torch.bool, device=q.device).triu(1)  # only the queries' own span has keys after a query
     logits[..., queries.start:].masked_fill_(later, -torch.inf)
-    return logits.softmax(-1), k, v
+    return logits.softmax(-1), v
 
 
 def _per_block(x_BQS: Tensor, n_blocks: int, block_size: int) -> Tensor:
@@ -48,7 +50,7 @@ def attention_mass(captured: Sequence[Captured], rows: slice, queries: slice, n_
     """
     total = 0.0
     for layer in captured:
-        weights, _, _ = _attention(layer, rows, queries)
+        weights, _ = _attention(layer, rows, queries)
         weights[..., 0] = 0
         total = total + _per_block(weights.mean(1), n_blocks, block_size)
     return total / len(captured)
@@ -64,8 +66,8 @@ def gate_utility(captured: Sequence[Captured], rows: slice, queries: slice, n_bl
     for layer in captured:
         if layer.y.grad is None:
             raise RuntimeError("gate utility needs the gradient at the attention's output: run backward first")
-        weights, _, v = _attention(layer, rows, queries)
-        d_out, out = layer.y.grad[rows, :, queries], layer.y[rows, :, queries].detach()
+        weights, v = _attention(layer, rows, queries)
+        d_out, out = _precise(layer.y.grad[rows, :, queries]), _precise(layer.y[rows, :, queries])
         gain = _per_block((weights * (d_out @ v.transpose(-1, -2))).sum(1), n_blocks, block_size)
         mean = (d_out * out).sum(-1, keepdim=True)
         total = total - gain + (_per_block(weights, n_blocks, block_size) * mean).sum(1)
