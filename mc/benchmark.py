@@ -53,9 +53,9 @@ def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, ste
     rows = total // T
     recall = {}
     if flags["data"] == "recall":
-        recall = dict(schedule=CurriculumSchedule(grow=flags["recall_grow"], seed=flags["seed"]), total_rows=rows * meta["num_iterations"])
+        recall = dict(schedule=CurriculumSchedule(flags["recall_blocks"], grow=flags["recall_grow"], seed=flags["seed"]), total_rows=rows * meta["num_iterations"])
     source = make_source(flags["data"], "train", T=T, seed=flags["seed"], tokenizer=tokenizer, rows=flags["rows"],
-                         text_column=flags["text_column"], needles=flags["needles"], **recall)
+                         text_column=flags["text_column"], needles=flags["needles"], recall_blocks=flags["recall_blocks"], **recall)
     scale = batch_lr_scale(total)
     half = flags["dtype"] == "bfloat16" or (flags["dtype"] == "auto" and device != "cpu")
 

@@ -52,7 +52,7 @@ class MCConfig:
     lens_keys: int = setting(4, "lens keys per block")
     # optimization
     gist_lr: float = setting(4e-3, "learning rate of GistNet and the gists' logit bias (AdamW), scaled with the batch like the base's")
-    lens_lr: float = setting(0.06, "learning rate of LensNet (Muon; a tenth for its scalars), scaled with the batch like the base's")
+    lens_lr: float = setting(0.06, "learning rate of LensNet (Muon; half for its scalars), scaled with the batch like the base's")
 
     def __post_init__(self):
         for f in fields(self):

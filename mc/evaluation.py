@@ -19,9 +19,9 @@ from torch import Tensor
 from mc.focus_allocator import GreedyAllocator
 from mc.keyed_random import gumbel
 from mc.losses import row_mean
-from mc.mega_context import Tree
 from mc.model import MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
 from mc.teachers import attention_mass, gate_utility
+from mc.working_context import Cut, from_expanded
 from nanochat.gpt import GPT, Captured, token_losses
 
 
@@ -68,8 +68,7 @@ class FocusComparison:
         self.K, self.H = mc.config.block_size, tokens_BT.shape[1] - n
         with torch.no_grad():
             self.embeds = gpt.embed(tokens_BT)
-            self.tree: Tree = mc.build_tree(self.embeds[:, :n])
-            self.table = mc.build_tree(self.embeds)  # the continuation is looked up here
+            self.tree = mc.build_tree(self.embeds)  # the continuation is looked up here; cuts lie within [0, n)
         self.n_B = torch.full((len(tokens_BT),), n, device=tokens_BT.device)
         self.n_blocks = n // self.K
         self.allocator = GreedyAllocator(mc.focus_config())
@@ -80,10 +79,24 @@ class FocusComparison:
         state = self.allocator.allocate(scores_BN, self.n_B)
         cut, fits = self.allocator.cut(state)
         assert bool(fits.all()), "the allocator exceeded the budget"
+        return self._judge(cut, state.expanded[0])
+
+    @torch.no_grad()
+    def at_lod(self, lod: int) -> Outcome:
+        """The whole history at one LOD, as far as it has such nodes, but for the protected tail; whatever budget that takes."""
+        nothing = torch.full((len(self.tokens), self.n_blocks), -torch.inf, device=self.tokens.device)
+        coarsest = self.allocator.allocate(nothing, self.n_B).expanded
+        expanded = [open_BN | (level > lod) for level, open_BN in enumerate(coarsest, 1)]
+        capacity = self.n // self.K**lod + self.K * self.mc.config.max_lod + self.mc.config.protected
+        cut, fits = from_expanded(expanded, self.n_B, self.K, capacity)
+        assert bool(fits.all()), "capacity of an even cut"
+        return self._judge(cut, expanded[0])
+
+    def _judge(self, cut: Cut, shown_BN: Tensor) -> Outcome:
         entries = with_continuation(cut, self.n_B, self.H - 1)
-        hidden = run_entries(self.gpt, self.mc, self.table, self.tokens, entries)
+        hidden = run_entries(self.gpt, self.mc, self.tree, self.tokens, entries)
         read = read_rows(entries, self.K, self.H, 1)
-        return judge(self.gpt, take(hidden, read.slot_BP), self.targets.gather(1, read.token_BP), entries.used_B, state.expanded[0])
+        return judge(self.gpt, take(hidden, read.slot_BP), self.targets.gather(1, read.token_BP), entries.used_B, shown_BN)
 
     def scores(self, policy: str) -> Tensor:
         """[B, N] of "random", "recency" or "lens"."""

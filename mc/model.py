@@ -76,7 +76,7 @@ class MegaContext(nn.Module):
         matrices = [p for p in lens if p.ndim == 2 and len(p) > 1]
         return [dict(name="gistnet", params=[*self.gistnet.parameters(), self.gist_bias], lr=gist_lr, **adamw),
                 dict(name="lensnet", params=matrices, lr=lens_lr, kind="muon"),
-                dict(name="lensnet_scalars", params=[p for p in lens if p.ndim < 2 or len(p) == 1], lr=0.1 * lens_lr, **adamw)]
+                dict(name="lensnet_scalars", params=[p for p in lens if p.ndim < 2 or len(p) == 1], lr=0.5 * lens_lr, **adamw)]
 
 
 def recency_scores(n_B: Tensor, count: int) -> Tensor:

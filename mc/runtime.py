@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mc.config import POLICIES, MCConfig, to_dict
+from mc.evaluation import FocusComparison, plain_outcomes
 from mc.focus_allocator import check_feasible, utilization
 from mc.keyed_random import gumbel, uniform
 from mc.losses import distillation, lens_loss, lens_targets, row_mean
@@ -119,6 +120,16 @@ class MCController:
         per_row = c.lens_queries * per_query + nodes * 2 * width * c.lens_key_dim
         return passes / T + tree + 6 * per_row / T / c.lens_row_stride
 
+    def activation_bytes(self, gpt: GPT, micro_batch: int) -> int:
+        """Bytes of float32 that MegaContext adds to a micro-batch, from shapes: the working-context pass, the student's and the
+        teacher's logits, and q, k, v, y and the gradient of y of every layer of the LM pass."""
+        c, g = self.config, gpt.config
+        entries = c.budget + c.horizon + c.far_nodes
+        read = c.protected + c.horizon if c.targets == "tail" else entries
+        per_row = entries * g.n_layer * 24 * g.n_embd + read * 2 * 4 * g.vocab_size  # as many copies of each as in the LM pass
+        captured = micro_batch * self.T * g.n_layer * 5 * g.n_embd
+        return 4 * (micro_batch // c.row_stride * c.variants * per_row + captured)
+
     def active(self, step: int) -> bool:
         return step >= self.start_step
 
@@ -139,6 +150,18 @@ class MCController:
             loss = loss + weight * extra
             self._pending = _Pending(captured, embeds.detach(), targets, weight)
         return StepResult(loss, metrics, embeds, primary)
+
+    @torch.no_grad()
+    def probe(self, gpt: GPT, batch) -> list[tuple[str, Tensor, dict]]:
+        """(metric, value, attributes) on a held-out micro-batch: ΔNLL@H with the whole history at each LOD, and by focus (D2)."""
+        n, end = self.history, self.history + self.config.horizon
+        tokens, targets = batch.inputs[:, :end], batch.targets[:, :end]
+        focus = FocusComparison(gpt, self.model, tokens, targets, n, self.seed, batch.rows)
+        plain = plain_outcomes(gpt, tokens, targets, n, self.config.budget)
+        shown = {f"lod{lod}": focus.at_lod(lod) for lod in self.meta()["trained_lods"]}
+        shown |= {policy: focus.outcome(focus.scores(policy)) for policy in ("random", "recency", "lens")} | {"window": plain["window"]}
+        return [("mc.val.delta_nll", (outcome.nll_B - plain["full"].nll_B).mean(), {"shown": name, "ratio": round(n / int(outcome.entries_B[0]))})
+                for name, outcome in shown.items()]
 
     def lens_step(self, accumulation: int = 1) -> dict[str, Tensor]:
         """Teach the lens from the pass whose backward has just run: adds to the lens's gradients only."""

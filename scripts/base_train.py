@@ -10,6 +10,7 @@ batch give the same losses on any number of ranks. With `--mc_enabled=0` nothing
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -63,6 +64,7 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     add("--needles", type=int, default=4, help="blocks of facts hidden in the text of each row of --data=needle")
     add("--rows", default="long", choices=("long", "packed"), help="rows within one long document, or packed from several")
     add("--text_column", default="text", help="column of parquet and jsonl files that holds the text")
+    add("--recall_blocks", type=int, default=32, help="most blocks of facts that a row of --data=recall stores")
     add("--recall_grow", type=float, default=0.5, help="share of a recall run over which rows grow to their full number of blocks")
     # horizon
     add("--total_batch_size", type=int, default=0, help="tokens per optimizer step over all ranks; 0: by depth")
@@ -96,9 +98,18 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     add("--dry_run", default=0, help="1: print the plan (model, tokens, FLOPs, memory) and stop", **flag)
     add("--mc_enabled", default=0, help="1: train MegaContext beside the model", **flag)
     if with_mc:
-        from mc.config import add_flags
-        add_flags(parser)
+        import_mc("config").add_flags(parser)
     return parser
+
+
+def import_mc(name: str):
+    """A module of `mc`, which is imported only when it is on. UserError without the package."""
+    try:
+        return importlib.import_module(f"mc.{name}")
+    except ModuleNotFoundError as e:
+        if (e.name or "").partition(".")[0] != "mc":
+            raise
+        raise UserError(f"--mc_enabled=1 needs the package {e.name}, which is not installed: put the folder mc back, or use --mc_enabled=0") from None
 
 
 def parse_flags():
@@ -118,15 +129,20 @@ def check_ranges(args, defaults: dict) -> None:
     least = dict.fromkeys(("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size", "log_every", "keep_last", "eval_tokens"), 1)
     least |= dict.fromkeys(("vocab_size", "n_kv_head", "total_batch_size", "num_iterations", "stop_at", "warmup_steps", "eval_every", "save_every", "matrix_lr",
                             "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "grad_clip", "seed"), 0)
+    least["recall_blocks"] = 2
     for name, low in least.items():
         if not low <= getattr(args, name) < math.inf:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {low}")
     for name in ("recall_grow", "warmdown_ratio", "final_lr_frac"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name}={getattr(args, name)} must be in [0, 1]")
-    for name, data in (("recall_grow", "recall"), ("needles", "needle")):
+    for name, data in (("recall_blocks", "recall"), ("recall_grow", "recall"), ("needles", "needle")):
         if getattr(args, name) != defaults[name] and args.data != data:
             raise UserError(f"--{name}={getattr(args, name)} has no effect with --data={args.data}: it is for --data={data}")
+    if args.rows == "packed" and args.data in SYNTHETIC:
+        raise UserError(f"--rows=packed has no effect with --data={args.data}: it packs documents")
+    if args.text_column != defaults["text_column"] and args.data in ("stdlib", *SYNTHETIC):
+        raise UserError(f"--text_column={args.text_column} has no effect with --data={args.data}: it is for directories of parquet or jsonl files")
     if not 0 < args.target_tokens_per_param < math.inf:
         raise UserError(f"--target_tokens_per_param={args.target_tokens_per_param} must be positive")
 
@@ -181,6 +197,7 @@ def describe(plan: Plan, model: GPT, world_size: int, mc) -> dict:
     flops = model.flops_per_token(plan.T) + (mc.flops_per_token(model) * (1 - mc.config.start) if mc else 0)
     c = plan.model
     activations = plan.micro_batch * plan.T * (c.n_layer * 24 * c.n_embd + 4 * c.vocab_size) * 4
+    activations += mc.activation_bytes(model, plan.micro_batch) if mc else 0
     return {
         "layers": c.n_layer, "width": c.n_embd, "heads": c.n_head, "vocabulary": c.vocab_size, "parameters": parameters,
         "sequence": plan.T, "rows_per_step": plan.rows_per_step, "tokens_per_step": plan.tokens_per_step, "ranks": world_size,
@@ -207,7 +224,7 @@ def main() -> None:
     else:
         ranks = init_distributed(args.device)
     device = ranks.device
-    if args.mc_enabled and args.rows == "packed" and args.data not in SYNTHETIC:
+    if args.mc_enabled and args.rows == "packed":
         raise UserError("--rows=packed mixes documents in a row, which a working context must not cross; use --rows=long with --mc_enabled=1")
     if args.mc_enabled and args.compile:
         raise UserError("--compile=1 hides the attention gradients that teach the lens; use --compile=0 with --mc_enabled=1")
@@ -226,16 +243,17 @@ def main() -> None:
         return print0(json.dumps(describe(plan, model, ranks.world_size, mc), indent=1))
     rates = {name: getattr(args, name) * plan.lr_scale for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")}
     groups = gpt_param_groups(model.named_parameters(), plan.model.n_embd, weight_decay=args.weight_decay, **rates)
-    optimizer = MuonAdamW(groups + (mc.param_groups() if mc else []))
+    optimizer = MuonAdamW(groups + (mc.param_groups(plan.lr_scale) if mc else []))
     check_groups({"gpt": model} | ({"mc": mc.model} if mc else {}), optimizer.param_groups)
     if args.compile:
         model.hidden = torch.compile(model.hidden, dynamic=False)
 
     # Data
-    make = dict(T=plan.T, seed=args.seed, tokenizer=tokenizer, rows=args.rows, text_column=args.text_column, needles=args.needles)
+    make = dict(T=plan.T, seed=args.seed, tokenizer=tokenizer, rows=args.rows, text_column=args.text_column, needles=args.needles,
+                recall_blocks=args.recall_blocks)
     curriculum = {}
     if args.data == "recall":
-        curriculum = dict(schedule=CurriculumSchedule(grow=args.recall_grow, seed=args.seed), total_rows=plan.rows_per_step * plan.num_iterations)
+        curriculum = dict(schedule=CurriculumSchedule(args.recall_blocks, grow=args.recall_grow, seed=args.seed), total_rows=plan.rows_per_step * plan.num_iterations)
     source = make_source(args.data, "train", **make, **curriculum)
     loader = Loader(source, plan.rows_per_step, plan.micro_batch, plan.T, ranks.rank, ranks.world_size, device)
     held_out = make_source(args.data, "val", **make)
@@ -269,6 +287,7 @@ def main() -> None:
     last = min(args.stop_at or plan.num_iterations, plan.num_iterations)
     unlogged: list[dict[str, torch.Tensor]] = []  # metrics of the micro-steps since the last log line
     val = None
+    clock, logged_step, logged_flops = time.perf_counter(), step, flops  # at the last log line: speed is measured from line to line
 
     def save() -> None:
         meta = {"model_config": dataclasses.asdict(plan.model), "num_iterations": plan.num_iterations, "tokenizer": tokenizer.fingerprint,
@@ -281,8 +300,7 @@ def main() -> None:
 
     with recorder:
         while step < last:
-            started = time.perf_counter()
-            waited, flops_before = 0.0, flops
+            waited, losses = 0.0, 0.0
             for _ in range(plan.accumulation):
                 asked = time.perf_counter()
                 batch = loader.next()
@@ -292,12 +310,16 @@ def main() -> None:
                 (loss / plan.accumulation).backward()
                 if mc:
                     metrics |= mc.lens_step(plan.accumulation)
+                losses = losses + loss.detach() + metrics.get("mc.loss.lens", 0.0)
                 unlogged.append(metrics)
                 flops += step_flops(model, mc, plan, step, batch.num_targets) / plan.accumulation
             evaluating, saving = (step + 1 == last or (every and (step + 1) % every == 0) for every in (args.eval_every, args.save_every))
             logging = (step + 1) % args.log_every == 0 or evaluating or saving  # a saved step's loss was looked at
             if logging:
-                assert_finite(loss, step)
+                assert_finite(losses, step)  # fetched from the device, so the clock is read when its work is done
+                now = time.perf_counter()
+                seconds, speed_flops = (now - clock) / (step + 1 - logged_step), (flops - logged_flops) / (now - clock)
+                clock, logged_step, logged_flops = now, step + 1, flops
                 for metrics in mean_over_ranks(unlogged, ranks):
                     for name, value in metrics.items():
                         recorder.record(name, value)
@@ -313,20 +335,29 @@ def main() -> None:
             updating = time.perf_counter()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            recorder.record("train.optimizer_time", time.perf_counter() - updating)
             step += 1
 
-            record_step(recorder, time.perf_counter() - started, waited, multiplier, flops, flops - flops_before, plan, step, peak, device)
+            recorder.record("train.data_wait", waited)
+            if device.type == "cpu":  # elsewhere it has only been launched
+                recorder.record("train.optimizer_time", time.perf_counter() - updating)
+            if logging:
+                record_speed(recorder, seconds, speed_flops / peak, plan)
+                record_state(recorder, multiplier, flops, plan, step, device)
+            paused = time.perf_counter()
             if evaluating:
                 with autocast:
                     val = evaluate(model, batches(held_out, plan, ranks), eval_steps, token_bytes)
                 recorder.record("val.loss", val.loss)
                 if val.bpb is not None:
                     recorder.record("val.bpb", val.bpb)
+                if mc and mc.active(step):
+                    for name, value, attributes in mc.probe(model, next(batches(held_out, plan, ranks))):
+                        recorder.record(name, value, **attributes)
             if logging:
                 recorder.flush(step)
             if saving:
                 save()
+            clock += time.perf_counter() - paused  # evaluating and saving is no training
     summary = {"step": step, "val_loss": val and val.loss, "val_bpb": val and val.bpb, "tokens": step * plan.tokens_per_step,
                "flops": flops, "seconds": round(time.time() - begin, 1), "checkpoint": str(directory)}
     print0(f"done: {step} steps, checkpoint in {directory}")
@@ -357,9 +388,8 @@ def check_resumable(meta: dict, args, plan: Plan, tokenizer: Tokenizer, director
 
 
 def build_controller(args, plan: Plan, model: GPT):
-    from mc.config import from_flags  # inside, so that mc stays optional
-    from mc.runtime import MCController
-    return MCController(from_flags(args), model, T=plan.T, micro_batch=plan.micro_batch, num_iterations=plan.num_iterations, seed=args.seed)
+    settings = import_mc("config").from_flags(args)
+    return import_mc("runtime").MCController(settings, model, T=plan.T, micro_batch=plan.micro_batch, num_iterations=plan.num_iterations, seed=args.seed)
 
 
 def mean_over_ranks(metrics: list[dict[str, torch.Tensor]], ranks: Ranks) -> list[dict[str, torch.Tensor]]:
@@ -380,11 +410,14 @@ def batches(source: Source, plan: Plan, ranks: Ranks):
         yield loader.next()
 
 
-def record_step(recorder: Recorder, seconds: float, waited: float, multiplier: float, flops: float, step_flops: float, plan: Plan, step: int, peak: float, device: torch.device) -> None:
+def record_speed(recorder: Recorder, seconds: float, mfu: float, plan: Plan) -> None:
+    """seconds: of a step."""
     recorder.record("train.step_time", seconds)
-    recorder.record("train.data_wait", waited)
     recorder.record("train.tokens_per_second", plan.tokens_per_step / seconds)
-    recorder.record("train.mfu", step_flops / seconds / peak)
+    recorder.record("train.mfu", mfu)
+
+
+def record_state(recorder: Recorder, multiplier: float, flops: float, plan: Plan, step: int, device: torch.device) -> None:
     recorder.record("train.tokens", step * plan.tokens_per_step)
     recorder.record("train.flops", flops)
     recorder.record("train.memory", torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
