@@ -11,7 +11,7 @@ SEED="${SEED:-42}"
 
 # Both tasks: rows of 1,088 tokens, history 1,056, budget 128 entries, 32 recent and 32 judged tokens, block size 32.
 SHARED=(--max_seq_len=1088 --head_dim=32 --key_shift=1 --tie_qk=1 --rope_fraction=0.5 --device_batch_size=4
-        --total_batch_size=4352 --grad_clip=1 --eval_tokens=32640 --eval_every=0 --log_every=25 --save_every=100 --resume=1
+        --total_batch_size=4352 --grad_clip=1 --eval_tokens=32640 --eval_every=100 --log_every=25 --save_every=100 --resume=1
         --seed="$SEED")
 RECALL=(--data=recall --depth=2 --aspect_ratio=64 --value_embeds=0 --smear=0 --resid_scalars=0 --backout=0 --recall_grow=0.75)
 TEXT=(--data=stdlib --depth=4 --aspect_ratio=32 --matrix_lr=0.04 --unembedding_lr=0.01 --dtype=bfloat16)

@@ -6,6 +6,15 @@
 #   NANOCHAT_BASE_DIR=DIR            artefacts, default ~/.cache/nanochat
 #
 # A second call finds its stamp, and installs nothing until pyproject.toml changes.
+#   --help, -h among the arguments   the recipe's first comment is shown, nothing is done
+for argument in "$@"; do
+  case "$argument" in
+    --help | -h)
+      awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "runs/$(basename "$0")"
+      exit 0
+      ;;
+  esac
+done
 TORCH_VERSION=2.13.0
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 
