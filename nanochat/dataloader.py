@@ -248,16 +248,17 @@ def make_source(
     rows: str = "long",
     text_column: str = "text",
     recall_task: RecallTask | None = None,
+    recall_blocks: int = 32,
     schedule: CurriculumSchedule | None = None,
     total_rows: int | None = None,
     needles: int = 4,
 ) -> Source:
     """The source that the flags name. data: "stdlib", "recall", "needle", "random", or a directory; rows: "long" or "packed".
 
-    recall_task, schedule and total_rows are for data="recall": by default the tokenizer's ids and no curriculum.
+    recall_task, recall_blocks (without a task), schedule and total_rows are for data="recall": by default the tokenizer's ids, no curriculum.
     """
     if data == "recall":
-        task = recall_task or RecallTask.for_tokenizer(tokenizer, seed=seed)
+        task = recall_task or RecallTask.for_tokenizer(tokenizer, seed=seed, blocks=recall_blocks)
         return RecallSource(task, T, split, schedule, total_rows)
     if data == "needle":
         filler = open_token_cache(open_corpus("stdlib"), split, tokenizer).tokens

@@ -5,8 +5,8 @@
 #   NO_INSTALL=1                     the active python is used as it is
 #   NANOCHAT_BASE_DIR=DIR            artefacts, default ~/.cache/nanochat
 #
-# A second call finds its stamp, and installs nothing until pyproject.toml changes.
-#   --help, -h among the arguments   the recipe's first comment is shown, nothing is done
+# A second call finds its stamp, and installs nothing until pyproject.toml changes. With --help or -h among the recipe's arguments its
+# first comment is shown and nothing is done.
 for argument in "$@"; do
   case "$argument" in
     --help | -h)
@@ -15,6 +15,7 @@ for argument in "$@"; do
       ;;
   esac
 done
+
 TORCH_VERSION=2.13.0
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 

@@ -8,7 +8,7 @@ from nanochat.dataloader import SYNTHETIC, Loader, eval_rows, make_source
 from nanochat.evaluation import evaluate
 from nanochat.loading import add_model_flags, model_from_flags
 
-DATA = {"data": "stdlib", "rows": "long", "text_column": "text", "seed": 42, "needles": 4}  # of a checkpoint that does not say what it was trained on
+DATA = {"data": "stdlib", "rows": "long", "text_column": "text", "seed": 42, "needles": 4, "recall_blocks": 32}  # of a checkpoint that does not say what it was trained on
 
 
 def make_parser() -> FlagParser:
@@ -19,6 +19,7 @@ def make_parser() -> FlagParser:
     parser.add_argument("--rows", help="'long' (pieces of long documents) or 'packed' (short ones together) (default: as trained)", **as_trained)
     parser.add_argument("--text_column", help="column of parquet and jsonl files that holds the text (default: as trained)", **as_trained)
     parser.add_argument("--needles", type=int, help="blocks of facts hidden in each row of --data=needle (default: as trained)", **as_trained)
+    parser.add_argument("--recall_blocks", type=int, help="blocks of facts that each row of --data=recall stores (default: as trained)", **as_trained)
     parser.add_argument("--seed", type=int, help="of the choice of rows, and of recall's aliases (default: as trained)", **as_trained)
     parser.add_argument("--split", default="val", choices=("val", "train"), help="which documents")
     parser.add_argument("--row_tokens", type=int, default=0, help="tokens a row; 0: the model's sequence length")

@@ -22,8 +22,10 @@ from nanochat.dataset import Progress
 from nanochat.gpt import GPT
 from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
+from scripts.base_train import MAY_CHANGE
 
 TASKS = ("recall", "text")
+MAY_DIFFER = MAY_CHANGE - {"data"}  # flags of twins: what a resumed run may change, but for the data
 
 
 class Pair(NamedTuple):
@@ -44,10 +46,11 @@ def load_pair(mc_dir: Path, vanilla_dir: Path, tokenizer: Tokenizer) -> Pair:
     mc = load_mega_context(mc_dir, meta["step"], meta, gpt.config.n_embd)
     if vanilla_meta["mc"]:
         raise UserError(f"the checkpoint in {vanilla_dir} was trained with --mc_enabled=1: it is no vanilla twin")
-    facts, vanilla_facts = ({**m, "seed": m["flags"]["seed"], "data": m["flags"]["data"]} for m in (meta, vanilla_meta))
-    for name in ("model_config", "tokens", "tokenizer", "seed", "data"):
-        if facts[name] != vanilla_facts[name]:
-            raise UserError(f"{mc_dir} and {vanilla_dir} differ in {name}: only models of one shape, trained on the same tokens, are compared")
+    different = [name for name in ("model_config", "tokens", "tokenizer") if meta[name] != vanilla_meta[name]]
+    different += [f"--{name}" for name in sorted(meta["flags"].keys() | vanilla_meta["flags"].keys())
+                  if not name.startswith("mc_") and name not in MAY_DIFFER and meta["flags"].get(name) != vanilla_meta["flags"].get(name)]
+    if different:
+        raise UserError(f"{mc_dir} and {vanilla_dir} differ in {', '.join(different)}: only models of one shape, trained alike on the same tokens, are compared")
     if meta["tokenizer"] != tokenizer.fingerprint:
         raise UserError(f"{mc_dir} was trained with tokenizer {meta['tokenizer']}, here is {tokenizer.fingerprint}; restore that one")
     logs = {kind: base_dir() / "runs" / directory.name / "metrics.jsonl" for kind, directory in (("mc", mc_dir), ("vanilla", vanilla_dir))}
@@ -64,7 +67,7 @@ def compare(pair: Pair, tokenizer: Tokenizer, args, task: str) -> dict:
     T = gpt.config.sequence_len
     n = (T - c.horizon) // c.block_size * c.block_size
     source = make_source(flags["data"], "val", T=T, seed=flags["seed"], tokenizer=tokenizer, rows=flags["rows"], text_column=flags["text_column"],
-                         needles=flags["needles"])
+                         needles=flags["needles"], recall_blocks=flags["recall_blocks"])
     count = eval_rows(source, args.contexts * T)
     progress = Progress(f"{task}: contexts judged", count, "contexts", every_s=15)
     parts: dict[str, list[Outcome]] = {}
