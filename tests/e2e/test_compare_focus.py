@@ -79,7 +79,7 @@ def test_report(compared):
             else:
                 assert recent < row["entries"] <= budget
         assert of["mc_oracle"]["nll"] <= min(of[f"mc_{policy}"]["nll"] for policy in ("random", "recency", "lens"))
-        assert of["full"]["nll"] != of["vanilla_full"]["nll"] and len({row["nll"] for row in task["rows"]}) >= 6
+        assert len({of[system]["nll"] for system in ("full", "vanilla_full", "sliding_window", "vanilla_window")}) == 4
         parts = found["step_times"][name]["shares"]
         assert sum(parts.values()) == pytest.approx(found["step_times"][name]["ratio"] - 1, abs=1e-6)  # one pair: medians are the pair's
 
@@ -99,9 +99,8 @@ def test_what_is_printed(compared):
 
 
 def numbers(report: Path) -> dict:
-    """What does not depend on the clock."""
-    found = json.loads(report.read_text())
-    return {key: value for key, value in found.items() if not key.startswith("step_time")}
+    """What depends neither on the clock nor on what is committed."""
+    return json.loads(report.read_text())["tasks"]
 
 
 def test_again(compared, tmp_path):
@@ -153,7 +152,7 @@ MISTAKES = {  # flag -> the checkpoint named instead, and what the line says
     "vanilla as mc": ("recall_mc", "recall_vanilla", "has no MegaContext"),
     "mc as vanilla": ("recall_vanilla", "recall_mc", "--mc_enabled=1"),
     "fewer tokens": ("recall_vanilla", "shorter", "differ in tokens"),
-    "another seed": ("recall_vanilla", "reseeded", "differ in seed"),
+    "another seed": ("recall_vanilla", "reseeded", "differ in --seed:"),
     "no log": ("recall_vanilla", "unlogged", "metrics.jsonl: the training's log"),
     "another shape": ("recall_vanilla", "text_vanilla", "differ in model_config"),
 }
