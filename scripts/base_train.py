@@ -317,9 +317,9 @@ def main() -> None:
             logging = (step + 1) % args.log_every == 0 or evaluating or saving  # a saved step's loss was looked at
             if logging:
                 assert_finite(losses, step)  # fetched from the device, so the clock is read when its work is done
-                now = time.perf_counter()
-                seconds, speed_flops = (now - clock) / (step + 1 - logged_step), (flops - logged_flops) / (now - clock)
-                clock, logged_step, logged_flops = now, step + 1, flops
+                elapsed = time.perf_counter() - clock
+                step_time, flops_per_second = elapsed / (step + 1 - logged_step), (flops - logged_flops) / elapsed
+                clock, logged_step, logged_flops = clock + elapsed, step + 1, flops
                 for metrics in mean_over_ranks(unlogged, ranks):
                     for name, value in metrics.items():
                         recorder.record(name, value)
@@ -341,7 +341,9 @@ def main() -> None:
             if device.type == "cpu":  # elsewhere it has only been launched
                 recorder.record("train.optimizer_time", time.perf_counter() - updating)
             if logging:
-                record_speed(recorder, seconds, speed_flops / peak, plan)
+                recorder.record("train.step_time", step_time)
+                recorder.record("train.tokens_per_second", plan.tokens_per_step / step_time)
+                recorder.record("train.mfu", flops_per_second / peak)
                 record_state(recorder, multiplier, flops, plan, step, device)
             paused = time.perf_counter()
             if evaluating:
@@ -410,13 +412,6 @@ def batches(source: Source, plan: Plan, ranks: Ranks):
         yield loader.next()
 
 
-def record_speed(recorder: Recorder, seconds: float, mfu: float, plan: Plan) -> None:
-    """seconds: of a step."""
-    recorder.record("train.step_time", seconds)
-    recorder.record("train.tokens_per_second", plan.tokens_per_step / seconds)
-    recorder.record("train.mfu", mfu)
-
-
 def record_state(recorder: Recorder, multiplier: float, flops: float, plan: Plan, step: int, device: torch.device) -> None:
     recorder.record("train.tokens", step * plan.tokens_per_step)
     recorder.record("train.flops", flops)
@@ -436,8 +431,8 @@ def peak_flops(device: torch.device) -> float:
             if known in name:
                 return peak
     a, best = torch.full((1024, 1024), 0.5, device=device), math.inf  # no draw: the generators' state is part of a checkpoint
-    for _ in range(5):
-        begin = time.perf_counter()
+    until = time.perf_counter() + 0.5
+    while (begin := time.perf_counter()) < until:
         (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - begin)
     return 2 * 1024**3 / best

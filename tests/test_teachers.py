@@ -125,6 +125,20 @@ def test_beyond_average_counts_the_visible_blocks_only():
     assert beyond_average(signal, visible).isfinite().all()
 
 
+def test_teachers_take_whatever_precisions_autocast_left(batch):
+    """CUDA's autocast normalizes in float32 and attends in bfloat16: q, k and y differ in dtype."""
+    gpt = tiny_base(dtype=torch.float32)
+    exact = captured_after_backward(gpt, batch)
+    mixed = []
+    for q, k, v, y in exact:
+        half = y.detach().bfloat16().requires_grad_()
+        half.grad = y.grad.bfloat16()
+        mixed.append(Captured(q.float(), k.float(), v.bfloat16(), half))
+    torch.testing.assert_close(attention_mass(mixed, ROWS, QUERIES, BLOCKS, K), attention_mass(exact, ROWS, QUERIES, BLOCKS, K))
+    utility, expected = (gate_utility(x, ROWS, QUERIES, BLOCKS, K) for x in (mixed, exact))
+    assert utility.dtype == torch.float32 and (utility - expected).norm() < 0.02 * expected.norm()
+
+
 @pytest.mark.parametrize("horizon", [1, 4, 20])
 def test_over_horizon(horizon):
     x = torch.randn(2, 20, 3, dtype=torch.float64)
