@@ -430,12 +430,12 @@ def peak_flops(device: torch.device) -> float:
         for known, peak in PEAK_FLOPS.items():
             if known in name:
                 return peak
-    a, best = torch.full((1024, 1024), 0.5, device=device), math.inf  # no draw: the generators' state is part of a checkpoint
+    a, best = torch.full((512, 512), 0.5, device=device), math.inf  # no draw: the generators' state is part of a checkpoint
     until = time.perf_counter() + 0.5
     while (begin := time.perf_counter()) < until:
         (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - begin)
-    return 2 * 1024**3 / best
+    return 2 * 512**3 / best
 
 
 if __name__ == "__main__":

@@ -246,6 +246,8 @@ def test_make_source(tmp_path, monkeypatch):
     recall = make_source("recall", "train", **common | {"T": 1088})
     tokens, mask = recall.row_tokens(np.arange(2))
     assert isinstance(recall, RecallSource) and tokens.max() < tokenizer.vocab_size and mask.any()
+    short = make_source("recall", "val", recall_blocks=4, **common | {"T": 192})
+    assert short.num_blocks(np.arange(3)).tolist() == [4] * 3 and short.fingerprint != recall.fingerprint
     with pytest.raises(UserError, match="--rows=wide"):
         make_source(data, "train", rows="wide", **common)
 

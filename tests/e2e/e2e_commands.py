@@ -116,8 +116,9 @@ def write_texts(directory: Path) -> Path:
 
 
 def rows(base: Path, tag: str = "t") -> list[dict]:
-    """What metrics.jsonl holds, line by line."""
-    return [json.loads(line) for line in (base / "runs" / tag / "metrics.jsonl").read_text().splitlines()]
+    """What metrics.jsonl holds, line by line; without the time of the last save, which stands alone after the last step."""
+    lines = map(json.loads, (base / "runs" / tag / "metrics.jsonl").read_text().splitlines())
+    return [row for row in lines if row.keys() - {"step", "time", "checkpoint.save_time"}]
 
 
 def losses(base: Path, tag: str = "t") -> dict[int, tuple]:

@@ -7,7 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from e2e_commands import MC, last_checkpoint, real, rows, same, tree
+import torch
+from e2e_commands import MC, TINY, last_checkpoint, real, rows, same, tree
+
+from nanochat.common import UserError
 
 FLAGS = {
     "unknown flag": (["--learning_rate=3"], "unknown flags: --learning_rate=3"),
@@ -19,6 +22,11 @@ FLAGS = {
     "mc flag without mc": (["--mc_budget=64"], "--mc_budget=64: needs --mc_enabled=1"),
     "compiled with mc": ([*MC, "--compile=1"], "--compile=1"),
     "packed with mc": ([*MC, "--rows=packed"], "--rows=packed"),
+    "packed without documents": (["--data=recall", "--rows=packed"], "--rows=packed has no effect with --data=recall"),
+    "column of stdlib": (["--data=stdlib", "--text_column=body"], "--text_column=body has no effect with --data=stdlib"),
+    "column of facts": (["--data=needle", "--text_column=body"], "--text_column=body has no effect with --data=needle"),
+    "recall blocks of text": (["--recall_blocks=8"], "--recall_blocks=8 has no effect"),
+    "too few recall blocks": (["--data=recall", "--recall_blocks=1"], "--recall_blocks=1 must be at least 2"),
     "windows with mc": ([*MC, "--window_pattern=SL", "--max_seq_len=1024", "--total_batch_size=2048"], "--window_pattern=SL"),
     "batch not divisible": (["--total_batch_size=500"], "--total_batch_size=500 is not a multiple"),
     "odd head": (["--head_dim=15", "--smear=0", "--value_embeds=0"], "heads of even width"),
@@ -132,6 +140,36 @@ def test_diverged(base, train):
     """A loss that is not finite stops the run before its gradients reach the weights."""
     error = train(base, "--embedding_lr=1e38", "--unembedding_lr=1e38", "--warmup_steps=0").error
     assert "loss is not finite at step 1 " in error and "lower the learning rates" in error
+    assert not (base / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("kind", ["first micro-step", "lens"])
+def test_not_finite_anywhere_in_a_step(kind, base, prepared, monkeypatch):
+    """Not the last micro-step's loss, or only the lens's: the run stops before that step is saved."""
+    from mc.runtime import MCController
+    from scripts import base_train
+
+    calls = []
+
+    def spoiled(true):
+        def call(*args):
+            calls.append(args)
+            result = true(*args)
+            if len(calls) != 5:  # the first of the two of the third step
+                return result
+            return {"mc.loss.lens": torch.tensor(torch.nan)} if kind == "lens" else (result[0] * torch.nan, result[1])
+
+        return call
+
+    if kind == "lens":
+        monkeypatch.setattr(MCController, "lens_step", spoiled(MCController.lens_step))
+    else:
+        monkeypatch.setattr(base_train, "vanilla_step", spoiled(base_train.vanilla_step))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    flags = [*TINY, f"--data={prepared / 'texts'}", *(MC if kind == "lens" else []), "--save_every=3", "--log_every=20", "--stop_at=3"]
+    monkeypatch.setattr(sys, "argv", ["base_train", *flags])
+    with pytest.raises(UserError, match="loss is not finite at step 2 "):
+        base_train.main()
     assert not (base / "checkpoints").exists()
 
 

@@ -4,13 +4,17 @@ import json
 import math
 import shutil
 import signal
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from e2e_commands import KINDS, MC, ROOT, TINY, last_checkpoint, losses, real, rows, same, start, tree
 
 from nanochat.tokenizer import Reserved, Tokenizer
+from scripts import base_train
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 RANKS_TOLERANCE = 1e-5  # nats; measured 2.4e-7: micro-batches of the same shape, summed elsewhere
@@ -48,7 +52,9 @@ def test_vanilla_never_imports_mc(mc, reference, base, train, tmp_path):
     done = train(base, "--mc_enabled=0", root=tmp_path / "copy").ok()
     assert losses(base) == losses(reference["vanilla"])
     assert not [name for name in done.modules if name.partition(".")[0] == "mc"]
-    if mc == "poisoned":
+    if mc == "absent":
+        assert "--mc_enabled=1 needs the package mc" in train(base, "--mc_enabled=1", root=tmp_path / "copy").error
+    else:
         assert "mc was imported" in train(base, "--mc_enabled=1", root=tmp_path / "copy").err
 
 
@@ -131,6 +137,37 @@ def test_what_is_recorded(kind, reference):
     assert 0 < last["train.mfu"] < 1.5 and last["train.memory"] > 1e7
 
 
+def test_speed_is_of_the_logging_interval(base, prepared, monkeypatch):
+    """By a clock on which only training steps (step n: 2n seconds), evaluations and saves take time."""
+    now = [0.0]
+
+    def takes(name: str, seconds: Callable[[], float]):
+        true = getattr(base_train, name)
+
+        def slow(*args, **kwargs):
+            now[0] += seconds()
+            return true(*args, **kwargs)
+
+        monkeypatch.setattr(base_train, name, slow)
+
+    micro_steps = iter(range(2, 100))
+    takes("vanilla_step", lambda: next(micro_steps) // 2)
+    takes("evaluate", lambda: 1000.0)
+    takes("save_checkpoint", lambda: 10_000.0)
+    monkeypatch.setattr(base_train, "time", SimpleNamespace(perf_counter=lambda: now[0], time=time.time))
+    monkeypatch.setattr(base_train, "peak_flops", lambda device: 1e6)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    flags = [*TINY, f"--data={prepared / 'texts'}", "--num_iterations=8", "--log_every=3", "--eval_every=4", "--save_every=4"]
+    monkeypatch.setattr(sys, "argv", ["base_train", *flags])
+    base_train.main()
+    logged = rows(base)
+    assert [(row["step"], row["train.step_time"]) for row in logged] == [(3, 4.0), (4, 8.0), (6, 11.0), (8, 15.0)]
+    flops = [0.0, *(row["train.flops"] for row in logged)]
+    for row, before, steps in zip(logged, flops, (3, 1, 2, 2)):
+        assert row["train.tokens_per_second"] == pytest.approx(512 / row["train.step_time"])
+        assert row["train.mfu"] == pytest.approx((row["train.flops"] - before) / steps / row["train.step_time"] / 1e6)
+
+
 @pytest.mark.slow
 def test_random_tokens_cannot_be_predicted(base, train):
     """Trap 1: no next-token loss on uniform random tokens goes below ln V; a target that is not shifted would."""
@@ -170,6 +207,15 @@ def test_both_spellings_of_flags(base, train):
     assert len(set(plans)) == 1 and json.loads(plans[0])["mc"] is True
     off = train(base, "--dry_run=1", "--mc_enabled=1", "--mc-enabled", "0").ok()
     assert json.loads(off.out)["mc"] is False and "mc" not in off.modules
+
+
+def test_planned_memory_counts_megacontext(base, train):
+    """More contexts, entries or logits: more bytes, at the same number of weights."""
+    plans = [json.loads(train(base, "--dry_run=1", *MC, *flag).ok().out) for flag in ([], ["--mc_variants=2"], ["--mc_budget=48"], ["--mc_targets=raw"])]
+    usual, *more = (plan["memory_bytes_per_rank"] - 16 * plan["parameters"] for plan in plans)
+    vanilla = json.loads(train(base, "--dry_run=1").ok().out)
+    captured = 4 * 5 * 2 * 128 * 2 * 32  # q, k, v, y and its gradient: rows, tokens, layers, width
+    assert usual > vanilla["memory_bytes_per_rank"] - 16 * vanilla["parameters"] + captured and min(more) > usual
 
 
 @pytest.mark.parametrize("depth", [12, 20])

@@ -136,12 +136,13 @@ def test_mc_bench(trained):
 @pytest.fixture(scope="module")
 def kept(trained, tmp_path_factory) -> Path:
     """A base directory of checkpoints that nothing here may touch, with no report. `shorter`: of the first step only; `unlogged`:
-    copied without its log; `reseeded`: another seed."""
+    copied without its log; `reseeded`: another seed; `slower`: other rates."""
     base = Path(shutil.copytree(trained, tmp_path_factory.mktemp("mistakes") / "base"))
     shutil.rmtree(base / "quickstart", ignore_errors=True)
     shutil.copytree(base / "checkpoints" / "recall_vanilla", base / "checkpoints" / "shorter", ignore=shutil.ignore_patterns("*_000002*"))
     shutil.copytree(base / "checkpoints" / "recall_vanilla", base / "checkpoints" / "unlogged")
     run(base, "base_train", *TINY, *TASKS["recall"][0], "--seed=4", "--model_tag=reseeded").ok()
+    run(base, "base_train", *TINY, *TASKS["recall"][0], "--matrix_lr=0.01", "--recall_grow=0.1", "--keep_last=1", "--model_tag=slower").ok()
     return base
 
 
@@ -153,6 +154,7 @@ MISTAKES = {  # flag -> the checkpoint named instead, and what the line says
     "mc as vanilla": ("recall_vanilla", "recall_mc", "--mc_enabled=1"),
     "fewer tokens": ("recall_vanilla", "shorter", "differ in tokens"),
     "another seed": ("recall_vanilla", "reseeded", "differ in --seed:"),
+    "other rates": ("recall_vanilla", "slower", "differ in --matrix_lr, --recall_grow:"),
     "no log": ("recall_vanilla", "unlogged", "metrics.jsonl: the training's log"),
     "another shape": ("recall_vanilla", "text_vanilla", "differ in model_config"),
 }

@@ -44,6 +44,7 @@ TABLE: dict[str, tuple[str, list[str]]] = {
     "data": ("random", []),
     "rows": ("packed", []),
     "text_column": ("body", ["--data={jsonl}"]),
+    "recall_blocks": ("8", ["--data=recall", "--max_seq_len=1088", "--total_batch_size=2176", "--num_iterations=2"]),
     "recall_grow": ("0", ["--data=recall", "--max_seq_len=1088", "--total_batch_size=2176", "--num_iterations=2"]),
     "needles": ("2", ["--data=needle", "--max_seq_len=1088", "--total_batch_size=2176", "--num_iterations=2"]),
     "total_batch_size": ("512", []),
@@ -170,7 +171,8 @@ def observe(prepared, tmp_path_factory):
     yield observe
 
 
-CLOCK = ("time", "train.step_time", "train.data_wait", "train.tokens_per_second", "train.mfu", "train.memory")
+CLOCK = ("time", "train.step_time", "train.optimizer_time", "train.data_wait", "train.tokens_per_second", "train.mfu", "train.memory",
+         "checkpoint.save_time")  # fmt: skip
 
 
 def timeless(row: dict) -> dict:

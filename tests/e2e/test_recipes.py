@@ -45,6 +45,18 @@ def test_gpu_plans(recipe, ranks, layers, tmp_path):
     assert not (tmp_path / "base").exists()
 
 
+@pytest.mark.parametrize("recipe", ["quickstart", "gpu1", "gpu8", "test"])
+def test_help(recipe, tmp_path):
+    """The recipe's first comment; nothing installed or run."""
+    path = ROOT / "runs" / f"{recipe}.sh"
+    for flag in ("--help", "-h"):
+        done = shell(tmp_path, str(path), flag, PYTHON="/no/such/python", VIRTUAL_ENV="")
+        assert done.returncode == 0 and not done.stderr
+        shown = done.stdout.splitlines()
+        assert shown and [f"# {line}" for line in shown] == path.read_text().splitlines()[1:len(shown) + 1]
+    assert not (tmp_path / "base").exists()
+
+
 def test_mistakes_reach_the_user(tmp_path):
     done = shell(tmp_path, str(ROOT / "runs" / "gpu1.sh"), "--dry_run", "--no_such_flag=1", NO_INSTALL="1")
     assert done.returncode == 2 and done.stderr == "error: unknown flags: --no_such_flag=1 (see --help)\n"
