@@ -10,7 +10,9 @@ import pytest
 import torch
 from e2e_commands import MC, TINY, last_checkpoint, real, rows, same, tree
 
+from mc.runtime import MCController
 from nanochat.common import UserError
+from scripts import base_train
 
 FLAGS = {
     "unknown flag": (["--learning_rate=3"], "unknown flags: --learning_rate=3"),
@@ -146,9 +148,6 @@ def test_diverged(base, train):
 @pytest.mark.parametrize("kind", ["first micro-step", "lens"])
 def test_not_finite_anywhere_in_a_step(kind, base, prepared, monkeypatch):
     """Not the last micro-step's loss, or only the lens's: the run stops before that step is saved."""
-    from mc.runtime import MCController
-    from scripts import base_train
-
     calls = []
 
     def spoiled(true):
@@ -178,4 +177,21 @@ def test_in_a_fresh_interpreter(kept, prepared):
     before = tree(kept)
     done = real(kept, "-m", "scripts.base_train", "--data=/nowhere", "--device=cpu", "--depth=1")
     assert done.returncode == 2 and done.stderr.startswith("error: --data=/nowhere: no such directory") and done.stderr.count("\n") == 1
-    assert tree(kept) == before and "mc" not in sys.modules
+    assert tree(kept) == before
+
+
+def test_without_megacontext(monkeypatch):
+    """The package's absence is said; any other missing module is not taken for it."""
+    monkeypatch.setattr(sys, "argv", ["base_train", "--mc_enabled=1"])
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "mc", None)  # what an import then finds
+        patch.delitem(sys.modules, "mc.config", raising=False)
+        with pytest.raises(UserError, match="--mc_enabled=1 needs the package mc.*not installed"):
+            base_train.main()
+
+    def missing(name: str):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(base_train.importlib, "import_module", missing)
+    with pytest.raises(ModuleNotFoundError, match="torch"):
+        base_train.main()

@@ -52,9 +52,7 @@ def test_vanilla_never_imports_mc(mc, reference, base, train, tmp_path):
     done = train(base, "--mc_enabled=0", root=tmp_path / "copy").ok()
     assert losses(base) == losses(reference["vanilla"])
     assert not [name for name in done.modules if name.partition(".")[0] == "mc"]
-    if mc == "absent":
-        assert "--mc_enabled=1 needs the package mc" in train(base, "--mc_enabled=1", root=tmp_path / "copy").error
-    else:
+    if mc == "poisoned":
         assert "mc was imported" in train(base, "--mc_enabled=1", root=tmp_path / "copy").err
 
 
