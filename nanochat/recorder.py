@@ -233,8 +233,11 @@ class ConsoleSink:
             self.rich = Console(file=self.stream, soft_wrap=True)
 
     def write(self, step: int, now: float, samples: Sequence[Sample]) -> None:
+        shown = [s for s in samples if s.metric.short and not s.attributes]
+        if not shown:
+            return
         parts = [f"step {step:>{len(str(self.total_steps))}}/{self.total_steps} ({step / max(self.total_steps, 1):4.0%})"]
-        parts += [f"{s.metric.short} {_figure(s.value, s.metric.unit)}" for s in samples if s.metric.short and not s.attributes]
+        parts += [f"{s.metric.short} {_figure(s.value, s.metric.unit)}" for s in shown]
         if (left := self._seconds_left(step, now)) is not None:
             parts.append(f"eta {duration(left)}")
         line = " | ".join(parts)

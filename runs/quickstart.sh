@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job: corpus, tokenizer, two pairs of small models (recall and text, each with and without MegaContext, same seed and
-# tokens), and the comparison. About ten minutes on two CPU cores after the install. A second run reuses what is there.
+# tokens), and the comparison. At most 15 minutes on two CPU cores after the install. A second run reuses what is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
@@ -11,7 +11,7 @@ SEED="${SEED:-42}"
 
 # Both tasks: rows of 1,088 tokens, history 1,056, budget 128 entries, 32 recent and 32 judged tokens, block size 32.
 SHARED=(--max_seq_len=1088 --head_dim=32 --key_shift=1 --tie_qk=1 --rope_fraction=0.5 --device_batch_size=4
-        --total_batch_size=4352 --grad_clip=1 --eval_tokens=32640 --eval_every=100 --log_every=25 --save_every=100 --resume=1
+        --total_batch_size=4352 --grad_clip=1 --eval_tokens=32640 --eval_every=100 --log_every=25 --save_every=50 --resume=1
         --seed="$SEED")
 RECALL=(--data=recall --depth=2 --aspect_ratio=64 --value_embeds=0 --smear=0 --resid_scalars=0 --backout=0 --recall_grow=0.75)
 TEXT=(--data=stdlib --depth=4 --aspect_ratio=32 --matrix_lr=0.04 --unembedding_lr=0.01 --dtype=bfloat16)
@@ -29,9 +29,9 @@ train() {  # tag, steps, flags…
 
 train "quickstart_recall_mc_$SEED" 400 "${RECALL[@]}" "${MC[@]}" "${MC_RECALL[@]}"
 train "quickstart_recall_vanilla_$SEED" 400 "${RECALL[@]}" --mc_enabled=0
-train "quickstart_text_mc_$SEED" 300 "${TEXT[@]}" "${MC[@]}" "${MC_TEXT[@]}"
-train "quickstart_text_vanilla_$SEED" 300 "${TEXT[@]}" --mc_enabled=0
+train "quickstart_text_mc_$SEED" 250 "${TEXT[@]}" "${MC[@]}" "${MC_TEXT[@]}"
+train "quickstart_text_vanilla_$SEED" 250 "${TEXT[@]}" --mc_enabled=0
 
 CKPT="$NANOCHAT_BASE_DIR/checkpoints"
 python -m scripts.compare_focus --recall_mc="$CKPT/quickstart_recall_mc_$SEED" --recall_vanilla="$CKPT/quickstart_recall_vanilla_$SEED" \
-  --text_mc="$CKPT/quickstart_text_mc_$SEED" --text_vanilla="$CKPT/quickstart_text_vanilla_$SEED" --out="$NANOCHAT_BASE_DIR/quickstart"
+  --text_mc="$CKPT/quickstart_text_mc_$SEED" --text_vanilla="$CKPT/quickstart_text_vanilla_$SEED" --pairs=4 --out="$NANOCHAT_BASE_DIR/quickstart"
