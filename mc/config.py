@@ -41,8 +41,8 @@ class MCConfig:
     cuts: str = setting("random:0.2,recency:0.1,lens:0.5,teacher:0.2", "how training chooses what to show: policy:share, …; teacher means attention mass, known before the backward pass")
     targets: str = setting("tail", "working-context loss on the recent tokens and the continuation, or on all raw entries", ("tail", "raw"))
     split: str = setting("end", "continuation after the row's last block boundary that leaves room for it, or after a random one of its last half", ("end", "random"))
-    wc_weight: float = setting(1.0, "weight of the working context's next-token loss")
-    kl_weight: float = setting(0.5, "weight of the KL from the full-context distribution")
+    wc_weight: float = setting(0.1, "weight of the working context's next-token loss; far fewer tokens than the LM's, so a noisier gradient")
+    kl_weight: float = setting(0.1, "weight of the KL from the full-context distribution")
     # the lens
     teacher: str = setting("gate", "what the lens is taught: gate gradients or attention mass of the full pass", ("gate", "attention"))
     lens_horizon: int = setting(8, "tokens ahead whose need for a block the lens predicts")

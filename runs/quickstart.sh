@@ -15,9 +15,9 @@ SHARED=(--max_seq_len=1088 --head_dim=32 --key_shift=1 --tie_qk=1 --rope_fractio
         --seed="$SEED")
 RECALL=(--data=recall --depth=2 --aspect_ratio=64 --value_embeds=0 --smear=0 --resid_scalars=0 --backout=0 --recall_grow=0.75)
 TEXT=(--data=stdlib --depth=4 --aspect_ratio=32 --matrix_lr=0.04 --unembedding_lr=0.01 --dtype=bfloat16)
-MC=(--mc_enabled=1 --mc_budget=128 --mc_horizon=32 --mc_row_stride=2 --mc_lens_row_stride=2)
-MC_RECALL=(--mc_start=0.3 --mc_lens_queries=512 --mc_teacher=attention --mc_lens_horizon=2)
-MC_TEXT=(--mc_start=0.4)
+MC=(--mc_enabled=1 --mc_budget=128 --mc_horizon=32 --mc_gist=transformer --mc_kl_weight=0.1 --mc_lens_row_stride=2)
+MC_RECALL=(--mc_start=0.25 --mc_row_stride=4 --mc_wc_weight=0.5 --mc_teacher=attention --mc_lens_queries=384 --mc_lens_horizon=2)
+MC_TEXT=(--mc_start=0.4 --mc_row_stride=2 --mc_wc_weight=0.1)
 
 train() {  # tag, steps, flags…
   local tag="$1" steps="$2" done_file; shift 2
@@ -34,4 +34,4 @@ train "quickstart_text_vanilla_$SEED" 250 "${TEXT[@]}" --mc_enabled=0
 
 CKPT="$NANOCHAT_BASE_DIR/checkpoints"
 python -m scripts.compare_focus --recall_mc="$CKPT/quickstart_recall_mc_$SEED" --recall_vanilla="$CKPT/quickstart_recall_vanilla_$SEED" \
-  --text_mc="$CKPT/quickstart_text_mc_$SEED" --text_vanilla="$CKPT/quickstart_text_vanilla_$SEED" --pairs=4 --out="$NANOCHAT_BASE_DIR/quickstart"
+  --text_mc="$CKPT/quickstart_text_mc_$SEED" --text_vanilla="$CKPT/quickstart_text_vanilla_$SEED" --out="$NANOCHAT_BASE_DIR/quickstart"
