@@ -46,6 +46,8 @@ def run_main(main: Callable[[], None]) -> None:
     """Call `main`; a UserError becomes one line on stderr and exit code 2."""
     try:
         main()
+        if dist.is_initialized():
+            dist.barrier()  # no rank tears its connections down while another still talks: gloo may abort then
     except UserError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
