@@ -6,6 +6,7 @@ rule serves raw tokens and gists alike. Rows are packed to the left and padded a
 Shapes: B rows, W capacity of the cut, M = W + H − 1 entries of the pass, D width, T tokens of the row, P rows read.
 """
 
+import hashlib
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mc.config import MCConfig, from_dict
+from mc.config import MCConfig, from_dict, to_dict
 from mc.focus_allocator import FocusConfig, GreedyAllocator
 from mc.gaussian_rope import alibi_bias, entry_rotary
 from mc.gistnet import GistNet, GistNetConfig
@@ -82,6 +83,17 @@ class MegaContext(nn.Module):
 def recency_scores(n_B: Tensor, count: int) -> Tensor:
     """[B, N] the later the better."""
     return torch.arange(count, device=n_B.device, dtype=torch.float32).expand(len(n_B), count)
+
+
+def fingerprint(gpt: GPT, mc: MegaContext) -> str:
+    """Of everything that gists and lens keys are made with: token embeddings, GistNet, the lens's key projection, the settings.
+
+    Networks that differ elsewhere (a fine-tuned head, say) read each other's histories.
+    """
+    digest = hashlib.sha256(repr(sorted(to_dict(mc.config).items())).encode())
+    for tensor in (gpt.transformer.wte.weight, *mc.gistnet.state_dict().values(), mc.lensnet.key.weight):
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 class Entries(NamedTuple):

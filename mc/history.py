@@ -1,0 +1,113 @@
+"""The tree of one history, growing at its end: tokens go in, and every node that they complete is made and stored.
+
+Nodes are made bottom-up from what the store holds, the new blocks of a level together, so the result depends neither on the
+pieces in which the tokens came nor on the store. A level begins when the one below it has a whole block.
+
+A source starts at a block boundary (`end_source`): the void slots of its last block are masked out of the gist and the keys.
+
+Shapes: N tokens or blocks, K block size, D width, P lens keys per block, C their width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mc.mega_context import MAX_BLOCKS, TreeShape
+from mc.model import MegaContext, fingerprint
+from mc.storage import VOID, Store, StoreFormat
+from nanochat.common import UserError
+from nanochat.gpt import GPT
+
+
+def store_format(gpt: GPT, mc: MegaContext, dtype: torch.dtype | None = None) -> StoreFormat:
+    """What a store must be to hold the nodes of these networks; dtype: of gists and keys, default the model's."""
+    c = mc.config
+    return StoreFormat(c.block_size, gpt.config.n_embd, c.lens_keys, c.lens_key_dim, dtype or gpt.lm_head.weight.dtype,
+                       fingerprint(gpt, mc))
+
+
+class History:
+    """A store and the networks that fill it. UserError when the store was made by others."""
+
+    def __init__(self, gpt: GPT, mc: MegaContext, store: Store):
+        if store.format != (expected := store_format(gpt, mc, store.format.dtype)):
+            different = [name for name in ("block_size", "d_model", "n_keys", "key_dim", "model")
+                         if getattr(store.format, name) != getattr(expected, name)]
+            raise UserError(f"the history was made by another model: {', '.join(different)} differ; open it with that model, or regist it")
+        self.gpt, self.mc, self.store = gpt, mc, store
+        self.block_size, self.max_lod = mc.config.block_size, mc.config.max_lod
+        self.device = gpt.lm_head.weight.device
+
+    @property
+    def n_tokens(self) -> int:
+        return self.store.n_tokens
+
+    @property
+    def shape(self) -> TreeShape:
+        return TreeShape(self.n_tokens, self.block_size, self.max_lod)
+
+    @torch.no_grad()
+    def append(self, ids_N: Tensor) -> None:
+        """Add tokens (int64 [N], on any device) and all that they complete, then commit once.
+
+        UserError, before anything is changed, for an id outside the vocabulary.
+        """
+        ids_N = ids_N.cpu()
+        vocab = self.gpt.config.vocab_size
+        if len(ids_N) and not (0 <= int(ids_N.min()) and int(ids_N.max()) < vocab):
+            bad = int(ids_N[(ids_N < 0) | (ids_N >= vocab)][0])
+            raise UserError(f"token id {bad} is outside the vocabulary of {vocab}: tokenize with the model's own tokenizer")
+        self._append(ids_N)
+
+    @torch.no_grad()
+    def end_source(self) -> None:
+        """The next token starts a new source, at the next block boundary."""
+        if void := -self.n_tokens % self.block_size:
+            self._append(torch.full((void,), VOID))
+
+    def _append(self, ids_N: Tensor) -> None:
+        self.store.append_tokens(ids_N)
+        self.grow()
+        self.store.commit()
+
+    def grow(self) -> None:
+        """Make every node that is complete and not there yet."""
+        K = self.block_size
+        for lod in range(1, self.max_lod + 1):
+            complete = self.n_tokens // K ** lod
+            for start in range(self.store.n_nodes(lod), complete, MAX_BLOCKS):
+                self.store.append_nodes(lod, *self.nodes(lod, torch.arange(start, min(start + MAX_BLOCKS, complete))))
+
+    @torch.no_grad()
+    def nodes(self, lod: int, index_N: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gists [N, D] of nodes of a level, computed from their children in the store, and the lens keys [N, P, C] of blocks."""
+        child_NK = index_N[:, None] * self.block_size + torch.arange(self.block_size)
+        if lod > 1:
+            children = self.store.gists(lod - 1, child_NK.flatten()).to(self.device, self.gpt.lm_head.weight.dtype)
+            return self.mc.gistnet(children.unflatten(0, child_NK.shape), None, lod)[:, 0].cpu(), None
+        ids_NK = self.store.tokens(child_NK.flatten()).view_as(child_NK).to(self.device)
+        valid_NK = ids_NK != VOID
+        embeds_NKD = self.gpt.embed(ids_NK.clamp_min(0)) * valid_NK[..., None]
+        keys_NPC = self.mc.lensnet.keys(embeds_NKD.flatten(0, 1)[None])[0]
+        return self.mc.gistnet(embeds_NKD, valid_NK, lod)[:, 0].cpu(), keys_NPC.cpu()
+
+    @torch.no_grad()
+    def entries(self, lod_W: Tensor, index_W: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors [W, D] and token ids [W] (−1: a gist) of nodes that exist, on the model's device: LOD0 is looked up here."""
+        dtype = self.gpt.lm_head.weight.dtype
+        ids_W = torch.full_like(index_W, VOID)
+        vectors_WD = torch.zeros(len(index_W), self.store.format.d_model, dtype=self.store.format.dtype)
+        for lod in lod_W.unique().tolist():
+            mine = lod_W == lod
+            if lod == 0:
+                ids_W[mine] = self.store.tokens(index_W[mine])
+            else:
+                vectors_WD[mine] = self.store.gists(lod, index_W[mine])
+        ids_W, vectors_WD = ids_W.to(self.device), vectors_WD.to(self.device, dtype)
+        return torch.where((lod_W == 0).to(self.device)[:, None], self.gpt.embed(ids_W.clamp_min(0)), vectors_WD), ids_W
+
+    def tail_embeds(self, count: int) -> Tensor:
+        """[1, ≤ count, D] embeddings of the last tokens."""
+        index = torch.arange(max(self.n_tokens - count, 0), self.n_tokens)
+        ids = self.store.tokens(index).to(self.device)
+        return (self.gpt.embed(ids.clamp_min(0)) * (ids != VOID)[:, None])[None]
