@@ -5,9 +5,10 @@ one copy per device and hands the samples to each sink: a JSONL file always, the
 Several values of a metric between two flushes become one by its kind: the last (gauge), the sum (counter) or the mean
 (histogram). Only rank 0 records; elsewhere the calls do nothing but check the name.
 
-A package adds its metrics with one line each, on import:
+A package adds its metrics with one entry each, on import:
 
-    register(Metric("mc.loss.wc", "{nat}", "histogram", "Next-token loss in the working context.", short="wc"))
+    register(Metric("mc.loss.wc", "{nat}", "histogram", "Mean next-token loss in the working context.", short="wc",
+                    healthy="falls", where="mc/runtime.py", buckets=NATS))
 """
 
 import json
@@ -30,45 +31,77 @@ from nanochat.common import UserError
 
 @dataclass(frozen=True)
 class Metric:
-    """name: dotted lower case, without the unit. unit: UCUM ("s", "By", "{token}", "{nat}", "1"). short: label on the console line."""
+    """What is measured, and how to read it.
+
+    name: dotted lower case, without the unit. unit: UCUM ("s", "By", "{token}", "{nat}", "1"). description: what it is, with
+    its formula. short: label on the console line. healthy: the values or the course of a run that goes well. where: the file
+    that records it. buckets: ascending upper bounds that a histogram's values are counted by.
+    """
 
     name: str
     unit: str
     kind: Literal["gauge", "counter", "histogram"]
     description: str
     short: str = ""
+    healthy: str = ""
+    where: str = ""
+    buckets: tuple[float, ...] = ()
+
+
+def one_two_five(low: int, high: int) -> tuple[float, ...]:
+    """Bounds 1, 2, 5 of every decade from 10**low to 10**high."""
+    return tuple(float(f"{digit}e{power}") for power in range(low, high) for digit in (1, 2, 5)) + (float(f"1e{high}"),)
+
+
+SECONDS = one_two_five(-4, 2)
+NATS = (*one_two_five(-3, 0)[:-1], 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0)
+DELTA_NATS = (*(-x for x in reversed(one_two_five(-3, 1))), 0.0, *one_two_five(-3, 1))
+SHARES = (0.0, 0.01, 0.02, 0.05, *(round(0.1 * i, 1) for i in range(1, 10)), 0.95, 1.0)
+NORMS = one_two_five(-4, 3)
 
 
 METRICS: dict[str, Metric] = {}
 
 
 def register(*metrics: Metric) -> None:
-    """Add metrics to the registry. Raises ValueError for a malformed name or kind, or a name taken by another definition."""
+    """Add metrics to the registry. Raises ValueError for a malformed name, kind or buckets, or a name taken by another definition."""
     for metric in metrics:
         if not re.fullmatch(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)+", metric.name):
             raise ValueError(f"metric name {metric.name!r} is not dotted lower case")
         if metric.kind not in ("gauge", "counter", "histogram"):
             raise ValueError(f"metric {metric.name}: unknown kind {metric.kind!r}")
+        if bool(metric.buckets) != (metric.kind == "histogram") or list(metric.buckets) != sorted(set(metric.buckets)):
+            raise ValueError(f"metric {metric.name}: ascending buckets belong to a histogram, and to nothing else")
         if METRICS.setdefault(metric.name, metric) != metric:
             raise ValueError(f"metric {metric.name} is already registered differently")
 
 
+TRAIN = "scripts/base_train.py"
+
 register(
-    Metric("train.loss", "{nat}", "histogram", "Next-token loss of the training batch.", short="loss"),
-    Metric("train.tokens", "{token}", "gauge", "Tokens trained on since the start of the run."),
-    Metric("train.flops", "{flop}", "gauge", "Floating-point operations since the start of the run, counted from shapes."),
-    Metric("train.tokens_per_second", "{token}/s", "gauge", "Training throughput since the last log line, all ranks; evaluating and saving apart.", short="tok/s"),
-    Metric("train.mfu", "1", "gauge", "Share of the devices' peak FLOP/s that counted FLOPs reach, over the time of train.tokens_per_second.", short="mfu"),
-    Metric("train.step_time", "s", "gauge", "Wall time of a step, mean since the last log line; evaluating and saving apart.", short="s/step"),
-    Metric("train.data_wait", "s", "histogram", "Part of a step spent waiting for its batch."),
-    Metric("train.optimizer_time", "s", "histogram", "Part of a step spent in the optimizer, on CPU."),
-    Metric("train.memory", "By", "gauge", "Peak memory: of the device on CUDA, else of the process."),
-    Metric("train.grad_norm", "1", "histogram", "L2 norm of the base model's gradients together, before clipping."),
-    Metric("optim.lr", "1", "gauge", "Multiplier on every learning rate.", short="lr"),
-    Metric("optim.momentum", "1", "gauge", "Muon's momentum."),
-    Metric("val.loss", "{nat}", "gauge", "Next-token loss on held-out documents."),
-    Metric("val.bpb", "{bit}/By", "gauge", "Bits per byte on held-out documents.", short="val bpb"),
-    Metric("checkpoint.save_time", "s", "gauge", "Wall time of the last checkpoint."),
+    Metric("train.loss", "{nat}", "histogram", "Next-token loss of the training batch.", short="loss",
+           healthy="falls; below ln(vocabulary) from the first steps on", where=TRAIN, buckets=NATS),
+    Metric("train.tokens", "{token}", "gauge", "Tokens trained on since the start of the run.", healthy="rises", where=TRAIN),
+    Metric("train.flops", "{flop}", "gauge", "Floating-point operations since the start of the run, counted from shapes.",
+           healthy="rises", where=TRAIN),
+    Metric("train.tokens_per_second", "{token}/s", "gauge", "Training throughput since the last log line, all ranks; evaluating and saving apart.",
+           short="tok/s", healthy="steady", where=TRAIN),
+    Metric("train.mfu", "1", "gauge", "Share of the devices' peak FLOP/s that counted FLOPs reach, over the time of train.tokens_per_second.",
+           short="mfu", healthy="steady; a drop means waiting for data, a slower device or more work", where=TRAIN),
+    Metric("train.step_time", "s", "gauge", "Wall time of a step, mean since the last log line; evaluating and saving apart.",
+           short="s/step", healthy="steady", where=TRAIN),
+    Metric("train.data_wait", "s", "histogram", "Part of a step spent waiting for its batch.", healthy="below 5 % of train.step_time",
+           where=TRAIN, buckets=SECONDS),
+    Metric("train.optimizer_time", "s", "histogram", "Part of a step spent in the optimizer, on CPU.", healthy="steady",
+           where=TRAIN, buckets=SECONDS),
+    Metric("train.memory", "By", "gauge", "Peak memory: of the device on CUDA, else of the process.", healthy="flat after the first steps", where=TRAIN),
+    Metric("train.grad_norm", "1", "histogram", "L2 norm of the base model's gradients together, before clipping.",
+           healthy="falls, then steady; no jumps", where=TRAIN, buckets=NORMS),
+    Metric("optim.lr", "1", "gauge", "Multiplier on every learning rate.", short="lr", healthy="the schedule: rises, stays at 1, falls", where=TRAIN),
+    Metric("optim.momentum", "1", "gauge", "Muon's momentum.", healthy="the schedule: 0.85 to 0.95", where=TRAIN),
+    Metric("val.loss", "{nat}", "gauge", "Next-token loss on held-out documents.", healthy="falls", where=TRAIN),
+    Metric("val.bpb", "{bit}/By", "gauge", "Bits per byte on held-out documents.", short="val bpb", healthy="falls", where=TRAIN),
+    Metric("checkpoint.save_time", "s", "gauge", "Wall time of the last checkpoint.", healthy="steady", where=TRAIN),
 )
 
 
@@ -336,7 +369,8 @@ def open_recorder(run_dir: str | Path, *, run: str = "", config: dict, total_ste
 
 def metric_table() -> Iterator[str]:
     """Lines of a Markdown table of all registered metrics, for the documentation."""
-    yield "| Metric | Unit | Kind | Meaning |"
-    yield "|---|---|---|---|"
+    yield "| Metric | Unit | Kind | Meaning | Healthy | Recorded in |"
+    yield "|---|---|---|---|---|---|"
     for m in sorted(METRICS.values(), key=lambda m: m.name):
-        yield f"| `{m.name}` | `{m.unit}` | {m.kind} | {m.description} |"
+        kind = m.kind + (f", {len(m.buckets)} bounds from {m.buckets[0]:g} to {m.buckets[-1]:g}" if m.buckets else "")
+        yield f"| `{m.name}` | `{m.unit}` | {kind} | {m.description} | {m.healthy} | `{m.where}` |".replace("<", "&lt;")

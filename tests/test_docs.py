@@ -24,7 +24,7 @@ pages = pytest.mark.parametrize("page", PAGES, ids=[str(p.relative_to(ROOT)) for
 def test_generated_tables_are_current(tmp_path):
     done = subprocess.run([sys.executable, "-m", "scripts.flag_table", f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("Flags.md", "Metrics.md"):
+    for name in ("Flags.md", "Telemetry.md"):
         committed = VAULT / "ops" / name
         assert committed.read_text() == (tmp_path / name).read_text(), f"{committed} is out of date: run python -m scripts.flag_table"
 

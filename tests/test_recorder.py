@@ -6,13 +6,17 @@ import math
 import struct
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+import mc.telemetry  # noqa: F401  registers MegaContext's metrics
 from nanochat import recorder as recorder_module
 from nanochat.common import UserError
 from nanochat.recorder import METRICS, ConsoleSink, Metric, Recorder, WandbSink, duration, metric_table, open_recorder, read_metrics, register
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +26,7 @@ def registry(monkeypatch):
     register(
         Metric("test.last", "1", "gauge", "A gauge.", short="last"),
         Metric("test.sum", "{token}", "counter", "A counter."),
-        Metric("test.mean", "{nat}", "histogram", "A histogram.", short="mean"),
+        Metric("test.mean", "{nat}", "histogram", "A histogram.", short="mean", buckets=(0.0, 2.0, 5.0)),
     )
 
 
@@ -73,10 +77,14 @@ def test_registry_rules():
             register(Metric(bad, "1", "gauge", ""))
     with pytest.raises(ValueError, match="kind"):
         register(Metric("test.x", "1", "meter", ""))  # type: ignore[arg-type]
+    for kind, buckets in (("histogram", ()), ("histogram", (2.0, 1.0)), ("histogram", (1.0, 1.0)), ("gauge", (1.0,))):
+        with pytest.raises(ValueError, match="buckets"):
+            register(Metric("test.x", "1", kind, "", buckets=buckets))
 
 
 def test_real_registry_is_documented():
-    assert all(m.unit and m.description.endswith(".") and name == m.name for name, m in METRICS.items())
+    assert all(m.unit and m.description.endswith(".") and m.healthy and name == m.name for name, m in METRICS.items())
+    assert {m.where for m in METRICS.values() if not (ROOT / m.where).is_file()} == set()
     assert len([line for line in metric_table() if line.startswith("| `")]) == len(recorder_module.METRICS)
 
 
