@@ -96,7 +96,7 @@ class History:
         """Vectors [W, D] and token ids [W] (−1: a gist) of nodes that exist, on the model's device: LOD0 is looked up here."""
         dtype = self.gpt.lm_head.weight.dtype
         ids_W = torch.full_like(index_W, VOID)
-        vectors_WD = torch.zeros(len(index_W), self.store.format.d_model, dtype=self.store.format.dtype)
+        vectors_WD = torch.zeros(len(index_W), self.store.format.d_model, dtype=self.store.format.read_dtype)
         for lod in lod_W.unique().tolist():
             mine = lod_W == lod
             if lod == 0:
