@@ -71,7 +71,7 @@ def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, ste
         optimizer = MuonAdamW(groups + (mc.param_groups(scale) if mc else []))
         loader = Loader(source, rows, flags["device_batch_size"], T, device=device)
         loader.load_state_dict({**loader.state_dict(), "next_row": rows * (2 * meta["num_iterations"] // 3)})
-        parts: dict[str, float] = defaultdict(float)
+        parts: dict[str, list] = defaultdict(list)
 
         def step() -> None:
             for _ in range(loader.micro_steps):
@@ -86,7 +86,7 @@ def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, ste
                     metrics |= mc.lens_step(loader.micro_steps)
                 for name, value in metrics.items():
                     if name.startswith("mc.time."):
-                        parts[name.removeprefix("mc.time.")] += float(value)
+                        parts[name.removeprefix("mc.time.")].append(value)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -105,7 +105,7 @@ def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, ste
     parts.clear()
     seconds = np.array([[timed(vanilla), timed(mega)] for _ in range(pairs)])
     ratios = seconds[:, 1] / seconds[:, 0]
-    shares = {name: value / (pairs * steps) for name, value in parts.items() if name != "lm"}
+    shares = {name: sum(map(float, values)) / (pairs * steps) for name, values in parts.items() if name != "lm"}
     vanilla_s, mc_s = np.median(seconds, axis=0)
     if shares:
         shares["backward and optimizer"] = mc_s - vanilla_s - sum(shares.values())

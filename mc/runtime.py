@@ -1,6 +1,6 @@
 """MCController: all of MegaContext that a training loop sees.
 
-    loss, metrics = mc.training_step(model, batch, step)     # every micro-step afresh
+    loss, metrics = mc.training_step(model, batch, step)[:2] # every micro-step afresh
     (loss / accumulation).backward()
     metrics |= mc.lens_step(accumulation)                    # the gate gradients exist only now
 
@@ -15,7 +15,6 @@ Shapes: B rows, R rows with a working context (V variants of each: RV), T tokens
 """
 
 import math
-import time
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -32,19 +31,21 @@ from mc.losses import distillation, lens_loss, lens_targets, row_mean
 from mc.mega_context import Tree
 from mc.model import Entries, MegaContext, Placed, read_rows, recency_scores, run_entries, take, with_continuation
 from mc.teachers import attention_mass, beyond_average, gate_utility, over_horizon
-from mc.working_context import Cut, entries_used
+from mc.working_context import entries_used
 from nanochat.common import UserError
 from nanochat.gpt import GPT, Captured, token_losses
 from nanochat.schedule import ramp
+from nanochat.tracing import Reading, Trace
 
 import mc.telemetry  # noqa: F401  registers the metrics
 
+Metrics = dict[str, Tensor | Reading]
 
 class StepResult(NamedTuple):
     """What one micro-batch produced. Positions are those of the primary (lowest-loss) variant of each row (C14, C15)."""
 
     loss: Tensor
-    metrics: dict[str, Tensor]
+    metrics: Metrics
     embeds_BTD: Tensor
     primary: Entries | None
 
@@ -133,20 +134,25 @@ class MCController:
     def active(self, step: int) -> bool:
         return step >= self.start_step
 
-    def training_step(self, gpt: GPT, batch, step: int) -> StepResult:
-        """One micro-batch. batch: inputs, targets [B, T] int64 (−1 ignored), rows [B] global row numbers, num_targets."""
+    def training_step(self, gpt: GPT, batch, step: int, trace: Trace | None = None) -> StepResult:
+        """One micro-batch, timed in `trace`. batch: inputs, targets [B, T] int64 (−1 ignored), rows [B] global row numbers, num_targets."""
+        trace = trace or Trace("mc.step", batch.inputs.device)
+        with trace.span("mc.step"):
+            return self._training_step(gpt, batch, step, trace)
+
+    def _training_step(self, gpt: GPT, batch, step: int, trace: Trace) -> StepResult:
         tokens, targets, rows = batch.inputs, batch.targets, batch.rows
         weight = ramp(step, self.start_step, self.config.ramp)
-        metrics: dict[str, Tensor] = {}
+        metrics: Metrics = {}
         captured: list[Captured] | None = [] if self.active(step) else None
-        with timed(metrics, "mc.time.lm", tokens.device):
+        with timed(trace, metrics, "lm"):
             embeds = gpt.embed(tokens)
             hidden = gpt.hidden(tokens, inputs_embeds=embeds, capture=captured)
             loss = gpt.loss(hidden, targets, batch.num_targets)
         metrics["train.loss"] = loss.detach()
         primary = None
         if captured is not None:
-            extra, primary = self._working_context(gpt, tokens, targets, rows, step, embeds, hidden.detach(), captured, metrics)
+            extra, primary = self._working_context(gpt, tokens, targets, rows, step, embeds, hidden.detach(), captured, metrics, trace)
             loss = loss + weight * extra
             self._pending = _Pending(captured, embeds.detach(), targets, weight)
         return StepResult(loss, metrics, embeds, primary)
@@ -163,13 +169,13 @@ class MCController:
         return [("mc.val.delta_nll", (outcome.nll_B - plain["full"].nll_B).mean(), {"shown": name, "ratio": round(n / int(outcome.entries_B[0]))})
                 for name, outcome in shown.items()]
 
-    def lens_step(self, accumulation: int = 1) -> dict[str, Tensor]:
+    def lens_step(self, accumulation: int = 1, trace: Trace | None = None) -> Metrics:
         """Teach the lens from the pass whose backward has just run: adds to the lens's gradients only."""
         if self._pending is None:
             return {}
         pending, self._pending = self._pending, None
-        metrics: dict[str, Tensor] = {}
-        with timed(metrics, "mc.time.lens", pending.embeds_BTD.device):
+        metrics: Metrics = {}
+        with timed(trace or Trace("mc.step", pending.embeds_BTD.device), metrics, "lens"):
             loss = self._lens_loss(pending, metrics)
             (pending.weight * loss / accumulation).backward()
         return metrics
@@ -177,19 +183,22 @@ class MCController:
     # -- the working context -----------------------------------------------------------------------------------------------
 
     def _working_context(self, gpt: GPT, tokens: Tensor, targets: Tensor, rows: Tensor, step: int, embeds: Tensor,
-                         hidden: Tensor, captured: list[Captured], metrics: dict[str, Tensor]) -> tuple[Tensor, Entries]:
+                         hidden: Tensor, captured: list[Captured], metrics: Metrics, trace: Trace) -> tuple[Tensor, Entries]:
         """Losses of the working contexts of every `row_stride`-th row, and the entries of each row's best variant."""
         c, chosen = self.config, slice(None, None, self.config.row_stride)
         tokens, targets, rows, hidden = tokens[chosen], targets[chosen], rows[chosen], hidden[chosen]
-        with timed(metrics, "mc.time.tree", tokens.device):
+        with timed(trace, metrics, "tree"):
             tree = self.model.build_tree(embeds[chosen])
-        with timed(metrics, "mc.time.focus", tokens.device):
+        with timed(trace, metrics, "score"):
             n_R = self._splits(rows, step)
             tree, tokens, targets, rows, hidden, n_RV, variant = self._variants(tree, tokens, targets, rows, hidden, n_R)
-            cut = self._cuts(tree, captured, chosen, rows, variant, n_RV, step, metrics)
+            scores = self._scores(tree, captured, chosen, rows, variant, n_RV, step, metrics)
+        with timed(trace, metrics, "focus"):
+            cut, _ = self.model.allocator.cut(self.model.allocator.allocate(scores, n_RV))
             entries = with_continuation(cut, n_RV, c.horizon - 1)
             placed = self._placed(tree, rows, n_RV, step)
-        with timed(metrics, "mc.time.wc", tokens.device):
+            trace.event("mc.wc.snapshot", row=rows[0], tokens=n_RV[0], lods=torch.where(cut.valid_BW, cut.lod_BW, -1)[0])
+        with timed(trace, metrics, "wc"):
             out = run_entries(gpt, self.model, tree, tokens, entries, placed)
             if c.targets == "tail":
                 read = read_rows(entries, c.block_size, c.protected + c.horizon - 1, c.protected)
@@ -234,9 +243,9 @@ class MCController:
         return Tree(again[0], tree.shape), *again[1:], variant
 
     @torch.no_grad()
-    def _cuts(self, tree: Tree, captured: list[Captured], chosen: slice, rows: Tensor, variant: Tensor, n: Tensor, step: int,
-              metrics: dict[str, Tensor]) -> Cut:
-        """One cut per row and variant, by a policy drawn from the mixture; a random number of blocks is left to show."""
+    def _scores(self, tree: Tree, captured: list[Captured], chosen: slice, rows: Tensor, variant: Tensor, n: Tensor, step: int,
+                metrics: Metrics) -> Tensor:
+        """[RV, N] one row per row and variant, by a policy drawn from the mixture; a random number of blocks is left to show."""
         c, count = self.config, tree.shape.counts[1]
         key = rows * self.config.variants + variant
         draw = uniform(key, 2, self.seed, "policy", step)
@@ -248,11 +257,9 @@ class MCController:
         scores = by_policy.gather(1, policy[..., None].expand(-1, -1, count))[:, 0]
         end = (torch.arange(count, device=rows.device) + 1) * c.block_size
         scores = scores.masked_fill(end > (n - c.protected)[:, None], -torch.inf)  # the tail is shown anyway, the rest is the future
-        scores = scores.masked_fill(self._unwanted(scores, draw[:, 1]), -torch.inf)
-        state = self.model.allocator.allocate(scores, n)
         for i, name in enumerate(POLICIES):
             metrics[f"mc.cuts.{name}"] = (policy == i).float().mean()
-        return self.model.allocator.cut(state)[0]
+        return scores.masked_fill(self._unwanted(scores, draw[:, 1]), -torch.inf)
 
     def _unwanted(self, scores: Tensor, draw: Tensor) -> Tensor:
         """Mask all but the best m blocks: in three rows of four m is what the budget holds, else fewer, so that coarse cuts and
@@ -321,12 +328,13 @@ class MCController:
         return loss
 
 
+SPANS = {"lm": "mc.lm.forward", "tree": "mc.tree.build", "score": "mc.lens.score", "focus": "mc.focus.apply", "wc": "mc.wc.forward",
+         "lens": "mc.lens.teach"}  # part of mc.time.<part> -> span
+
+
 @contextmanager
-def timed(metrics: dict[str, Tensor], name: str, device: torch.device):
-    """Seconds of a part, on CPU. CUDA runs asynchronously: timing a part there would need a sync, so it is left to profilers."""
-    if device.type != "cpu":
+def timed(trace: Trace, metrics: Metrics, part: str):
+    """A span of `trace` whose time is also a metric."""
+    with trace.span(SPANS[part]) as span:
         yield
-        return
-    begin = time.perf_counter()
-    yield
-    metrics[name] = torch.tensor(time.perf_counter() - begin)
+    metrics[f"mc.time.{part}"] = span.elapsed

@@ -24,7 +24,8 @@ register(
     *(Metric(f"mc.cuts.{policy}", "1", "histogram", f"Share of working contexts chosen by the {policy} policy.",
              healthy="the share that --mc_cuts gives it", where=RUNTIME, buckets=SHARES)
       for policy in ("random", "recency", "lens", "teacher")),
-    *(Metric(f"mc.time.{part}", "s", "histogram", f"Wall time of {what} per micro-batch (CPU only).", healthy="steady", where=RUNTIME, buckets=SECONDS)
-      for part, what in (("lm", "the LM pass, forward"), ("tree", "building the tree"), ("focus", "choosing cuts"),
-                         ("wc", "the working-context pass, forward"), ("lens", "the lens, teacher and backward included"))),
+    *(Metric(f"mc.time.{part}", "s", "histogram", f"Time of {what}, per micro-batch; on CUDA the device's.", healthy="steady", where=RUNTIME, buckets=SECONDS)
+      for part, what in (("lm", "the LM pass, forward"), ("tree", "building the tree"), ("score", "scoring blocks by the drawn policies"),
+                         ("focus", "choosing cuts by the scores"), ("wc", "the working-context pass, forward"),
+                         ("lens", "the lens, teacher and backward included"))),
 )

@@ -21,12 +21,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TextIO
+from typing import Literal, TextIO
 
 import torch
 from torch import Tensor
 
 from nanochat.common import UserError
+from nanochat.tracing import Reading, Span, Trace, runs
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ register(
     Metric("optim.momentum", "1", "gauge", "Muon's momentum.", healthy="the schedule: 0.85 to 0.95", where=TRAIN),
     Metric("val.loss", "{nat}", "gauge", "Next-token loss on held-out documents.", healthy="falls", where=TRAIN),
     Metric("val.bpb", "{bit}/By", "gauge", "Bits per byte on held-out documents.", short="val bpb", healthy="falls", where=TRAIN),
+    Metric("telemetry.overhead", "1", "gauge", "Time that recording, flushing and timing spans took the training thread ÷ time of the steps, since the last log line.",
+           healthy="below 0.01", where=TRAIN),
     Metric("checkpoint.save_time", "s", "gauge", "Wall time of the last checkpoint.", healthy="steady", where=TRAIN),
 )
 
@@ -133,12 +136,19 @@ def _key(name: str, attributes: dict) -> str:
     return name + ("{" + ",".join(f"{k}={v}" for k, v in sorted(attributes.items())) + "}" if attributes else "")
 
 
-class Sink(Protocol):
-    """Where samples go. `now` is Unix time [s]."""
+class Sink:
+    """Where samples go, and traces where `traces` is set. `now` is Unix time [s]."""
 
-    def write(self, step: int, now: float, samples: Sequence[Sample]) -> None: ...
+    traces = False
 
-    def close(self) -> None: ...
+    def write(self, step: int, now: float, samples: Sequence[Sample]) -> None:
+        raise NotImplementedError
+
+    def trace(self, trace: Trace) -> None:
+        """A kept trace, finished, its attributes fetched from the device."""
+
+    def close(self) -> None:
+        """Bring what is left where it belongs."""
 
 
 class Recorder:
@@ -150,31 +160,56 @@ class Recorder:
 
     def __init__(self, run_dir: str | Path, *sinks: Sink, rank: int = 0):
         self.sinks: list[Sink] = [JsonlSink(Path(run_dir) / "metrics.jsonl"), *sinks] if rank == 0 else []
-        self._pending: dict[str, tuple[Metric, dict, list[float | Tensor]]] = {}
+        self._pending: dict[str, tuple[Metric, dict, list[float | Tensor | Reading]]] = {}
+        self._traces: list[Trace] = []
         self._last_step = 0
+        self._spent = 0.0
 
-    def record(self, name: str, value: float | Tensor, **attributes: str | int | float) -> None:
-        """Note one value; a tensor has one element and may be overwritten by the caller afterwards.
+    def record(self, name: str, value: float | Tensor | Reading, **attributes: str | int | float) -> None:
+        """Note one value; a tensor has one element and may be overwritten by the caller afterwards. A Reading is read at the flush.
 
         Raises KeyError for a name that is not registered, ValueError for a tensor with several elements.
         """
+        entered = time.perf_counter()
         if name not in METRICS:
             raise KeyError(f"metric {name!r} is not registered: add it with nanochat.recorder.register")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"metric {name}: one value expected, got a tensor of shape {tuple(value.shape)}")
         if self.sinks:
-            kept = value.detach().reshape(()).clone() if isinstance(value, Tensor) else float(value)
+            kept = value.detach().reshape(()).clone() if isinstance(value, Tensor) else value if isinstance(value, Reading) else float(value)
             self._pending.setdefault(_key(name, attributes), (METRICS[name], attributes, []))[2].append(kept)
+        self._spent += time.perf_counter() - entered
+
+    def trace(self, trace: Trace) -> None:
+        """End a trace; a kept one reaches the sinks that draw time lines with the next flush."""
+        trace.finish()
+        self._spent += trace.spent
+        if trace.keep and any(sink.traces for sink in self.sinks):
+            self._traces.append(trace)
+
+    def take_spent(self) -> float:
+        """Seconds that recording, flushing and the spans of traces have taken the caller since this was last asked."""
+        spent, self._spent = self._spent, 0.0
+        return spent
 
     def flush(self, step: int) -> None:
         """Hand what was recorded since the last flush to the sinks, as of `step`; nothing recorded, nothing written."""
+        entered = time.perf_counter()
         self._last_step = step
-        if not self._pending:
-            return
+        traces, self._traces = self._traces, []
+        for trace in traces:
+            _fetch_attributes(trace.root)
+            for sink in self.sinks:
+                sink.trace(trace)
+        if self._pending:
+            self._write(step)
+        self._spent += time.perf_counter() - entered
+
+    def _write(self, step: int) -> None:
         pending, self._pending = list(self._pending.values()), {}
         fetched = iter(_fetch([v for _, _, values in pending for v in values if isinstance(v, Tensor)]))
         samples = [
-            Sample(metric, attributes, [next(fetched) if isinstance(v, Tensor) else v for v in values])
+            Sample(metric, attributes, [next(fetched) if isinstance(v, Tensor) else float(v) for v in values])
             for metric, attributes, values in pending
         ]
         now = time.time()
@@ -206,7 +241,17 @@ def _fetch(tensors: list[Tensor]) -> list[float]:
     return values
 
 
-class JsonlSink:
+def _fetch_attributes(span: Span) -> None:
+    """Tensors among the attributes of a span's events, and of those below it, become numbers or `runs`."""
+    for _, _, attributes in span.events:
+        for key, value in attributes.items():
+            if isinstance(value, Tensor):
+                attributes[key] = value.item() if value.numel() == 1 else runs(value.flatten().tolist())
+    for child in span.children:
+        _fetch_attributes(child)
+
+
+class JsonlSink(Sink):
     """One JSON object per flush: {"step": n, "time": Unix seconds, metric: value, ...}; a value that is not finite is null.
 
     An existing file is continued; a last line cut short by a crash is removed first.
@@ -248,7 +293,7 @@ def read_metrics(path: str | Path) -> list[dict]:
     return [rows[step] for step in sorted(rows)]
 
 
-class ConsoleSink:
+class ConsoleSink(Sink):
     """One line per flush: step, share done, the metrics that have a short label, and the time left.
 
     total_steps: length of the run, for share and time left. first_step: where a resumed run begins. Coloured by rich if
@@ -306,7 +351,7 @@ def duration(seconds: float) -> str:
     return f"{s // 60}m{s % 60:02}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02}m"
 
 
-class WandbSink:
+class WandbSink(Sink):
     """Weights & Biases. WANDB_MODE is honoured (online, offline, disabled); without a key or network the run is kept offline,
     and stderr says so. Metric names get "/" for ".", by which W&B groups panels; `step` is the x axis.
 

@@ -35,6 +35,7 @@ from nanochat.recall import CurriculumSchedule
 from nanochat.recorder import Recorder, open_recorder
 from nanochat.schedule import batch_lr_scale, lr_multiplier, muon_momentum, weight_decay_multiplier
 from nanochat.tokenizer import Tokenizer
+from nanochat.tracing import Reading, Trace
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -211,6 +212,9 @@ def describe(plan: Plan, model: GPT, world_size: int, mc) -> dict:
 # Training
 
 
+TRACE_EVERY = 100  # steps between the time lines of a step's parts that sinks are given
+
+
 def vanilla_step(model: GPT, batch):
     loss = model.loss(model.hidden(batch.inputs), batch.targets, batch.num_targets)
     return loss, {"train.loss": loss.detach()}
@@ -285,7 +289,7 @@ def main() -> None:
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
     last = min(args.stop_at or plan.num_iterations, plan.num_iterations)
-    unlogged: list[dict[str, torch.Tensor]] = []  # metrics of the micro-steps since the last log line
+    unlogged: list[dict[str, torch.Tensor | Reading]] = []  # metrics of the micro-steps since the last log line
     val = None
     clock, logged_step, logged_flops = time.perf_counter(), step, flops  # at the last log line: speed is measured from line to line
 
@@ -301,15 +305,18 @@ def main() -> None:
     with recorder:
         while step < last:
             waited, losses = 0.0, 0.0
+            trace = Trace("train.step", device, keep=step % TRACE_EVERY == 0, step=step)
             for _ in range(plan.accumulation):
                 asked = time.perf_counter()
-                batch = loader.next()
+                with trace.span("train.data"):
+                    batch = loader.next()
                 waited += time.perf_counter() - asked
-                with autocast:
-                    loss, metrics = mc.training_step(model, batch, step)[:2] if mc else vanilla_step(model, batch)
-                (loss / plan.accumulation).backward()
+                with autocast, trace.span("train.forward"):
+                    loss, metrics = mc.training_step(model, batch, step, trace)[:2] if mc else vanilla_step(model, batch)
+                with trace.span("train.backward"):
+                    (loss / plan.accumulation).backward()
                 if mc:
-                    metrics |= mc.lens_step(plan.accumulation)
+                    metrics |= mc.lens_step(plan.accumulation, trace)
                 losses = losses + loss.detach() + metrics.get("mc.loss.lens", 0.0)
                 unlogged.append(metrics)
                 flops += step_flops(model, mc, plan, step, batch.num_targets) / plan.accumulation
@@ -333,14 +340,17 @@ def main() -> None:
                     group["momentum"] = muon_momentum(step, plan.num_iterations)
                     group["weight_decay"] = args.weight_decay * weight_decay_multiplier(step, plan.num_iterations)
             updating = time.perf_counter()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            with trace.span("train.optimizer"):
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             step += 1
+            recorder.trace(trace)
 
             recorder.record("train.data_wait", waited)
             if device.type == "cpu":  # elsewhere it has only been launched
                 recorder.record("train.optimizer_time", time.perf_counter() - updating)
             if logging:
+                recorder.record("telemetry.overhead", recorder.take_spent() / elapsed)
                 recorder.record("train.step_time", step_time)
                 recorder.record("train.tokens_per_second", plan.tokens_per_step / step_time)
                 recorder.record("train.mfu", flops_per_second / peak)
@@ -394,11 +404,11 @@ def build_controller(args, plan: Plan, model: GPT):
     return import_mc("runtime").MCController(settings, model, T=plan.T, micro_batch=plan.micro_batch, num_iterations=plan.num_iterations, seed=args.seed)
 
 
-def mean_over_ranks(metrics: list[dict[str, torch.Tensor]], ranks: Ranks) -> list[dict[str, torch.Tensor]]:
+def mean_over_ranks(metrics: list[dict[str, torch.Tensor | Reading]], ranks: Ranks) -> list[dict[str, torch.Tensor | Reading]]:
     """Each value's mean over ranks, which record the same names in the same order: a curve must not be one rank's."""
     if ranks.world_size == 1:
         return metrics
-    values = torch.stack([v.detach().reshape(()).to(ranks.device, torch.float32) for m in metrics for v in m.values()])
+    values = torch.stack([torch.as_tensor(float(v) if isinstance(v, Reading) else v.detach().reshape(())).to(ranks.device, torch.float32) for m in metrics for v in m.values()])
     dist.all_reduce(values)
     means = iter(values / ranks.world_size)
     return [{name: next(means) for name in m} for m in metrics]

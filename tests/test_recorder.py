@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import struct
 import sys
 import time
 from pathlib import Path
@@ -14,7 +13,8 @@ import torch
 import mc.telemetry  # noqa: F401  registers MegaContext's metrics
 from nanochat import recorder as recorder_module
 from nanochat.common import UserError
-from nanochat.recorder import METRICS, ConsoleSink, Metric, Recorder, WandbSink, duration, metric_table, open_recorder, read_metrics, register
+from nanochat.recorder import METRICS, ConsoleSink, Metric, Recorder, Sink, WandbSink, duration, metric_table, open_recorder, read_metrics, register
+from wandb_file import wandb_history
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +30,7 @@ def registry(monkeypatch):
     )
 
 
-class Keep:
+class Keep(Sink):
     """A sink that keeps what it is given."""
 
     def __init__(self):
@@ -205,29 +205,6 @@ def test_wandb_package_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'megacontext\[wandb\]'"):
         open_recorder(tmp_path, run="x", config={}, total_steps=1)
-
-
-def wandb_history(directory) -> list[dict]:
-    """What an offline run holds. The file is a LevelDB log: after 7 bytes of header, blocks of 32 KiB filled with fragments,
-    each led by checksum (4 bytes), length (2) and kind (1: whole, 2: first, 3: middle, 4: last)."""
-    from wandb.proto import wandb_internal_pb2
-
-    (path,) = directory.glob("wandb/offline-run-*/run-*.wandb")
-    data, at, message, rows = path.read_bytes(), 7, b"", []
-    while at + 7 <= len(data):
-        in_block = 32_768 - at % 32_768
-        if in_block < 7:  # no room for a fragment's head: padding
-            at += in_block
-            continue
-        _, size, kind = struct.unpack_from("<IHB", data, at)
-        fragment = data[at + 7 : at + 7 + size]
-        message = fragment if kind in (1, 2) else message + fragment
-        at += 7 + size
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record.FromString(message)
-            if record.WhichOneof("record_type") == "history":
-                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
-    return rows
 
 
 def record_two_steps(directory):

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from mc import benchmark, report, runtime
+from mc import benchmark, report
 from mc.config import MCConfig, to_dict
 from mc.evaluation import Outcome
 from mc.runtime import MCController
+from nanochat import tracing
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from tiny_mc import SMALL, T
@@ -223,8 +224,8 @@ def clock(monkeypatch) -> list[str]:
     spend(GPT, "loss", "micro-step")
     spend(MCController, "_lens_loss", "lens")
     now = lambda: ran.count("micro-step") + 0.5 * ran.count("lens")
-    for module in (benchmark, runtime):
-        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=now))
+    for module in (benchmark, tracing):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=now, time_ns=lambda: 0))
     return ran
 
 
@@ -234,13 +235,13 @@ def test_step_times(clock, total_batch_size):
     times = benchmark.training_step_times(meta(total_batch_size=total_batch_size), TOKENIZER, pairs=2, steps=3)
     assert times[:5] == pytest.approx((1.5, 1.5, 1.5, 2.0, 3.0))
     assert clock.count("lens") == 3 * 3 * 2 and clock.count("micro-step") == 2 * 3 * 3 * 2  # a block to warm up, then two pairs
-    assert times.parts == pytest.approx({"tree": 0, "focus": 0, "wc": 0, "lens": 1.0, "backward and optimizer": 0})
+    assert times.parts == pytest.approx({"tree": 0, "score": 0, "focus": 0, "wc": 0, "lens": 1.0, "backward and optimizer": 0})
 
 
 def test_step_times_on_a_real_clock():
     times = benchmark.training_step_times(meta(), TOKENIZER, pairs=3, steps=1)
     assert 0 < times.low <= times.ratio <= times.high and times.vanilla_s > 0
-    assert set(times.parts) == {"tree", "focus", "wc", "lens", "backward and optimizer"}
+    assert set(times.parts) == {"tree", "score", "focus", "wc", "lens", "backward and optimizer"}
     assert all(seconds > 0 for name, seconds in times.parts.items() if name != "backward and optimizer")
     assert sum(times.parts.values()) == pytest.approx(times.mc_s - times.vanilla_s)
 
