@@ -105,6 +105,7 @@ class Context:
     cache: KVCache | None
     slots: Tensor | None  # [B, S] cache slots of this pass
     capture: list[Captured] | None
+    before: Tensor | None = None  # [B, S] cache slots of the entries before these
 
 
 def norm(x: Tensor) -> Tensor:
@@ -118,9 +119,10 @@ def rotate(x_BSHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
 
 
-def shift_in(x_BSx: Tensor, first_B1x: Tensor) -> Tensor:
-    """Each entry's predecessor; the first entry's is `first`."""
-    return torch.cat([first_B1x.to(x_BSx.dtype), x_BSx[:, :-1]], 1)
+def predecessors(x_BSx: Tensor, kept: Tensor, ctx: Context) -> Tensor:
+    """The x of the entry before each, from the cache's buffer `kept`, into which x goes first."""
+    ctx.cache.put(kept, ctx.slots, x_BSx)
+    return ctx.cache.at(kept, ctx.before).to(x_BSx.dtype)
 
 
 class Attention(nn.Module):
@@ -137,14 +139,13 @@ class Attention(nn.Module):
 
     def _shift_keys(self, k_BSGE: Tensor, ctx: Context) -> Tensor:
         if ctx.cache is None:
-            first = k_BSGE[:, :1]
+            before = torch.cat([k_BSGE[:, :1], k_BSGE[:, :-1]], 1)
         else:
-            first = ctx.cache.last(ctx.cache.k_unshifted[self.layer])
-            ctx.cache.put(ctx.cache.k_unshifted[self.layer], ctx.slots, k_BSGE)
+            before = predecessors(k_BSGE, ctx.cache.k_unshifted[self.layer], ctx)
         amount = self.key_shift.to(k_BSGE.dtype)[:, None]
         if ctx.linked is not None:
             amount = amount * ctx.linked[:, :, None, None]
-        return torch.lerp(k_BSGE, shift_in(k_BSGE, first), amount.expand_as(k_BSGE))
+        return torch.lerp(k_BSGE, before, amount.expand_as(k_BSGE))
 
     def forward(self, x_BSD: Tensor, ve_BSG: Tensor | None, window: int, ctx: Context) -> Tensor:
         B, S, D = x_BSD.shape
@@ -168,14 +169,14 @@ class Attention(nn.Module):
         return self.c_proj(y.transpose(1, 2).reshape(B, S, D))
 
     def _through_cache(self, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        cache, until = ctx.cache, ctx.cache.used + ctx.slots.shape[1]
-        cache.put(cache.k[self.layer], ctx.slots, k)
-        cache.put(cache.v[self.layer], ctx.slots, v)
-        return cache.k[self.layer, :, :until].to(k.dtype), cache.v[self.layer, :, :until].to(k.dtype)
+        cache, buffers = ctx.cache, (ctx.cache.k[self.layer], ctx.cache.v[self.layer])
+        for buffer, new in zip(buffers, (k, v)):
+            cache.put(buffer, ctx.slots, new)
+        return tuple(cache.visible(buffer, ctx.slots.shape[1]).to(k.dtype) for buffer in buffers)
 
 
 def attend(q_BHSE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, key_bias: Tensor | None) -> Tensor:
-    """Scaled dot-product attention; mask None means causal.
+    """Scaled dot-product attention; mask (bool, or float to add to the logits) None means causal; a single query sees every key.
 
     A bias per key enters as one more dimension of q (1) and k (bias·√E), so the fast causal kernels still apply and the bias
     gets its gradient. Widths stay multiples of 8.
@@ -186,7 +187,7 @@ def attend(q_BHSE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, 
         bias = (bias * math.sqrt(E)).to(q_BHSE.dtype)[..., None].expand(*k_BGSE.shape[:-1], 1)
         q_BHSE = F.pad(torch.cat([q_BHSE, torch.ones_like(q_BHSE[..., :1])], -1), (0, 7))
         k_BGSE, v_BGSE = F.pad(torch.cat([k_BGSE, bias], -1), (0, 7)), F.pad(v_BGSE, (0, 8))
-    y = F.scaled_dot_product_attention(q_BHSE, k_BGSE, v_BGSE, attn_mask=mask, is_causal=mask is None, scale=1 / math.sqrt(E),
+    y = F.scaled_dot_product_attention(q_BHSE, k_BGSE, v_BGSE, attn_mask=mask, is_causal=mask is None and q_BHSE.shape[2] > 1, scale=1 / math.sqrt(E),
                                        enable_gqa=k_BGSE.shape[1] != q_BHSE.shape[1])
     return y if key_bias is None else y[..., :E]
 
@@ -294,18 +295,17 @@ class GPT(nn.Module):
         return (cos[None], sin[None]) if positions.ndim == 1 else (cos, sin)
 
     def _masks(self, S: int, cache: KVCache | None, slots: Tensor | None, lift_windows: bool, device) -> dict[int, Tensor | None]:
-        """A bool mask per window size, [S, S] or with a cache [B, 1, S, used + S]; None where plain causal serves."""
+        """A mask per window size, [S, S] or with a cache what `KVCache.mask` says; None where plain causal serves."""
         masks: dict[int, Tensor | None] = {}
         for window in set(self.config.windows()):
             reach = math.inf if lift_windows and window == self.config.sequence_len else window
-            if cache is None:
-                if S - 1 <= reach:
-                    masks[window] = None
-                    continue
-                distance = torch.arange(S, device=device)[:, None] - torch.arange(S, device=device)
+            if cache is not None:
+                masks[window] = cache.mask(slots, reach)
+            elif S - 1 <= reach:
+                masks[window] = None
             else:
-                distance = slots[:, None, :, None] - torch.arange(cache.used + S, device=device)
-            masks[window] = (distance >= 0) & (distance <= reach)
+                distance = torch.arange(S, device=device)[:, None] - torch.arange(S, device=device)
+                masks[window] = (distance >= 0) & (distance <= reach)
         return masks
 
     def hidden(self, idx: Tensor | None, *, inputs_embeds: Tensor | None = None, positions: Tensor | None = None,
@@ -330,14 +330,14 @@ class GPT(nn.Module):
                 positions = torch.arange(S, device=x.device)
                 positions = positions if cache is None else cache.lengths[:, None] + positions
             rotary = self.rotary(positions)
-        slots = None if cache is None else cache.slots_for(S)
+        slots = before = None
         if cache is not None:
-            fresh = (cache.lengths > 0)[:, None] & torch.ones(B, S, dtype=torch.bool, device=x.device)
-            fresh[:, 1:] = True
-            linked = fresh if linked is None else linked & fresh
-        if key_bias is not None and cache is not None:
-            raise ValueError("a key bias through a KV cache is the session's business: keep it in the cache")
-        ctx = Context(*rotary, linked, key_bias, self._masks(S, cache, slots, lift_windows, x.device), cache, slots, capture)
+            if key_bias is not None:
+                raise ValueError("a cache keeps the bias of its own entries, for later passes need it too")
+            slots, before = cache.slots_for(S)
+            follows = before >= 0
+            linked, before = follows if linked is None else linked & follows, before.clamp_min(0)
+        ctx = Context(*rotary, linked, key_bias, self._masks(S, cache, slots, lift_windows, x.device), cache, slots, capture, before)
         if cfg.smear:
             x = self._smear(x, ctx)
         tokens = None if idx is None else idx.clamp_min(0)
@@ -361,14 +361,13 @@ class GPT(nn.Module):
 
     def _smear(self, x_BSD: Tensor, ctx: Context) -> Tensor:
         if ctx.cache is None:
-            first = torch.zeros_like(x_BSD[:, :1])
+            before = F.pad(x_BSD, (0, 0, 1, 0))[:, :-1]
         else:
-            first = ctx.cache.last(ctx.cache.x_unsmeared)
-            ctx.cache.put(ctx.cache.x_unsmeared, ctx.slots, x_BSD)
+            before = predecessors(x_BSD, ctx.cache.x_unsmeared, ctx)
         gate = self.smear_lambda.to(x_BSD.dtype) * torch.sigmoid(self.smear_gate(x_BSD[..., :SMEAR_DIMS]))
         if ctx.linked is not None:
             gate = gate * ctx.linked.unsqueeze(-1)
-        return x_BSD + gate * shift_in(x_BSD, first)
+        return x_BSD + gate * before
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] float32 (float64 for a float64 model), softly capped."""

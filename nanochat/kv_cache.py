@@ -18,6 +18,8 @@ class KVCache:
         self.k_unshifted = torch.zeros_like(self.k) if config.key_shift else None
         self.x_unsmeared = torch.zeros(batch, slots, config.n_embd, device=device, dtype=dtype) if config.smear else None
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.rows = torch.arange(batch, device=device)
+        self.ragged = False  # whether rows may differ in length
         self.used = 0  # host-side upper bound of lengths: how many slots attention must look at
 
     @property
@@ -27,31 +29,43 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.k, self.v, self.k_unshifted, self.x_unsmeared) if t is not None)
 
-    def slots_for(self, count: int) -> Tensor:
-        """[B, count] slots that the next `count` entries of each row go to."""
+    def slots_for(self, count: int) -> tuple[Tensor, Tensor]:
+        """[B, count] slots that the next `count` entries of each row go to, and of the entries before them (−1: none)."""
         if self.used + count > self.slots:
             raise ValueError(f"KV cache holds {self.slots} entries, {self.used} are used, {count} more do not fit")
-        return self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+        slots = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+        return slots, slots - 1
 
-    @staticmethod
-    def put(buffer_BM: Tensor, slots_BS: Tensor, new_BS: Tensor) -> None:
-        rows = torch.arange(slots_BS.shape[0], device=slots_BS.device)[:, None]
-        buffer_BM[rows, slots_BS] = new_BS.to(buffer_BM.dtype)
+    def put(self, buffer_BM: Tensor, slots_BS: Tensor, new_BS: Tensor) -> None:
+        buffer_BM[self.rows[:, None], slots_BS] = new_BS.to(buffer_BM.dtype)
 
-    def last(self, buffer_BM: Tensor) -> Tensor:
-        """[B, 1, …]: each row's last valid slot (slot 0 where the row is empty)."""
-        rows = torch.arange(self.lengths.shape[0], device=self.lengths.device)
-        return buffer_BM[rows, (self.lengths - 1).clamp_min(0)].unsqueeze(1)
+    def at(self, buffer_BM: Tensor, slots_BS: Tensor) -> Tensor:
+        """[B, S, …] what stands in these slots."""
+        return buffer_BM[self.rows[:, None], slots_BS]
+
+    def visible(self, buffer_BM: Tensor, count: int) -> Tensor:
+        """[B, used + count, …]: all that a pass of `count` entries may look at."""
+        return buffer_BM[:, :self.used + count]
+
+    def mask(self, slots_BS: Tensor, reach: float) -> Tensor | None:
+        """bool [B, 1, S, used + S]: which keys each entry sees; None where one entry sees them all."""
+        count = slots_BS.shape[1]
+        if count == 1 and not self.ragged and self.used <= reach:
+            return None
+        distance = slots_BS[:, None, :, None] - torch.arange(self.used + count, device=slots_BS.device)
+        return (distance >= 0) & (distance <= reach)
 
     def advance(self, written: int, counts_B: Tensor | None = None) -> None:
         """`written` entries were put in every row, of which the first `counts_B` (default: all) are valid."""
         self.lengths = self.lengths + (written if counts_B is None else counts_B)
+        self.ragged |= counts_B is not None
         self.used += written
 
     def truncate(self, lengths_B: Tensor | int) -> None:
         """Forget all but the first `lengths_B` entries of each row. Never lengthens."""
         self.lengths = torch.minimum(self.lengths, torch.as_tensor(lengths_B, device=self.lengths.device).expand_as(self.lengths))
         self.used = int(self.lengths.max()) if self.lengths.numel() else 0
+        self.ragged |= isinstance(lengths_B, Tensor)
 
     def splice(self, start: int, stop: int, other: "KVCache", other_start: int, other_stop: int) -> None:
         """Replace entries [start, stop) of every row by entries [other_start, other_stop) of `other` (same model, same batch).
