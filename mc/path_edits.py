@@ -1,0 +1,174 @@
+"""The focus of one session: `GreedyAllocator.refocus`, kept to the few nodes that matter, so that its cost does not grow with history.
+
+A cut within the budget has at most (W − tiling) / (K − 1) expanded nodes, whatever the length of the history, and only blocks that
+the search names can be shown next. So the state is a small set, and a refocus handles tens of nodes on the host, where the lens keys
+are searched too. Blocks without a score count as −1: they are never shown, and are the first to be collapsed.
+
+Edits, thresholds, payment, ties, cooldown and forced collapses are those of `mc.focus_allocator`, and tested against it.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mc.focus_allocator import FocusConfig
+from mc.mega_context import tiling
+
+Node = tuple[int, int]  # (lod, index)
+UNSCORED = -1.0
+
+
+@dataclass
+class Edits:
+    """What one refocus did; expands and collapses count nodes, and collapses forced by the budget are apart."""
+
+    paths: int = 0
+    expands: int = 0
+    collapses: int = 0
+    forced: int = 0
+
+
+@dataclass
+class PathEdits:
+    """Which nodes of a growing history are expanded. `changed`: the refocus whose edit flipped a node last, while it cools down."""
+
+    cfg: FocusConfig
+    n_tokens: int = 0
+    refocuses: int = 0
+    expanded: set[Node] = field(default_factory=set)
+    changed: dict[Node, int] = field(default_factory=dict)
+    pruned: set[int] = field(default_factory=set)  # blocks among those listed that have no detail
+
+    # -- geometry ---------------------------------------------------------------------------------------------------------
+
+    def exists(self, node: Node) -> bool:
+        lod, index = node
+        return lod <= self.cfg.max_lod and (index + 1) * self.cfg.block_size ** lod <= self.n_tokens
+
+    def protected(self, node: Node) -> bool:
+        """Whether an existing node reaches into the last `recent` tokens."""
+        return (node[1] + 1) * self.cfg.block_size ** node[0] > self.n_tokens - self.cfg.recent
+
+    def path(self, block: int) -> list[Node]:
+        """The existing nodes that are to be expanded for a block to be shown raw, lowest first."""
+        nodes = [(lod, block // self.cfg.block_size ** (lod - 1)) for lod in range(1, self.cfg.max_lod + 1)]
+        return [node for node in nodes if self.exists(node)]
+
+    def free(self, budget: int) -> int:
+        """How many more nodes may be expanded within `budget` entries; negative when over it."""
+        c = self.cfg
+        return (budget - tiling(self.n_tokens, c.block_size, c.max_lod)) // (c.block_size - 1) - len(self.expanded)
+
+    @property
+    def entries(self) -> int:
+        c = self.cfg
+        return tiling(self.n_tokens, c.block_size, c.max_lod) + (c.block_size - 1) * len(self.expanded)
+
+    def tail_blocks(self) -> range:
+        """Complete blocks that reach into the protected tail."""
+        K, end = self.cfg.block_size, self.n_tokens // self.cfg.block_size
+        return range(min(max(self.n_tokens - self.cfg.recent, 0) // K, end), end)
+
+    # -- what happens -----------------------------------------------------------------------------------------------------
+
+    def advance(self, n_tokens: int, listed: set[int]) -> None:
+        """The history has grown to n_tokens. listed: the blocks that will have a score.
+
+        Nodes that became complete start expanded, which leaves the cut as it was plus the new tokens raw. When more blocks are
+        new than the budget can show, those start collapsed that neither are protected nor contain a block that is listed or
+        expanded: they would be the first to be collapsed by force.
+        """
+        c, before = self.cfg, self.n_tokens
+        self.n_tokens = n_tokens
+        K = c.block_size
+        if n_tokens // K - before // K <= c.budget // K:
+            new = [(lod, i) for lod in range(1, c.max_lod + 1) for i in range(before // K ** lod, n_tokens // K ** lod)]
+        else:
+            blocks = listed | set(self.tail_blocks()) | {self._first_block(node) for node in self.expanded}
+            new = [node for block in blocks for node in self.path(block) if (node[1] + 1) * K ** node[0] > before]
+        self.expanded.update(new)
+        self.expanded.difference_update((1, block) for block in self.pruned)
+
+    def _first_block(self, node: Node) -> int:
+        return node[1] * self.cfg.block_size ** (node[0] - 1)
+
+    def refocus(self, scores: dict[int, float]) -> Edits:
+        """One refocus by the scores in [−1, 1] of blocks relative to the price, as `GreedyAllocator.refocus`."""
+        c, edits = self.cfg, Edits()
+        self.refocuses += 1
+        self.changed = {node: at for node, at in self.changed.items() if self.refocuses - at <= c.cooldown}
+        scores = {block: score for block, score in scores.items() if block not in self.pruned and self.exists((1, block))}
+        best: dict[Node, float] = {}
+        for block, score in scores.items():
+            for node in self.path(block):
+                best[node] = max(score, best.get(node, UNSCORED))
+
+        def order(node: Node) -> tuple[float, int]:
+            return best.get(node, UNSCORED), node[0] - self._first_block(node) * (c.max_lod + 1)
+
+        if (over := -self.free(c.budget)) > 0:
+            forced = sorted((node for node in self.expanded if not self.protected(node)), key=order)[:over]
+            self.expanded.difference_update(forced)
+            edits.forced = len(forced)
+        for _ in range(c.max_edits):
+            opening, closing = self._next_edit(scores, best, order)
+            if not opening and not closing:
+                break
+            self.expanded = (self.expanded | set(opening)) - set(closing)
+            self.changed |= dict.fromkeys([*opening, *closing], self.refocuses)
+            edits.paths += 1
+            edits.expands += len(opening)
+            edits.collapses += len(closing)
+        return edits
+
+    def _next_edit(self, scores: dict[int, float], best: dict[Node, float], order) -> tuple[list[Node], list[Node]]:
+        """Nodes to open and nodes to close: the best show, else the best hide, else nothing."""
+        c = self.cfg
+        fixed = {node for node in self.expanded if self.protected(node) or node in self.changed}
+        fixed |= {above for node in fixed for above in self.path(self._first_block(node)) if above[0] > node[0]}
+        movable = sorted(self.expanded - fixed, key=order)
+        free = self.free(c.soft_budget)
+
+        shows = []
+        for block, score in scores.items():
+            if score <= c.tau_expand or (1, block) in self.expanded:
+                continue
+            closed = [node for node in self.path(block) if node not in self.expanded]
+            price = max(len(closed) - free, 0)
+            payers = sum(best.get(node, UNSCORED) < score - c.margin for node in movable[:price])
+            if payers == price and not any(node in self.changed for node in closed):
+                shows.append((score, -len(closed), block, closed, price))
+        if shows:
+            *_, closed, price = max(shows, key=lambda show: show[:3])
+            return closed, movable[:price]
+        if not movable or best.get(movable[0], UNSCORED) >= -c.tau_collapse:
+            return [], []
+        lowest = movable[0]
+        hiding = [lowest]
+        for above in self.path(self._first_block(lowest))[lowest[0]:]:
+            below = sum(self._inside(node, above) for node in self.expanded)
+            if above in fixed or best.get(above, UNSCORED) >= -c.tau_collapse or below != above[0] - lowest[0] + 1:
+                break
+            hiding.append(above)
+        return [], hiding
+
+    def _inside(self, node: Node, above: Node) -> bool:
+        return node[0] <= above[0] and node[1] // self.cfg.block_size ** (above[0] - node[0]) == above[1]
+
+    # -- what it shows ----------------------------------------------------------------------------------------------------
+
+    def cut(self) -> tuple[np.ndarray, np.ndarray]:
+        """(lod, index) int64 [W] of the entries that tile [0, n_tokens), in time order."""
+        c, lods, indices = self.cfg, [], []
+        K, nodes = c.block_size, np.arange(self.n_tokens // c.block_size ** c.max_lod)
+        for lod in range(c.max_lod, 0, -1):
+            open_nodes = np.array(sorted(index for at, index in self.expanded if at == lod), dtype=np.int64)
+            shown = np.setdiff1d(nodes, open_nodes, assume_unique=True)
+            lods.append(np.full(len(shown), lod))
+            indices.append(shown)
+            children = (open_nodes[:, None] * K + np.arange(K)).ravel()
+            nodes = np.concatenate([children, np.arange(self.n_tokens // K ** lod * K, self.n_tokens // K ** (lod - 1))])
+        lod = np.concatenate([*lods, np.zeros(len(nodes), dtype=np.int64)])
+        index = np.concatenate([*indices, nodes])
+        order = np.argsort(index * K ** lod, kind="stable")
+        return lod[order], index[order]

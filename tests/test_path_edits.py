@@ -1,0 +1,132 @@
+"""The session's allocator: the batched one's decisions, on the few nodes that matter."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mc import working_context as wc
+from mc.focus_allocator import FocusConfig, GreedyAllocator, check_feasible
+from mc.path_edits import UNSCORED, PathEdits
+from nanochat.common import UserError
+
+torch.set_num_threads(1)
+
+
+def feasible_config(n: int, slack: int, **config) -> FocusConfig:
+    """The least budget that holds every history up to n tokens, and `slack` entries more."""
+    need = 1
+    for m in range(1, n + 1):
+        while True:
+            try:
+                check_feasible(m, FocusConfig(need, **config))
+                break
+            except UserError:
+                need += 1
+    return FocusConfig(need + slack, **config)
+
+
+def check_cut(edits: PathEdits) -> None:
+    """A valid cut within the budget, with its tail raw."""
+    lod, index = (torch.from_numpy(x)[None] for x in edits.cut())
+    c = edits.cfg
+    wc.check(wc.Cut(lod, index, torch.ones_like(lod, dtype=torch.bool), c.block_size), torch.tensor([edits.n_tokens]), c.budget, c.max_lod)
+    assert len(lod[0]) == edits.entries
+    ends = (index + 1) * c.block_size ** lod
+    assert (lod[ends > edits.n_tokens - c.recent] == 0).all()
+
+
+@st.composite
+def growth(draw):
+    K = draw(st.sampled_from([2, 3, 4]))
+    config = dict(block_size=K, max_lod=draw(st.integers(1, 3)), recent=draw(st.integers(0, 3)) * K, max_edits=draw(st.integers(0, 4)),
+                  cooldown=draw(st.integers(0, 3)), tau_expand=draw(st.sampled_from([0.0, 0.2])), margin=draw(st.sampled_from([0.0, 0.2])))
+    steps = draw(st.lists(st.integers(0, 9), min_size=1, max_size=12))
+    return config, steps, draw(st.integers(0, 40)), draw(st.integers(0, 2**31))
+
+
+@settings(max_examples=150, deadline=None)
+@given(growth())
+def test_decides_as_the_batched_allocator(case):
+    """Blocks without a score count as the lowest: same nodes, edit counts, and cut, refocus after refocus."""
+    config, steps, slack, seed = case
+    K, n_blocks = config["block_size"], sum(steps) // config["block_size"]
+    cfg = feasible_config(sum(steps), slack, **config)
+    dense, sparse = GreedyAllocator(cfg), PathEdits(cfg)
+    state = dense.allocate(torch.full((1, n_blocks), -torch.inf), torch.tensor([0]))
+    rng, n = np.random.default_rng(seed), 0
+    for step in steps:
+        few = rng.random(n_blocks) < 0.7
+        few[max(n // K - 1, 0):] = True  # those just completed are always scored
+        values = np.where(few, rng.choice(np.linspace(-0.9, 0.9, 7), n_blocks), UNSCORED)
+        n += step
+        if step // K > cfg.budget // K:
+            return
+        scores = {b: values[b] for b in range(n // K) if few[b]}
+        sparse.advance(n, set(scores))
+        edits = sparse.refocus(scores)
+        state, report = dense.refocus(dense.advance(state, torch.tensor([n])), torch.from_numpy(values)[None])
+        want = {(lod + 1, int(i)) for lod, x in enumerate(state.expanded) for i in x[0].nonzero()[:, 0]}
+        assert sparse.expanded == want
+        assert (edits.paths, edits.expands, edits.collapses, edits.forced) == tuple(
+            int(x) for x in (report.edits_B, report.expands_B, report.collapses_B, report.forced_B))
+        cut, fits = dense.cut(state)
+        assert fits.all()
+        used = int(cut.valid_BW.sum())
+        assert [x.tolist() for x in sparse.cut()] == [cut.lod_BW[0, :used].tolist(), cut.index_BW[0, :used].tolist()]
+        check_cut(sparse)
+
+
+@settings(max_examples=60, deadline=None)
+@given(growth(), st.lists(st.integers(0, 2000), min_size=1, max_size=5))
+def test_any_growth_stays_within_the_budget(case, steps):
+    """Also when one append is far longer than the budget: a valid cut, the tail raw, expanded nodes closed upward."""
+    config, _, slack, seed = case
+    cfg = feasible_config(300, slack, **{**config, "max_lod": 3})
+    edits, rng, n = PathEdits(cfg), np.random.default_rng(seed), 0
+    for step in steps:
+        n += step
+        try:
+            check_feasible(n, cfg)
+        except UserError:
+            return
+        complete = n // cfg.block_size
+        near = {b for node in edits.expanded if node[0] == 1 for b in [node[1]]} | set(range(max(complete - cfg.budget // cfg.block_size - 1, 0), complete))
+        listed = near | set(rng.integers(0, max(complete, 1), 6).tolist()) if complete else set()
+        edits.advance(n, listed)
+        edits.refocus({b: float(rng.uniform(-1, 1)) for b in sorted(listed)})
+        check_cut(edits)
+        for lod, index in edits.expanded:
+            assert edits.exists((lod, index))
+            assert not edits.exists((lod + 1, index // cfg.block_size)) or (lod + 1, index // cfg.block_size) in edits.expanded
+
+
+def test_what_is_pruned_is_never_opened():
+    cfg = FocusConfig(40, 4, 2, recent=4)
+    edits = PathEdits(cfg, pruned={2, 9})
+    edits.advance(40, set(range(10)))
+    edits.refocus({b: 0.9 if b == 2 else -0.5 for b in range(10)})
+    assert (1, 2) not in edits.expanded and (1, 9) not in edits.expanded
+    lod, index = edits.cut()
+    assert ((lod == 1) & (index == 9)).any(), "a pruned block is a gist even in the tail"
+
+
+def test_settles_and_then_changes_nothing():
+    cfg = FocusConfig(60, 4, 2, recent=4)
+    edits, scores = PathEdits(cfg), {b: (b * 7 % 19) / 9.5 - 1 for b in range(32)}
+    edits.advance(130, set(scores))
+    for _ in range(20):
+        edits.refocus(scores)
+    before = set(edits.expanded)
+    assert edits.refocus(scores) == type(edits.refocus(scores))() and edits.expanded == before
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 77, 1023, 1025])
+def test_coarsest_cut_of_odd_lengths(n):
+    edits = PathEdits(FocusConfig(400, 32, 2, recent=0))
+    edits.n_tokens = n
+    want = wc.coarsest(n, 32, 2, 400)
+    used = int(want.valid_BW.sum())
+    lod, index = edits.cut()
+    assert lod.tolist() == want.lod_BW[0, :used].tolist() and index.tolist() == want.index_BW[0, :used].tolist()
