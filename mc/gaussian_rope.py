@@ -52,12 +52,17 @@ def entry_rotary(gpt: GPT, start_BW: Tensor, length_BW: Tensor, *, scheme: str =
     return (angle.cos() * amplitude).to(dtype).unsqueeze(2), (angle.sin() * amplitude).to(dtype).unsqueeze(2)
 
 
+def alibi_slopes(n_head: int, device=None) -> Tensor:
+    """[H] float64 logits per token of distance: m_h = 2^(−8(h+1)/H) (ALiBi, arXiv 2108.12409)."""
+    return 2.0 ** (-8.0 * torch.arange(1, n_head + 1, device=device, dtype=torch.float64) / n_head)
+
+
 def alibi_bias(start_BW: Tensor, length_BW: Tensor, cursor_B: Tensor, n_head: int) -> Tensor:
-    """[B, H, W] logit bias −m_h·(cursor − centre), m_h = 2^(−8(h+1)/H): ALiBi (arXiv 2108.12409) for entries.
+    """[B, H, W] logit bias −m_h·(cursor − centre): ALiBi for entries.
 
     A bias that falls linearly with the distance to the query differs from one measured to a fixed cursor by a constant per
     query, which the softmax ignores, so one bias per key serves all queries.
     """
     centre = start_BW.double() + (length_BW.double() - 1) / 2
-    slopes = 2.0 ** (-8.0 * torch.arange(1, n_head + 1, device=start_BW.device, dtype=torch.float64) / n_head)
-    return (slopes[None, :, None] * (centre - cursor_B[:, None])[:, None]).float()
+    slopes_H = alibi_slopes(n_head, start_BW.device)
+    return (slopes_H[None, :, None] * (centre - cursor_B[:, None])[:, None])

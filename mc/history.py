@@ -53,19 +53,25 @@ class History:
         UserError, before anything is changed, for an id outside the vocabulary.
         """
         ids_N = ids_N.cpu()
+        self.check_ids(ids_N)
+        self.fill(ids_N)
+
+    def check_ids(self, ids_N: Tensor) -> None:
+        """UserError for an id outside the vocabulary."""
         vocab = self.gpt.config.vocab_size
         if len(ids_N) and not (0 <= int(ids_N.min()) and int(ids_N.max()) < vocab):
             bad = int(ids_N[(ids_N < 0) | (ids_N >= vocab)][0])
             raise UserError(f"token id {bad} is outside the vocabulary of {vocab}: tokenize with the model's own tokenizer")
-        self._append(ids_N)
 
     @torch.no_grad()
     def end_source(self) -> None:
         """The next token starts a new source, at the next block boundary."""
         if void := -self.n_tokens % self.block_size:
-            self._append(torch.full((void,), VOID))
+            self.fill(torch.full((void,), VOID))
 
-    def _append(self, ids_N: Tensor) -> None:
+    @torch.no_grad()
+    def fill(self, ids_N: Tensor) -> None:
+        """As `append`, of slots that may be VOID."""
         self.store.append_tokens(ids_N)
         self.grow()
         self.store.commit()
@@ -91,23 +97,10 @@ class History:
         keys_NPC = self.mc.lensnet.keys(embeds_NKD.flatten(0, 1)[None])[0]
         return self.mc.gistnet(embeds_NKD, valid_NK, lod)[:, 0].cpu(), keys_NPC.cpu()
 
-    @torch.no_grad()
-    def entries(self, lod_W: Tensor, index_W: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors [W, D] and token ids [W] (−1: a gist) of nodes that exist, on the model's device: LOD0 is looked up here."""
-        dtype = self.gpt.lm_head.weight.dtype
-        ids_W = torch.full_like(index_W, VOID)
-        vectors_WD = torch.zeros(len(index_W), self.store.format.d_model, dtype=self.store.format.read_dtype)
+    def gists(self, lod_W: Tensor, index_W: Tensor) -> Tensor:
+        """[W, D] vectors of nodes, zero where lod is 0, in the model's dtype, from the store."""
+        gists_WD = torch.zeros(len(index_W), self.store.format.d_model, dtype=self.gpt.lm_head.weight.dtype)
         for lod in lod_W.unique().tolist():
-            mine = lod_W == lod
-            if lod == 0:
-                ids_W[mine] = self.store.tokens(index_W[mine])
-            else:
-                vectors_WD[mine] = self.store.gists(lod, index_W[mine])
-        ids_W, vectors_WD = ids_W.to(self.device), vectors_WD.to(self.device, dtype)
-        return torch.where((lod_W == 0).to(self.device)[:, None], self.gpt.embed(ids_W.clamp_min(0)), vectors_WD), ids_W
-
-    def tail_embeds(self, count: int) -> Tensor:
-        """[1, ≤ count, D] embeddings of the last tokens."""
-        index = torch.arange(max(self.n_tokens - count, 0), self.n_tokens)
-        ids = self.store.tokens(index).to(self.device)
-        return (self.gpt.embed(ids.clamp_min(0)) * (ids != VOID)[:, None])[None]
+            if lod:
+                gists_WD[lod_W == lod] = self.store.gists(lod, index_W[lod_W == lod]).to(gists_WD.dtype)
+        return gists_WD

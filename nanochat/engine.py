@@ -29,6 +29,18 @@ def sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: 
     return ids.gather(1, drawn).squeeze(1)
 
 
+def check_sampling(vocab_size: int, max_tokens: int, temperature: float, top_k: int | None, ids: Sequence[int]) -> None:
+    """UserError for settings of generation that make no sense, or an id outside the vocabulary."""
+    if bad := [t for t in ids if not 0 <= t < vocab_size]:
+        raise UserError(f"token id {bad[0]} is outside the vocabulary of {vocab_size}: tokenize with the model's own tokenizer")
+    if max_tokens < 1:
+        raise UserError(f"max_tokens {max_tokens}: at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature {temperature}: 0 (likeliest token) or a positive number")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k {top_k}: at least 1, or leave it out to draw from all tokens")
+
+
 class Engine:
     """Generation from one model. `tokenizer` is needed by `complete` only."""
 
@@ -52,17 +64,9 @@ class Engine:
         Ends after `max_tokens` steps or when every row has stopped. Draws come from an own generator seeded with `seed`.
         UserError, before anything runs: no or empty prompts, ids outside the vocabulary, negative temperature, top_k < 1.
         """
-        vocab = self.model.config.vocab_size
         if not prompts or not all(len(p) for p in prompts):
             raise UserError("a prompt is empty: give each at least one token (bos, for text from nothing)")
-        if bad := [t for ids in (*prompts, stop_ids) for t in ids if not 0 <= t < vocab]:
-            raise UserError(f"token id {bad[0]} is outside the vocabulary of {vocab}: tokenize with the model's own tokenizer")
-        if max_tokens < 1:
-            raise UserError(f"max_tokens {max_tokens}: at least 1")
-        if not 0 <= temperature < float("inf"):
-            raise UserError(f"temperature {temperature}: 0 (likeliest token) or a positive number")
-        if top_k is not None and top_k < 1:
-            raise UserError(f"top_k {top_k}: at least 1, or leave it out to draw from all tokens")
+        check_sampling(self.model.config.vocab_size, max_tokens, temperature, top_k, [t for ids in (*prompts, stop_ids) for t in ids])
         return self._stream(prompts, max_tokens, temperature, top_k, seed, frozenset(stop_ids))
 
     @torch.inference_mode()

@@ -1,0 +1,647 @@
+"""Inference over a history that never ends: constant time per token and constant device memory.
+
+    pool = SessionPool(gpt, mc, SessionConfig(), trained_lods=[1, 2])
+    session = pool.open()
+    session.begin(tokens)                      # any length; append more at any time
+    for token in session.generate(100): ...
+
+The order is always: ingest (user's or generated tokens alike), refocus if due, decode. A refocus is due after a user's append and
+before the first token that is generated then, so that the question is seen, and every `interval` tokens. It scores blocks of the
+whole history by the last tokens (`mc.key_search`), edits the cut on a few nodes (`mc.path_edits`) and leaves the rest to the next
+pass: only entries that are not in the cache are run. Under the exact policy those are all from the first edit on, so that the
+logits are those of a forward pass over the cut from scratch; under the approximate policy only the new entries.
+
+Entries before the continuation stay within the budget, and at most `interval` tokens are read between two refocuses: a row of the
+cache holds budget + interval slots, whatever the length of the history. Tokens that do not fill a block yet wait in `pending`.
+
+Shapes: A sessions of a pass, S entries of a pass, W entries of a cut, D width, V vocabulary, N tokens or blocks.
+"""
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mc.config import setting
+from mc.focus_allocator import FocusConfig, check_feasible
+from mc.gaussian_rope import alibi_slopes, entry_rotary
+from mc.history import History, store_format
+from mc.key_search import KeySearch
+from mc.lensnet import LOCAL_MEAN, focus_scores
+from mc.mega_context import tiling
+from mc.model import MegaContext
+from mc.paged_cache import NOWHERE, PagedCache, Placement
+from mc.path_edits import Edits, PathEdits
+from mc.storage import VOID, RamStore, Store
+from nanochat.common import UserError
+from nanochat.engine import check_sampling, sample
+from nanochat.gpt import GPT
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SessionConfig:
+    """Settings of inference; the commands that hold a session have them as flags `--mc_…`."""
+
+    budget: int = setting(0, "W: entries of the working context, tokens since the last refocus apart; 0: as trained")
+    interval: int = setting(0, "tokens between two refocuses; 0: the block size")
+    kv_policy: str = setting("exact", "after an edit: run everything behind it again, or (approximate) the new entries only", ("exact", "approximate"))
+    untrained: str = setting("refuse", "levels of gists that were not trained: refuse histories that need them, or show and report them", ("refuse", "report"))
+    candidates: int = setting(32, "blocks that the search of the history proposes at a refocus")
+    max_edits: int = setting(4, "path edits per refocus")
+    cooldown: int = setting(2, "refocuses during which an edit is not reversed")
+    tau_expand: float = setting(0.2, "a block is shown above this score")
+    tau_collapse: float = setting(0.2, "a node is hidden below minus this score")
+    margin: float = setting(0.2, "what pays for a block scores lower than it by more than this")
+
+    def __post_init__(self):
+        for f in fields(self):
+            if (choices := f.metadata["choices"]) and getattr(self, f.name) not in choices:
+                raise UserError(f"--mc_{f.name}={getattr(self, f.name)}: use one of {', '.join(choices)}")
+        for name, least in dict(budget=0, interval=0, candidates=1).items():
+            if getattr(self, name) < least:
+                raise UserError(f"--mc_{name}={getattr(self, name)} must be at least {least}")
+
+
+class Shown(NamedTuple):
+    """A line of `Session.explain`: one gist, or the raw tokens of one block."""
+
+    start: int
+    tokens: int
+    entries: int
+    lod: int
+    score: float | None  # of the last refocus, relative to the price; None: not scored
+    why: str
+
+
+class Status(NamedTuple):
+    history_tokens: int
+    entries_by_lod: dict[int, int]
+    refocused_at: int  # tokens of history at the last refocus
+    last_edits: Edits
+
+
+class SessionState(NamedTuple):
+    """All of a session that a pool does not know: plain values, and tensors by name. The history itself only if it is in memory."""
+
+    meta: dict
+    tensors: dict[str, Tensor]
+
+    def save(self, path: Path | str) -> None:
+        """Write as safetensors, in place of what is there."""
+        partial = Path(f"{path}.partial")
+        save_file({name: t.contiguous() for name, t in self.tensors.items()}, partial, {"session": json.dumps(self.meta)})
+        partial.replace(path)
+
+    @staticmethod
+    def load(path: Path | str) -> "SessionState":
+        """UserError for a file that is not there or is no session's state."""
+        try:
+            with safe_open(path, "pt") as f:
+                return SessionState(json.loads((f.metadata() or {})["session"]), {name: f.get_tensor(name) for name in f.keys()})
+        except OSError as e:
+            raise UserError(f"cannot read the session state {path}: {e.strerror or e}") from None
+        except (SafetensorError, KeyError, ValueError) as e:
+            raise UserError(f"{path} holds no session state ({type(e).__name__}: {e})") from None
+
+
+class Timing:
+    """Seconds by part. `synchronize`: wait for the device at each end, so that times belong to their part (benchmarks only)."""
+
+    def __init__(self):
+        self.seconds: Counter[str] = Counter()
+        self.synchronize = False
+
+    @contextmanager
+    def __call__(self, part: str):
+        start = self._now()
+        yield
+        self.seconds[part] += self._now() - start
+
+    def _now(self) -> float:
+        if self.synchronize and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class SessionPool:
+    """One model and the device memory of up to `max_sessions` sessions that share it.
+
+    trained_lods: levels of gists that the model was trained on, as its checkpoint says. UserError for settings that cannot work.
+    """
+
+    def __init__(self, gpt: GPT, mc: MegaContext, config: SessionConfig = SessionConfig(), *, trained_lods: Sequence[int], max_sessions: int = 1):
+        c = mc.config
+        self.gpt, self.mc, self.config, self.max_sessions = gpt.eval(), mc.eval(), config, max_sessions
+        self.device, self.dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype
+        self.interval = config.interval or c.block_size
+        self.untrained = [lod for lod in range(1, c.max_lod + 1) if lod not in trained_lods]
+        max_lod = c.max_lod if config.untrained == "report" or not self.untrained else self.untrained[0] - 1
+        if max_sessions < 1:
+            raise UserError(f"max_sessions {max_sessions}: at least 1")
+        if max_lod < 1:
+            raise UserError("the model was trained on no level of gists; train it on longer rows, or show them all the same with --mc_untrained=report")
+        if config.kv_policy == "approximate" and c.positions == "contiguous":
+            raise UserError("--mc_kv_policy=approximate: with --mc_positions=contiguous an edit moves every entry; use exact")
+        self.focus_config = FocusConfig(
+            config.budget or c.budget, c.block_size, max_lod, recent=c.protected, tau_expand=config.tau_expand,
+            tau_collapse=config.tau_collapse, margin=config.margin, max_edits=config.max_edits, cooldown=config.cooldown)
+        slots = self.focus_config.budget + self.interval
+        if min(gpt.config.windows()) < min(slots, gpt.config.sequence_len):
+            raise UserError(f"window_pattern {gpt.config.window_pattern}: its short layers see {min(gpt.config.windows())} of {slots} entries; use a model with L only")
+        slopes = alibi_slopes(gpt.config.n_head, self.device) if c.alibi else None
+        self.cache = PagedCache(gpt.config, max_sessions, slots, self.device, self.dtype, slopes)
+        self.sessions: dict[int, Session] = {}
+        self.timing = Timing()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all weights, base and MegaContext."""
+        digest = hashlib.sha256()
+        for module in (self.gpt, self.mc):
+            for name, tensor in sorted(module.state_dict().items()):
+                digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def device_bytes(self) -> dict[str, int]:
+        """Bytes that inference keeps on the model's device besides the weights of the base: all of them independent of history.
+
+        entries: vectors of the longest pass, with their rotary tables and mask. lens: its weights and the inputs of its queries.
+        """
+        size, slots, g = torch.finfo(self.dtype).bits // 8, self.cache.slots, self.gpt.config
+        entries = self.max_sessions * slots * (size * (g.n_embd + g.head_dim + slots) + 3 * 8)
+        lens = sum(p.nbytes for p in self.mc.lensnet.parameters()) + size * (self.mc.lensnet.config.tail + LOCAL_MEAN) * 4 * g.n_embd
+        return {"kv": self.cache.nbytes(), "entries": entries, "lens": lens, "gistnet": sum(p.nbytes for p in self.mc.gistnet.parameters())}
+
+    def open(self, store: Store | None = None, *, seed: int = 0) -> "Session":
+        """A session on a store, with what it holds as history; default: an empty one in memory. seed: of its draws.
+
+        UserError when all places are taken, or the store's history is not the model's or too long for the budget.
+        """
+        row = next((row for row in range(self.max_sessions) if row not in self.sessions), None)
+        if row is None:
+            raise UserError(f"all {self.max_sessions} sessions of this pool are in use; close one, or make a pool with a larger max_sessions")
+        session = Session(self, row, store or RamStore(store_format(self.gpt, self.mc)), seed)
+        self.sessions[row] = session
+        return session
+
+    def restore(self, state: SessionState, store: Store | None = None) -> "Session":
+        """The session that `state` was taken of, in a free place. store: its history, unless that was in memory.
+
+        UserError for the state of another model, version or configuration, or a store that is not at the moment of the state.
+        """
+        meta, tensors = state
+        if meta.get("version") != STATE_VERSION:
+            raise UserError(f"a session state of version {meta.get('version')}; this program reads version {STATE_VERSION}")
+        if meta["model"] != self.fingerprint:
+            raise UserError(f"the session state was taken with model {meta['model']}, this is {self.fingerprint}; load that checkpoint")
+        if different := [name for name, value in asdict(self.config).items() if meta["config"].get(name) != value]:
+            raise UserError("the session state was taken with other settings: " + ", ".join(f"--mc_{name}={meta['config'].get(name)}" for name in different))
+        if (store is None) != ("history" in tensors):
+            raise UserError("the session state " + ("holds its history: give no store" if store else "has its history on disk: give its store"))
+        if store is not None and store.n_tokens != meta["n_stored"]:
+            raise UserError(f"the session state ends at {meta['n_stored']} stored tokens, the store at {store.n_tokens}: they are not of one moment")
+        session = self.open(store)
+        if store is None:
+            session.history.fill(tensors["history"])
+        session.resume(meta, tensors)
+        return session
+
+    # -- the base model ---------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def catch_up(self, sessions: Sequence["Session"]) -> list[Tensor]:
+        """Run every entry that is shown and not in the cache. Hidden states [S, D] of those entries for each session."""
+        if len({s.row for s in sessions}) != len(sessions) or any(self.sessions.get(s.row) is not s for s in sessions):
+            raise UserError("a session takes part once in a pass, and only in its own pool, until it is closed")
+        order = sorted(range(len(sessions)), key=lambda i: sessions[i].row)
+        work = [sessions[i].missing() for i in order]
+        counts = [len(w.lod) for w in work]
+        if not any(counts):
+            return [torch.empty(0, self.gpt.config.n_embd, device=self.device)] * len(sessions)
+        refill = any(w.recut for w in work)
+        try:
+            with self.timing("refill" if refill else "base"):
+                hidden_ASD = self._run([sessions[i] for i in order], work, max(counts))
+        except BaseException:
+            for session in sessions:
+                session.forget_cache()
+            raise
+        out: list[Tensor] = [hidden_ASD] * len(sessions)
+        for place, i in enumerate(order):
+            out[i] = hidden_ASD[place, :counts[place]]
+            if counts[place]:
+                sessions[i].last_hidden_D = out[i][-1].clone()
+        return out
+
+    def step(self, sessions: Sequence["Session"], temperature: float = 1.0, top_k: int | None = None) -> list[int]:
+        """The next token of each session, drawn by its own generator, and part of its history afterwards."""
+        for session in sessions:
+            session.check_length(session.n_tokens + 1)
+        for session in sessions:
+            if session.due:
+                session.refocus()
+        self.catch_up(sessions)
+        with self.timing("base"), torch.inference_mode():
+            logits_AV = self.gpt.logits(torch.stack([session.last_hidden_D for session in sessions]))
+            if temperature == 0:
+                tokens = logits_AV.argmax(-1).tolist()
+            else:
+                tokens = [int(sample(logits_AV[i:i + 1], temperature, top_k, session.generator)) for i, session in enumerate(sessions)]
+        for session, token in zip(sessions, tokens):
+            session.ingest([token])
+        return tokens
+
+    def generate(self, sessions: Sequence["Session"], max_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
+                 seed: int | None = None, stop_ids: Sequence[int] = ()) -> Iterator[list[int | None]]:
+        """Per step, each session's new token, None for those that have stopped; sampling as `nanochat.engine.Engine.generate`.
+
+        seed: start every session's draws anew; None: go on with them. A session's tokens do not depend on those beside it.
+        UserError, before anything runs, as the engine, for an empty session, and for a history that would outgrow the budget.
+        """
+        check_sampling(self.gpt.config.vocab_size, max_tokens, temperature, top_k, stop_ids)
+        for session in sessions:
+            if not session.n_tokens:
+                raise UserError("the session is empty: begin with at least one token (bos, for text from nothing)")
+            session.check_growth(max_tokens)
+            if seed is not None:
+                session.generator.manual_seed(seed)
+        return self._stream(list(sessions), max_tokens, temperature, top_k, frozenset(stop_ids))
+
+    def _stream(self, sessions: list["Session"], max_tokens: int, temperature: float, top_k: int | None,
+                stop_ids: frozenset[int]) -> Iterator[list[int | None]]:
+        running = list(range(len(sessions)))
+        for _ in range(max_tokens):
+            drawn = dict(zip(running, self.step([sessions[i] for i in running], temperature, top_k)))
+            yield [drawn.get(i) for i in range(len(sessions))]
+            running = [i for i in running if drawn[i] not in stop_ids]
+            if not running:
+                return
+
+    def _run(self, sessions: list["Session"], work: list["Missing"], S: int) -> Tensor:
+        def batch(name: str, fill) -> Tensor:
+            rows = np.full((len(work), S), fill, dtype=np.asarray(getattr(work[0], name)).dtype)
+            for row, w in zip(rows, work):
+                row[:len(w.lod)] = getattr(w, name)
+            return torch.from_numpy(rows).to(self.device)
+
+        c = self.mc.config
+        lod_AS, index_AS, ids_AS = batch("lod", 0), batch("index", 0), batch("ids", VOID)
+        length_AS = c.block_size ** lod_AS * (batch("slot", -1) >= 0)
+        start_AS = index_AS * c.block_size ** lod_AS
+        centre_AS = torch.where(length_AS > 0, start_AS + (length_AS - 1).double() / 2, NOWHERE)
+        slot_AS = batch("slot", self.cache.spare)
+        bias_AS, embeds_ASD = self.mc.key_bias(lod_AS).to(self.dtype), self.gpt.embed(ids_AS.clamp_min(0))
+        for row, w in enumerate(work):
+            if w.gists is not None:
+                is_gist = (lod_AS[row, :len(w.lod)] > 0)[:, None]
+                embeds_ASD[row, :len(w.lod)] = torch.where(is_gist, w.gists.to(self.device), embeds_ASD[row, :len(w.lod)])
+        cos, sin = entry_rotary(self.gpt, start_AS, length_AS, scheme=c.positions, floor=c.damping_floor, lod_axis=bool(c.lod_axis), lod_BW=lod_AS)
+        self.cache.place(Placement(torch.tensor([s.row for s in sessions], device=self.device), slot_AS, batch("before", -1), centre_AS, bias_AS))
+        return self.gpt.hidden(ids_AS, inputs_embeds=embeds_ASD, rotary=(cos, sin), linked=batch("linked", False), cache=self.cache, lift_windows=True)
+
+
+class Missing(NamedTuple):
+    """Entries of one session that are to be run, in time order."""
+
+    lod: np.ndarray
+    index: np.ndarray
+    ids: np.ndarray  # token ids, VOID for gists
+    slot: np.ndarray
+    before: np.ndarray  # slot of the entry before, −1 at the first
+    linked: np.ndarray  # raw, and the next token after the one before
+    gists: Tensor | None  # [S, D] vectors where lod > 0
+    recut: bool
+
+
+@dataclass
+class _Cached:
+    """Entries in the cache, in time order."""
+
+    lod: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    index: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    slot: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+
+
+class Session:
+    """One history and its working context. Made by `SessionPool.open`; methods raise UserError and then have changed nothing."""
+
+    def __init__(self, pool: SessionPool, row: int, store: Store, seed: int):
+        self.pool, self.row = pool, row
+        self.history = History(pool.gpt, pool.mc, store)
+        self.pending: list[int] = []
+        self.generator = torch.Generator(pool.device).manual_seed(seed)
+        self._restart(PathEdits(pool.focus_config))
+        self.check_length(self.n_tokens)
+        self._index_keys()
+
+    def _restart(self, focus: PathEdits) -> None:
+        self.search = KeySearch(self.pool.mc.lensnet)
+        self.focus, self.scores, self.last_edits = focus, {}, Edits()
+        self.cut_lod, self.cut_index, self.cut_tokens = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), 0
+        self.asked = self.n_tokens > 0  # appended to since the last refocus
+        self.forget_cache()
+        self.kept = self.computed = 0  # entries of the last pass after a refocus
+
+    def forget_cache(self) -> None:
+        """Everything shown will be run again."""
+        slots = self.pool.cache.spare
+        self.cached, self.free_slots, self.recut = _Cached(), list(range(slots)), True
+        self.pool.cache.clear(self.row, torch.arange(slots, device=self.pool.device))
+        self.last_hidden_D: Tensor | None = None
+        self.n_read = 0  # tokens that the cache has seen, as they are or in gists
+
+    # -- history ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def n_tokens(self) -> int:
+        return self.history.n_tokens + len(self.pending)
+
+    def begin(self, tokens: Sequence[int] | Tensor) -> None:
+        """The start of an empty session's history."""
+        if self.n_tokens:
+            raise UserError(f"the session has begun, with {self.n_tokens} tokens; append to it")
+        if not len(tokens):
+            raise UserError("an empty history: begin with at least one token (bos, for text from nothing)")
+        self.append(tokens)
+
+    def append(self, tokens: Sequence[int] | Tensor) -> None:
+        """The user's next tokens, any number: stored with every node they complete; nothing is run through the base yet."""
+        ids_N = torch.as_tensor(tokens, dtype=torch.int64).cpu()
+        if not len(ids_N):
+            return
+        self.check_length(self.n_tokens + len(ids_N))
+        self.history.append(torch.cat([torch.tensor(self.pending, dtype=torch.int64), ids_N]))
+        self.pending = []
+        self._index_keys()
+        self.asked = True
+
+    def end_source(self) -> None:
+        """What is appended next is another document, and starts a block of its own."""
+        self.check_length(-(-self.n_tokens // self.history.block_size) * self.history.block_size)
+        if self.pending:
+            self._store_pending()
+        self.history.end_source()
+        self._index_keys()
+        self.asked = True
+
+    def _store_pending(self) -> None:
+        self.history.append(torch.tensor(self.pending, dtype=torch.int64))
+        self.pending = []
+        self._index_keys()
+
+    def check_growth(self, max_tokens: int) -> None:
+        """Refuse to generate max_tokens when the history would outgrow the budget on the way."""
+        K, end = self.history.block_size, self.n_tokens + max_tokens
+        for n_tokens in (*range((self.n_tokens // K + 1) * K - 1, end, K), end):  # a block is largest before it is complete
+            self.check_length(n_tokens)
+
+    def check_length(self, n_tokens: int) -> None:
+        """Refuse a history that the budget cannot show with one block raw, with the numbers."""
+        try:
+            check_feasible(n_tokens, self.pool.focus_config)
+        except UserError as e:
+            untrained = self.pool.untrained and self.pool.config.untrained == "refuse"
+            hint = f" (LOD{self.pool.untrained[0]} and above were not trained; --mc_untrained=report shows them)" if untrained else ""
+            raise UserError(f"{e}{hint}") from None
+
+    def resume(self, meta: dict, tensors: dict[str, Tensor]) -> None:
+        """Continue where a state was taken; `SessionPool.restore` has checked it."""
+        focus, cache, slot = meta["focus"], self.pool.cache, tensors["slot"]
+        self.pending = list(meta["pending"])
+        self._restart(PathEdits(self.pool.focus_config, focus["n_tokens"], focus["refocuses"], {tuple(node) for node in focus["expanded"]},
+                                {(lod, index): at for lod, index, at in focus["changed"]}, set(focus["pruned"])))
+        self._index_keys()
+        self.scores, self.last_edits = {block: score for block, score in meta["scores"]}, Edits(**meta["last_edits"])
+        for name in ("asked", "recut", "n_read", "cut_tokens", "kept", "computed"):
+            setattr(self, name, meta[name])
+        self.cut_lod, self.cut_index = tensors["cut_lod"].numpy(), tensors["cut_index"].numpy()
+        self.cached = _Cached(tensors["lod"].numpy(), tensors["index"].numpy(), slot.numpy())
+        self.free_slots = sorted(set(range(cache.spare)) - set(slot.tolist()))
+        for name in ("k", "v", "k_unshifted"):
+            if name in tensors:
+                getattr(cache, name)[:, self.row, slot] = tensors[name].to(cache.k)
+        for buffer, name in ((cache.x_unsmeared, "x_unsmeared"), (cache.centre_BM, "centre"), (cache.bias_BM, "bias")):
+            if name in tensors:
+                buffer[self.row, slot] = tensors[name].to(buffer)
+        self.last_hidden_D = tensors["last_hidden"].to(self.pool.device) if "last_hidden" in tensors else None
+        self.generator.set_state(tensors["rng"])
+
+    def _index_keys(self) -> None:
+        store = self.history.store
+        while (known := self.search.n_blocks) < (blocks := store.n_nodes(1)):
+            self.search.append(store.keys(torch.arange(known, min(known + 65536, blocks))))
+
+    def _tail(self) -> Tensor:
+        """[1, ≤ tail, D] embeddings of the last tokens, as the lens reads them."""
+        count = self.pool.mc.lensnet.config.tail + LOCAL_MEAN
+        stored = torch.arange(max(self.n_tokens - count, 0), self.history.n_tokens)
+        ids = torch.cat([self.history.store.tokens(stored), torch.tensor(self.pending, dtype=torch.int64)])[-count:].to(self.pool.device)
+        return (self.pool.gpt.embed(ids.clamp_min(0)) * (ids != VOID)[:, None])[None]
+
+    # -- focus ------------------------------------------------------------------------------------------------------------
+
+    def refocus(self) -> Edits:
+        """Choose anew what is shown, by the last tokens. Costs only its scoring when nothing changes."""
+        if not self.n_tokens:
+            raise UserError("nothing to focus on: the session is empty")
+        timing, focus, c = self.pool.timing, self.focus, self.pool.focus_config
+        with timing("lens"):
+            blocks = self.history.store.n_nodes(1)
+            fresh = range(max(blocks - c.budget // c.block_size - 1, 0), blocks)
+            also = sorted({index for lod, index in focus.expanded if lod == 1} | set(fresh))
+            index_N, logits_N = torch.empty(0, dtype=torch.int64), torch.empty(0)
+            if blocks:
+                with torch.inference_mode():
+                    index_N, logits_N = self.search.top(self._tail(), self.n_tokens, self.pool.config.candidates, torch.tensor(also))
+        with timing("allocator"):
+            focus.pruned = set(index_N[~self.history.store.has_detail(index_N)].tolist()) if blocks else set()
+            logits = dict(zip(index_N.tolist(), logits_N.tolist()))
+            focus.advance(self.n_tokens, set(logits))
+            self.scores = self._scores(logits)
+            self.last_edits = edits = focus.refocus(self.scores)
+            before, after = self._shown(), focus.cut()
+            self.recut |= not all(map(np.array_equal, before, after))
+            (self.cut_lod, self.cut_index), self.cut_tokens = after, focus.n_tokens
+        self.asked = False
+        return edits
+
+    def _shown(self) -> tuple[np.ndarray, np.ndarray]:
+        """(lod, index) of all that is shown: the cut, and the tokens since."""
+        new = np.arange(self.cut_tokens, self.n_tokens)
+        return np.concatenate([self.cut_lod, np.zeros_like(new)]), np.concatenate([self.cut_index, new])
+
+    def _scores(self, logits: dict[int, float]) -> dict[int, float]:
+        """Focus scores in [−1, 1]: the price λ lies between the logits of the blocks that fit and of the next one."""
+        focus, c = self.focus, self.pool.focus_config
+        levels = max(sum(c.block_size ** lod <= focus.n_tokens for lod in range(1, c.max_lod + 1)), 1)
+        protected = sum(focus.protected(node) for node in focus.expanded)
+        tail = set(focus.tail_blocks())
+        rivals = sorted((x for block, x in logits.items() if block not in tail and block not in focus.pruned), reverse=True)
+        room = max((focus.free(c.soft_budget) + len(focus.expanded) - protected) // levels, 1)
+        if not rivals:
+            price = 0.0
+        elif len(rivals) > room:
+            price = (rivals[room - 1] + rivals[room]) / 2
+        else:
+            price = rivals[-1] - 1.0
+        values = focus_scores(torch.tensor(list(logits.values()), dtype=torch.float64), torch.tensor(price, dtype=torch.float64))
+        return dict(zip(logits, values.tolist()))
+
+    @property
+    def due(self) -> bool:
+        """Whether a refocus comes before the next token."""
+        return self.asked or self.n_tokens - self.focus.n_tokens >= self.pool.interval
+
+    def missing(self) -> Missing:
+        """The entries that are shown and not in the cache, with slots for them; the slots of what is no longer shown are free."""
+        if not self.n_tokens:
+            raise UserError("the session is empty: begin with at least one token")
+        read, cached, recut = self.n_read, self.cached, self.recut
+        if recut:
+            lod, index = self._shown()
+            ids = self._ids(lod, index)
+            shown = (lod > 0) | (ids != VOID)
+            lod, index, ids = lod[shown], index[shown], ids[shown]
+            slot = self._slots_kept(lod, index)
+            run = slot < 0
+            gone = np.setdiff1d(cached.slot, slot)
+            self.pool.cache.clear(self.row, torch.from_numpy(gone).to(self.pool.device))
+            self.free_slots.extend(gone.tolist())
+            self.kept, self.computed = len(run) - int(run.sum()), int(run.sum())
+        else:
+            new = np.arange(read, self.n_tokens)
+            lod, index = np.concatenate([cached.lod, np.zeros_like(new)]), np.concatenate([cached.index, new])
+            ids = np.concatenate([np.full_like(cached.lod, VOID), self._ids(np.zeros_like(new), new)])
+            slot = np.concatenate([cached.slot, np.full_like(new, -1)])
+            run = slot < 0
+        slot[run] = [self.free_slots.pop() for _ in range(run.sum())]
+        before, lod_before, index_before = (np.concatenate([[-1], x[:-1]]) for x in (slot, lod, index))
+        linked = (lod == 0) & (lod_before == 0) & (index == index_before + 1)
+        self.cached, self.n_read, self.recut = _Cached(lod, index, slot), self.n_tokens, False
+        gists = self.history.gists(torch.from_numpy(lod[run]), torch.from_numpy(index[run])) if lod[run].any() else None
+        return Missing(lod[run], index[run], ids[run], slot[run], before[run], linked[run], gists, recut)
+
+    def _slots_kept(self, lod: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """The slot of each entry whose KV in the cache stays; −1 for those to be run."""
+        K, cached = self.history.block_size, self.cached
+        if not len(cached.lod):
+            return np.full_like(lod, -1)
+        place = np.searchsorted(cached.index * K ** cached.lod, index * K ** lod).clip(max=len(cached.lod) - 1)
+        same = (cached.lod[place] == lod) & (cached.index[place] == index)
+        if self.pool.config.kv_policy == "exact":
+            same &= np.minimum.accumulate(same & (place == np.arange(len(lod))))
+            if self.pool.mc.config.positions == "contiguous" and not same[:len(cached.lod)].all():
+                same[:] = False  # the number of entries decides where each stands
+        return np.where(same, cached.slot[place], -1)
+
+    def _ids(self, lod: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Token ids of raw entries; VOID for gists, and where a source has ended."""
+        ids, stored = np.full_like(lod, VOID), self.history.n_tokens
+        early, late = (lod == 0) & (index < stored), (lod == 0) & (index >= stored)
+        ids[early] = self.history.store.tokens(torch.from_numpy(index[early])).numpy()
+        ids[late] = np.array(self.pending, dtype=np.int64)[index[late] - stored]
+        return ids
+
+    # -- decoding ---------------------------------------------------------------------------------------------------------
+
+    def generate(self, max_tokens: int, *, temperature: float = 1.0, top_k: int | None = None, seed: int | None = None,
+                 stop_ids: Sequence[int] = ()) -> Iterator[int]:
+        """The next tokens, one by one, each part of the history when it is given out; as `SessionPool.generate`."""
+        steps = self.pool.generate([self], max_tokens, temperature=temperature, top_k=top_k, seed=seed, stop_ids=stop_ids)
+        return (token for (token,) in steps)
+
+    def logits(self) -> Tensor:
+        """[V] of the next token, given all that has come; after a refocus if one is due."""
+        if self.due:
+            self.refocus()
+        self.pool.catch_up([self])
+        with torch.inference_mode():
+            return self.pool.gpt.logits(self.last_hidden_D)
+
+    def score(self, tokens: Sequence[int] | Tensor) -> Tensor:
+        """[N, V] logits at which each of these tokens would have been drawn, read as if they were generated: with a refocus
+        first if the user has appended, and then every `interval` tokens. They are history afterwards."""
+        left, parts = torch.as_tensor(tokens, dtype=torch.int64).cpu(), []
+        self.history.check_ids(left)
+        self.check_length(self.n_tokens + len(left))
+        while len(left):
+            parts.append(self.logits()[None])
+            piece = left[:self.pool.interval - (self.n_tokens - self.focus.n_tokens)]
+            left = left[len(piece):]
+            self.ingest(piece.tolist())
+            (hidden_SD,) = self.pool.catch_up([self])
+            with torch.inference_mode():
+                parts.append(self.pool.gpt.logits(hidden_SD[:-1]))
+        return torch.cat(parts)
+
+    def ingest(self, tokens: list[int]) -> None:
+        """Generated tokens: part of the history at once, stored when they complete a block."""
+        self.pending += tokens
+        if self.n_tokens // self.history.block_size > self.history.n_tokens // self.history.block_size:
+            with self.pool.timing("ingest"):
+                self._store_pending()
+
+    # -- what it is ---------------------------------------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        return Status(self.n_tokens, dict(sorted(Counter(self._shown()[0].tolist()).items())), self.focus.n_tokens, self.last_edits)
+
+    def explain(self) -> list[Shown]:
+        """The working context as a table: every gist, and the raw tokens block by block, with the reason."""
+        K, focus, lines = self.history.block_size, self.focus, []
+        for at, i in zip(*(x.tolist() for x in self._shown())):
+            start, block = i * K ** at, i if at == 1 else i // K
+            score = self.scores.get(block) if at < 2 else None
+            if at == 0 and lines and lines[-1].lod == 0 and lines[-1].start // K == block:
+                lines[-1] = lines[-1]._replace(tokens=lines[-1].tokens + 1, entries=lines[-1].entries + 1)
+                continue
+            if at == 0:
+                recent = start + K > focus.n_tokens - focus.cfg.recent
+                why = "recent tokens" if recent else "detail the lens asks for" if score is not None and score > 0 else "detail, until something else needs its place"
+            elif at == 1 and block in focus.pruned:
+                why = "gist: its tokens were pruned"
+            else:
+                why = f"gist of LOD{at}, which was not trained" if at in self.pool.untrained else "gist"
+            lines.append(Shown(start, K ** at, 1, at, score, why))
+        return lines
+
+    def close(self) -> None:
+        """Give the place in the pool back."""
+        self.forget_cache()
+        self.pool.sessions.pop(self.row, None)
+
+    def state(self) -> SessionState:
+        """All that continues the session elsewhere. A history in memory is part of it; one on disk is named by its length."""
+        cache, slot = self.pool.cache, torch.from_numpy(self.cached.slot).to(self.pool.device)
+        tensors = {"cut_lod": torch.from_numpy(self.cut_lod), "cut_index": torch.from_numpy(self.cut_index), "slot": torch.from_numpy(self.cached.slot),
+                   "lod": torch.from_numpy(self.cached.lod), "index": torch.from_numpy(self.cached.index), "rng": self.generator.get_state(),
+                   "k": cache.k[:, self.row, slot], "v": cache.v[:, self.row, slot]}
+        if cache.k_unshifted is not None:
+            tensors["k_unshifted"] = cache.k_unshifted[:, self.row, slot]
+        if cache.x_unsmeared is not None:
+            tensors["x_unsmeared"] = cache.x_unsmeared[self.row, slot]
+        tensors["centre"], tensors["bias"] = cache.centre_BM[self.row, slot], cache.bias_BM[self.row, slot]
+        if self.last_hidden_D is not None:
+            tensors["last_hidden"] = self.last_hidden_D
+        if isinstance(self.history.store, RamStore):
+            tensors["history"] = self.history.store.tokens(torch.arange(self.history.n_tokens))
+        focus = self.focus
+        meta = {"version": STATE_VERSION, "model": self.pool.fingerprint, "config": asdict(self.pool.config), "n_stored": self.history.n_tokens,
+                "pending": self.pending, "asked": self.asked, "recut": self.recut, "n_read": self.n_read, "cut_tokens": self.cut_tokens, "kept": self.kept, "computed": self.computed,
+                "scores": list(self.scores.items()), "last_edits": asdict(self.last_edits),
+                "focus": {"n_tokens": focus.n_tokens, "refocuses": focus.refocuses, "expanded": sorted(focus.expanded),
+                          "changed": sorted([*node, at] for node, at in focus.changed.items()), "pruned": sorted(focus.pruned)}}
+        return SessionState(meta, {name: t.detach().cpu().clone() for name, t in tensors.items()})
