@@ -224,8 +224,6 @@ class SessionPool:
     @torch.inference_mode()
     def catch_up(self, sessions: Sequence["Session"]) -> list[Tensor]:
         """Run every entry that is shown and not in the cache. Hidden states [S, D] of those entries for each session."""
-        if len({s.row for s in sessions}) != len(sessions) or any(self.sessions.get(s.row) is not s for s in sessions):
-            raise UserError("a session takes part once in a pass, and only in its own pool, until it is closed")
         order = sorted(range(len(sessions)), key=lambda i: sessions[i].row)
         work = [sessions[i].missing() for i in order]
         counts = [len(w.lod) for w in work]
@@ -247,7 +245,7 @@ class SessionPool:
         return out
 
     def step(self, sessions: Sequence["Session"], temperature: float = 1.0, top_k: int | None = None) -> list[int]:
-        """The next token of each session, drawn by its own generator, and part of its history afterwards."""
+        """One step of `generate`: the next token of each session, drawn by its own generator, and part of its history afterwards."""
         for session in sessions:
             session.check_length(session.n_tokens + 1)
         for session in sessions:
@@ -272,6 +270,8 @@ class SessionPool:
         UserError, before anything runs, as the engine, for an empty session, and for a history that would outgrow the budget.
         """
         check_sampling(self.gpt.config.vocab_size, max_tokens, temperature, top_k, stop_ids)
+        if len({session.row for session in sessions}) != len(sessions) or any(self.sessions.get(s.row) is not s for s in sessions):
+            raise UserError("a session takes part once, and only in its own pool until it is closed")
         for session in sessions:
             if not session.n_tokens:
                 raise UserError("the session is empty: begin with at least one token (bos, for text from nothing)")
@@ -343,12 +343,12 @@ class Session:
         self.history = History(pool.gpt, pool.mc, store)
         self.pending: list[int] = []
         self.generator = torch.Generator(pool.device).manual_seed(seed)
-        self._restart(PathEdits(pool.focus_config))
         self.check_length(self.n_tokens)
-        self._index_keys()
+        self._restart(PathEdits(pool.focus_config))
 
     def _restart(self, focus: PathEdits) -> None:
-        self.search = KeySearch(self.pool.mc.lensnet)
+        self.search = KeySearch(self.pool.mc.lensnet, self.history.store.keys)
+        self.search.grow(self.history.store.n_nodes(1))
         self.focus, self.scores, self.last_edits = focus, {}, Edits()
         self.cut_lod, self.cut_index, self.cut_tokens = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), 0
         self.asked = self.n_tokens > 0  # appended to since the last refocus
@@ -385,7 +385,7 @@ class Session:
         self.check_length(self.n_tokens + len(ids_N))
         self.history.append(torch.cat([torch.tensor(self.pending, dtype=torch.int64), ids_N]))
         self.pending = []
-        self._index_keys()
+        self.search.grow(self.history.store.n_nodes(1))
         self.asked = True
 
     def end_source(self) -> None:
@@ -394,13 +394,13 @@ class Session:
         if self.pending:
             self._store_pending()
         self.history.end_source()
-        self._index_keys()
+        self.search.grow(self.history.store.n_nodes(1))
         self.asked = True
 
     def _store_pending(self) -> None:
         self.history.append(torch.tensor(self.pending, dtype=torch.int64))
         self.pending = []
-        self._index_keys()
+        self.search.grow(self.history.store.n_nodes(1))
 
     def check_growth(self, max_tokens: int) -> None:
         """Refuse to generate max_tokens when the history would outgrow the budget on the way."""
@@ -423,7 +423,6 @@ class Session:
         self.pending = list(meta["pending"])
         self._restart(PathEdits(self.pool.focus_config, focus["n_tokens"], focus["refocuses"], {tuple(node) for node in focus["expanded"]},
                                 {(lod, index): at for lod, index, at in focus["changed"]}, set(focus["pruned"])))
-        self._index_keys()
         self.scores, self.last_edits = {block: score for block, score in meta["scores"]}, Edits(**meta["last_edits"])
         for name in ("asked", "recut", "n_read", "cut_tokens", "kept", "computed"):
             setattr(self, name, meta[name])
@@ -438,11 +437,6 @@ class Session:
                 buffer[self.row, slot] = tensors[name].to(buffer)
         self.last_hidden_D = tensors["last_hidden"].to(self.pool.device) if "last_hidden" in tensors else None
         self.generator.set_state(tensors["rng"])
-
-    def _index_keys(self) -> None:
-        store = self.history.store
-        while (known := self.search.n_blocks) < (blocks := store.n_nodes(1)):
-            self.search.append(store.keys(torch.arange(known, min(known + 65536, blocks))))
 
     def _tail(self) -> Tensor:
         """[1, ≤ tail, D] embeddings of the last tokens, as the lens reads them."""
@@ -523,8 +517,10 @@ class Session:
             self.kept, self.computed = len(run) - int(run.sum()), int(run.sum())
         else:
             new = np.arange(read, self.n_tokens)
+            new_ids = self._ids(np.zeros_like(new), new)
+            new, new_ids = new[new_ids != VOID], new_ids[new_ids != VOID]
             lod, index = np.concatenate([cached.lod, np.zeros_like(new)]), np.concatenate([cached.index, new])
-            ids = np.concatenate([np.full_like(cached.lod, VOID), self._ids(np.zeros_like(new), new)])
+            ids = np.concatenate([np.full_like(cached.lod, VOID), new_ids])
             slot = np.concatenate([cached.slot, np.full_like(new, -1)])
             run = slot < 0
         slot[run] = [self.free_slots.pop() for _ in range(run.sum())]
