@@ -12,6 +12,7 @@ history at the next `commit`, all together. The raw tokens of a block can be giv
 Shapes: N records asked for, D width of the base, P lens keys per block, C width of a key.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -101,6 +102,10 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Commit, and let go of files and locks. The store is not used afterwards."""
+        ...
+
+    def snapshot(self) -> "Store":
+        """What the last commit left, for reading: the same whatever is done to this store. Close it after use."""
         ...
 
     def tokens(self, index_N: Tensor) -> Tensor:
@@ -215,6 +220,10 @@ class RamStore:
 
     def close(self) -> None:
         pass
+
+    def snapshot(self) -> "RamStore":
+        """A copy."""
+        return copy.deepcopy(self)
 
     def rewrite_tokens(self, start: int, ids_N: Tensor) -> None:
         check_not_erased(self, start, len(ids_N))
