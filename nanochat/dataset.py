@@ -200,7 +200,7 @@ class Corpus:
         for path in self.files:
             if self._last_shard and not self._in_split(path, 0, split):
                 continue
-            for row, document in enumerate(_read(path, self.root, self.text_column)):
+            for row, document in enumerate(read_documents(path, self.root, self.text_column)):
                 if document.text.strip() and self._in_split(path, row, split):
                     found = True
                     yield document
@@ -226,7 +226,7 @@ def _parquet_errors(path: Path) -> Iterator[None]:
         raise UserError(f"damaged parquet file {path} ({str(e).splitlines()[0][:100]}); delete it or fetch it again") from None
 
 
-def _read(path: Path, root: Path, column: str) -> Iterator[Document]:
+def read_documents(path: Path, root: Path, column: str) -> Iterator[Document]:
     source, kind = path.relative_to(root).as_posix(), "code" if path.suffix == ".py" else "text"
     if path.suffix == ".parquet":
         yield from _read_parquet(path, source, kind, column)
