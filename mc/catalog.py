@@ -29,7 +29,8 @@ from nanochat.common import UserError
 
 FILE = "catalog.sqlite"
 VERSION, APPLICATION_ID = 1, 0x4D435458  # "MCTX"
-MAX_BUFFERED = 1 << 20  # entries counted before they are summed up in memory
+MAX_BUFFERED = 1 << 20  # entries counted before they are written
+LOD_SHIFT = 48
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE sources (
@@ -104,9 +105,7 @@ class Edit:
     inserted: int
     stop_block: int  # first block behind the source before the edit
     shift: int  # blocks by which what follows the source moves
-    padded: bool  # void slots fill the source's last block
-    n_before: int  # slots of the store before and after
-    n_after: int
+    version: int  # of the store, before the edit is committed
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ class Catalog:
         self.block_size, self.read_only = block_size, read_only
         self.path = None if folder is None else Path(folder) / FILE
         self._where = str(self.path or "in memory")
-        self._accessed: list[Tensor] = []  # int64 [2, N]: lod, index
+        self._accessed: list[Tensor] = []  # int64 [N]: lod · 2^48 + index
         self._buffered = 0
         self._sensed: list[tuple[int, int, float]] = []
         with _errors(self._where):
@@ -304,32 +303,28 @@ class Catalog:
 
     def count_access(self, lod_N: Tensor, index_N: Tensor) -> None:
         """A working context shows these entries, in their order. Raw tokens count for their block, once."""
-        block_N = torch.where(lod_N == 0, index_N // self.block_size, index_N)
-        self._accessed.append(torch.unique_consecutive(torch.stack([lod_N, block_N]).cpu(), dim=1))
-        self._buffered += self._accessed[-1].shape[1]
+        node_N = (lod_N << LOD_SHIFT) + torch.where(lod_N == 0, index_N // self.block_size, index_N)
+        self._accessed.append(torch.unique_consecutive(node_N.cpu()))
+        self._buffered += len(self._accessed[-1])
         if self._buffered > MAX_BUFFERED:
-            self._sum_up()
+            self.flush()
 
     def count_sensitivity(self, lod: int, index: int, delta_nll: float) -> None:
         """One measurement: NLL without the node (lod 0: the detail of block `index`) minus NLL with it [nats]."""
         self._sensed.append((lod, index, delta_nll))
 
-    def _sum_up(self) -> None:
-        """Write what the buffers hold."""
+    def flush(self) -> None:
+        """Write the statistics counted so far, in one transaction."""
         if not self._accessed and not self._sensed:
             return
         accessed, sensed, self._accessed, self._sensed, self._buffered = self._accessed, self._sensed, [], [], 0
         with self._transaction() as db:
             if accessed:
-                nodes, counts = torch.cat(accessed, 1).unique(dim=1, return_counts=True)
-                db.executemany("INSERT INTO nodes (lod, idx, accesses) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET accesses = accesses + excluded.accesses",
-                               zip(*nodes.tolist(), counts.tolist()))
+                node_N, counts = torch.cat(accessed).unique(return_counts=True)
+                rows = zip((node_N >> LOD_SHIFT).tolist(), (node_N & (1 << LOD_SHIFT) - 1).tolist(), counts.tolist())
+                db.executemany("INSERT INTO nodes (lod, idx, accesses) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET accesses = accesses + excluded.accesses", rows)
             db.executemany("INSERT INTO nodes (lod, idx, sensitivity, measured) VALUES (?, ?, ?, 1) ON CONFLICT DO UPDATE SET "
                            "sensitivity = sensitivity + excluded.sensitivity, measured = measured + 1", sensed)
-
-    def flush(self) -> None:
-        """Write the statistics counted so far, in one transaction."""
-        self._sum_up()
 
     def set_variance(self, lod: int, index_N: Tensor, variance_N: Tensor) -> None:
         """Gist variance of nodes of a level."""
@@ -390,13 +385,13 @@ class Catalog:
         with self._transaction() as db:
             db.execute("DELETE FROM intent")
 
-    def finish_edit(self, tokens: int, report: dict) -> None:
-        """The announced edit is committed; its source now has `tokens`. Everything that is known moves with what it is known about."""
-        edit = Edit(**json.loads(self._rows("SELECT edit FROM intent")[0][0]))
+    def finish_edit(self, report: dict) -> None:
+        """The announced edit is committed. Everything that is known moves with what it is known about."""
+        edit = self._intended()
         grown, K = edit.inserted - edit.removed, self.block_size
         first_block = self.source(edit.source).start // K + edit.start // K
         with self._transaction() as db:
-            db.execute("UPDATE sources SET tokens = ?, edits = edits + 1 WHERE id = ?", (tokens, edit.source))
+            db.execute("UPDATE sources SET tokens = tokens + ?, edits = edits + 1 WHERE id = ?", (grown, edit.source))
             for column in ("start", "stop"):
                 db.execute(f"UPDATE tags SET {column} = max({column} + ?, ?) WHERE source = ? AND {column} >= ?",
                            (grown, edit.start, edit.source, edit.start + edit.removed))
@@ -454,24 +449,20 @@ class Catalog:
         return notes
 
     def _settle_edit(self, store: Store) -> str:
-        edit = Edit(**json.loads(self._rows("SELECT edit FROM intent")[0][0]))
-        what = f"an edit of source {edit.source} was interrupted"
-        if edit.shift and store.n_tokens == edit.n_before:
+        edit = self._intended()
+        if store.version == edit.version:
             self.abandon_edit()
-            return f"{what}: undone"
-        source = self.source(edit.source)
-        tokens = self._tokens_in(store, source, (edit.stop_block + edit.shift) * self.block_size)
-        if not edit.shift and tokens == source.tokens and edit.inserted != edit.removed:
-            self.abandon_edit()
-            return f"{what}: undone"
-        self.finish_edit(tokens, {"interrupted": True})
-        return f"{what}: its blocks are as they were committed, before or after it" if not edit.shift and edit.inserted == edit.removed else f"{what}: finished"
+            return f"an edit of source {edit.source} was interrupted before its commit: undone"
+        self.finish_edit({"interrupted": True})
+        return f"an edit of source {edit.source} was interrupted after its commit: finished"
 
-    def _tokens_in(self, store: Store, source: Source, stop: int | None = None) -> int:
-        """Tokens of a source by what the store holds: up to `stop`, the next source or the end, void slots of its last block left out."""
-        if stop is None:
-            after = self._rows("SELECT min(start) FROM sources WHERE (start, id) > (?, ?)", source.start, source.id)[0][0]
-            stop = store.n_tokens if after is None else min(after, store.n_tokens)
+    def _intended(self) -> Edit:
+        return Edit(**json.loads(self._rows("SELECT edit FROM intent")[0][0]))
+
+    def _tokens_in(self, store: Store, source: Source) -> int:
+        """Tokens of a source by what the store holds: up to the next source or the end, void slots of its last block left out."""
+        after = self._rows("SELECT min(start) FROM sources WHERE (start, id) > (?, ?)", source.start, source.id)[0][0]
+        stop = store.n_tokens if after is None else min(after, store.n_tokens)
         tail = torch.arange(max(stop - self.block_size, source.start), stop)
         return stop - source.start - int((store.tokens(tail) == VOID).sum())
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from mc.catalog import Catalog, Edit
+from mc.catalog import Catalog, Edit, Source
 from mc.history import History
 from mc.mega_context import MAX_BLOCKS
 from mc.storage import ERASED, KEPT, VOID, Store
@@ -46,22 +46,21 @@ def edit_source(history: History, catalog: Catalog, source: int, start: int, rem
     begin = time.perf_counter()
     ids_N = ids_N.cpu().long()
     history.check_ids(ids_N)
-    edit = _plan(history, catalog, source, start, removed, ids_N)
-    first_slot = catalog.source(source).start + start
+    where = catalog.source(source)
+    edit, padded = _plan(history, where, start, removed, ids_N)
     catalog.begin_edit(edit)
     try:
         if removed == len(ids_N):
-            written = _replace(history, first_slot, ids_N)
+            written = _replace(history, where.start + start, ids_N)
         else:
-            written = _rechunk(history, edit, first_slot, ids_N)
+            written = _rechunk(history, edit, padded, where.start + start, ids_N)
         history.store.commit()
     except BaseException:
-        if history.store.n_tokens == edit.n_before:  # nothing of it was committed
+        if history.store.version == edit.version:
             catalog.abandon_edit()
         raise
-    moved = max(edit.n_before // history.block_size - edit.stop_block, 0) if edit.shift else 0
-    report = EditReport(source, dict(written.nodes), moved, written.bytes, time.perf_counter() - begin)
-    catalog.finish_edit(catalog.source(source).tokens + len(ids_N) - removed, asdict(report))
+    report = EditReport(source, dict(written.nodes), written.moved, written.bytes, time.perf_counter() - begin)
+    catalog.finish_edit(asdict(report))
     if catalog.count("tombstones"):
         catalog.set_tombstones(pruned_blocks(history.store))
     return report
@@ -72,8 +71,9 @@ def pruned_blocks(store: Store):
     return ~store.has_detail(torch.arange(store.n_nodes(1))).numpy()
 
 
-def _plan(history: History, catalog: Catalog, source: int, start: int, removed: int, ids_N: Tensor) -> Edit:
-    K, n, where = history.block_size, history.n_tokens, catalog.source(source)
+def _plan(history: History, where: Source, start: int, removed: int, ids_N: Tensor) -> tuple[Edit, bool]:
+    """What to do, and whether void slots fill the source's last block."""
+    K, n, source = history.block_size, history.n_tokens, where.id
     if not (0 <= start <= where.tokens and 0 <= removed <= where.tokens - start):
         raise UserError(f"tokens [{start}, {start + removed}) of source {source}, which has {where.tokens}: give a range inside")
     if not removed and not len(ids_N):
@@ -92,15 +92,14 @@ def _plan(history: History, catalog: Catalog, source: int, start: int, removed: 
     shift = -(-tokens // K) - len(where.blocks(K))
     # The last source may still grow: then no void slots follow its tokens.
     padded = where.stop(K) <= n and (where.complete or where.stop(K) < n or where.tokens % K > 0)
-    n_after = n + (shift * K if padded else len(ids_N) - removed)
-    return Edit(source, start, removed, len(ids_N), stop_block, shift, padded, n, n_after)
+    return Edit(source, start, removed, len(ids_N), stop_block, shift, history.store.version), padded
 
 
 class _Written:
     """Counts what is written to a store."""
 
     def __init__(self, store: Store):
-        self.format, self.nodes, self.bytes = store.format, Counter(), 0
+        self.format, self.nodes, self.moved, self.bytes = store.format, Counter(), 0, 0
 
     def tokens(self, count: int) -> None:
         self.bytes += 4 * count
@@ -133,17 +132,17 @@ def _replace(history: History, first_slot: int, ids_N: Tensor) -> _Written:
     return written
 
 
-def _rechunk(history: History, edit: Edit, first_slot: int, ids_N: Tensor) -> _Written:
+def _rechunk(history: History, edit: Edit, padded: bool, first_slot: int, ids_N: Tensor) -> _Written:
     """More or fewer tokens than before: the source from the edited block to its end, and what follows where that moves."""
     store, K, written = history.store, history.block_size, _Written(history.store)
-    old, first, n = store.snapshot(), first_slot // K, edit.n_before
+    old, first, n = store.snapshot(), first_slot // K, store.n_tokens
     stop = min(edit.stop_block * K, n)
     tail_N, at = old.tokens(torch.arange(first * K, stop)), first_slot - first * K
     tail_N = torch.cat([tail_N[:at], ids_N, tail_N[at + edit.removed:]])
     tail_N = tail_N[tail_N != VOID]
-    if edit.padded:
+    if padded:
         tail_N = torch.cat([tail_N, torch.full((-len(tail_N) % K,), VOID)])
-    if not edit.shift and edit.padded:
+    if not edit.shift and padded:
         old.close()
         return _replace(history, first * K, tail_N)
     before = Counter({lod: first // K ** (lod - 1) for lod in range(1, history.max_lod + 1)})
@@ -159,9 +158,9 @@ def _rechunk(history: History, edit: Edit, first_slot: int, ids_N: Tensor) -> _W
     rest = torch.arange(min(max(edit.stop_block, n // K) * K, n), n)
     store.append_tokens(old.tokens(rest))
     old.close()
-    moved = max(n // K - edit.stop_block, 0)
+    written.moved = max(n // K - edit.stop_block, 0)
     written.tokens(store.n_tokens - first * K)
-    written.records(1, moved)
+    written.records(1, written.moved)
     for lod in range(1, history.max_lod + 1):
-        written.made(lod, store.n_nodes(lod) - before[lod] - (moved if lod == 1 else 0))
+        written.made(lod, store.n_nodes(lod) - before[lod] - (written.moved if lod == 1 else 0))
     return written

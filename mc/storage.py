@@ -46,6 +46,11 @@ class Store(Protocol):
     format: StoreFormat
 
     @property
+    def version(self) -> int:
+        """Grows with every commit that holds an edit."""
+        ...
+
+    @property
     def n_tokens(self) -> int:
         """Slots of LOD0, void ones included."""
         ...
@@ -105,7 +110,7 @@ class Store(Protocol):
         ...
 
     def snapshot(self) -> "Store":
-        """What the last commit left, for reading: the same whatever is done to this store. Close it after use."""
+        """Commit; then what the store holds, for reading: it stays so whatever is done to this store. Close it after use."""
         ...
 
     def tokens(self, index_N: Tensor) -> Tensor:
@@ -189,7 +194,7 @@ class _Records:
 
 
 class RamStore:
-    """A history in memory; gone with the process. What is changed is changed at once: `commit` does nothing."""
+    """A history in memory; gone with the process. What is changed is changed at once: `commit` only counts versions."""
 
     def __init__(self, format: StoreFormat):
         self.format = format
@@ -197,6 +202,7 @@ class RamStore:
         self._keys = _Records((format.n_keys, format.key_dim), format.read_dtype)
         self._levels: dict[int, _Records] = {}
         self._detail = Detail()
+        self.version, self._edited = 0, False
 
     @property
     def n_tokens(self) -> int:
@@ -216,7 +222,8 @@ class RamStore:
         level.append(self._stored(gists_ND))
 
     def commit(self) -> None:
-        pass
+        self.version += self._edited
+        self._edited = False
 
     def close(self) -> None:
         pass
@@ -227,15 +234,18 @@ class RamStore:
 
     def rewrite_tokens(self, start: int, ids_N: Tensor) -> None:
         check_not_erased(self, start, len(ids_N))
+        self._edited = True
         self._tokens.rewrite(start, ids_N)
 
     def rewrite_nodes(self, lod: int, start: int, gists_ND: Tensor, keys_NPC: Tensor | None = None) -> None:
         check_keys(lod, keys_NPC)
+        self._edited = True
         self._levels[lod].rewrite(start, self._stored(gists_ND))
         if keys_NPC is not None:
             self._keys.rewrite(start, self._stored(keys_NPC))
 
     def truncate(self, lod: int, n: int) -> None:
+        self._edited = True
         if lod == 0:
             self._tokens.truncate(n)
             lod, n = 1, self.n_tokens // self.format.block_size
@@ -250,6 +260,7 @@ class RamStore:
         return self._detail.at(index_N)
 
     def set_detail(self, index_N: Tensor, state: int | Tensor) -> None:
+        self._edited = True
         self._detail.set(index_N, state)
         erased_N = index_N[self._detail.at(index_N) == ERASED]
         self._tokens.buffer[(erased_N[:, None] * self.format.block_size + torch.arange(self.format.block_size)).flatten()] = VOID
