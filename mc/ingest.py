@@ -194,7 +194,7 @@ class Ingest:
             self._planned = [] if self._planned[-1].complete else [Source(**{**vars(self._planned[-1]), "id": last})]
             self._hashes = {source.hash for source in self._planned}
         if self._buffered:
-            self.history.append_slots(torch.cat(self._slots))
+            self.history.fill(torch.cat(self._slots))
         self._slots, self._buffered = [], 0
 
     def finish(self) -> IngestReport:

@@ -96,7 +96,7 @@ def test_the_tree_is_that_of_one_append(opened, folder):
     run(opened, folder)
     history = opened[0]
     made = History(GPT, MC, RamStore(store_format(GPT, MC)))
-    made.append_slots(history.store.tokens(torch.arange(history.n_tokens)))
+    made.fill(history.store.tokens(torch.arange(history.n_tokens)))
     for lod in (1, 2, 3):
         count = made.store.n_nodes(lod)
         assert history.store.n_nodes(lod) == count > 0
@@ -112,11 +112,11 @@ class Dies(History):
 
     left = 0
 
-    def append_slots(self, ids_N):
+    def fill(self, ids_N):
         if self.left == 0:
             raise Killed
         self.left -= 1
-        super().append_slots(ids_N)
+        super().fill(ids_N)
 
 
 @pytest.mark.parametrize("piece", [1 << 20, 100])
