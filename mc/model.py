@@ -59,12 +59,13 @@ class MegaContext(nn.Module):
         return F.pad(bias, (1, 0))[lod]
 
     @torch.no_grad()
-    def lens_logits(self, embeds_BTD: Tensor, n_B: Tensor) -> Tensor:
-        """[B, N] what the lens wants to see of T // K blocks, having read the last tokens before n."""
+    def lens_logits(self, embeds_BTD: Tensor, n_B: Tensor, keys_BNPC: Tensor | None = None) -> Tensor:
+        """[B, N] what the lens wants to see of T // K blocks, having read the last tokens before n. keys: theirs, if at hand."""
         lens = self.lensnet
+        keys_BNPC = lens.keys(embeds_BTD) if keys_BNPC is None else keys_BNPC
         length = lens.config.tail + LOCAL_MEAN
         index = (n_B[:, None] - length + torch.arange(length, device=n_B.device)).clamp_min(0)
-        return lens.focus_logits(take(embeds_BTD, index), lens.keys(embeds_BTD), n_B)
+        return lens.focus_logits(take(embeds_BTD, index), keys_BNPC, n_B)
 
     def param_groups(self, lr_scale: float = 1.0) -> list[dict]:
         """Optimizer groups, as nanochat.optim takes them: "gistnet" (with the gist bias), and "lensnet", its matrices by Muon.

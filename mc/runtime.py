@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mc.config import POLICIES, MCConfig, to_dict
-from mc.evaluation import FocusComparison, plain_outcomes
+from mc.diagnostics import gist_statistics, probe, shares_by_lod, spread
 from mc.focus_allocator import check_feasible, utilization
 from mc.keyed_random import gumbel, uniform
 from mc.losses import distillation, lens_loss, lens_targets, row_mean
@@ -157,17 +157,15 @@ class MCController:
             self._pending = _Pending(captured, embeds.detach(), targets, weight)
         return StepResult(loss, metrics, embeds, primary)
 
-    @torch.no_grad()
-    def probe(self, gpt: GPT, batch) -> list[tuple[str, Tensor, dict]]:
-        """(metric, value, attributes) on a held-out micro-batch: ΔNLL@H with the whole history at each LOD, and by focus (D2)."""
+    def probe(self, gpt: GPT, batch) -> dict[str, Tensor]:
+        """What `mc.diagnostics.probe` finds on a held-out micro-batch."""
         n, end = self.history, self.history + self.config.horizon
-        tokens, targets = batch.inputs[:, :end], batch.targets[:, :end]
-        focus = FocusComparison(gpt, self.model, tokens, targets, n, self.seed, batch.rows)
-        plain = plain_outcomes(gpt, tokens, targets, n, self.config.budget)
-        shown = {f"lod{lod}": focus.at_lod(lod) for lod in self.meta()["trained_lods"]}
-        shown |= {policy: focus.outcome(focus.scores(policy)) for policy in ("random", "recency", "lens")} | {"window": plain["window"]}
-        return [("mc.val.delta_nll", (outcome.nll_B - plain["full"].nll_B).mean(), {"shown": name, "ratio": round(n / int(outcome.entries_B[0]))})
-                for name, outcome in shown.items()]
+        return probe(gpt, self.model, batch.inputs[:, :end], batch.targets[:, :end], n, self.seed, batch.rows, self.meta()["trained_lods"])
+
+    def networks(self) -> dict[str, list[torch.nn.Parameter]]:
+        """Parameters of each network, for the norms of their gradients."""
+        networks = {"gistnet": self.model.gistnet.parameters(), "lensnet": self.model.lensnet.parameters()}
+        return {name: found for name, params in networks.items() if (found := list(params))}  # the masked mean has none
 
     def lens_step(self, accumulation: int = 1, trace: Trace | None = None) -> Metrics:
         """Teach the lens from the pass whose backward has just run: adds to the lens's gradients only."""
@@ -192,7 +190,7 @@ class MCController:
         with timed(trace, metrics, "score"):
             n_R = self._splits(rows, step)
             tree, tokens, targets, rows, hidden, n_RV, variant = self._variants(tree, tokens, targets, rows, hidden, n_R)
-            scores = self._scores(tree, captured, chosen, rows, variant, n_RV, step, metrics)
+            scores, policy = self._scores(tree, captured, chosen, rows, variant, n_RV, step, metrics)
         with timed(trace, metrics, "focus"):
             cut, _ = self.model.allocator.cut(self.model.allocator.allocate(scores, n_RV))
             entries = with_continuation(cut, n_RV, c.horizon - 1)
@@ -222,7 +220,10 @@ class MCController:
         metrics["mc.loss.wc"] = row_mean(nll.detach(), ahead).mean()
         metrics["mc.delta_nll"] = delta.mean()
         metrics["mc.focus.utilization"] = utilization(entries_used(cut), n_RV, self.model.focus_config()).mean()
+        metrics |= shares_by_lod(cut, n_RV, c.max_lod) | gist_statistics(tree)
         best = loss_RV.detach().view(c.variants, -1).argmin(0) * len(n_R) + torch.arange(len(n_R), device=rows.device)
+        for i, name in enumerate(POLICIES):
+            metrics[f"mc.cuts.best.{name}"] = (policy[best] == i).float().mean()
         return loss_RV.mean(), Entries(*(x[best] for x in entries))
 
     def _splits(self, rows: Tensor, step: int) -> Tensor:
@@ -244,8 +245,8 @@ class MCController:
 
     @torch.no_grad()
     def _scores(self, tree: Tree, captured: list[Captured], chosen: slice, rows: Tensor, variant: Tensor, n: Tensor, step: int,
-                metrics: Metrics) -> Tensor:
-        """[RV, N] one row per row and variant, by a policy drawn from the mixture; a random number of blocks is left to show."""
+                metrics: Metrics) -> tuple[Tensor, Tensor]:
+        """[RV, N] one row per row and variant, by a policy drawn from the mixture; a random number of blocks is left to show. And the policies, [RV]."""
         c, count = self.config, tree.shape.counts[1]
         key = rows * self.config.variants + variant
         draw = uniform(key, 2, self.seed, "policy", step)
@@ -259,7 +260,7 @@ class MCController:
         scores = scores.masked_fill(end > (n - c.protected)[:, None], -torch.inf)  # the tail is shown anyway, the rest is the future
         for i, name in enumerate(POLICIES):
             metrics[f"mc.cuts.{name}"] = (policy == i).float().mean()
-        return scores.masked_fill(self._unwanted(scores, draw[:, 1]), -torch.inf)
+        return scores.masked_fill(self._unwanted(scores, draw[:, 1]), -torch.inf), policy[:, 0]
 
     def _unwanted(self, scores: Tensor, draw: Tensor) -> Tensor:
         """Mask all but the best m blocks: in three rows of four m is what the budget holds, else fewer, so that coarse cuts and
@@ -323,6 +324,7 @@ class MCController:
             hit = seen.argmax(-1) == target.argmax(-1)
             metrics["mc.loss.lens"] = loss.detach()
             metrics["mc.lens.hit"] = row_mean(hit, weight).mean()
+            metrics["mc.lens.spread"] = spread(logits, visible)
             entropy = row_mean(-(target * target.clamp_min(1e-9).log()).sum(-1), weight)
             metrics["mc.lens.teacher_entropy"] = entropy.mean()
         return loss

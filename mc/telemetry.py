@@ -1,8 +1,9 @@
 """The metrics MegaContext records, added to nanochat's registry on import."""
 
-from nanochat.recorder import DELTA_NATS, NATS, SECONDS, SHARES, Metric, register
+from nanochat.recorder import DELTA_NATS, NATS, NORMS, SECONDS, SHARES, Metric, one_two_five, register
 
 RUNTIME = "mc/runtime.py"
+TRAIN = "scripts/base_train.py"
 
 register(
     Metric("mc.loss.wc", "{nat}", "histogram", "NLL of the continuation's next H tokens given a training working context.", short="wc",
@@ -13,19 +14,112 @@ register(
            healthy="falls towards mc.lens.teacher_entropy", where=RUNTIME, buckets=NATS),
     Metric("mc.delta_nll", "{nat}", "histogram", "NLL given the working context minus NLL given the full context, same tokens.", short="ΔNLL",
            healthy="falls towards 0", where=RUNTIME, buckets=DELTA_NATS),
-    Metric("mc.val.delta_nll", "{nat}", "gauge", "ΔNLL@H on held-out rows by what is shown (whole history at a LOD, or a focus) and compression ratio.",
-           healthy="lens below window, random and recency", where=RUNTIME),
     Metric("mc.lens.hit", "1", "histogram", "Share of queries, weighted by what is to win, whose best block the lens ranks first.", short="hit",
            healthy="rises", where=RUNTIME, buckets=SHARES),
     Metric("mc.lens.teacher_entropy", "{nat}", "histogram", "Entropy of the teacher's distribution over blocks.",
            healthy="well below ln(blocks): the base looks at some blocks more than at others", where=RUNTIME, buckets=NATS),
-    Metric("mc.focus.utilization", "1", "histogram", "Entries used over the largest count reachable within the budget.",
-           healthy="above 0.8", where=RUNTIME, buckets=SHARES),
+    Metric("mc.focus.utilization", "1", "histogram", "Entries used by a training cut / the largest count reachable within the budget; one cut in four is coarse on purpose.",
+           healthy="above 0.8, 0.9 and more where every cut fills the budget", where=RUNTIME, buckets=SHARES),
     *(Metric(f"mc.cuts.{policy}", "1", "histogram", f"Share of working contexts chosen by the {policy} policy.",
              healthy="the share that --mc_cuts gives it", where=RUNTIME, buckets=SHARES)
       for policy in ("random", "recency", "lens", "teacher")),
+    *(Metric(f"mc.cuts.best.{policy}", "1", "histogram",
+             f"Share of rows whose lowest-loss working context was the {policy} policy's; / mc.cuts.{policy}: above 1 where that policy wins.",
+             healthy="lens and teacher above their mc.cuts share, with --mc_variants of 2 or more", where=RUNTIME, buckets=SHARES)
+      for policy in ("random", "recency", "lens", "teacher")),
+    Metric("mc.lens.spread", "{nat}", "histogram", "Standard deviation of the lens's logits over the blocks a query can see, mean over queries.",
+           healthy="rises from its start and stays: a lens that scores all alike has no opinion", where=RUNTIME, buckets=NATS),
+    Metric("mc.grad_norm", "1", "histogram", "L2 norm of the gradients of a network (gistnet or lensnet), by attribute network.",
+           healthy="above 0, no jumps", where=TRAIN, buckets=NORMS),
     *(Metric(f"mc.time.{part}", "s", "histogram", f"Time of {what}, per micro-batch; on CUDA the device's.", healthy="steady", where=RUNTIME, buckets=SECONDS)
       for part, what in (("lm", "the LM pass, forward"), ("tree", "building the tree"), ("score", "scoring blocks by the drawn policies"),
                          ("focus", "choosing cuts by the scores"), ("wc", "the working-context pass, forward"),
                          ("lens", "the lens, teacher and backward included"))),
+    Metric("mc.time.probe", "s", "gauge", "Wall time of the last probe; like evaluation it is not part of train.step_time.",
+           healthy="steady; below --probe_every steps' time / 20", where=TRAIN),
+)
+
+DIAGNOSTICS = "mc/diagnostics.py"
+
+register(
+    Metric("mc.focus.compression", "{token}", "histogram", "Tokens of history per entry of a training cut: n / entries used.",
+           healthy="n / W, more where cuts are coarse on purpose", where=DIAGNOSTICS, buckets=one_two_five(0, 4)),
+    Metric("mc.focus.entry_share", "1", "histogram", "Share of a training cut's entries at each LOD, by attribute lod.",
+           healthy="LOD0 the most, every trained LOD above 0", where=DIAGNOSTICS, buckets=SHARES),
+    Metric("mc.focus.token_share", "1", "histogram", "Share of the history's tokens shown at each LOD, by attribute lod.",
+           healthy="LOD0 near its entry share / mc.focus.compression; the rest in gists", where=DIAGNOSTICS, buckets=SHARES),
+    Metric("mc.gist.rms", "1", "histogram", "Root mean square of a gist's elements, by attribute lod; token embeddings have 1.",
+           healthy="1", where=DIAGNOSTICS, buckets=NORMS),
+    Metric("mc.gist.variance", "1", "histogram", "Variance of a gist's elements over the nodes of a row, mean over elements, by attribute lod.",
+           healthy="well above 0: gists that are all alike say nothing", where=DIAGNOSTICS, buckets=SHARES),
+    Metric("mc.gist.effective_rank", "1", "histogram",
+           "Participation ratio tr(C)^2 / tr(C^2) of the covariance C of a row's gists, by attribute lod; at most nodes - 1 and the width.",
+           healthy="steady or rising; falling towards 1 is collapse", where=DIAGNOSTICS, buckets=one_two_five(0, 3)),
+    Metric("mc.val.nll", "{nat}", "gauge",
+           "Mean NLL of the same H held-out tokens, by attribute shown: full context, window (last W tokens), working context with lens, "
+           "recency or random focus, or the whole history at one LOD (lod1, …).",
+           healthy="full below lens below window, recency and random", where=DIAGNOSTICS),
+    Metric("mc.val.delta_nll", "{nat}", "gauge", "ΔNLL@H = mc.val.nll of what is shown - mc.val.nll of full, by attribute shown.",
+           healthy="lens below half of window; lod1 below lod2; all falling", where=DIAGNOSTICS),
+    Metric("mc.val.band_delta_nll", "{nat}", "gauge",
+           "ΔNLL@H of lens focus by attribute band: to_5 with n / 4 entries, to_10 with n / 8, over_10 with n / 16 (where they hold the coarsest cut).",
+           healthy="rises with the band; each falls over training", where=DIAGNOSTICS),
+    Metric("mc.lens.rank_correlation", "1", "gauge",
+           "Spearman correlation over up to 32 sampled blocks of lens logit and measured utility, NLL(coarsest cut) - NLL(that block shown raw).",
+           healthy="above 0 and rising; at or below 0 the lens picks no better than chance", where=DIAGNOSTICS),
+    Metric("mc.lens.hit_at", "1", "gauge",
+           "Share of the k most useful sampled blocks among the lens's k best, by attribute k: 1, or budget (what the budget shows).",
+           healthy="above k / blocks and rising", where=DIAGNOSTICS),
+    Metric("mc.lens.regret", "{nat}", "gauge",
+           "NLL(lens focus) - least NLL of every focus tried: each sampled block alone, the best of them together, all policies, both teachers'.",
+           healthy="falls; never below 0", where=DIAGNOSTICS),
+    Metric("mc.lens.utility_spread", "{nat}", "gauge", "Standard deviation of the measured utilities of sampled blocks: how much there is to choose.",
+           healthy="above 0.01; below, agreement is noise", where=DIAGNOSTICS),
+    Metric("mc.focus.swap_rate", "1", "gauge",
+           "(Expands + collapses by edits) / blocks shown raw or as LOD1, mean per refocus of a replay: held-out rows growing block by block.",
+           healthy="below 0.25", where=DIAGNOSTICS),
+    Metric("mc.focus.expands", "{node}", "gauge", "Nodes that edits expanded, mean per refocus of a replay.", healthy="about as many as collapses", where=DIAGNOSTICS),
+    Metric("mc.focus.collapses", "{node}", "gauge", "Nodes that edits collapsed, mean per refocus of a replay.", healthy="about as many as expands", where=DIAGNOSTICS),
+    Metric("mc.focus.forced", "{node}", "gauge", "Nodes collapsed by the hard budget, mean per refocus of a replay.",
+           healthy="at most 1: a block arrives per refocus", where=DIAGNOSTICS),
+    Metric("mc.focus.replay_utilization", "1", "gauge", "Entries used / the largest count reachable within the budget, mean per refocus of a replay.",
+           healthy="above 0.8", where=DIAGNOSTICS),
+    Metric("mc.focus.residency", "{refocus}", "gauge",
+           "Refocuses that blocks shown by an edit stayed shown, together / times one of them was hidden again, by an edit or by force (at least 1), in a replay.",
+           healthy="above 3", where=DIAGNOSTICS),
+    Metric("mc.focus.residency_p95", "{refocus}", "gauge", "95th percentile of single stays in a replay, those cut short by its end included.",
+           healthy="well above mc.focus.residency's least", where=DIAGNOSTICS),
+    Metric("mc.focus.thrash", "1", "gauge", "Share of the nodes flipped by edits whose flip undid another edit's of at most 2 x cooldown refocuses ago, in a replay.",
+           healthy="below 0.1", where=DIAGNOSTICS),
+)
+
+SESSION = "mc/session_meter.py"
+ENTRIES = one_two_five(0, 6)
+
+register(
+    Metric("gen_ai.server.request.duration", "s", "histogram", "From a request's first token handed in to its last token out.",
+           healthy="flat in the length of the history", where=SESSION, buckets=SECONDS),
+    Metric("gen_ai.server.time_to_first_token", "s", "histogram", "From a request's first token handed in to its first token out: ingest, refocus, first decode.",
+           healthy="grows with the request's tokens alone", where=SESSION, buckets=SECONDS),
+    Metric("gen_ai.server.time_per_output_token", "s", "histogram", "Time per generated token after the first, mean between two refocuses.",
+           healthy="flat in the length of the history", where=SESSION, buckets=SECONDS),
+    Metric("mc.session.refocus_time", "s", "histogram", "Wall time of one refocus: scoring, edits, recomputing what changed.",
+           healthy="flat in the length of the history; below the time of the tokens between two refocuses", where=SESSION, buckets=SECONDS),
+    Metric("mc.session.ingest_rate", "{token}/s", "gauge", "Tokens appended per second of append: embedding, gists, keys, storing.", healthy="steady", where=SESSION),
+    Metric("mc.session.history", "{token}", "gauge", "Tokens of history.", healthy="grows", where=SESSION),
+    Metric("mc.session.entries", "{entry}", "gauge", "Entries of the working context, by attribute lod.", healthy="sum at most W", where=SESSION),
+    Metric("mc.session.kv_kept", "{entry}", "counter", "Entries whose keys and values were kept over a refocus.", healthy="most of the entries", where=SESSION),
+    Metric("mc.session.kv_recomputed", "{entry}", "counter", "Entries whose keys and values were computed again at a refocus, or for the first time.",
+           healthy="less than kv_kept", where=SESSION),
+    Metric("mc.session.store_reads", "{record}", "counter", "Records read from the store.", healthy="flat per refocus", where=SESSION),
+    Metric("mc.session.swap_rate", "1", "histogram", "(Expands + collapses by edits) / blocks shown raw or as LOD1, per refocus.",
+           healthy="mean below 0.25", where=SESSION, buckets=SHARES),
+    Metric("mc.session.expands", "{node}", "counter", "Nodes that edits expanded.", healthy="about as many as collapses", where=SESSION),
+    Metric("mc.session.collapses", "{node}", "counter", "Nodes that edits collapsed.", healthy="about as many as expands", where=SESSION),
+    Metric("mc.session.forced", "{node}", "counter", "Nodes collapsed by the hard budget.", healthy="at most one per block appended", where=SESSION),
+    Metric("mc.session.undone", "{node}", "counter", "Nodes whose flip by an edit undid another edit's of at most 2 x cooldown refocuses ago.",
+           healthy="below a tenth of expands + collapses", where=SESSION),
+    Metric("mc.session.utilization", "1", "gauge", "Entries used / the largest count reachable within the budget.", healthy="above 0.8", where=SESSION),
+    Metric("mc.session.residency", "{refocus}", "histogram", "Refocuses that a block had stayed shown by an edit when it was hidden.",
+           healthy="mean above 3", where=SESSION, buckets=one_two_five(0, 4)),
 )

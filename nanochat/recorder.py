@@ -95,6 +95,8 @@ register(
            where=TRAIN, buckets=SECONDS),
     Metric("train.optimizer_time", "s", "histogram", "Part of a step spent in the optimizer, on CPU.", healthy="steady",
            where=TRAIN, buckets=SECONDS),
+    Metric("train.elapsed", "s", "gauge", "Wall time of all steps since the start of the run; evaluating, probing and saving apart.", healthy="rises", where=TRAIN),
+    Metric("train.nonfinite", "1", "gauge", "1 when a loss was not finite, which stops the run; else 0.", healthy="0", where=TRAIN),
     Metric("train.memory", "By", "gauge", "Peak memory: of the device on CUDA, else of the process.", healthy="flat after the first steps", where=TRAIN),
     Metric("train.grad_norm", "1", "histogram", "L2 norm of the base model's gradients together, before clipping.",
            healthy="falls, then steady; no jumps", where=TRAIN, buckets=NORMS),
@@ -106,6 +108,15 @@ register(
            healthy="below 0.01", where=TRAIN),
     Metric("checkpoint.save_time", "s", "gauge", "Wall time of the last checkpoint.", healthy="steady", where=TRAIN),
 )
+
+
+class Labelled(str):
+    """A metric's name with attributes, as one dictionary key: `labelled == "name{lod=1}"`. `Recorder.record` takes it for a name."""
+
+    def __new__(cls, name: str, **attributes: str | int | float):
+        key = super().__new__(cls, _key(name, attributes))
+        key.name, key.attributes = name, attributes
+        return key
 
 
 @dataclass(frozen=True)
@@ -171,6 +182,8 @@ class Recorder:
         Raises KeyError for a name that is not registered, ValueError for a tensor with several elements.
         """
         entered = time.perf_counter()
+        if isinstance(name, Labelled):
+            name, attributes = name.name, name.attributes | attributes
         if name not in METRICS:
             raise KeyError(f"metric {name!r} is not registered: add it with nanochat.recorder.register")
         if isinstance(value, Tensor) and value.numel() != 1:

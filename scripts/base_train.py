@@ -86,6 +86,7 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     # run
     add("--eval_every", type=int, default=100, help="steps between evaluations; 0: at the end only")
     add("--eval_tokens", type=int, default=32768, help="held-out tokens per evaluation")
+    add("--probe_every", type=int, default=0, help="with --mc_enabled=1: steps between probes of lens and focus on held-out rows, on top of one at every evaluation; 0: no more than those")
     add("--save_every", type=int, default=0, help="steps between checkpoints; 0: at the end only")
     add("--keep_last", type=int, default=3, help="complete checkpoints that are kept")
     add("--log_every", type=int, default=10, help="steps between log lines")
@@ -128,7 +129,7 @@ def parse_flags():
 def check_ranges(args, defaults: dict) -> None:
     """UserError for a number that no run can use, or a flag of data that is not trained on."""
     least = dict.fromkeys(("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size", "log_every", "keep_last", "eval_tokens"), 1)
-    least |= dict.fromkeys(("vocab_size", "n_kv_head", "total_batch_size", "num_iterations", "stop_at", "warmup_steps", "eval_every", "save_every", "matrix_lr",
+    least |= dict.fromkeys(("vocab_size", "n_kv_head", "total_batch_size", "num_iterations", "stop_at", "warmup_steps", "eval_every", "probe_every", "save_every", "matrix_lr",
                             "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "grad_clip", "seed"), 0)
     least["recall_blocks"] = 2
     for name, low in least.items():
@@ -137,6 +138,8 @@ def check_ranges(args, defaults: dict) -> None:
     for name in ("recall_grow", "warmdown_ratio", "final_lr_frac"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name}={getattr(args, name)} must be in [0, 1]")
+    if args.probe_every and not args.mc_enabled:
+        raise UserError(f"--probe_every={args.probe_every} has no effect with --mc_enabled=0: there is no lens to probe")
     for name, data in (("recall_blocks", "recall"), ("recall_grow", "recall"), ("needles", "needle")):
         if getattr(args, name) != defaults[name] and args.data != data:
             raise UserError(f"--{name}={getattr(args, name)} has no effect with --data={args.data}: it is for --data={data}")
@@ -267,7 +270,7 @@ def main() -> None:
 
     # Resume
     directory = base_dir() / "checkpoints" / (args.model_tag or f"d{args.depth}" + "_mc" * args.mc_enabled)
-    step, flops = 0, 0.0
+    step, flops, trained_s = 0, 0.0, 0.0
     if args.resume and complete_steps(directory):
         saved = load_checkpoint(directory, device=device, rank=ranks.rank, world_size=ranks.world_size)
         check_resumable(saved.meta, args, plan, tokenizer, directory)
@@ -277,7 +280,7 @@ def main() -> None:
         optimizer.load_state_dict(saved.optimizer)
         loader.load_state_dict(saved.loader)
         set_rng_state(saved.rng)
-        step, flops = saved.step, saved.meta["flops"]
+        step, flops, trained_s = saved.step, saved.meta["flops"], saved.meta.get("trained_s", 0.0)
         print0(f"resumed {directory} at step {step} of {plan.num_iterations}")
     elif steps := complete_steps(directory):
         raise UserError(f"{directory} holds checkpoints of another run, up to step {steps[-1]}; use --resume=1, another --model_tag, or remove it")
@@ -295,7 +298,7 @@ def main() -> None:
 
     def save() -> None:
         meta = {"model_config": dataclasses.asdict(plan.model), "num_iterations": plan.num_iterations, "tokenizer": tokenizer.fingerprint,
-                "flops": flops, "tokens": plan.tokens_per_step * step,
+                "flops": flops, "tokens": plan.tokens_per_step * step, "trained_s": trained_s,
                 "val": val and val._asdict(), "flags": vars(args), "mc": mc and mc.meta()}
         begin_save = time.perf_counter()
         save_checkpoint(directory, step, model=model.state_dict(), optimizer_shard=optimizer.state_dict(), meta=meta,
@@ -322,9 +325,12 @@ def main() -> None:
                 flops += step_flops(model, mc, plan, step, batch.num_targets) / plan.accumulation
             evaluating, saving = (step + 1 == last or (every and (step + 1) % every == 0) for every in (args.eval_every, args.save_every))
             logging = (step + 1) % args.log_every == 0 or evaluating or saving  # a saved step's loss was looked at
+            probing = bool(mc and mc.active(step) and (evaluating or (args.probe_every and (step + 1) % args.probe_every == 0)))
+            logging = logging or probing
             if logging:
-                assert_finite(losses, step)  # fetched from the device, so the clock is read when its work is done
+                check_finite(losses, step, recorder)  # fetched from the device, so the clock is read when its work is done
                 elapsed = time.perf_counter() - clock
+                trained_s += elapsed
                 step_time, flops_per_second = elapsed / (step + 1 - logged_step), (flops - logged_flops) / elapsed
                 clock, logged_step, logged_flops = clock + elapsed, step + 1, flops
                 for metrics in mean_over_ranks(unlogged, ranks):
@@ -333,6 +339,9 @@ def main() -> None:
                 unlogged.clear()
             if args.grad_clip or logging:
                 recorder.record("train.grad_norm", global_grad_norm(model.parameters(), ranks.world_size, args.grad_clip or None))
+            if logging and mc and mc.active(step):
+                for name, params in mc.networks().items():
+                    recorder.record("mc.grad_norm", global_grad_norm(params, ranks.world_size), network=name)
             multiplier = lr_multiplier(step, plan.num_iterations, warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio, final_lr_frac=args.final_lr_frac)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * multiplier
@@ -354,6 +363,7 @@ def main() -> None:
                 recorder.record("train.step_time", step_time)
                 recorder.record("train.tokens_per_second", plan.tokens_per_step / step_time)
                 recorder.record("train.mfu", flops_per_second / peak)
+                recorder.record("train.elapsed", trained_s)
                 record_state(recorder, multiplier, flops, plan, step, device)
             paused = time.perf_counter()
             if evaluating:
@@ -362,9 +372,13 @@ def main() -> None:
                 recorder.record("val.loss", val.loss)
                 if val.bpb is not None:
                     recorder.record("val.bpb", val.bpb)
-                if mc and mc.active(step):
-                    for name, value, attributes in mc.probe(model, next(batches(held_out, plan, ranks))):
-                        recorder.record(name, value, **attributes)
+            if probing:
+                begin_probe = time.perf_counter()
+                with autocast:
+                    found = mc.probe(model, next(batches(held_out, plan, ranks)))
+                for name, value in mean_over_ranks([found], ranks)[0].items():
+                    recorder.record(name, value)
+                recorder.record("mc.time.probe", time.perf_counter() - begin_probe)
             if logging:
                 recorder.flush(step)
             if saving:
@@ -376,13 +390,23 @@ def main() -> None:
     print0(json.dumps(summary))
 
 
+def check_finite(losses: torch.Tensor, step: int, recorder: Recorder) -> None:
+    """`assert_finite`, and on record: closing the recorder hands the sinks what an alert can see."""
+    try:
+        assert_finite(losses, step)
+    except UserError:
+        recorder.record("train.nonfinite", 1)
+        raise
+    recorder.record("train.nonfinite", 0)
+
+
 def step_flops(model: GPT, mc, plan: Plan, step: int, num_targets: int) -> float:
     """FLOPs of one optimizer step over all ranks, from shapes."""
     per_token = model.flops_per_token(plan.T, num_targets) + (mc.flops_per_token(model) if mc and mc.active(step) else 0)
     return per_token * plan.tokens_per_step
 
 
-MAY_CHANGE = {"data", "device_batch_size", "stop_at", "eval_every", "eval_tokens", "save_every", "keep_last", "log_every", "resume", "model_tag",
+MAY_CHANGE = {"data", "device_batch_size", "stop_at", "eval_every", "eval_tokens", "probe_every", "save_every", "keep_last", "log_every", "resume", "model_tag",
               "run", "device", "compile", "vocab_size"}  # flags of a resumed run; the loader compares the data itself, not its path
 
 

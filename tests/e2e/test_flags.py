@@ -63,6 +63,7 @@ TABLE: dict[str, tuple[str, list[str]]] = {
     "grad_clip": ("0.01", []),
     "eval_every": ("2", []),
     "eval_tokens": ("256", []),
+    "probe_every": ("2", MC),
     "save_every": ("2", []),
     "keep_last": ("1", ["--save_every=1"]),
     "log_every": ("2", []),
@@ -171,7 +172,7 @@ def observe(prepared, tmp_path_factory):
     yield observe
 
 
-CLOCK = ("time", "train.step_time", "train.optimizer_time", "train.data_wait", "train.tokens_per_second", "train.mfu", "train.memory",
+CLOCK = ("time", "telemetry.overhead", "train.elapsed", "train.step_time", "train.optimizer_time", "train.data_wait", "train.tokens_per_second", "train.mfu", "train.memory",
          "checkpoint.save_time")  # fmt: skip
 
 

@@ -1,0 +1,31 @@
+"""Every registered metric is recorded by a run that exercises it (G2, trap 21)."""
+
+import json
+
+import mc.telemetry  # noqa: F401  registers MegaContext's metrics
+from nanochat.recorder import METRICS
+
+SESSION = {name for name, m in METRICS.items() if m.where == "mc/session_meter.py"}  # tests/test_diagnostics.py records each of them
+
+
+def recorded(base) -> set[str]:
+    lines = map(json.loads, (base / "runs" / "t" / "metrics.jsonl").read_text().splitlines())
+    return {name.partition("{")[0] for line in lines for name in line} - {"step", "time"}
+
+
+def test_every_registered_metric_is_recorded(reference):
+    assert recorded(reference["mc"]) == set(METRICS) - SESSION
+    assert recorded(reference["vanilla"]) == {name for name in METRICS if not name.startswith(("mc.", "gen_ai."))}
+
+
+def test_probes_have_steps_of_their_own_and_cost_no_step_time(base, train):
+    from e2e_commands import MC, losses, rows
+
+    train(base, *MC, "--probe_every=3", "--log_every=20").ok()
+    found = rows(base)
+    assert [row["step"] for row in found if "mc.lens.regret" in row] == [6, 9, 12, 15, 18, 20], "from the start of MegaContext on"
+    assert all(row["mc.time.probe"] > 0 for row in found if "mc.lens.regret" in row)
+    assert [row["step"] for row in found if "val.loss" in row] == [20]
+    steps = found[-1]["train.elapsed"]
+    assert found[-1]["time"] - found[0]["time"] > steps * 14 / 20 and steps < sum(r["train.step_time"] * n for r, n in zip(found, (6, 3, 3, 3, 3, 2))) * 1.01
+    assert len(losses(base)) == 6
