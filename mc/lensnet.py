@@ -96,9 +96,9 @@ class LensNet(nn.Module):
         cosine = queries_BTC @ keys_BNPC.reshape(B, N * P, C).transpose(1, 2)
         return self.log_gain.exp() * cosine.unflatten(-1, (N, P)).amax(-1)
 
-    def _distance(self, cursor_T: Tensor, n_nodes: int) -> Tensor:
+    def distance(self, cursor_T: Tensor, index_N: Tensor) -> Tensor:
         """[T, N] bias by how many blocks lie between a node and the cursor, in half octaves."""
-        blocks = cursor_T[:, None] // self.config.block_size - torch.arange(n_nodes, device=cursor_T.device)
+        blocks = cursor_T[:, None] // self.config.block_size - index_N
         bucket = (2 * torch.log2(blocks.clamp_min(1).float())).long().clamp_max(DISTANCE_BUCKETS - 1)
         return self.distance_bias[bucket]
 
@@ -112,7 +112,7 @@ class LensNet(nn.Module):
         votes = self.votes(queries, keys_BNPC)
         cursor = torch.arange(positions.start + 1, positions.stop + 1, device=votes.device)
         own, tail = (x[:, positions.start - begin:] for x in (votes, trailing_sum(trust * votes, self.config.tail)))
-        return own, tail + self._distance(cursor, keys_BNPC.shape[1])
+        return own, tail + self.distance(cursor, torch.arange(keys_BNPC.shape[1], device=cursor.device))
 
     def focus_logits(self, tail_BTD: Tensor, keys_BNPC: Tensor, cursor_B: Tensor) -> Tensor:
         """[B, N] unbounded logits for the context that ends at `cursor` [B] (tokens of history).
@@ -122,7 +122,7 @@ class LensNet(nn.Module):
         """
         queries, trust = self.queries(tail_BTD)
         votes = (trust * self.votes(queries, keys_BNPC))[:, -self.config.tail:].sum(1)
-        return votes + self._distance(cursor_B, keys_BNPC.shape[1])
+        return votes + self.distance(cursor_B, torch.arange(keys_BNPC.shape[1], device=cursor_B.device))
 
 
 def focus_scores(logits_BN: Tensor, price_B1: Tensor, temperature: float = 1.0) -> Tensor:

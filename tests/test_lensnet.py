@@ -76,13 +76,13 @@ def test_own_votes_see_one_token_and_the_sum_over_the_tail_weighs_them_by_trust(
     votes = lens.log_gain.exp() * torch.einsum("btc,bnpc->btnp", queries, keys).amax(-1)
     torch.testing.assert_close(own[:, 0], votes[:, 30])
     distance = logits[:, 0] - (trust * votes)[:, 31 - TAIL:31].sum(1)
-    torch.testing.assert_close(distance, lens._distance(torch.tensor([31]), T // K).expand(3, -1))
+    torch.testing.assert_close(distance, lens.distance(torch.tensor([31]), torch.arange(T // K)).expand(3, -1))
 
 
 def test_distance_bias_falls_in_half_octaves_of_blocks(lens):
     with torch.no_grad():
         lens.distance_bias.copy_(torch.arange(32.0))
-    bucket = lens._distance(torch.tensor([200 * K + 3]), 200)[0].flip(0).long().tolist()  # 1 block away, 2, …
+    bucket = lens.distance(torch.tensor([200 * K + 3]), torch.arange(200))[0].flip(0).long().tolist()  # 1 block away, 2, …
     assert bucket[:9] == [0, 2, 3, 4, 4, 5, 5, 6, 6] and bucket[127] == 14 and bucket == sorted(bucket)
 
 
