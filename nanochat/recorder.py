@@ -11,6 +11,7 @@ A package adds its metrics with one entry each, on import:
                     healthy="falls", where="mc/runtime.py", buckets=NATS))
 """
 
+import errno
 import json
 import math
 import os
@@ -106,6 +107,9 @@ register(
     Metric("val.bpb", "{bit}/By", "gauge", "Bits per byte on held-out documents.", short="val bpb", healthy="falls", where=TRAIN),
     Metric("telemetry.overhead", "1", "gauge", "Time that recording, flushing and timing spans took the training thread ÷ time of the steps, since the last log line.",
            healthy="below 0.01", where=TRAIN),
+    Metric("telemetry.not_finite", "{value}", "counter", "Recorded values that were NaN or infinite, by attribute metric.", healthy="0", where="nanochat/recorder.py"),
+    Metric("telemetry.jsonl.lost", "{line}", "gauge", "Lines that metrics.jsonl lacks since the process began, because they could not be written.",
+           healthy="0", where="nanochat/recorder.py"),
     Metric("checkpoint.save_time", "s", "gauge", "Wall time of the last checkpoint.", healthy="steady", where=TRAIN),
 )
 
@@ -158,6 +162,10 @@ class Sink:
     def trace(self, trace: Trace) -> None:
         """A kept trace, finished, its attributes fetched from the device."""
 
+    def health(self) -> dict[str, float]:
+        """What has been delivered and lost so far, by metric; recorded at a flush where it has changed."""
+        return {}
+
     def close(self) -> None:
         """Bring what is left where it belongs."""
 
@@ -173,8 +181,9 @@ class Recorder:
         self.sinks: list[Sink] = [JsonlSink(Path(run_dir) / "metrics.jsonl"), *sinks] if rank == 0 else []
         self._pending: dict[str, tuple[Metric, dict, list[float | Tensor | Reading]]] = {}
         self._traces: list[Trace] = []
-        self._last_step = 0
+        self.step = 0  # what a flush at the end, or after a failure, is labelled with
         self._spent = 0.0
+        self._health: dict[str, float] = {}
 
     def record(self, name: str, value: float | Tensor | Reading, **attributes: str | int | float) -> None:
         """Note one value; a tensor has one element and may be overwritten by the caller afterwards. A Reading is read at the flush.
@@ -208,15 +217,23 @@ class Recorder:
     def flush(self, step: int) -> None:
         """Hand what was recorded since the last flush to the sinks, as of `step`; nothing recorded, nothing written."""
         entered = time.perf_counter()
-        self._last_step = step
+        self.step = step
         traces, self._traces = self._traces, []
         for trace in traces:
             _fetch_attributes(trace.root)
             for sink in self.sinks:
                 sink.trace(trace)
         if self._pending:
+            self._record_health(self.sinks)
             self._write(step)
         self._spent += time.perf_counter() - entered
+
+    def _record_health(self, sinks: Sequence[Sink]) -> None:
+        for sink in sinks:
+            for name, value in sink.health().items():
+                if self._health.get(name, 0) != value:
+                    self._health[name] = value
+                    self.record(name, value)
 
     def _write(self, step: int) -> None:
         pending, self._pending = list(self._pending.values()), {}
@@ -225,16 +242,22 @@ class Recorder:
             Sample(metric, attributes, [next(fetched) if isinstance(v, Tensor) else float(v) for v in values])
             for metric, attributes, values in pending
         ]
+        for sample in samples.copy():
+            if bad := sum(not math.isfinite(v) for v in sample.values):
+                samples.append(Sample(METRICS["telemetry.not_finite"], {"metric": sample.metric.name}, [float(bad)]))
         now = time.time()
         for sink in self.sinks:
             sink.write(step, now, samples)
 
     def close(self) -> None:
-        """Flush what is left and close the sinks; a second call does nothing."""
-        self.flush(self._last_step)
-        sinks, self.sinks = self.sinks, []
-        for sink in sinks:
+        """Flush what is left and close the sinks, the file last: it hears of what the others lost. A second call does nothing."""
+        self.flush(self.step)
+        while self.sinks:
+            sink = self.sinks.pop()
             sink.close()
+            if self.sinks:
+                self._record_health([sink])
+                self.flush(self.step)
 
     def __enter__(self) -> "Recorder":
         return self
@@ -267,26 +290,40 @@ def _fetch_attributes(span: Span) -> None:
 class JsonlSink(Sink):
     """One JSON object per flush: {"step": n, "time": Unix seconds, metric: value, ...}; a value that is not finite is null.
 
-    An existing file is continued; a last line cut short by a crash is removed first.
+    An existing file is continued; a last line cut short by a crash is removed first. A line that cannot be written during the run
+    (no space left) is left out whole and counted; one warning is printed, training goes on, and later lines are tried again.
     """
 
     def __init__(self, path: Path):
+        self.path, self.lost = path, 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _drop_torn_line(path)
-            self.file = open(path, "a", buffering=1, encoding="utf-8")
+            self.file = open(path, "ab", buffering=0)
         except OSError as e:
             raise UserError(f"cannot write metrics to {path}: {e}") from e
 
     def write(self, step: int, now: float, samples: Sequence[Sample]) -> None:
         values = {s.key: s.value if math.isfinite(s.value) else None for s in samples}
+        line = (json.dumps({"step": step, "time": round(now, 3), **values}, allow_nan=False) + "\n").encode()
+        whole = self.file.tell()
         try:
-            self.file.write(json.dumps({"step": step, "time": round(now, 3), **values}, allow_nan=False) + "\n")
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as e:
-            raise UserError(f"cannot write metrics to {self.file.name}: {e}") from e
+            if not self.lost:
+                print(f"warning: cannot write metrics to {self.path}: {e.strerror}. Training goes on; lines that are lost are counted", file=sys.stderr, flush=True)
+            self.lost += 1
+            self.file.truncate(whole)
+            self.file.seek(whole)
+
+    def health(self) -> dict[str, float]:
+        return {"telemetry.jsonl.lost": self.lost}
 
     def close(self) -> None:
         self.file.close()
+        if self.lost:
+            print(f"warning: {self.path} lacks {self.lost} lines that could not be written", file=sys.stderr, flush=True)
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -380,12 +417,8 @@ class WandbSink(Sink):
         except ImportError:
             raise UserError("--run needs the wandb package: pip install 'megacontext[wandb]', or leave --run out") from None
         self.wandb, run_dir = wandb, Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        id_file = run_dir / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
         options = {"project": os.environ.get("WANDB_PROJECT", "megacontext"), "name": name, "dir": str(run_dir), "config": config}
-        options["id"] = id_file.read_text().strip()
+        options["id"] = run_id(run_dir)
         mode, obstacle = os.environ.get("WANDB_MODE", "online"), ""
         if mode not in ("online", "offline", "disabled"):
             raise UserError(f"WANDB_MODE={mode} is not one of online, offline, disabled")
@@ -414,15 +447,30 @@ class WandbSink(Sink):
         self.run.finish()
 
 
-def open_recorder(run_dir: str | Path, *, run: str = "", config: dict, total_steps: int, first_step: int = 0, rank: int = 0) -> Recorder:
-    """The recorder of a training run: JSONL, console, and W&B unless `run` is empty or "dummy".
+def run_id(run_dir: str | Path) -> str:
+    """What tells a run from all others, also once it is resumed: eight hex digits, kept in the file `run_id`."""
+    path = Path(run_dir) / "run_id"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(secrets.token_hex(4))
+    return path.read_text().strip()
 
-    run_dir: see Recorder. config: what W&B shows as the run's configuration. Raises UserError as the sinks do.
+
+def open_recorder(run_dir: str | Path, *, run: str = "", config: dict, total_steps: int, first_step: int = 0, rank: int = 0,
+                  labels: dict[str, str] | None = None) -> Recorder:
+    """The recorder of a training run: JSONL, console, W&B unless `run` is empty or "dummy", and OTLP where the environment names an endpoint.
+
+    run_dir: see Recorder. config: what W&B shows as the run's configuration. labels: attributes of all that goes out by OTLP; mc.run.id,
+    the directory's name and the run's id, comes with them. Raises UserError as the sinks do.
     """
+    from nanochat.otel import otlp_sink  # not above: it needs this module
+
     if rank != 0:
         return Recorder(run_dir, rank=rank)
+    own_id = f"{Path(run_dir).name}-{run_id(run_dir)}"
+    otlp = otlp_sink("megacontext", f"{own_id}/{rank}", {"mc.run.id": own_id, **(labels or {})})
     wandb_sink = [WandbSink(run, run_dir, config)] if run not in ("", "dummy") else []
-    return Recorder(run_dir, ConsoleSink(total_steps, first_step), *wandb_sink)
+    return Recorder(run_dir, ConsoleSink(total_steps, first_step), *wandb_sink, *([otlp] if otlp else []))
 
 
 def metric_table() -> Iterator[str]:

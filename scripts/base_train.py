@@ -90,6 +90,7 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     add("--save_every", type=int, default=0, help="steps between checkpoints; 0: at the end only")
     add("--keep_last", type=int, default=3, help="complete checkpoints that are kept")
     add("--log_every", type=int, default=10, help="steps between log lines")
+    add("--trace_every", type=int, default=100, help="steps between traces (the time line of a step's parts), sent where OTLP is set up; 0: none")
     add("--resume", default=0, help="1: go on from the newest intact checkpoint of --model_tag, if there is one", **flag)
     add("--model_tag", default="", help="name of the checkpoint and log directories; default d<depth>, with _mc for MegaContext")
     add("--run", default="dummy", help="name of a Weights & Biases run (WANDB_MODE=offline needs no network); dummy: none")
@@ -129,7 +130,7 @@ def parse_flags():
 def check_ranges(args, defaults: dict) -> None:
     """UserError for a number that no run can use, or a flag of data that is not trained on."""
     least = dict.fromkeys(("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size", "log_every", "keep_last", "eval_tokens"), 1)
-    least |= dict.fromkeys(("vocab_size", "n_kv_head", "total_batch_size", "num_iterations", "stop_at", "warmup_steps", "eval_every", "probe_every", "save_every", "matrix_lr",
+    least |= dict.fromkeys(("vocab_size", "n_kv_head", "total_batch_size", "num_iterations", "stop_at", "warmup_steps", "eval_every", "probe_every", "save_every", "trace_every", "matrix_lr",
                             "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "grad_clip", "seed"), 0)
     least["recall_blocks"] = 2
     for name, low in least.items():
@@ -215,9 +216,6 @@ def describe(plan: Plan, model: GPT, world_size: int, mc) -> dict:
 # Training
 
 
-TRACE_EVERY = 100  # steps between the time lines of a step's parts that sinks are given
-
-
 def vanilla_step(model: GPT, batch):
     loss = model.loss(model.hidden(batch.inputs), batch.targets, batch.num_targets)
     return loss, {"train.loss": loss.detach()}
@@ -287,7 +285,8 @@ def main() -> None:
 
     facts = describe(plan, model, ranks.world_size, mc)
     print0(f"{facts['parameters']:,} parameters, {plan.num_iterations} steps of {plan.tokens_per_step:,} tokens, {facts['flops']:.3g} FLOPs, {ranks.world_size} rank(s) on {device}")
-    recorder = open_recorder(base_dir() / "runs" / directory.name, run=args.run, config=vars(args), total_steps=plan.num_iterations, first_step=step, rank=ranks.rank)
+    recorder = open_recorder(base_dir() / "runs" / directory.name, run=args.run, config=vars(args), total_steps=plan.num_iterations, first_step=step, rank=ranks.rank,
+                             labels={"mc.stage": "train", "mc.variant": "mc" if mc else "vanilla"})
     peak = peak_flops(device) * ranks.world_size
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
@@ -308,7 +307,7 @@ def main() -> None:
     with recorder:
         while step < last:
             waited, losses = 0.0, 0.0
-            trace = Trace("train.step", device, keep=step % TRACE_EVERY == 0, step=step)
+            trace = Trace("train.step", device, keep=bool(args.trace_every) and step % args.trace_every == 0, step=step)
             for _ in range(plan.accumulation):
                 asked = time.perf_counter()
                 with trace.span("train.data"):
@@ -328,6 +327,7 @@ def main() -> None:
             probing = bool(mc and mc.active(step) and (evaluating or (args.probe_every and (step + 1) % args.probe_every == 0)))
             logging = logging or probing
             if logging:
+                recorder.step = step + 1
                 check_finite(losses, step, recorder)  # fetched from the device, so the clock is read when its work is done
                 elapsed = time.perf_counter() - clock
                 trained_s += elapsed
@@ -406,7 +406,7 @@ def step_flops(model: GPT, mc, plan: Plan, step: int, num_targets: int) -> float
     return per_token * plan.tokens_per_step
 
 
-MAY_CHANGE = {"data", "device_batch_size", "stop_at", "eval_every", "eval_tokens", "probe_every", "save_every", "keep_last", "log_every", "resume", "model_tag",
+MAY_CHANGE = {"data", "device_batch_size", "stop_at", "eval_every", "eval_tokens", "probe_every", "save_every", "keep_last", "log_every", "trace_every", "resume", "model_tag",
               "run", "device", "compile", "vocab_size"}  # flags of a resumed run; the loader compares the data itself, not its path
 
 

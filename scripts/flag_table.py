@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Iterator
 
 import mc.telemetry  # noqa: F401  registers MegaContext's metrics
+import nanochat.otel  # noqa: F401  registers those of the transport
 from nanochat.common import FlagParser, UserError, base_dir, run_main
 from nanochat.recorder import metric_table
 

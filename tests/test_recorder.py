@@ -260,6 +260,6 @@ def test_unknown_wandb_mode(tmp_path, no_credentials, monkeypatch):
 def test_wandb_id_survives_a_resume(tmp_path, no_credentials, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     WandbSink("a", tmp_path, {}).close()
-    first = (tmp_path / "wandb_id").read_text()
+    first = (tmp_path / "run_id").read_text()
     WandbSink("a", tmp_path, {}).close()
-    assert (tmp_path / "wandb_id").read_text() == first and len(first) == 8
+    assert (tmp_path / "run_id").read_text() == first and len(first) == 8

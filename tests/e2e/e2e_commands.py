@@ -116,9 +116,9 @@ def write_texts(directory: Path) -> Path:
 
 
 def rows(base: Path, tag: str = "t") -> list[dict]:
-    """What metrics.jsonl holds, line by line; without the time of the last save, which stands alone after the last step."""
+    """What metrics.jsonl holds, line by line; without what stands alone after the last step: the time of its save, what was delivered."""
     lines = map(json.loads, (base / "runs" / tag / "metrics.jsonl").read_text().splitlines())
-    return [row for row in lines if row.keys() - {"step", "time", "checkpoint.save_time"}]
+    return [row for row in lines if any(not key.startswith(("step", "time", "checkpoint.", "telemetry.")) for key in row)]
 
 
 def losses(base: Path, tag: str = "t") -> dict[int, tuple]:

@@ -17,6 +17,7 @@ from e2e_commands import ROOT
 
 from nanochat import dataset
 from nanochat.common import UserError
+from nanochat.recorder import Recorder
 from scripts import base_train
 
 BASE = ["--depth=1", "--aspect_ratio=32", "--head_dim=16", "--max_seq_len=64", "--device_batch_size=2", "--total_batch_size=256",
@@ -67,6 +68,7 @@ TABLE: dict[str, tuple[str, list[str]]] = {
     "save_every": ("2", []),
     "keep_last": ("1", ["--save_every=1"]),
     "log_every": ("2", []),
+    "trace_every": ("2", []),
     "resume": ("1", ["--model_tag=earlier"]),
     "model_tag": ("other", []),
     "run": ("trial", []),
@@ -149,12 +151,21 @@ def observe(prepared, tmp_path_factory):
         return seen[flags]
 
     def attempt(base: Path, argv: list[str]):
-        printed, compiled = [], []
+        printed, compiled, sinks, traces = [], [], [], []
+        open_recorder, trace = base_train.open_recorder, Recorder.trace
+
+        def opened(*args, **kwargs):
+            recorder = open_recorder(*args, **kwargs)
+            sinks.extend(type(sink).__name__ for sink in recorder.sinks)
+            return recorder
+
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["base_train", *argv])
             patch.setenv("NANOCHAT_BASE_DIR", str(base))
             patch.setenv("WANDB_MODE", "disabled")
             patch.setattr(base_train, "print0", lambda *values: printed.append(" ".join(map(str, values))))
+            patch.setattr(base_train, "open_recorder", opened)
+            patch.setattr(Recorder, "trace", lambda self, it: (traces.append(it.keep), trace(self, it)))
             patch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
             dataset.build_stdlib(prepared / "texts")  # a small one
             try:
@@ -166,8 +177,8 @@ def observe(prepared, tmp_path_factory):
                 torch.set_num_threads(threads)
         metrics = {str(p.relative_to(base)): [timeless(json.loads(line)) for line in p.read_text().splitlines()]
                    for p in base.rglob("metrics.jsonl")}  # fmt: skip
-        files = sorted(p.name for pattern in ("complete_*", "wandb_id") for p in base.rglob(pattern))
-        return metrics, files, len(compiled), printed if "--dry_run=1" in argv else None
+        files = sorted(p.name for p in base.rglob("complete_*"))
+        return metrics, files, sinks, traces, len(compiled), printed if "--dry_run=1" in argv else None
 
     yield observe
 
