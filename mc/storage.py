@@ -138,6 +138,7 @@ class Detail:
 
     def __init__(self, state_N: Tensor | None = None):
         self.state_N = torch.zeros(0, dtype=torch.uint8) if state_N is None else state_N
+        self.any_erased = bool((self.state_N == ERASED).any())
 
     def at(self, index_N: Tensor) -> Tensor:
         known = index_N < len(self.state_N)
@@ -155,6 +156,7 @@ class Detail:
         grown[:len(self.state_N)] = self.state_N
         grown[index_N] = state_N
         self.state_N = grown  # a new tensor: whoever holds the old state keeps it
+        self.any_erased = bool((grown == ERASED).any())
 
     def truncate(self, n_blocks: int) -> None:
         self.state_N = self.state_N[:n_blocks]
