@@ -70,7 +70,7 @@ class DiskStore:
         self.repairs: list[str] = []
         self._levels: dict[str, Records] = {}
         self._lock = self._manifest = -1
-        self._closed = False
+        self._closed, self._failure = False, None
         self._synced_at = time.monotonic()
 
     @classmethod
@@ -95,7 +95,7 @@ class DiskStore:
             store._commit = dict(sequence=1, version=0, durable=True, levels={})
             new = store.path / "manifest.new"
             store._manifest = store.fs.create(new)
-            store.fs.write(store._manifest, 2 * store._slot_bytes(), 0)
+            store.fs.write(store._manifest, 2 * _slot_bytes(store._commit), 0)
             store.fs.fsync(store._manifest, "the first commit")
             store.fs.rename(new, store.path / "manifest")
             store.fs.fsync_folder(store.path, "the manifest's name")
@@ -235,6 +235,14 @@ class DiskStore:
                 self.sync()
             self._let_go()
 
+    def snapshot(self) -> "DiskStore":
+        self.commit()
+        view = DiskStore(self.path, False, self.durability, self.fs)
+        view._commit, view.format, view.partition_bytes, view._detail = self._commit, self.format, self.partition_bytes, Detail(self._kept_detail)
+        for name, level in self.levels.items():
+            view._level(name[0], int(name[1:])).set_state(level.n, level.versions, level.tail_crc)
+        return view
+
     def __enter__(self) -> "DiskStore":
         return self
 
@@ -248,7 +256,9 @@ class DiskStore:
 
     @property
     def version(self) -> int:
-        """Number of the version that is read: every commit with an edit makes the next."""
+        """Number of the version that is read: every commit with an edit makes the next. UserError after a failed commit."""
+        if self._failure:
+            raise self._failure
         return self._commit["version"]
 
     @property
@@ -426,11 +436,15 @@ class DiskStore:
             yield
         except BaseException as e:
             self._let_go()
+            self._failure = UserError(f"{self.path}: {_reason(e) if isinstance(e, OSError) else repr(e)}; "
+                                      "the commit failed and the store is closed, open it again")
             if isinstance(e, OSError):
-                raise UserError(f"{self.path}: {_reason(e)}; the commit failed and the store is closed, open it again") from e
+                raise self._failure from e
             raise
 
     def _check_writable(self) -> None:
+        if self._failure:
+            raise self._failure
         if self._closed:
             raise UserError(f"{self.path} is closed; open it again")
         if not self.writable:
@@ -456,17 +470,15 @@ class DiskStore:
             files = {name: _runs(level.versions) for name, level in self.levels.items()}
             self._write_version(dict(version=self._staged, format=_plain(self.format), partition_bytes=self.partition_bytes, files=files,
                                      detail=_runs(self._detail.state_N.tolist()), before=before))
-        self._commit = dict(sequence=self.sequence + 1, version=self._staged, durable=durable, levels=self._counts())
-        slot, data = 1 - self._durable_slot, self._slot_bytes()
+        commit = dict(sequence=self.sequence + 1, version=self._staged, durable=durable, levels=self._counts())
+        slot, data = 1 - self._durable_slot, _slot_bytes(commit)
         self.fs.write(self._manifest, data, slot * PAGE)
         if durable:
             self.fs.fsync(self._manifest, "the commit")
             self.fs.write(self._manifest, data, self._durable_slot * PAGE)
             self._durable_slot, self._synced_at = slot, time.monotonic()
+        self._commit = commit
         self._keep()
-
-    def _slot_bytes(self) -> bytes:
-        return note_bytes(self._commit).ljust(PAGE, b"\0")
 
     def _keep(self) -> None:
         for level in self._levels.values():
@@ -679,6 +691,10 @@ def _runs(values: Iterable[int]) -> list[list[int]]:
 
 def _unrun(runs: list[list[int]]) -> list[int]:
     return [value for value, count in runs for _ in range(count)]
+
+
+def _slot_bytes(commit: dict) -> bytes:
+    return note_bytes(commit).ljust(PAGE, b"\0")
 
 
 def _token_rows(ids_N: Tensor) -> np.ndarray:

@@ -146,7 +146,7 @@ class StoreMachine(RuleBasedStateMachine):
     @initialize()
     def begin(self):
         self.store, self.model, self.next = self.make(), Model(), 1
-        self.committed, self.old = self.model.copy(), {}
+        self.committed, self.old, self.snapshots = self.model.copy(), {}, []
 
     def make(self):
         return RamStore(FORMAT)
@@ -228,10 +228,17 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.commit()
         self.committed = self.model.copy()
 
+    @rule()
+    def snapshot(self):
+        self.commit()
+        self.snapshots = [*self.snapshots[-1:], (self.store.snapshot(), self.model.copy())]
+
     @invariant()
     def same(self):
         if hasattr(self, "store"):
             check(self.store, self.model)
+            for snapshot, model in self.snapshots:
+                check(snapshot, model)
 
 
 class DiskMachine(StoreMachine):
@@ -276,7 +283,7 @@ class DiskMachine(StoreMachine):
     def compact(self):
         self.commit()
         self.store.compact()
-        self.old = {}
+        self.old, self.snapshots = {}, []
         self.model.states = [ERASED if s else KEPT for s in self.model.states]
         self.model.tokens = [VOID if i // K < len(self.model.states) and self.model.states[i // K] else t for i, t in enumerate(self.model.tokens)]
         self.committed = self.model.copy()
