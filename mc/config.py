@@ -31,8 +31,8 @@ class MCConfig:
     damping_floor: float = setting(0.1, "share of every frequency that a gist keeps under --mc_positions=gaussian")
     lod_axis: int = setting(0, "1: unrotated dims turn by the entry's LOD (needs --rope_fraction < 1)", (0, 1))
     alibi: int = setting(0, "1: ALiBi by global distance in the working context", (0, 1))
-    max_gap: int = setting(0, "tokens: push the older part of the history back by up to this far (log-uniform per row); 0: never")
-    far_nodes: int = setting(0, "gradient-free top-level gists, each of another row, put in front of the history: far distances, distractors")
+    far_tokens: int = setting(0, "tokens of the longest stored history (log-uniform per row) shown in and around a row's own, as gists of other rows: far distances, levels that rows do not reach; 0: none")
+    far_entries: int = setting(128, "entries that the stored history may take")
     # what is trained on it
     start: float = setting(0.3, "share of the training after which working contexts and lens begin: recall must have formed")
     ramp: int = setting(20, "steps over which their losses ramp in")
@@ -61,7 +61,7 @@ class MCConfig:
                 raise UserError(f"--mc_{f.name}={getattr(self, f.name)}: use one of {', '.join(map(str, choices))}")
         self.cut_shares()
         low = dict(block_size=2, max_lod=1, horizon=1, row_stride=1, variants=1, lens_horizon=1, lens_row_stride=1, budget=1,
-                   recent=0, max_gap=0, far_nodes=0, ramp=0)
+                   recent=0, far_tokens=0, far_entries=1, ramp=0)
         for name, least in low.items():
             if getattr(self, name) < least:
                 raise UserError(f"--mc_{name}={getattr(self, name)} must be at least {least}")
@@ -70,8 +70,6 @@ class MCConfig:
                 raise UserError(f"--mc_{name}={getattr(self, name)} must be a finite number, {'at least 0' if not least else 'above 0'}")
         if not self.wc_weight and not self.kl_weight:
             raise UserError("--mc_wc_weight=0 with --mc_kl_weight=0 trains nothing on the working context; raise one")
-        if self.max_gap and self.positions == "contiguous" and not self.alibi:
-            raise UserError("--mc_max_gap has no effect with --mc_positions=contiguous, which ignores where entries stand")
         if not 0 <= self.start < 1:
             raise UserError(f"--mc_start={self.start} must be in [0, 1)")
         if not 0 <= self.damping_floor <= 1:
@@ -80,8 +78,10 @@ class MCConfig:
             raise UserError(f"--mc_recent={self.recent} is not a multiple of the block size {self.block_size}")
         if self.lens_queries <= self.lens_horizon:
             raise UserError(f"--mc_lens_queries={self.lens_queries} must exceed --mc_lens_horizon={self.lens_horizon}")
-        if 0 < self.max_gap < self.block_size:
-            raise UserError(f"--mc_max_gap={self.max_gap} is less than a block of {self.block_size}: gaps are whole blocks")
+        if 0 < self.far_tokens < self.block_size:
+            raise UserError(f"--mc_far_tokens={self.far_tokens} is less than a block of {self.block_size}")
+        if not self.far_tokens and self.far_entries != MCConfig.far_entries:
+            raise UserError(f"--mc_far_entries={self.far_entries} has no effect with --mc_far_tokens=0")
         if self.damping_floor != MCConfig.damping_floor and self.positions != "gaussian":
             raise UserError(f"--mc_damping_floor has no effect with --mc_positions={self.positions}")
 
@@ -119,8 +119,12 @@ def from_flags(args: argparse.Namespace) -> MCConfig:
     return MCConfig(**{f.name: getattr(args, f"mc_{f.name}") for f in fields(MCConfig)})
 
 
+RETIRED = dict(max_gap=0, far_nodes=0)  # settings of earlier versions, and the value at which they did nothing
+
+
 def from_dict(values: dict) -> MCConfig:
-    """The config that a checkpoint's meta holds."""
+    """The config that a checkpoint's meta holds, of this version or of an earlier one that made no use of what is gone."""
+    values = {name: value for name, value in values.items() if name not in RETIRED or value != RETIRED[name]}
     if unknown := sorted(set(values) - {f.name for f in fields(MCConfig)}):
         raise UserError(f"MC config has unknown fields: {', '.join(unknown)}; it was written by another version")
     return MCConfig(**values)

@@ -44,7 +44,7 @@ class KeySearch:
         self.flat_limit, self.keep_coarse, self.keep_fine = flat_limit, keep_coarse, keep_fine
         self.n_blocks = 0
         self.n_exact = 0  # blocks that the last `top` scored exactly
-        self._dtype = lens.distance_bias.dtype
+        self._dtype = lens.distance_steps.dtype
         self._flat = torch.empty(flat_limit, lens.config.n_keys, lens.config.key_dim, dtype=self._dtype)
         self._fitted = 0  # blocks that the directions were found from: flat_limit · 2^i, or 0 while all is flat
         self._encoded = 0  # blocks in the codes: whole pages; the rest is always scored exactly

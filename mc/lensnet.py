@@ -66,13 +66,18 @@ class LensNet(nn.Module):
                                        nn.Linear(config.query_width, config.key_dim, bias=False))
         self.trust = nn.Linear(3 * config.d_model, 1)
         self.log_gain = nn.Parameter(torch.tensor(2.5))
-        self.distance_bias = nn.Parameter(torch.zeros(DISTANCE_BUCKETS))
+        self.distance_steps = nn.Parameter(torch.zeros(DISTANCE_BUCKETS))
         with torch.no_grad():  # tied start: before it has learned anything, the lens looks for what is alike
             self.key.weight[:, :config.d_model] = self.query.weight
             self.key.weight[:, config.d_model:] = 0
             nn.init.zeros_(self.query_mlp[2].weight)
         nn.init.zeros_(self.trust.weight)
         nn.init.constant_(self.trust.bias, -2.0)  # thirty tokens together start about as sure as four
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if (bias := state_dict.pop(prefix + "distance_bias", None)) is not None:  # earlier checkpoints hold the biases themselves
+            state_dict[prefix + "distance_steps"] = bias.diff(prepend=bias.new_zeros(1))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def keys(self, embeds_BTD: Tensor) -> Tensor:
         """[B, N, P, C] unit keys of the N = T // block_size complete blocks. Independent of what stands around a block."""
@@ -97,10 +102,13 @@ class LensNet(nn.Module):
         return self.log_gain.exp() * cosine.unflatten(-1, (N, P)).amax(-1)
 
     def distance(self, cursor_T: Tensor, index_N: Tensor) -> Tensor:
-        """[T, N] bias by how many blocks lie between a node and the cursor, in half octaves."""
+        """[T, N] bias by how many blocks lie between a node and the cursor, in half octaves.
+
+        A sum of learned steps: beyond the distances that training saw, the bias of the farthest of them holds.
+        """
         blocks = cursor_T[:, None] // self.config.block_size - index_N
         bucket = (2 * torch.log2(blocks.clamp_min(1).float())).long().clamp_max(DISTANCE_BUCKETS - 1)
-        return self.distance_bias[bucket]
+        return self.distance_steps.cumsum(0)[bucket]
 
     def logits(self, embeds_BTD: Tensor, keys_BNPC: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
         """[B, Q, N] twice at every position t of a range: the token's own vote, and the logits of its tail (t − tail, t].

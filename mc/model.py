@@ -1,4 +1,5 @@
-"""The trainable part of MegaContext and the working-context pass: [far gists ‖ cut ‖ continuation] through the base in one forward.
+"""The trainable part of MegaContext and the working-context pass: [cut ‖ continuation] through the base in one forward, in training
+perhaps with a far history around them.
 
 An entry covering tokens [s, s+k) predicts token s+k; its target and its teacher are row s+k−1 of the full-context pass. That one
 rule serves raw tokens and gists alike. Rows are packed to the left and padded at the end only, so causal attention needs no mask.
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mc.config import MCConfig, from_dict, to_dict
 from mc.focus_allocator import FocusConfig, GreedyAllocator
+from mc.far_history import FarHistory, place
 from mc.gaussian_rope import alibi_bias, entry_rotary
 from mc.gistnet import GistNet, GistNetConfig
 from mc.lensnet import LOCAL_MEAN, LensNet, LensNetConfig
@@ -118,43 +120,31 @@ def with_continuation(cut: Cut, n_tokens_B: Tensor, count: int) -> Entries:
     return Entries(lod, index.masked_fill(~valid, 0), valid, used_B)
 
 
-class Placed(NamedTuple):
-    """Far gists that stand in front of the cut, and gaps inside it; all optional extras of a pass."""
-
-    far_BFD: Tensor | None  # stored gists of the highest level, gradient-free
-    gap_B: Tensor  # tokens by which everything before `boundary` is pushed back
-    boundary_B: Tensor  # first token that stays in place
-
-
-def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entries: Entries, placed: Placed | None = None) -> Tensor:
+def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entries: Entries, far: FarHistory | None = None) -> Tensor:
     """Hidden states [B, M, D] of a working context with its continuation. tokens [B, T] int64: what the tree was built on."""
     lod, index, valid, _ = entries
-    K, config = mc.config.block_size, mc.config
+    M, K, config = lod.shape[1], mc.config.block_size, mc.config
     vectors = tree.gather(lod, index, valid)
     length = (K ** lod) * valid
     start = index * K ** lod
-    previous_lod, previous_index = F.pad(lod, (1, 0), value=-1)[:, :-1], F.pad(index, (1, 0), value=-1)[:, :-1]
-    linked = valid & (lod == 0) & (previous_lod == 0) & (index == previous_index + 1)
     ids = torch.where((lod == 0) & valid, tokens_BT.gather(1, torch.where(lod == 0, index, 0)), -1)
-    far = 0
-    if placed is not None:
-        torn = (placed.gap_B[:, None] > 0) & (start == placed.boundary_B[:, None])  # neighbours that a gap has parted
-        linked = linked & ~torn
-        start = start - torch.where(start < placed.boundary_B[:, None], placed.gap_B[:, None], 0)
-        if placed.far_BFD is not None:
-            far, top = placed.far_BFD.shape[1], config.max_lod
-            vectors = torch.cat([placed.far_BFD, vectors], 1)
-            behind = (torch.arange(far, device=lod.device) - far) * K ** top - placed.gap_B[:, None]
-            start, length = torch.cat([behind, start], 1), F.pad(length, (far, 0), value=K ** top)
-            lod, ids = F.pad(lod, (far, 0), value=top), F.pad(ids, (far, 0), value=-1)
-            linked = F.pad(linked, (far, 0), value=False)
+    if far is not None:  # in the order of their places: the row's own entries first, as stored, for those who stand at the same token
+        start, far_start, far_length = place(start, far)
+        far_valid = far.cut.valid_BW
+        start, length, lod = (torch.cat(x, 1) for x in ((start, far_start), (length, far_length), (lod, far.cut.lod_BW)))
+        valid, ids = torch.cat([valid, far_valid], 1), F.pad(ids, (0, far_valid.shape[1]), value=-1)
+        order = start.masked_fill(~valid, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
+        start, length, lod, valid, ids = (x.gather(1, order) for x in (start, length, lod, valid, ids))
+        vectors = take(torch.cat([vectors, far.vectors_BFD], 1), order)
+    raw = valid & (lod == 0)
+    linked = raw & F.pad(raw, (1, 0))[:, :-1] & (start == F.pad(start, (1, 0))[:, :-1] + 1)
     rotary = entry_rotary(gpt, start, length, scheme=config.positions, floor=config.damping_floor,
                           lod_axis=bool(config.lod_axis), lod_BW=lod)
     bias = mc.key_bias(lod)
     if config.alibi:
         bias = bias[:, None] + alibi_bias(start, length, entries.index_BM.amax(1), gpt.config.n_head)
     hidden = gpt.hidden(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=bias)
-    return hidden[:, far:]
+    return hidden if far is None else take(hidden, order.argsort(1)[:, :M])
 
 
 class Rows(NamedTuple):

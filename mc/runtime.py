@@ -25,11 +25,12 @@ from torch import Tensor
 
 from mc.config import POLICIES, MCConfig, to_dict
 from mc.diagnostics import gist_statistics, probe, shares_by_lod, spread
+from mc.far_history import draw_far_history, most_entries
 from mc.focus_allocator import check_feasible, utilization
 from mc.keyed_random import gumbel, uniform
 from mc.losses import distillation, lens_loss, lens_targets, row_mean
 from mc.mega_context import Tree
-from mc.model import Entries, MegaContext, Placed, read_rows, recency_scores, run_entries, take, with_continuation
+from mc.model import Entries, MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
 from mc.teachers import attention_mass, beyond_average, gate_utility, over_horizon
 from mc.working_context import entries_used
 from nanochat.common import UserError
@@ -70,11 +71,11 @@ class MCController:
         for name in ("row_stride", "lens_row_stride"):
             if micro_batch % getattr(config, name):
                 raise UserError(f"--mc_{name}={getattr(config, name)} does not divide the micro-batch of {micro_batch} rows")
-        if (micro_batch // config.row_stride) % (config.far_nodes + 1):
-            raise UserError(f"--mc_far_nodes={config.far_nodes} takes gists from groups of {config.far_nodes + 1} rows, which do not divide "
-                            f"the {micro_batch // config.row_stride} rows of a micro-batch that have a working context")
-        if config.far_nodes and K ** config.max_lod > T:
-            raise UserError(f"--mc_far_nodes: rows of {T} tokens hold no LOD{config.max_lod} node of {K ** config.max_lod} tokens; lower --mc_max_lod")
+        if config.far_tokens and micro_batch < 2:
+            raise UserError("--mc_far_tokens shows gists of the other rows of a micro-batch, which has one row; raise --device_batch_size")
+        if config.far_tokens and config.far_entries < (most := most_entries(config)):
+            raise UserError(f"--mc_far_entries={config.far_entries} does not hold {config.far_tokens} tokens, which take up to {most} entries; "
+                            f"raise it or --mc_max_lod, or lower --mc_far_tokens")
         if config.lens_queries > T - R - K:
             raise UserError(f"--mc_lens_queries={config.lens_queries} leaves no history in rows of {T} tokens; lower it")
         if config.lod_axis and gpt.config.rope_fraction == 1:
@@ -84,6 +85,7 @@ class MCController:
         if min(gpt.config.windows()) < T:
             raise UserError(f"--window_pattern={gpt.config.window_pattern}: windowed layers cannot see distant gists; use L with --mc_enabled=1")
         self.config, self.T, self.history, self.seed = config, T, history, seed  # history: the longest before a continuation
+        self._far_entries = config.far_entries if config.far_tokens else 0
         self.model = MegaContext(config, gpt.config.n_embd).to(gpt.lm_head.weight.device)
         check_feasible(history, self.model.focus_config())
         self.start_step = int(config.start * num_iterations)
@@ -105,12 +107,12 @@ class MCController:
         """What a checkpoint must say about its MegaContext: the settings, and which levels were trained."""
         K, history = self.config.block_size, self.history
         return {"config": to_dict(self.config),
-                "trained_lods": [lod for lod in range(1, self.config.max_lod + 1) if K ** lod <= history]}
+                "trained_lods": [lod for lod in range(1, self.config.max_lod + 1) if K ** lod <= max(history, self.config.far_tokens)]}
 
     def flops_per_token(self, gpt: GPT) -> float:
         """Training FLOPs that MegaContext adds per token of the LM pass, from shapes, while it is active."""
         c, T = self.config, self.T
-        entries = c.budget + c.horizon - 1 + c.far_nodes
+        entries = c.budget + c.horizon - 1 + self._far_entries
         read = c.protected + c.horizon - 1 if c.targets == "tail" else entries
         passes = (gpt.flops_per_token(entries, read) * entries + 2 * read * gpt.lm_head.weight.numel()) * c.variants / c.row_stride
         tree = 3 * self.model.gistnet.flops_per_token() / c.row_stride
@@ -125,7 +127,7 @@ class MCController:
         """Bytes of float32 that MegaContext adds to a micro-batch, from shapes: the working-context pass, the student's and the
         teacher's logits, and q, k, v, y and the gradient of y of every layer of the LM pass."""
         c, g = self.config, gpt.config
-        entries = c.budget + c.horizon + c.far_nodes
+        entries = c.budget + c.horizon + self._far_entries
         read = c.protected + c.horizon if c.targets == "tail" else entries
         per_row = entries * g.n_layer * 24 * g.n_embd + read * 2 * 4 * g.vocab_size  # as many copies of each as in the LM pass
         captured = micro_batch * self.T * g.n_layer * 5 * g.n_embd
@@ -160,7 +162,8 @@ class MCController:
     def probe(self, gpt: GPT, batch) -> dict[str, Tensor]:
         """What `mc.diagnostics.probe` finds on a held-out micro-batch."""
         n, end = self.history, self.history + self.config.horizon
-        return probe(gpt, self.model, batch.inputs[:, :end], batch.targets[:, :end], n, self.seed, batch.rows, self.meta()["trained_lods"])
+        return probe(gpt, self.model, batch.inputs[:, :end], batch.targets[:, :end], n, self.seed, batch.rows,
+                     [lod for lod in self.meta()["trained_lods"] if self.config.block_size ** lod <= n])
 
     def networks(self) -> dict[str, list[torch.nn.Parameter]]:
         """Parameters of each network, for the norms of their gradients."""
@@ -183,21 +186,21 @@ class MCController:
     def _working_context(self, gpt: GPT, tokens: Tensor, targets: Tensor, rows: Tensor, step: int, embeds: Tensor,
                          hidden: Tensor, captured: list[Captured], metrics: Metrics, trace: Trace) -> tuple[Tensor, Entries]:
         """Losses of the working contexts of every `row_stride`-th row, and the entries of each row's best variant."""
-        c, chosen = self.config, slice(None, None, self.config.row_stride)
+        c, chosen, every_row = self.config, slice(None, None, self.config.row_stride), rows
         tokens, targets, rows, hidden = tokens[chosen], targets[chosen], rows[chosen], hidden[chosen]
         with timed(trace, metrics, "tree"):
-            tree = self.model.build_tree(embeds[chosen])
+            tree, n_R, far = self.model.build_tree(embeds[chosen]), self._splits(rows, step), None
+            if c.far_tokens:
+                far = draw_far_history(c, self.model.gistnet, embeds, every_row, chosen, n_R, c.variants, self.seed, step)
         with timed(trace, metrics, "score"):
-            n_R = self._splits(rows, step)
             tree, tokens, targets, rows, hidden, n_RV, variant = self._variants(tree, tokens, targets, rows, hidden, n_R)
             scores, policy = self._scores(tree, captured, chosen, rows, variant, n_RV, step, metrics)
         with timed(trace, metrics, "focus"):
             cut, _ = self.model.allocator.cut(self.model.allocator.allocate(scores, n_RV))
             entries = with_continuation(cut, n_RV, c.horizon - 1)
-            placed = self._placed(tree, rows, n_RV, step)
             trace.event("mc.wc.snapshot", row=rows[0], tokens=n_RV[0], lods=torch.where(cut.valid_BW, cut.lod_BW, -1)[0])
         with timed(trace, metrics, "wc"):
-            out = run_entries(gpt, self.model, tree, tokens, entries, placed)
+            out = run_entries(gpt, self.model, tree, tokens, entries, far)
             if c.targets == "tail":
                 read = read_rows(entries, c.block_size, c.protected + c.horizon - 1, c.protected)
             else:
@@ -280,22 +283,6 @@ class MCController:
         seen = self.history // self.config.block_size
         mass = attention_mass(captured, chosen, last, seen, self.config.block_size).sum(1)
         return F.pad(mass, (0, count - seen)).repeat(self.config.variants, 1)  # what lies beyond any history is never shown
-
-    def _placed(self, tree: Tree, rows: Tensor, n: Tensor, step: int) -> Placed | None:
-        c = self.config
-        if not c.max_gap and not c.far_nodes:
-            return None
-        draw = uniform(rows, 2, self.seed, "gap", step)
-        gap = torch.zeros_like(n)
-        if c.max_gap:
-            blocks = torch.exp2(draw[:, 0] * math.log2(c.max_gap // c.block_size + 2)).long() - 1
-            gap = blocks * c.block_size
-        boundary = (draw[:, 1] * (n - c.protected) / c.block_size).long() * c.block_size
-        far = None
-        if c.far_nodes:
-            top = tree.levels[c.max_lod][:, 0].detach().unflatten(0, (-1, c.far_nodes + 1))  # groups of neighbouring rows
-            far = torch.stack([top.roll(i + 1, 1).flatten(0, 1) for i in range(c.far_nodes)], 1)
-        return Placed(far, gap, boundary)
 
     # -- the lens ----------------------------------------------------------------------------------------------------------
 

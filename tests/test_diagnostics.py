@@ -249,7 +249,7 @@ def test_a_frozen_lens_agrees_with_nothing():
     mc = tiny_mc(gpt, budget=28)
     with torch.no_grad():
         mc.model.lensnet.log_gain.fill_(-torch.inf)
-        mc.model.lensnet.distance_bias.zero_()
+        mc.model.lensnet.distance_steps.zero_()
     found = mc.probe(gpt, tiny_batch())
     assert float(found["mc.lens.rank_correlation"]) == 0
     assert float(found["mc.lens.hit_at{k=1}"]) == pytest.approx(1 / ((N - mc.config.protected) // K))

@@ -79,7 +79,7 @@ def trained_like(n: int) -> tuple[LensNet, torch.Tensor]:
     with torch.no_grad():
         lens.query.weight.copy_(spread)
         lens.trust.weight[:, :128] = torch.randn(128, generator=generator) / 8
-        lens.distance_bias.copy_(torch.randn(32, generator=generator) / 4)
+        lens.distance_steps.copy_((torch.randn(32, generator=generator) / 4).diff(prepend=torch.zeros(1)))
     return lens, F.normalize(torch.randn(n, 4, 128, generator=generator) @ spread.T, dim=-1)
 
 

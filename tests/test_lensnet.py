@@ -81,9 +81,25 @@ def test_own_votes_see_one_token_and_the_sum_over_the_tail_weighs_them_by_trust(
 
 def test_distance_bias_falls_in_half_octaves_of_blocks(lens):
     with torch.no_grad():
-        lens.distance_bias.copy_(torch.arange(32.0))
+        lens.distance_steps.copy_(torch.arange(32) > 0)
     bucket = lens.distance(torch.tensor([200 * K + 3]), torch.arange(200))[0].flip(0).long().tolist()  # 1 block away, 2, …
     assert bucket[:9] == [0, 2, 3, 4, 4, 5, 5, 6, 6] and bucket[127] == 14 and bucket == sorted(bucket)
+
+
+def test_beyond_the_distances_that_were_trained_the_last_bias_holds(lens):
+    with torch.no_grad():
+        lens.distance_steps.zero_()
+    x = torch.randn(1, 16 * K, lens.config.d_model, dtype=lens.distance_steps.dtype)
+    lens.logits(x, lens.keys(x), slice(15 * K, 16 * K))[1][..., 3].sum().backward()
+    torch.optim.SGD(lens.parameters(), 1.0).step()
+    near, far = lens.distance(torch.tensor([16 * K]), torch.arange(16))[0].min(), lens.distance(torch.tensor([4096 * K]), torch.arange(100))[0]
+    assert (lens.distance_steps != 0).any() and near < 0 and (far == near).all()
+
+
+def test_checkpoints_that_hold_the_biases_themselves_are_read(lens):
+    bias = torch.randn(32, dtype=lens.distance_steps.dtype)
+    lens.load_state_dict({name: x for name, x in lens.state_dict().items() if name != "distance_steps"} | {"distance_bias": bias})
+    torch.testing.assert_close(lens.distance(torch.tensor([4096 * K]), torch.arange(4096))[0, [4095, 4094, 4092, 0]], bias[[0, 2, 4, 24]])
 
 
 @pytest.mark.parametrize("token", range(32 - TAIL - LOCAL_MEAN, 32))

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mc.config import MCConfig, add_flags, from_dict, from_flags, to_dict
-from mc.gaussian_rope import entry_rotary
-from mc.model import Entries, MegaContext, Placed, load_mega_context, read_rows, recency_scores, run_entries, take, with_continuation
-from mc.working_context import finest
+from mc.far_history import FarHistory, draw_far_history, place
+from mc.gaussian_rope import alibi_bias, entry_rotary
+from mc.model import Entries, MegaContext, load_mega_context, read_rows, recency_scores, run_entries, take, with_continuation
+from mc.working_context import Cut, finest
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import FlagParser, UserError
 from tiny_mc import SMALL, H, K, N, R, W, randomize, tiny_base, tiny_batch, tiny_mc
@@ -206,28 +207,44 @@ def test_padding_changes_nothing():
 
 
 @torch.no_grad()
-def test_far_gists_and_gaps_move_positions_and_nothing_else(monkeypatch):
+@pytest.mark.parametrize("config", [{}, {"lod_axis": 1, "alibi": 1}])
+def test_a_far_history_is_a_longer_cut_in_time_order(config):
+    """Against one row at a time, its entries put in order by hand, no padding."""
+    gpt = tiny_base(rope_fraction=0.5, n_kv_head=4)
+    mc = mega(gpt, **config)
+    entries, tree = random_entries(mc), mc.build_tree(gpt.embed(tokens))
+    far_config = MCConfig(**{**vars(mc.config), "far_tokens": 200, "far_entries": 24})
+    far = draw_far_history(far_config, mc.gistnet, gpt.embed(tokens), torch.arange(4), slice(None), torch.full((4,), N), 1, 0, 7)
+    out = run_entries(gpt, mc, tree, tokens, entries, far)
+    start, far_start, far_length = place(entries.index_BM * K**entries.lod_BM, far)
+    assert out.shape[1] == entries.lod_BM.shape[1] and (far_length.sum(1) > 0).sum() > 2 and len((start != entries.index_BM * K**entries.lod_BM).any(1).unique()) == 2
+    for b in range(4):
+        own = [(int(start[b, w]), int(entries.lod_BM[b, w]), w) for w in range(out.shape[1]) if entries.valid_BM[b, w]]
+        stored = [(int(far_start[b, f]), int(far.cut.lod_BW[b, f]), ~f) for f in range(24) if far.cut.valid_BW[b, f]]
+        both = sorted(own + stored, key=lambda e: e[0])
+        at, lod = (torch.tensor([e[i] for e in both])[None] for i in (0, 1))
+        ids = torch.tensor([[int(tokens[b, entries.index_BM[b, w]]) if level == 0 else -1 for _, level, w in both]])
+        vectors = torch.stack([tree.gather(entries.lod_BM, entries.index_BM, entries.valid_BM)[b, w] if w >= 0 else far.vectors_BFD[b, ~w] for *_, w in both])
+        linked = torch.tensor([[i > 0 and both[i][1] == both[i - 1][1] == 0 and both[i][0] == both[i - 1][0] + 1 for i in range(len(both))]])
+        rotary = entry_rotary(gpt, at, K**lod, lod_axis=bool(mc.config.lod_axis), lod_BW=lod)
+        bias = mc.key_bias(lod)
+        if mc.config.alibi:
+            bias = bias[:, None] + alibi_bias(at, K**lod, torch.zeros(1), gpt.config.n_head)
+        hidden = gpt.hidden(ids, inputs_embeds=vectors[None], rotary=rotary, linked=linked, key_bias=bias)[0]
+        for i, (*_, w) in enumerate(both):
+            if w >= 0:
+                torch.testing.assert_close(out[b, w], hidden[i], rtol=0, atol=1e-5 if config else 1e-9)
+
+
+@torch.no_grad()
+def test_an_empty_far_history_changes_nothing():
     gpt = tiny_base()
     mc = mega(gpt)
     entries, tree = random_entries(mc), mc.build_tree(gpt.embed(tokens))
-    plain, unplaced = spy(gpt, monkeypatch), run_entries(gpt, mc, tree, tokens, entries)
-    monkeypatch.undo()
-    far, gap, boundary = torch.randn(4, 2, 32, dtype=torch.float64), torch.tensor([0, 4, 400, 12]), torch.tensor([20, 0, 16, 40])
-    seen, out = spy(gpt, monkeypatch), run_entries(gpt, mc, tree, tokens, entries, Placed(far, gap, boundary))
-    assert out.shape == unplaced.shape and not torch.allclose(out, unplaced)
-    assert torch.equal(seen["inputs_embeds"], torch.cat([far, plain["inputs_embeds"]], 1))
-    for name, value in (("idx", -1), ("linked", False)):
-        assert torch.equal(seen[name][:, 2:], plain[name]) and (seen[name][:, :2] == value).all()
-    length = K**entries.lod_BM * entries.valid_BM
-    start = entries.index_BM * K**entries.lod_BM
-    start = start - gap[:, None] * (start < boundary[:, None])
-    start = torch.cat([torch.tensor([[-2 * K**2, -K**2]]) - gap[:, None], start], 1)
-    length = torch.cat([torch.full((4, 2), K**2), length], 1)
-    for got, expected in zip(seen["rotary"], entry_rotary(gpt, start, length)):
-        assert torch.equal(got, expected)
-    nothing = Placed(None, torch.zeros_like(gap), boundary)
-    monkeypatch.undo()
-    assert torch.equal(run_entries(gpt, mc, tree, tokens, entries, nothing), unplaced)
+    nothing = torch.zeros(4, 6, dtype=torch.int64)
+    far = FarHistory(Cut(nothing, nothing, nothing.bool(), K), torch.zeros(4, 6, 32).double(), torch.zeros(4).long(), torch.tensor([20, 0, 16, 40]))
+    out, plain = run_entries(gpt, mc, tree, tokens, entries, far), run_entries(gpt, mc, tree, tokens, entries)
+    torch.testing.assert_close(out[entries.valid_BM], plain[entries.valid_BM], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("config", [{"positions": "centre"}, {"positions": "contiguous"}, {"alibi": 1}, {"lod_axis": 1}, {"damping_floor": 0.7}])

@@ -146,7 +146,7 @@ def planted(shift: int) -> GPT:
     return gpt
 
 
-@pytest.mark.parametrize("config", [{}, {"targets": "raw"}, {"split": "random"}, {"targets": "raw", "split": "random", "variants": 2}, {"max_gap": 64, "far_nodes": 1}])
+@pytest.mark.parametrize("config", [{}, {"targets": "raw"}, {"split": "random"}, {"targets": "raw", "split": "random", "variants": 2}, {"far_tokens": 400, "far_entries": 40}])
 def test_an_entry_is_trained_on_the_token_after_it(config):
     """Where each token is the one before it plus one, a model of successors has nothing to learn, one that copies everything."""
     rows = torch.arange(4)
@@ -224,7 +224,7 @@ def test_the_primary_variant_of_a_row_is_its_best(monkeypatch):
 # Rows on their own
 
 
-@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random", "max_gap": 64}, {"teacher": "attention"}])
+@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random"}, {"teacher": "attention"}])
 def test_micro_batches_add_up_to_the_batch(config):
     gpt = tiny_base()
     mc = tiny_mc(gpt, **config)
@@ -243,7 +243,7 @@ def test_micro_batches_add_up_to_the_batch(config):
         assert torch.equal(x, torch.cat(parts))
 
 
-@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random", "max_gap": 64}])
+@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random"}])
 def test_permuting_the_batch_permutes_the_results(config):
     gpt = tiny_base()
     mc = tiny_mc(gpt, **config)
@@ -254,17 +254,13 @@ def test_permuting_the_batch_permutes_the_results(config):
     assert values(one.metrics) == pytest.approx(values(two.metrics), rel=1e-6)
 
 
-def test_gaps_and_splits_are_drawn_per_row():
-    mc = tiny_mc(tiny_base(), max_gap=64, split="random")
-    rows, n = torch.arange(200), torch.full((200,), N)
-    placed = mc._placed(None, rows, n, 0)
-    assert placed.gap_B.unique().tolist() == list(range(0, 65, K)) and placed.boundary_B.unique().tolist() == list(range(0, N - R, K))
-    assert (placed.gap_B < 16).float().mean() > 0.3  # log-uniform
+def test_splits_are_drawn_per_row():
+    mc = tiny_mc(tiny_base(), split="random")
+    rows = torch.arange(200)
     splits = mc._splits(rows, 0)
     assert splits.unique().tolist() == list(range(W + K, N + 1, K)) and not torch.equal(splits, mc._splits(rows, 1))
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
     assert torch.equal(mc._splits(rows[order], 0), splits[order])
-    assert torch.equal(mc._placed(None, rows[order], n, 0).gap_B, placed.gap_B[order])
 
 
 @pytest.mark.parametrize("policy", ["lens", "teacher"])
@@ -331,7 +327,7 @@ plain = cache(fingerprint)
 
 OTHER = dict(
     block_size=8, max_lod=1, gist="mean", gist_width=8, gist_pool=dict(gist="transformer", gist_pool="cls"), gist_head="mlp", gist_shared=0,
-    budget=28, recent=12, horizon=4, positions="centre", damping_floor=0.5, lod_axis=1, alibi=1, max_gap=64, far_nodes=1,
+    budget=28, recent=12, horizon=4, positions="centre", damping_floor=0.5, lod_axis=1, alibi=1, far_tokens=400, far_entries=dict(far_tokens=400, seed=68, far_entries=28),
     start=0.5, ramp=5, row_stride=2, variants=2, cuts="random:1", targets="raw", split="random", wc_weight=0.5, kl_weight=0.0,
     teacher="attention", lens_horizon=2, lens_queries=16, lens_row_stride=2, lens_key_dim=8, lens_keys=4, gist_lr=0.5, lens_lr=0.5,
 )  # fmt: skip
@@ -358,16 +354,12 @@ def test_every_setting_changes_something(name):
     ({"budget": N, "split": "random"}, {}, "nothing to focus on"),
     ({"row_stride": 3}, {}, "does not divide the micro-batch"),
     ({"lens_row_stride": 3}, {}, "does not divide the micro-batch"),
-    ({"far_nodes": 4}, {}, "which do not divide"),
-    ({"far_nodes": 2, "row_stride": 2}, {}, "which do not divide"),
-    ({"far_nodes": 1, "max_lod": 4}, {}, "lower --mc_max_lod"),
     ({"lens_queries": 60}, {}, "leaves no history"),
     ({"lod_axis": 1}, {}, "rope_fraction below 1"),
     ({"alibi": 1}, {}, "as many kv heads"),
     ({}, {"sequence_len": 32, "window_pattern": "L"}, "windowed layers"),
     ({}, {"sequence_len": 240, "window_pattern": "SL", "T": 160}, "windowed layers"),
     ({"budget": 12}, {}, "too small"),
-    ({"max_gap": 3}, {}, "less than a block"),
     ({"lens_keys": 3}, {}, "3 lens keys"),
     ({"gist": "mean", "gist_head": "mlp"}, {}, "no head"),
     ({"gist_pool": "cls"}, {}, "needs the variant"),
@@ -427,7 +419,7 @@ def watched(gpt, mc, batch, at) -> Watch:
     return watch
 
 
-@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random", "max_gap": 64, "far_nodes": 1, "teacher": "attention"}, {"alibi": 1, "lod_axis": 1}])
+@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random", "far_tokens": 400, "teacher": "attention"}, {"alibi": 1, "lod_axis": 1}])
 def test_a_step_never_waits_for_the_device_and_has_static_shapes(config):
     gpt = tiny_base(dtype=torch.float32, rope_fraction=0.5, n_kv_head=4)
     one = watched(gpt, tiny_mc(gpt, **config), tiny_batch(), 0)
@@ -445,6 +437,7 @@ def test_the_watch_sees_a_wait():
 
 def test_meta_names_the_levels_that_were_trained():
     assert tiny_mc(tiny_base(), max_lod=3).meta()["trained_lods"] == [1, 2]
+    assert tiny_mc(tiny_base(), max_lod=4, far_tokens=200, far_entries=40).meta()["trained_lods"] == [1, 2, 3]
     assert tiny_mc(tiny_base(), max_lod=1).meta() == {"config": {**vars(MCConfig(**{**SMALL, "max_lod": 1}))}, "trained_lods": [1]}
 
 
