@@ -1,9 +1,13 @@
-"""Step time of MegaContext against vanilla: same model, data, optimizer and batch, alternating blocks of steps in one process.
+"""Training step of MegaContext against vanilla's.
+
+Same model, data, optimizer and batch, alternating blocks of steps in one process.
 
 Machines are shared and noisy, so only ratios are reported: of each pair of neighbouring blocks, with the median over pairs and an
 interval from a bootstrap over them.
 """
 
+import argparse
+import json
 import time
 from collections import defaultdict
 from dataclasses import replace
@@ -14,6 +18,7 @@ import torch
 
 from mc.config import from_dict
 from mc.runtime import MCController
+from nanochat.checkpoint import load_model_state
 from nanochat.common import UserError, seed_everything
 from nanochat.dataloader import Loader, make_source
 from nanochat.gpt import GPT, config_from_dict
@@ -115,3 +120,28 @@ def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, ste
 def synchronize(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint_dir", required=True, help="checkpoint directory of a run with --mc_enabled=1")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs of blocks, vanilla and MegaContext in turn")
+    parser.add_argument("--steps", type=int, default=3, help="steps per block")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
+
+
+def run(args: argparse.Namespace) -> None:
+    if min(args.pairs, args.steps) < 1:
+        raise UserError(f"--pairs={args.pairs} --steps={args.steps}: at least 1")
+    check_device(args.device)
+    _, meta = load_model_state(args.checkpoint_dir)
+    times = training_step_times(meta, Tokenizer.load(), pairs=args.pairs, steps=args.steps, device=args.device)
+    print(f"step time MC / vanilla {times.ratio:.3f} [{times.low:.3f}, {times.high:.3f}]: {times.mc_s:.3f} s against {times.vanilla_s:.3f} s, "
+          f"{args.pairs} pairs of {args.steps} steps")
+    for name, seconds in times.parts.items():
+        print(f"  {name:24s} {seconds / times.vanilla_s:6.1%} of a vanilla step")
+    print(json.dumps(times._asdict()))
+
+
+def check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda, but torch sees no CUDA device; use --device=cpu")

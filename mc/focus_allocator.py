@@ -63,8 +63,8 @@ class FocusConfig:
             raise UserError(f"focus soft_budget={self.soft_budget} exceeds budget={self.budget}; lower it")
 
 
-def check_feasible(n_tokens: int, cfg: FocusConfig, deep_blocks: int = 1) -> None:
-    """Refuse (UserError, with the numbers) a budget that cannot show `deep_blocks` blocks raw besides the tail.
+def entries_needed(n_tokens: int, cfg: FocusConfig, deep_blocks: int = 1) -> tuple[int, int, int]:
+    """Entries for the tiling, for `deep_blocks` blocks shown raw, and for the tail: the budget must hold their sum.
 
     The tail is what `recent` protects, rounded out to whole blocks. What lies before it takes tiling(before) entries,
     and a block shown raw under h levels of gists (K - 1) * h more, h counting the levels that exist there.
@@ -72,11 +72,16 @@ def check_feasible(n_tokens: int, cfg: FocusConfig, deep_blocks: int = 1) -> Non
     k = cfg.block_size
     before = max(n_tokens - cfg.recent, 0) // k * k
     levels = sum(k**lod <= before for lod in range(1, cfg.max_lod + 1))
-    tiles, deep, tail = tiling(before, k, cfg.max_lod), (k - 1) * levels * deep_blocks, n_tokens - before
+    return tiling(before, k, cfg.max_lod), (k - 1) * levels * deep_blocks, n_tokens - before
+
+
+def check_feasible(n_tokens: int, cfg: FocusConfig, deep_blocks: int = 1) -> None:
+    """Refuse (UserError, with the numbers) a budget that cannot show `deep_blocks` blocks raw besides the tail."""
+    tiles, deep, tail = entries_needed(n_tokens, cfg, deep_blocks)
     if (need := tiles + deep + tail) > cfg.soft_budget:
         raise UserError(
             f"a budget of {cfg.soft_budget} entries is too small for {n_tokens} tokens: tiling {tiles} + "
-            f"{deep_blocks} raw block(s) {deep} + recent tail {tail} = {need} (block size {k}, max_lod {cfg.max_lod}); "
+            f"{deep_blocks} raw block(s) {deep} + recent tail {tail} = {need} (block size {cfg.block_size}, max_lod {cfg.max_lod}); "
             f"raise the budget to {need}, raise max_lod, or lower recent={cfg.recent}"
         )
 

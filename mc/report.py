@@ -106,7 +106,7 @@ def plot_systems(report: dict, path: Path) -> None:
         axis.set_xlabel("NLL of the continuation (nats per token)")
         axis.set_title(f"{name}: n = {task['history']}, W = {task['budget']}", fontsize=10)
         axis.tick_params(labelsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_training(runs: dict[str, dict[str, Path]], path: Path) -> None:
@@ -125,10 +125,11 @@ def plot_training(runs: dict[str, dict[str, Path]], path: Path) -> None:
         axis.set_title(f"{name}: training", fontsize=10)
         axis.legend(fontsize=8, frameon=False)
         axis.tick_params(labelsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure, path: Path) -> None:
+def save_figure(figure, path: Path) -> None:
+    """As PNG, at `path`, and beside it as PDF."""
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     figure.savefig(path.with_suffix(".pdf"))

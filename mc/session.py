@@ -17,6 +17,7 @@ cache holds budget + interval slots, whatever the length of the history. Tokens 
 Shapes: A sessions of a pass, S entries of a pass, W entries of a cut, D width, V vocabulary, N tokens or blocks.
 """
 
+import argparse
 import hashlib
 import json
 import time
@@ -39,8 +40,7 @@ from mc.gaussian_rope import alibi_slopes, entry_rotary
 from mc.history import History, store_format
 from mc.key_search import KeySearch
 from mc.lensnet import LOCAL_MEAN, focus_scores
-from mc.mega_context import tiling
-from mc.model import MegaContext
+from mc.model import MegaContext, load_mega_context
 from mc.paged_cache import NOWHERE, PagedCache, Placement
 from mc.path_edits import Edits, PathEdits
 from mc.storage import VOID, RamStore, Store
@@ -73,6 +73,17 @@ class SessionConfig:
         for name, least in dict(budget=0, interval=0, candidates=1).items():
             if getattr(self, name) < least:
                 raise UserError(f"--mc_{name}={getattr(self, name)} must be at least {least}")
+
+
+def add_flags(parser: argparse.ArgumentParser, **defaults) -> None:
+    """Flags `--mc_…` of all settings; `defaults` where a command has others."""
+    group = parser.add_argument_group("the session")
+    for f in fields(SessionConfig):
+        group.add_argument(f"--mc_{f.name}", type=type(f.default), default=defaults.get(f.name, f.default), choices=f.metadata["choices"], help=f.metadata["help"])
+
+
+def from_flags(args: argparse.Namespace, **changes) -> SessionConfig:
+    return SessionConfig(**{f.name: getattr(args, f"mc_{f.name}") for f in fields(SessionConfig)} | changes)
 
 
 class Shown(NamedTuple):
@@ -311,6 +322,12 @@ class SessionPool:
         cos, sin = entry_rotary(self.gpt, start_AS, length_AS, scheme=c.positions, floor=c.damping_floor, lod_axis=bool(c.lod_axis), lod_BW=lod_AS)
         self.cache.place(Placement(torch.tensor([s.row for s in sessions], device=self.device), slot_AS, batch("before", -1), centre_AS, bias_AS))
         return self.gpt.hidden(ids_AS, inputs_embeds=embeds_ASD, rotary=(cos, sin), linked=batch("linked", False), cache=self.cache, lift_windows=True)
+
+
+def open_pool(gpt: GPT, meta: dict, checkpoint_dir: Path | str, config: SessionConfig, max_sessions: int = 1) -> SessionPool:
+    """A pool for a model that `nanochat.loading` has loaded from checkpoint_dir; UserError when it has no MegaContext."""
+    mc = load_mega_context(checkpoint_dir, meta["step"], meta, gpt.config.n_embd, gpt.lm_head.weight.device)
+    return SessionPool(gpt, mc, config, trained_lods=meta["mc"]["trained_lods"], max_sessions=max_sessions)
 
 
 class Missing(NamedTuple):

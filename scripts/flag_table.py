@@ -30,11 +30,17 @@ def commands() -> list[str]:
 
 
 def flags_of(parser: FlagParser) -> Iterator[tuple[str, list[argparse.Action]]]:
-    """("", the ungrouped arguments), then (title, arguments) of each group; --help is left out."""
+    """("", the ungrouped arguments), then (title, arguments) of each group and of each sub-command; --help is left out."""
     plain, options, *groups = parser._action_groups  # argparse has no public way to list them
-    yield "", [a for a in plain._group_actions + options._group_actions if not isinstance(a, argparse._HelpAction)]
+    own = [a for a in plain._group_actions + options._group_actions if not isinstance(a, argparse._HelpAction)]
+    commands = [a for a in own if isinstance(a, argparse._SubParsersAction)]
+    yield "", [a for a in own if a not in commands]
     for group in groups:
         yield group.title, group._group_actions
+    for action in commands:
+        for name, command in action.choices.items():
+            for title, actions in flags_of(command):
+                yield " — ".join([name, command.description, *filter(None, [title])]), actions
 
 
 def default_of(action: argparse.Action) -> str:
@@ -55,6 +61,8 @@ def flags_page() -> str:
         parser = importlib.import_module(command).make_parser()
         lines += [f"## {command}", "", " ".join(parser.description.split()), ""]
         for title, actions in flags_of(parser):
+            if not actions:
+                continue
             lines += [f"### {title}", ""] if title else []
             lines += ["| Flag | Default | Meaning |", "|---|---|---|"]
             lines += [f"| `{a.option_strings[0] if a.option_strings else a.dest}` | {default_of(a)} | {help_of(a)} |" for a in actions]
