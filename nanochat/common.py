@@ -2,8 +2,11 @@
 
 import argparse
 import hashlib
+import importlib
+import importlib.util
 import os
 import random
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +43,36 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see --help)\n")
+
+
+def import_optional(package: str, name: str):
+    """A module of a package that `--<package>_enabled=1` has switched on, and that is imported only then. UserError without it."""
+    try:
+        return importlib.import_module(f"{package}.{name}")
+    except ModuleNotFoundError as e:
+        if (e.name or "").partition(".")[0] != package:
+            raise
+        raise UserError(f"--{package}_enabled=1 needs the package {e.name}, which is not installed: put the folder {package} back, "
+                        f"or use --{package}_enabled=0") from None
+
+
+def parse_optional(make_parser: Callable[[bool], FlagParser], package: str) -> tuple[FlagParser, argparse.Namespace]:
+    """The parser and the flags of this process's command line, those of an optional package only where it is switched on.
+
+    make_parser(with_package): with_package when `--<package>_enabled=1` is given (the last mention counts), or all help is asked
+    for and the package is there. Exits like argparse for unknown flags, and for the package's flags while it is off.
+    """
+    argv = " ".join(sys.argv[1:]).replace("-", "_").replace("=", " ")
+    on = re.findall(rf"(?:^| )__{package}_enabled (\S+)", argv)[-1:] == ["1"]
+    helps = {"-h", "--help"} & set(sys.argv[1:]) and importlib.util.find_spec(package) is not None
+    parser = make_parser(on or bool(helps))
+    args, unknown = parser.parse_known_args()
+    names = [name for name in unknown if name.startswith("--")]
+    if names and all(name.startswith(f"--{package}_") for name in names) and not getattr(args, f"{package}_enabled"):
+        parser.error(f"{' '.join(unknown)}: needs --{package}_enabled=1")
+    if unknown:
+        parser.error(f"unknown flags: {' '.join(unknown)}")
+    return parser, args
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -105,15 +105,17 @@ class Engine:
         bos = self.tokenizer.bos_id
         steps = self.generate([[bos, *self.tokenizer.encode(prompt)]], max_tokens, temperature=temperature, top_k=top_k, seed=seed,
                               stop_ids=[bos])
-        return self._decode(token for (token,) in steps if token != bos)
+        return decode_stream(self.tokenizer, (token for (token,) in steps if token != bos))
 
-    def _decode(self, tokens: Iterator[int]) -> Iterator[str]:
-        pending: list[int] = []
-        for token in tokens:
-            pending.append(token)
-            text = self.tokenizer.decode(pending)
-            if not text.endswith("\ufffd") or len(pending) >= MAX_CHARACTER_TOKENS:
-                pending = []
-                yield text
-        if pending:
-            yield self.tokenizer.decode(pending)
+
+def decode_stream(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
+    """Pieces of text, whole characters only."""
+    pending: list[int] = []
+    for token in tokens:
+        pending.append(token)
+        text = tokenizer.decode(pending)
+        if not text.endswith("\ufffd") or len(pending) >= MAX_CHARACTER_TOKENS:
+            pending = []
+            yield text
+    if pending:
+        yield tokenizer.decode(pending)

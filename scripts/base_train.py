@@ -10,11 +10,9 @@ batch give the same losses on any number of ranks. With `--mc_enabled=0` nothing
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import math
 import os
-import re
 import resource
 import sys
 import time
@@ -26,7 +24,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # torchrun scripts/base_train.py, not installed
 
 from nanochat.checkpoint import complete_steps, load_checkpoint, save_checkpoint, set_rng_state
-from nanochat.common import FlagParser, Ranks, UserError, base_dir, init_distributed, print0, run_main, seed_everything
+from nanochat.common import FlagParser, Ranks, UserError, base_dir, import_optional, init_distributed, parse_optional, print0, run_main, seed_everything
 from nanochat.dataloader import SYNTHETIC, Loader, Source, eval_rows, make_source
 from nanochat.evaluation import evaluate
 from nanochat.gpt import GPT, GPTConfig
@@ -101,28 +99,12 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     add("--dry_run", default=0, help="1: print the plan (model, tokens, FLOPs, memory) and stop", **flag)
     add("--mc_enabled", default=0, help="1: train MegaContext beside the model", **flag)
     if with_mc:
-        import_mc("config").add_flags(parser)
+        import_optional("mc", "config").add_flags(parser)
     return parser
 
 
-def import_mc(name: str):
-    """A module of `mc`, which is imported only when it is on. UserError without the package."""
-    try:
-        return importlib.import_module(f"mc.{name}")
-    except ModuleNotFoundError as e:
-        if (e.name or "").partition(".")[0] != "mc":
-            raise
-        raise UserError(f"--mc_enabled=1 needs the package {e.name}, which is not installed: put the folder mc back, or use --mc_enabled=0") from None
-
-
 def parse_flags():
-    parser = make_parser(wants_mc(sys.argv[1:]))
-    args, unknown = parser.parse_known_args()
-    names = [name for name in unknown if name.startswith("--")]
-    if names and all(name.startswith("--mc_") for name in names) and not args.mc_enabled:
-        parser.error(f"{' '.join(unknown)}: needs --mc_enabled=1")
-    if unknown:
-        parser.error(f"unknown flags: {' '.join(unknown)}")
+    parser, args = parse_optional(make_parser, "mc")
     check_ranges(args, {name: parser.get_default(name) for name in vars(args)})
     return args
 
@@ -150,14 +132,6 @@ def check_ranges(args, defaults: dict) -> None:
         raise UserError(f"--text_column={args.text_column} has no effect with --data={args.data}: it is for directories of parquet or jsonl files")
     if not 0 < args.target_tokens_per_param < math.inf:
         raise UserError(f"--target_tokens_per_param={args.target_tokens_per_param} must be positive")
-
-
-def wants_mc(argv: list[str]) -> bool:
-    """Whether the flags of `mc` are needed: it is on (the last mention counts), or all help is asked for and it is there."""
-    mentions = re.findall(r"(?:^| )--mc_enabled (\S+)", " ".join(argv).replace("mc-enabled", "mc_enabled").replace("=", " "))
-    on = mentions[-1:] == ["1"]
-    with_help = bool({"-h", "--help"} & set(argv)) and (Path(__file__).resolve().parent.parent / "mc" / "config.py").exists()
-    return on or with_help
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,8 +398,8 @@ def check_resumable(meta: dict, args, plan: Plan, tokenizer: Tokenizer, director
 
 
 def build_controller(args, plan: Plan, model: GPT):
-    settings = import_mc("config").from_flags(args)
-    return import_mc("runtime").MCController(settings, model, T=plan.T, micro_batch=plan.micro_batch, num_iterations=plan.num_iterations, seed=args.seed)
+    settings = import_optional("mc", "config").from_flags(args)
+    return import_optional("mc", "runtime").MCController(settings, model, T=plan.T, micro_batch=plan.micro_batch, num_iterations=plan.num_iterations, seed=args.seed)
 
 
 def mean_over_ranks(metrics: list[dict[str, torch.Tensor | Reading]], ranks: Ranks) -> list[dict[str, torch.Tensor | Reading]]:

@@ -1,11 +1,23 @@
-"""Continue a text: `python -m scripts.chat_cli --checkpoint_dir=DIR --prompt="def main("`; without --prompt, line after line."""
+"""Continue a text: `python -m scripts.chat_cli --checkpoint_dir=DIR --prompt="def main("`; without --prompt, line after line.
+
+    … --mc_enabled=1 --history=FILE        a conversation that never ends: reads a file of any length first, and forgets nothing
+
+With MegaContext all prompts and answers are one history, and a status line follows each answer; without it every prompt stands alone.
+"""
 
 import sys
+import time
+from argparse import Namespace
+from pathlib import Path
 from typing import Iterator
 
-from nanochat.common import FlagParser, init_distributed, run_main
-from nanochat.engine import Engine
+from nanochat.common import FlagParser, UserError, import_optional, init_distributed, parse_optional, run_main
+from nanochat.engine import Engine, decode_stream
+from nanochat.gpt import GPT
 from nanochat.loading import add_model_flags, model_from_flags
+from nanochat.tokenizer import Tokenizer
+
+PIECE = 1 << 20  # characters of a history file that are tokenized at a time
 
 
 def typed_prompts() -> Iterator[str]:
@@ -19,31 +31,98 @@ def typed_prompts() -> Iterator[str]:
         yield line
 
 
-def make_parser() -> FlagParser:
-    parser = FlagParser(prog="python -m scripts.chat_cli", description=__doc__)
+def make_parser(with_mc: bool = True) -> FlagParser:
+    parser = FlagParser(prog="python -m scripts.chat_cli", description=__doc__.split("\n\n")[0])
     add_model_flags(parser)
     parser.add_argument("--prompt", help="text to continue; without it, each line of stdin, until an empty one")
     parser.add_argument("--max_tokens", type=int, default=128, help="tokens to generate per prompt")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token; 1 draws as the model predicts")
     parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--mc_enabled", type=int, choices=(0, 1), default=0, help="1: a session with MegaContext, whose context never ends")
+    parser.add_argument("--history", type=Path, help="text file of any length that is read before the first prompt (needs --mc_enabled=1)")
+    if with_mc:
+        parser.add_argument("--mc_explain", type=int, choices=(0, 1), default=0, help="1: after each answer, what the working context shows and why")
+        import_optional("mc", "session").add_flags(parser)
     return parser
 
 
-def main() -> None:
-    args = make_parser().parse_args()
-    ranks = init_distributed(args.device)
-    model, tokenizer, _ = model_from_flags(args, ranks.device)
+def file_pieces(path: Path) -> Iterator[str]:
+    """Text of a file, cut at line ends where there are any."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            while piece := f.read(PIECE):
+                yield piece + f.readline()
+    except OSError as e:
+        raise UserError(f"cannot read --history={path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"--history={path} is not UTF-8 text ({e.reason} at byte {e.start}); convert it") from None
+
+
+def chat_plain(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: Tokenizer) -> None:
     engine = Engine(model, tokenizer)
-    for prompt in typed_prompts() if args.prompt is None else [args.prompt]:
+    for prompt in prompts:
         length = 1 + len(tokenizer.encode(prompt))
         if length + args.max_tokens > engine.reach:
             print(f"note: {length} prompt tokens and {args.max_tokens} new ones exceed the model's window of {engine.reach}: "
-                  "it no longer sees the beginning", file=sys.stderr, flush=True)
+                  "it no longer sees the beginning; --mc_enabled=1 does", file=sys.stderr, flush=True)
         print(prompt, end="", flush=True)
         for piece in engine.complete(prompt, args.max_tokens, temperature=args.temperature, top_k=args.top_k or None, seed=args.seed):
             print(piece, end="", flush=True)
         print(flush=True)
+
+
+def chat_mc(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: Tokenizer, meta: dict) -> None:
+    if not meta.get("mc"):
+        raise UserError("--mc_enabled=1 needs a checkpoint that was trained with --mc_enabled=1")
+    sessions = import_optional("mc", "session")
+    pool = sessions.open_pool(model, meta, args.checkpoint_dir, sessions.from_flags(args))
+    if pool.untrained:
+        print(f"note: gists of LOD {', '.join(map(str, pool.untrained))} were not trained (--mc_untrained={args.mc_untrained})", file=sys.stderr, flush=True)
+    session = pool.open(seed=args.seed)
+    bos = tokenizer.bos_id
+    session.begin([bos])
+    begin = shown = time.monotonic()
+    for piece in file_pieces(args.history) if args.history else ():
+        session.append(tokenizer.encode(piece))
+        if (now := time.monotonic()) - shown > 5:
+            shown = now
+            print(f"read {session.n_tokens:,} tokens, {session.n_tokens / (now - begin):,.0f} tokens/s", file=sys.stderr, flush=True)
+    if args.history:
+        print(f"read {session.n_tokens:,} tokens of {args.history} in {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
+    for prompt in prompts:
+        session.append(tokenizer.encode(prompt))
+        begin, before = time.monotonic(), session.n_tokens
+        tokens = session.generate(args.max_tokens, temperature=args.temperature, top_k=args.top_k or None, stop_ids=[bos])
+        print(prompt, end="", flush=True)
+        for text in decode_stream(tokenizer, (token for token in tokens if token != bos)):
+            print(text, end="", flush=True)
+        print(flush=True)
+        print(status_line(session.status(), (session.n_tokens - before) / (time.monotonic() - begin)), file=sys.stderr, flush=True)
+        if args.mc_explain:
+            for line in session.explain():
+                score = "" if line.score is None else f"{line.score:+.2f}"
+                print(f"  {line.start:>10,} + {line.tokens:<8,} LOD{line.lod} {line.entries:>4} entries {score:>6}  {line.why}", file=sys.stderr)
+
+
+def status_line(status, rate: float) -> str:
+    entries = ", ".join(f"{count} LOD{lod}" for lod, count in status.entries_by_lod.items())
+    edits = status.last_edits
+    return (f"[history {status.history_tokens:,} tokens | entries {sum(status.entries_by_lod.values())}: {entries} | last refocus at {status.refocused_at:,}: "
+            f"{edits.expands} expanded, {edits.collapses} collapsed, {edits.forced} forced | {rate:,.0f} tokens/s]")
+
+
+def main() -> None:
+    parser, args = parse_optional(make_parser, "mc")
+    if args.history and not args.mc_enabled:
+        parser.error(f"--history={args.history}: a history of any length needs --mc_enabled=1")
+    ranks = init_distributed(args.device)
+    model, tokenizer, meta = model_from_flags(args, ranks.device)
+    prompts = typed_prompts() if args.prompt is None else iter([args.prompt])
+    if args.mc_enabled:
+        chat_mc(args, prompts, model, tokenizer, meta)
+    else:
+        chat_plain(args, prompts, model, tokenizer)
 
 
 if __name__ == "__main__":
