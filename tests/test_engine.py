@@ -113,8 +113,8 @@ def byte_tokenizer() -> Tokenizer:
 
 def test_completed_text_comes_in_whole_characters():
     assert list(decode_stream(byte_tokenizer(), iter("aé€😀b".encode()))) == ["a", "é", "€", "😀", "b"]
-    assert "".join(engine._decode(iter("a€".encode()[:-1]))) == "a\ufffd"
-    assert "".join(engine._decode(iter(b"\xff" * 20))) == "\ufffd" * 20
+    assert "".join(decode_stream(byte_tokenizer(), iter("a€".encode()[:-1]))) == "a\ufffd"
+    assert "".join(decode_stream(byte_tokenizer(), iter(b"\xff" * 20))) == "\ufffd" * 20
 
 
 def test_complete_starts_at_bos_and_ends_at_it():
