@@ -20,12 +20,24 @@ UNSCORED = -1.0
 
 @dataclass
 class Edits:
-    """What one refocus did; expands and collapses count nodes, and collapses forced by the budget are apart."""
+    """What one refocus did: path edits, the nodes that they opened and closed, and apart those that the budget collapsed by force."""
 
     paths: int = 0
-    expands: int = 0
-    collapses: int = 0
-    forced: int = 0
+    opened: list[Node] = field(default_factory=list)
+    closed: list[Node] = field(default_factory=list)
+    collapsed: list[Node] = field(default_factory=list)
+
+    @property
+    def expands(self) -> int:
+        return len(self.opened)
+
+    @property
+    def collapses(self) -> int:
+        return len(self.closed)
+
+    @property
+    def forced(self) -> int:
+        return len(self.collapsed)
 
 
 @dataclass
@@ -107,9 +119,8 @@ class PathEdits:
             return best.get(node, UNSCORED), node[0] - self._first_block(node) * (c.max_lod + 1)
 
         if (over := -self.free(c.budget)) > 0:
-            forced = sorted((node for node in self.expanded if not self.protected(node)), key=order)[:over]
-            self.expanded.difference_update(forced)
-            edits.forced = len(forced)
+            edits.collapsed = sorted((node for node in self.expanded if not self.protected(node)), key=order)[:over]
+            self.expanded.difference_update(edits.collapsed)
         for _ in range(c.max_edits):
             opening, closing = self._next_edit(scores, best, order)
             if not opening and not closing:
@@ -117,8 +128,8 @@ class PathEdits:
             self.expanded = (self.expanded | set(opening)) - set(closing)
             self.changed |= dict.fromkeys([*opening, *closing], self.refocuses)
             edits.paths += 1
-            edits.expands += len(opening)
-            edits.collapses += len(closing)
+            edits.opened += opening
+            edits.closed += closing
         return edits
 
     def _next_edit(self, scores: dict[int, float], best: dict[Node, float], order) -> tuple[list[Node], list[Node]]:

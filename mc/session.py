@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mc.config import setting
-from mc.focus_allocator import FocusConfig, check_feasible
+from mc.focus_allocator import FocusConfig, check_feasible, utilization
 from mc.gaussian_rope import alibi_slopes, entry_rotary
 from mc.history import History, store_format
 from mc.key_search import KeySearch
@@ -43,10 +43,12 @@ from mc.lensnet import LOCAL_MEAN, focus_scores
 from mc.model import MegaContext, load_mega_context
 from mc.paged_cache import NOWHERE, PagedCache, Placement
 from mc.path_edits import Edits, PathEdits
+from mc.session_meter import SessionMeter
 from mc.storage import VOID, RamStore, Store
 from nanochat.common import UserError
 from nanochat.engine import check_sampling, sample
 from nanochat.gpt import GPT
+from nanochat.recorder import Recorder
 
 STATE_VERSION = 1
 
@@ -150,10 +152,12 @@ class Timing:
 class SessionPool:
     """One model and the device memory of up to `max_sessions` sessions that share it.
 
-    trained_lods: levels of gists that the model was trained on, as its checkpoint says. UserError for settings that cannot work.
+    trained_lods: levels of gists that the model was trained on, as its checkpoint says. recorder: gets what `mc.session_meter`
+    reports of every session. UserError for settings that cannot work.
     """
 
-    def __init__(self, gpt: GPT, mc: MegaContext, config: SessionConfig = SessionConfig(), *, trained_lods: Sequence[int], max_sessions: int = 1):
+    def __init__(self, gpt: GPT, mc: MegaContext, config: SessionConfig = SessionConfig(), *, trained_lods: Sequence[int], max_sessions: int = 1,
+                 recorder: Recorder | None = None):
         c = mc.config
         self.gpt, self.mc, self.config, self.max_sessions = gpt.eval(), mc.eval(), config, max_sessions
         self.device, self.dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype
@@ -175,6 +179,7 @@ class SessionPool:
         slopes = alibi_slopes(gpt.config.n_head, self.device) if c.alibi else None
         self.cache = PagedCache(gpt.config, max_sessions, slots, self.device, self.dtype, slopes)
         self.sessions: dict[int, Session] = {}
+        self.recorder = recorder
         self.timing = Timing()
 
     @property
@@ -241,6 +246,7 @@ class SessionPool:
         if not any(counts):
             return [torch.empty(0, self.gpt.config.n_embd, device=self.device)] * len(sessions)
         refill = any(w.recut for w in work)
+        begin = time.perf_counter()
         try:
             with self.timing("refill" if refill else "base"):
                 hidden_ASD = self._run([sessions[i] for i in order], work, max(counts))
@@ -253,6 +259,7 @@ class SessionPool:
             out[i] = hidden_ASD[place, :counts[place]]
             if counts[place]:
                 sessions[i].last_hidden_D = out[i][-1].clone()
+            sessions[i].report_refocus(time.perf_counter() - begin)
         return out
 
     def step(self, sessions: Sequence["Session"], temperature: float = 1.0, top_k: int | None = None) -> list[int]:
@@ -293,11 +300,17 @@ class SessionPool:
 
     def _stream(self, sessions: list["Session"], max_tokens: int, temperature: float, top_k: int | None,
                 stop_ids: frozenset[int]) -> Iterator[list[int | None]]:
-        running = list(range(len(sessions)))
-        for _ in range(max_tokens):
+        running, began = list(range(len(sessions))), time.perf_counter()
+        for left in range(max_tokens, 0, -1):
+            begin = time.perf_counter()
             drawn = dict(zip(running, self.step([sessions[i] for i in running], temperature, top_k)))
+            going_on = [i for i in running if drawn[i] not in stop_ids and left > 1]
+            for i in running if self.recorder else ():
+                sessions[i].meter.decoded(time.perf_counter() - begin)
+                if i not in going_on:
+                    sessions[i].meter.finished(began, sessions[i].n_tokens)
             yield [drawn.get(i) for i in range(len(sessions))]
-            running = [i for i in running if drawn[i] not in stop_ids]
+            running = going_on
             if not running:
                 return
 
@@ -324,10 +337,11 @@ class SessionPool:
         return self.gpt.hidden(ids_AS, inputs_embeds=embeds_ASD, rotary=(cos, sin), linked=batch("linked", False), cache=self.cache, lift_windows=True)
 
 
-def open_pool(gpt: GPT, meta: dict, checkpoint_dir: Path | str, config: SessionConfig, max_sessions: int = 1) -> SessionPool:
+def open_pool(gpt: GPT, meta: dict, checkpoint_dir: Path | str, config: SessionConfig, max_sessions: int = 1,
+              recorder: Recorder | None = None) -> SessionPool:
     """A pool for a model that `nanochat.loading` has loaded from checkpoint_dir; UserError when it has no MegaContext."""
     mc = load_mega_context(checkpoint_dir, meta["step"], meta, gpt.config.n_embd, gpt.lm_head.weight.device)
-    return SessionPool(gpt, mc, config, trained_lods=meta["mc"]["trained_lods"], max_sessions=max_sessions)
+    return SessionPool(gpt, mc, config, trained_lods=meta["mc"]["trained_lods"], max_sessions=max_sessions, recorder=recorder)
 
 
 class Missing(NamedTuple):
@@ -362,6 +376,7 @@ class Session:
         self.generator = torch.Generator(pool.device).manual_seed(seed)
         self.check_length(self.n_tokens)
         self._restart(PathEdits(pool.focus_config))
+        self.meter = SessionMeter(pool.recorder, pool.focus_config.cooldown) if pool.recorder else None
 
     def _restart(self, focus: PathEdits) -> None:
         self.search = KeySearch(self.pool.mc.lensnet, self.history.store.keys)
@@ -371,6 +386,7 @@ class Session:
         self.asked = self.n_tokens > 0  # appended to since the last refocus
         self.forget_cache()
         self.kept = self.computed = 0  # entries of the last pass after a refocus
+        self.store_reads, self.refocus_seconds = 0, 0.0  # records read, and time spent, since the last report of a refocus
 
     def forget_cache(self) -> None:
         """Everything shown will be run again."""
@@ -400,10 +416,13 @@ class Session:
         if not len(ids_N):
             return
         self.check_length(self.n_tokens + len(ids_N))
+        begin = time.perf_counter()
         self.history.append(torch.cat([torch.tensor(self.pending, dtype=torch.int64), ids_N]))
         self.pending = []
         self.search.grow(self.history.store.n_nodes(1))
         self.asked = True
+        if self.meter:
+            self.meter.ingested(len(ids_N), time.perf_counter() - begin, self.n_tokens)
 
     def end_source(self) -> None:
         """What is appended next is another document, and starts a block of its own."""
@@ -440,7 +459,7 @@ class Session:
         self.pending = list(meta["pending"])
         self._restart(PathEdits(self.pool.focus_config, focus["n_tokens"], focus["refocuses"], {tuple(node) for node in focus["expanded"]},
                                 {(lod, index): at for lod, index, at in focus["changed"]}, set(focus["pruned"])))
-        self.scores, self.last_edits = {block: score for block, score in meta["scores"]}, Edits(**meta["last_edits"])
+        self.scores, self.last_edits = {block: score for block, score in meta["scores"]}, Edits(**{name: value if name == "paths" else [tuple(node) for node in value] for name, value in meta["last_edits"].items()})
         for name in ("asked", "recut", "n_read", "cut_tokens", "kept", "computed"):
             setattr(self, name, meta[name])
         self.cut_lod, self.cut_index = tensors["cut_lod"].numpy(), tensors["cut_index"].numpy()
@@ -468,7 +487,7 @@ class Session:
         """Choose anew what is shown, by the last tokens. Costs only its scoring when nothing changes."""
         if not self.n_tokens:
             raise UserError("nothing to focus on: the session is empty")
-        timing, focus, c = self.pool.timing, self.focus, self.pool.focus_config
+        timing, focus, c, begin = self.pool.timing, self.focus, self.pool.focus_config, time.perf_counter()
         with timing("lens"):
             blocks = self.history.store.n_nodes(1)
             fresh = range(max(blocks - c.budget // c.block_size - 1, 0), blocks)
@@ -487,7 +506,21 @@ class Session:
             self.recut |= not all(map(np.array_equal, before, after))
             (self.cut_lod, self.cut_index), self.cut_tokens = after, focus.n_tokens
         self.asked = False
+        self.store_reads += self.search.n_exact
+        self.refocus_seconds += time.perf_counter() - begin
         return edits
+
+    def report_refocus(self, pass_seconds: float) -> None:
+        """Tell the meter of a refocus whose pass has just run."""
+        if self.meter and self.refocus_seconds:
+            lods, c = self.status().entries_by_lod, self.pool.focus_config
+            raw = sum(lod == 1 for lod, _ in self.focus.expanded)
+            n_B = torch.tensor([self.focus.n_tokens])
+            self.meter.refocused(
+                self.focus.refocuses, self.last_edits, seconds=self.refocus_seconds + pass_seconds, entries_by_lod=lods, swappable=raw + lods.get(1, 0),
+                utilization=float(utilization(torch.tensor([self.focus.entries]), n_B, c)), kv_kept=self.kept, kv_recomputed=self.computed, store_reads=self.store_reads)
+            self.store_reads = 0
+        self.refocus_seconds = 0.0
 
     def _shown(self) -> tuple[np.ndarray, np.ndarray]:
         """(lod, index) of all that is shown: the cut, and the tokens since."""
@@ -531,6 +564,7 @@ class Session:
             gone = np.setdiff1d(cached.slot, slot)
             self.pool.cache.clear(self.row, torch.from_numpy(gone).to(self.pool.device))
             self.free_slots.extend(gone.tolist())
+            self.store_reads += len(run)
             self.kept, self.computed = len(run) - int(run.sum()), int(run.sum())
         else:
             new = np.arange(read, self.n_tokens)

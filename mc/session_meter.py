@@ -1,16 +1,11 @@
 """What an inference session reports: once per append, refocus and request, never per token.
 
-    meter = SessionMeter(recorder, cooldown)
-    meter.ingested(…); meter.refocused(…); meter.decoded(…); meter.finished(…)
-
-The caller measures times with its own clock, and hands over what it has anyway. Times of generation follow OpenTelemetry's
-`gen_ai.server.*`. Shapes: B rows (1 in a session), W entries.
+A `SessionPool` with a recorder gives every session a meter. Times of generation follow OpenTelemetry's `gen_ai.server.*`.
 """
 
-from torch import Tensor
+import time
 
-from mc.diagnostics import FocusDynamics
-from mc.focus_allocator import FocusReport, FocusState
+from mc.path_edits import Edits, Node
 from nanochat.recorder import Recorder
 
 
@@ -18,42 +13,69 @@ class SessionMeter:
     """Records through `recorder`; `step` of what it flushes is the session's number of tokens. cooldown: the allocator's."""
 
     def __init__(self, recorder: Recorder, cooldown: int):
-        self.recorder, self.dynamics = recorder, FocusDynamics(cooldown)
+        self.recorder, self.within = recorder, 2 * cooldown
+        self._flips: dict[Node, tuple[int, bool]] = {}  # refocus at which an edit flipped a node last, and whether it opened it
+        self._shown: dict[int, int] = {}  # refocus at which an edit showed a block that is still shown
+        self._begun: float | None = None  # of the request that is being answered
+        self._first: float | None = None
+        self._interval = (0, 0.0)  # tokens and seconds since the last refocus
 
     def ingested(self, tokens: int, seconds: float, history: int) -> None:
         """An append of `tokens` is done; the history now has `history` tokens."""
+        self._begun = self._begun or time.perf_counter() - seconds
         self.recorder.record("mc.session.ingest_rate", tokens / max(seconds, 1e-9))
         self.recorder.record("mc.session.history", history)
 
-    def refocused(self, before: FocusState, after: FocusState, report: FocusReport, *, seconds: float, lod_BW: Tensor, valid_BW: Tensor,
-                  max_lod: int, kv_kept: int, kv_recomputed: int, store_reads: int) -> None:  # fmt: skip
-        """A refocus is done. before, after, report: as of `GreedyAllocator.refocus`; lod, valid: the working context after it;
-        entries whose keys and values were kept or computed, and records read, for it and since the one before."""
+    def refocused(self, at: int, edits: Edits, *, seconds: float, entries_by_lod: dict[int, int], swappable: int, utilization: float,
+                  kv_kept: int, kv_recomputed: int, store_reads: int) -> None:  # fmt: skip
+        """Refocus number `at` and the pass after it are done. swappable: blocks shown raw or as LOD1; entries whose keys and values
+        were kept or computed; records read since the refocus before."""
         record = self.recorder.record
-        flips = self.dynamics.update(before, after, report)
+        self._end_interval()
         record("mc.session.refocus_time", seconds)
         for name in ("expands", "collapses", "forced"):
-            record(f"mc.session.{name}", getattr(report, f"{name}_B").sum())
-        record("mc.session.undone", flips.undone)
-        record("mc.session.swap_rate", report.swap_rate_B.mean())
-        record("mc.session.utilization", report.utilization_B.mean())
-        for stay in flips.stays.tolist():
-            record("mc.session.residency", stay)
-        for lod in range(max_lod + 1):
-            record("mc.session.entries", (valid_BW & (lod_BW == lod)).sum(), lod=lod)
+            record(f"mc.session.{name}", getattr(edits, name))
+        record("mc.session.undone", self._undone(at, edits))
+        record("mc.session.swap_rate", (edits.expands + edits.collapses) / max(swappable, 1))
+        record("mc.session.utilization", utilization)
+        for lod, block in (*edits.closed, *edits.collapsed):
+            if lod == 1 and block in self._shown:
+                record("mc.session.residency", at - self._shown.pop(block))
+        self._shown |= {block: at for lod, block in edits.opened if lod == 1}
+        for lod, count in entries_by_lod.items():
+            record("mc.session.entries", count, lod=lod)
         record("mc.session.kv_kept", kv_kept)
         record("mc.session.kv_recomputed", kv_recomputed)
         record("mc.session.store_reads", store_reads)
-        self.dynamics.reports.clear()  # they are on record: a session has no end
-        self.dynamics.flips.clear()
 
-    def decoded(self, tokens: int, seconds: float) -> None:
-        """`tokens` after a request's first, generated between two refocuses."""
+    def _undone(self, at: int, edits: Edits) -> int:
+        """Flips by edits that undo another edit's of a short while ago."""
+        self._flips = {node: flip for node, flip in self._flips.items() if at - flip[0] <= self.within}
+        flips = {**dict.fromkeys(edits.opened, True), **dict.fromkeys(edits.closed, False)}
+        undone = sum(self._flips.get(node, (at, opened))[1] != opened for node, opened in flips.items())
+        self._flips |= {node: (at, opened) for node, opened in flips.items()}
+        return undone
+
+    def decoded(self, seconds: float) -> None:
+        """One more token of a request, `seconds` after the one before. Kept here, and recorded at the next refocus."""
+        if self._first is None:
+            self._first = time.perf_counter()
+            return
+        tokens, spent = self._interval
+        self._interval = tokens + 1, spent + seconds
+
+    def _end_interval(self) -> None:
+        tokens, spent = self._interval
+        self._interval = 0, 0.0
         if tokens:
-            self.recorder.record("gen_ai.server.time_per_output_token", seconds / tokens)
+            self.recorder.record("gen_ai.server.time_per_output_token", spent / tokens)
 
-    def finished(self, first_token_s: float, total_s: float, history: int) -> None:
-        """A request is answered, `first_token_s` and `total_s` after its first token came in; the sinks get everything so far."""
-        self.recorder.record("gen_ai.server.time_to_first_token", first_token_s)
-        self.recorder.record("gen_ai.server.request.duration", total_s)
+    def finished(self, began: float, history: int) -> None:
+        """A request is answered that was asked for at `began`, or at the append before it; the sinks get everything so far."""
+        began = min(began, self._begun or began)
+        self._end_interval()
+        if self._first is not None:
+            self.recorder.record("gen_ai.server.time_to_first_token", self._first - began)
+        self.recorder.record("gen_ai.server.request.duration", time.perf_counter() - began)
         self.recorder.flush(history)
+        self._begun = self._first = None

@@ -9,7 +9,6 @@ from mc.diagnostics import SAMPLED, FocusDynamics, gist_statistics, hit_at, mark
 from mc.evaluation import FocusComparison, plain_outcomes
 from mc.focus_allocator import FocusConfig, GreedyAllocator
 from mc.mega_context import Tree, TreeShape
-from mc.session_meter import SessionMeter
 from mc.working_context import from_expanded
 from nanochat.recorder import METRICS, Recorder, read_metrics
 from tiny_mc import K, N, tiny_base, tiny_batch, tiny_mc
@@ -253,32 +252,3 @@ def test_a_frozen_lens_agrees_with_nothing():
     found = mc.probe(gpt, tiny_batch())
     assert float(found["mc.lens.rank_correlation"]) == 0
     assert float(found["mc.lens.hit_at{k=1}"]) == pytest.approx(1 / ((N - mc.config.protected) // K))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sessions
-
-
-def test_the_session_meter_records_every_session_metric(tmp_path):
-    allocator = GreedyAllocator(FocusConfig(budget=24, block_size=4, max_lod=2, recent=4, cooldown=1))
-    with Recorder(tmp_path) as recorder:
-        meter, n = SessionMeter(recorder, 1), 24
-        state, sums = allocator.allocate(rand(0, 1, 16), torch.tensor([n])), dict.fromkeys(("expands", "collapses", "forced"), 0)
-        for t in range(10):
-            n = min(n + 4, 64)
-            meter.ingested(4, 0.5, n)
-            before = allocator.advance(state, torch.tensor([n]))
-            state, report = allocator.refocus(before, 2 * rand(t, 1, 16) - 1)
-            sums = {name: total + int(getattr(report, f"{name}_B")) for name, total in sums.items()}
-            cut, _ = allocator.cut(state)
-            meter.refocused(before, state, report, seconds=0.25, lod_BW=cut.lod_BW, valid_BW=cut.valid_BW, max_lod=2, kv_kept=3, kv_recomputed=2, store_reads=5)
-            meter.decoded(8, 2.0)
-        meter.decoded(0, 0.0)
-        meter.finished(0.75, 21.0, n)
-    row, = read_metrics(tmp_path / "metrics.jsonl")
-    names = {name.partition("{")[0] for name in row} - {"step", "time"}
-    assert names == {name for name, m in METRICS.items() if m.where == "mc/session_meter.py"}
-    assert row["step"] == row["mc.session.history"] == n and row["mc.session.kv_kept"] == 30 and row["mc.session.store_reads"] == 50
-    assert {name: row[f"mc.session.{name}"] for name in sums} == sums and row["mc.session.undone"] > 0 and row["mc.session.residency"] > 1
-    assert row["gen_ai.server.time_per_output_token"] == 0.25 and row["mc.session.ingest_rate"] == 8
-    assert sum(row[f"mc.session.entries{{lod={lod}}}"] for lod in range(3)) == int(cut.valid_BW.sum()) <= 24

@@ -19,6 +19,7 @@ from mc.session import SessionConfig, SessionPool, SessionState
 from mc.storage import VOID, RamStore
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.recorder import METRICS, Recorder, read_metrics
 
 torch.set_num_threads(1)
 EXACT = {"atol": 1e-9, "rtol": 0}
@@ -26,12 +27,12 @@ K = 4
 
 
 def tiny_pool(max_sessions: int = 1, budget: int = 40, gpt: GPT | None = None, mc_config: dict | None = None, trained=(1, 2, 3),
-              **config) -> SessionPool:
+              recorder: Recorder | None = None, **config) -> SessionPool:
     gpt = gpt or tiny_base()
     mc = MegaContext(MCConfig(**{**dict(block_size=K, max_lod=3, gist_width=16, budget=32, horizon=8, lens_key_dim=16, lens_keys=2,
                                         lens_queries=24, lens_horizon=4), **(mc_config or {})}), gpt.config.n_embd).double()
     randomize(mc)
-    return SessionPool(gpt, mc, SessionConfig(budget=budget, **config), trained_lods=trained, max_sessions=max_sessions)
+    return SessionPool(gpt, mc, SessionConfig(budget=budget, **config), trained_lods=trained, max_sessions=max_sessions, recorder=recorder)
 
 
 def tokens(n: int, seed: int = 0) -> list[int]:
@@ -444,3 +445,32 @@ def test_log_probabilities_of_a_generated_text_are_those_it_was_drawn_with():
     drawn = list(_begun(text).generate(10, temperature=0))
     again = _begun(text)
     assert F.log_softmax(again.score(drawn), -1).argmax(-1).tolist() == drawn
+
+
+def test_the_meter_records_every_session_metric_and_nothing_per_token(tmp_path):
+    calls = []
+    with Recorder(tmp_path) as recorder:
+        pool = tiny_pool(budget=50, recorder=recorder)
+        session = pool.open()
+        session.begin(tokens(90))
+        record = recorder.record
+        recorder.record = lambda name, *args, **kwargs: (calls.append(name), record(name, *args, **kwargs))
+        sums = dict.fromkeys(("expands", "collapses", "forced"), 0)
+        for i in range(12):
+            session.append(tokens(3, i))
+            steps = session.generate(9)
+            for _ in range(9):
+                before, calls[:] = session.focus.refocuses, []
+                next(steps)
+                if session.focus.refocuses > before:
+                    sums = {name: total + getattr(session.last_edits, name) for name, total in sums.items()}
+                else:
+                    assert not calls or "gen_ai.server.request.duration" in calls, "recorded for a token"
+        shown = session.status().entries_by_lod
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    names = {name.partition("{")[0] for row in rows for name in row} - {"step", "time"}
+    assert names == {name for name, m in METRICS.items() if m.where == "mc/session_meter.py"}
+    assert {name: sum(row.get(f"mc.session.{name}", 0) for row in rows) for name in sums} == sums and sums["expands"] > 0
+    assert sum(row.get("mc.session.undone", 0) for row in rows) >= 0 and rows[-1]["mc.session.history"] == rows[-1]["step"] - 9
+    assert all(0 < row["mc.session.utilization"] <= 1 and row["gen_ai.server.time_to_first_token"] > 0 for row in rows)
+    assert set(shown) == {int(name[-2]) for name in rows[-1] if name.startswith("mc.session.entries")}

@@ -6,7 +6,7 @@ import mc.telemetry  # noqa: F401  registers MegaContext's metrics
 from nanochat.recorder import METRICS
 
 TRANSPORT = {name for name, m in METRICS.items() if m.where.startswith("nanochat/")}  # of deliveries and losses: test_telemetry_faults.py
-SESSION = {name for name, m in METRICS.items() if m.where == "mc/session_meter.py"}  # tests/test_diagnostics.py records each of them
+SESSION = {name for name, m in METRICS.items() if m.where == "mc/session_meter.py"}  # tests/test_session.py records each of them
 
 
 def recorded(base) -> set[str]:
