@@ -516,19 +516,24 @@ def _runs_of_data(data: np.ndarray) -> list[tuple[int, int]]:
 
 def encode(x: Tensor, dtype: torch.dtype) -> np.ndarray:
     """Vectors [N, …, D] as records, uint8 [N, record bytes]; in int8 each vector stands behind its float32 scale."""
-    x = x.detach().cpu()
     if dtype == torch.int8:
         rows, scale = int8_rows(x)
-        x = torch.cat([scale.view(torch.uint8), rows.view(torch.uint8)], -1)
+        rows = np.concatenate([_bytes(scale, torch.float32), _bytes(rows, torch.int8)], -1)
     else:
-        x = x.to(dtype).contiguous()
-    return x.view(torch.uint8).flatten(1).numpy()
+        rows = _bytes(x, dtype)
+    return rows.reshape(len(x), math.prod(rows.shape[1:]))
+
+
+def _bytes(x: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """uint8 [N, …, bytes of D numbers]."""
+    integers = x.detach().cpu().to(dtype).view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+    return np.frombuffer(integers.numpy().tobytes(), np.uint8).reshape(*x.shape[:-1], x.shape[-1] * dtype.itemsize)
 
 
 def decode(rows: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Vectors [N, *shape] of records; float32 of int8."""
-    bytes_NB = torch.from_numpy(rows)
-    if dtype != torch.int8:
-        return bytes_NB.view(dtype).view(-1, *shape)
-    vectors = bytes_NB.view(-1, *shape[:-1], 4 + shape[-1])
-    return vectors[..., 4:].view(torch.int8) * vectors[..., :4].contiguous().view(torch.float32)
+    if dtype == torch.int8:
+        vectors = rows.reshape(len(rows), *shape[:-1], 4 + shape[-1])
+        scale = np.frombuffer(vectors[..., :4].tobytes(), np.float32).reshape(*vectors.shape[:-1], 1)
+        return torch.from_numpy(vectors[..., 4:].view(np.int8) * scale)
+    return torch.from_numpy(rows.reshape(-1)).view(dtype).view(-1, *shape) if len(rows) else torch.empty(0, *shape, dtype=dtype)

@@ -87,8 +87,30 @@ def test_keys_come_with_blocks_only(store):
             store.append_nodes(lod, vectors(1, D), keys)
 
 
-def test_eight_bit_vectors_are_off_by_half_a_step():
-    store = RamStore(StoreFormat(K, D, P, C, torch.int8))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize("d, p, c", [(6, 2, 3), (1, 1, 1), (5, 1, 7), (64, 4, 16)])
+def test_stores_round_alike(tmp_path, dtype, d, p, c):
+    """Any number of any records, none included; the smallest partitions hold one record."""
+    form = StoreFormat(K, d, p, c, dtype)
+    stores = RamStore(form), DiskStore.create(tmp_path / "s", form, partition_bytes=8)
+    for store in stores:
+        store.append_tokens(torch.arange(7)[::3])
+        store.append_nodes(1, vectors(5, d)[:, :], vectors(5, p, c))
+        store.append_nodes(1, vectors(0, d), vectors(0, p, c))
+        store.append_nodes(2, vectors(1, 2 * d)[:, ::2])
+    for index in ([], [4], [0, 3, 3, 1]):
+        index_N = torch.tensor(index, dtype=torch.int64)
+        ram, disk = ((store.gists(1, index_N), store.keys(index_N), store.tokens(index_N % 3), store.gists(2, index_N * 0)) for store in stores)
+        for a, b in zip(ram, disk):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+    with pytest.raises(IndexError, match="there are 5"):
+        stores[1].gists(1, torch.tensor([0, 5]))
+
+
+@pytest.mark.parametrize("disk", [False, True], ids=["ram", "disk"])
+def test_eight_bit_vectors_are_off_by_half_a_step(tmp_path, disk):
+    form = StoreFormat(K, D, P, C, torch.int8)
+    store = DiskStore.create(tmp_path / "s", form) if disk else RamStore(form)
     x, keys = vectors(9, D) * torch.logspace(-6, 6, 9)[:, None], vectors(9, P, C)
     keys[3] = 0
     store.append_nodes(1, x, keys)
@@ -124,10 +146,10 @@ def keys_of(numbers: list[int]) -> torch.Tensor:
 
 
 def check(store, model: Model) -> None:
-    """Everything, forwards and backwards."""
+    """Everything, backwards."""
     assert store.n_tokens == len(model.tokens)
     index = torch.arange(len(model.tokens)).flip(0)
-    if len(index):
+    if model.tokens or store.n_tokens:
         erased = [i // K < len(model.states) and model.states[i // K] == ERASED for i in range(len(index))]
         assert store.tokens(index).tolist() == [VOID if e else t for t, e in zip(model.tokens, erased)][::-1]
     assert store.detail(torch.arange(len(model.states))).tolist() == model.states
