@@ -82,8 +82,10 @@ class DiskStore:
         """
         store = cls(Path(path), True, durability, fs or FileSystem())
         with store._setting_up():
-            if not store.path.exists():
-                store.path.mkdir(parents=True)
+            for folder in reversed([store.path, *store.path.parents]):
+                if not folder.exists():
+                    store.fs.mkdir(folder)
+                    store.fs.fsync_folder(folder.parent, "the store's name")
             if others := sorted({p.name for p in store.path.iterdir()} - {"lock", "versions", "manifest.new"}):
                 there = "already holds a store; open it instead" if "manifest" in others else f"is not empty ({others[0]})"
                 raise UserError(f"{store.path} {there}")
@@ -99,7 +101,6 @@ class DiskStore:
             store.fs.fsync(store._manifest, "the first commit")
             store.fs.rename(new, store.path / "manifest")
             store.fs.fsync_folder(store.path, "the manifest's name")
-            store.fs.fsync_folder(store.path.parent, "the store's name")
             store._durable_slot = 0
             store._load(first)
         return store
@@ -412,9 +413,7 @@ class DiskStore:
             self._staged += 1
 
     def _read(self, name: str, index_N: Tensor) -> np.ndarray:
-        if name not in self._levels:
-            raise IndexError(f"{name}: there are no records")
-        return self._levels[name].gather(index_N.numpy())
+        return self._level(name[0], int(name[1:])).gather(index_N.numpy())
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -494,12 +493,15 @@ class DiskStore:
 
     def _write_version(self, note: dict) -> None:
         """Twice in one file: either copy will do."""
-        fd = self.fs.create(self._version_path(note["version"]))
+        path = self._version_path(note["version"])
+        new = path.with_suffix(".new")
+        fd = self.fs.create(new)
         try:
             self.fs.write(fd, 2 * note_bytes(note), 0)
             self.fs.fsync(fd, "a version")
         finally:
             self.fs.close(fd)
+        self.fs.rename(new, path)
         self.fs.fsync_folder(self._versions, "a version's name")
 
     def _read_version(self, version: int) -> dict:
@@ -601,6 +603,11 @@ class DiskStore:
         self._remove_unnamed()
         if self.dropped:
             self._say("not committed, dropped: " + ", ".join(f"{count} records of {name}" for name, count in sorted(self.dropped.items())))
+        for version in self.versions():
+            note = self._read_version(version)
+            if self._version_path(version).read_bytes() != 2 * note_bytes(note):
+                self._say(f"one copy of version {version} was damaged: written anew")
+                self._write_version(note)
         if None in slots:
             self._say(f"slot {slots.index(None)} of the manifest was damaged or half written: written anew")
         self._durable_slot = slots.index(durable or self._commit)
