@@ -24,8 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mc.storage import VOID, Store
+from mc.history import History, store_format
+from mc.model import MegaContext
+from mc.storage import VOID, RamStore, Store
 from nanochat.common import UserError
+from nanochat.gpt import GPT
 
 FILE = "catalog.sqlite"
 VERSION, APPLICATION_ID = 1, 0x4D435458  # "MCTX"
@@ -146,6 +149,7 @@ class Catalog:
         self._where = str(self.path or "in memory")
         self._accessed: list[Tensor] = []  # int64 [N]: lod · 2^48 + index
         self._buffered = 0
+        self.notes: list[str] = []  # what `open_history` found to mend
         self._sensed: list[tuple[int, int, float]] = []
         with _errors(self._where):
             self.db = self._connect()
@@ -283,6 +287,18 @@ class Catalog:
     def count(self, table: str) -> int:
         """Rows of a table."""
         return self._rows(f"SELECT count(*) FROM {table}")[0][0]
+
+    def totals(self) -> tuple[int, int]:
+        """Tokens of all sources, and how many sources."""
+        return self._rows("SELECT coalesce(sum(tokens), 0), count(*) FROM sources")[0]
+
+    def check(self) -> list[str]:
+        """What SQLite finds wrong with the file."""
+        return [f"catalog: {fault}" for (fault,) in self._rows("PRAGMA integrity_check") if fault != "ok"]
+
+    def vacuum(self) -> None:
+        """Give back the room of what was deleted."""
+        self._rows("VACUUM")
 
     def _sources(self, condition: str, *values) -> list[Source]:
         names = "id, uri, hash, kind, time, retrieval_score, start, tokens, complete, edits"
@@ -471,3 +487,47 @@ def _move(db: sqlite3.Connection, table: str, column: str, by: int, condition: s
     """Add to a key that is unique row by row: through negative numbers."""
     db.execute(f"UPDATE {table} SET {column} = -1 - ({column} + ?) WHERE {condition} {column} >= ?", (by, first))
     db.execute(f"UPDATE {table} SET {column} = -1 - {column} WHERE {condition} {column} < 0")
+
+
+def open_history(gpt: GPT, mc: MegaContext, tree: str = "ram", store_dir: Path | str | None = None, *, dtype: torch.dtype | None = None,
+                 durability: str = "batch", mode: str = "rw") -> tuple[History, Catalog]:
+    """The history that `--mc_tree` and `--mc_store` name, with its catalog, in agreement with each other.
+
+        history, catalog = open_history(gpt, mc, args.mc_tree, args.mc_store)
+        print(*catalog.notes, sep="\\n")                       # what had to be mended, usually nothing
+        session = pool.open(history.store)
+        source = catalog.add_source("chat", history.n_tokens)  # what is appended now has a source; `history.end_source` first, if need be
+        catalog.count_access(lod_W, index_W)                   # at each refocus, if its statistics are wanted
+        history.store.close(), catalog.close()                 # in this order
+
+    tree: "ram", gone with the process, or "disk" in the folder store_dir, made if it is not there. dtype: of gists and keys of a new
+    one; durability: as `DiskStore` says; mode "r": for reading, beside a writer. UserError for a folder that holds something else, another
+    model's history, or one that another process writes.
+    """
+    if tree == "ram":
+        if store_dir is not None:
+            raise UserError(f"--mc_store={store_dir} needs --mc_tree=disk: a history in RAM has no folder")
+        store, folder = RamStore(store_format(gpt, mc, dtype)), None
+    elif tree == "disk":
+        from mc.disk_store import DiskStore
+
+        if store_dir is None:
+            raise UserError("--mc_tree=disk needs --mc_store=DIR, the folder of the history")
+        folder = Path(store_dir)
+        if (folder / "manifest").exists() or mode == "r":
+            store = DiskStore.open(folder, mode, durability=durability)
+            if dtype not in (None, store.format.dtype):
+                store.close()
+                raise UserError(f"{folder} keeps its vectors as {store.format.dtype}, not {dtype}: leave the dtype to it, or regist")
+        else:
+            store = DiskStore.create(folder, store_format(gpt, mc, dtype), durability=durability)
+    else:
+        raise UserError(f"--mc_tree={tree}: use ram or disk")
+    try:
+        history = History(gpt, mc, store)
+        catalog = Catalog(folder, history.block_size, read_only=mode == "r")
+        catalog.notes = [] if mode == "r" else [*getattr(store, "repairs", []), *catalog.reconcile(store)]
+    except BaseException:
+        store.close()
+        raise
+    return history, catalog

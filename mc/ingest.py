@@ -120,14 +120,14 @@ class IngestReport:
 class Ingest:
     """Appends documents to a history in batches of `batch` blocks, each with one commit; `finish` writes the last one.
 
-    A source is announced in the catalog before the commit that holds it, so what a crash leaves is found again.
+    progress: called with the characters of the present document that were read. A source is announced in the catalog before the commit that holds it, so what a crash leaves is found again.
     """
 
     def __init__(self, history: History, catalog: Catalog, tokenizer: Tokenizer, *, kind: str | None = None,
-                 retrieval_score: float | None = None, batch: int = MAX_BLOCKS):
+                 retrieval_score: float | None = None, batch: int = MAX_BLOCKS, progress: Callable[[int], None] = lambda characters: None):
         self.history, self.catalog, self.tokenizer = history, catalog, tokenizer
         self.kind, self.retrieval_score, self.limit = kind, retrieval_score, batch * history.block_size
-        self.report = IngestReport()
+        self.report, self.progress = IngestReport(), progress
         self._slots: list[Tensor] = []
         self._buffered = 0
         self._planned: list[Source] = []
@@ -163,8 +163,9 @@ class Ingest:
 
     def _tokens(self, text: Text, skip: int) -> Iterator[Tensor]:
         """int64 [N] in pieces, the first `skip` left out; every source starts with bos."""
-        head = [self.tokenizer.bos_id]
+        head, characters = [self.tokenizer.bos_id], 0
         for piece in text.pieces():
+            self.progress(characters := characters + len(piece))
             ids_N = torch.tensor(head + self.tokenizer.encode(piece))
             head, skipped = [], min(skip, len(ids_N))
             skip -= skipped

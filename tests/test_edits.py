@@ -1,11 +1,15 @@
 """Edits of a history equal a history made of the edited text, at the cost that the design promises."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mc.catalog import Catalog, Edit
+from mc.catalog import Catalog
+from mc.disk_store import DiskStore
 from mc.edits import edit_source, pruned_blocks
 from mc.history import History, store_format
 from mc.storage import DROPPED, ERASED, VOID, RamStore
@@ -49,12 +53,30 @@ def assert_same(history: History, catalog: Catalog, texts: list[list[int]], open
 
 tokens = st.integers(0, VOCAB - 1)
 texts_of = st.lists(st.lists(tokens, min_size=1, max_size=40), min_size=1, max_size=6)
+drawn = dict(deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @given(data=st.data(), texts=texts_of, open_end=st.booleans())
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, **drawn)
 def test_any_edits_equal_a_rebuild(data, texts, open_end):
-    history, catalog = history_of(texts, open_end=open_end)
+    edit_and_compare(data, texts, open_end, *history_of(texts, open_end=open_end))
+
+
+@given(data=st.data(), texts=texts_of, open_end=st.booleans())
+@settings(max_examples=15, **drawn)
+def test_any_edits_on_disk_equal_a_rebuild(data, texts, open_end):
+    """Across partitions of a few records, and again after opening."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = DiskStore.create(Path(folder) / "s", store_format(GPT, MC), durability="none", partition_bytes=2048)
+        history, catalog = history_of(texts, store=store, open_end=open_end)
+        edit_and_compare(data, texts, open_end, history, catalog)
+        store.close()
+        with DiskStore.open(Path(folder) / "s") as again:
+            assert again.repairs == [] and again.verify() == []
+            assert_same(History(GPT, MC, again), catalog, texts, open_end)
+
+
+def edit_and_compare(data, texts: list[list[int]], open_end: bool, history: History, catalog: Catalog) -> None:
     for _ in range(data.draw(st.integers(1, 4))):
         which = data.draw(st.integers(0, len(texts) - 1))
         text = texts[which]
