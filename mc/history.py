@@ -98,9 +98,8 @@ class History:
         return self.mc.gistnet(embeds_NKD, valid_NK, lod)[:, 0].cpu(), keys_NPC.cpu()
 
     def gists(self, lod_W: Tensor, index_W: Tensor) -> Tensor:
-        """[W, D] vectors of nodes, zero where lod is 0, in the model's dtype, from the store."""
-        gists_WD = torch.zeros(len(index_W), self.store.format.d_model, dtype=self.gpt.lm_head.weight.dtype)
+        """[W, D] vectors of nodes of LOD1 and above, in the model's dtype, from the store."""
+        gists_WD = torch.empty(len(index_W), self.store.format.d_model, dtype=self.gpt.lm_head.weight.dtype)
         for lod in lod_W.unique().tolist():
-            if lod:
-                gists_WD[lod_W == lod] = self.store.gists(lod, index_W[lod_W == lod]).to(gists_WD.dtype)
+            gists_WD[lod_W == lod] = self.store.gists(lod, index_W[lod_W == lod]).to(gists_WD.dtype)
         return gists_WD

@@ -130,6 +130,10 @@ class SessionState(NamedTuple):
             raise UserError(f"{path} holds no session state ({type(e).__name__}: {e})") from None
 
 
+FIELDS = {"lod": 0, "index": 0, "ids": VOID, "slot": -1, "before": -1, "linked": 0}  # of entries to be run, with what pads them
+FIELD_SLOT = list(FIELDS).index("slot")
+
+
 class Timing:
     """Seconds by part. `synchronize`: wait for the device at each end, so that times belong to their part (benchmarks only)."""
 
@@ -315,26 +319,31 @@ class SessionPool:
                 return
 
     def _run(self, sessions: list["Session"], work: list["Missing"], S: int) -> Tensor:
-        def batch(name: str, fill) -> Tensor:
-            rows = np.full((len(work), S), fill, dtype=np.asarray(getattr(work[0], name)).dtype)
-            for row, w in zip(rows, work):
-                row[:len(w.lod)] = getattr(w, name)
-            return torch.from_numpy(rows).to(self.device)
-
-        c = self.mc.config
-        lod_AS, index_AS, ids_AS = batch("lod", 0), batch("index", 0), batch("ids", VOID)
-        length_AS = c.block_size ** lod_AS * (batch("slot", -1) >= 0)
-        start_AS = index_AS * c.block_size ** lod_AS
-        centre_AS = torch.where(length_AS > 0, start_AS + (length_AS - 1).double() / 2, NOWHERE)
-        slot_AS = batch("slot", self.cache.spare)
-        bias_AS, embeds_ASD = self.mc.key_bias(lod_AS).to(self.dtype), self.gpt.embed(ids_AS.clamp_min(0))
+        """Hidden states [A, S, D] of the entries to run, rows padded at their end, through the cache."""
+        table = np.empty((len(FIELDS), len(work), S), dtype=np.int64)
+        table[:] = np.array([*FIELDS.values()])[:, None, None]
         for row, w in enumerate(work):
-            if w.gists is not None:
-                is_gist = (lod_AS[row, :len(w.lod)] > 0)[:, None]
-                embeds_ASD[row, :len(w.lod)] = torch.where(is_gist, w.gists.to(self.device), embeds_ASD[row, :len(w.lod)])
-        cos, sin = entry_rotary(self.gpt, start_AS, length_AS, scheme=c.positions, floor=c.damping_floor, lod_axis=bool(c.lod_axis), lod_BW=lod_AS)
-        self.cache.place(Placement(torch.tensor([s.row for s in sessions], device=self.device), slot_AS, batch("before", -1), centre_AS, bias_AS))
-        return self.gpt.hidden(ids_AS, inputs_embeds=embeds_ASD, rotary=(cos, sin), linked=batch("linked", False), cache=self.cache, lift_windows=True)
+            table[:, row, :len(w.lod)] = [getattr(w, name) for name in FIELDS]
+        table[FIELD_SLOT][table[FIELD_SLOT] < 0] = self.cache.spare
+        lod_AS, index_AS, ids_AS, slot_AS, before_AS, linked_AS = torch.from_numpy(table).to(self.device)
+        rows_A = torch.tensor([s.row for s in sessions], device=self.device)
+        c, gists = self.mc.config, [(row, w) for row, w in enumerate(work) if w.gists is not None]
+        if not gists:  # tokens only: as in the base
+            centre_AS, bias_AS, embeds_ASD = index_AS.double(), torch.zeros_like(index_AS, dtype=self.dtype), None
+            rotary = self.gpt.rotary(index_AS)
+            ids_AS = ids_AS.clamp_min(0)
+        else:
+            length_AS = c.block_size ** lod_AS * (slot_AS != self.cache.spare)
+            start_AS = index_AS * c.block_size ** lod_AS
+            centre_AS = start_AS + (length_AS - 1).double() / 2
+            bias_AS, embeds_ASD = self.mc.key_bias(lod_AS).to(self.dtype), self.gpt.embed(ids_AS.clamp_min(0))
+            for row, w in gists:
+                at = torch.from_numpy(np.flatnonzero(w.lod)).to(self.device)
+                embeds_ASD[row, at] = w.gists.to(self.device)
+            rotary = entry_rotary(self.gpt, start_AS, length_AS, scheme=c.positions, floor=c.damping_floor, lod_axis=bool(c.lod_axis), lod_BW=lod_AS)
+        centre_AS = torch.where(slot_AS == self.cache.spare, NOWHERE, centre_AS)
+        self.cache.place(Placement(rows_A, slot_AS, before_AS, centre_AS, bias_AS))
+        return self.gpt.hidden(ids_AS, inputs_embeds=embeds_ASD, rotary=rotary, linked=linked_AS.bool(), cache=self.cache, lift_windows=True)
 
 
 def open_pool(gpt: GPT, meta: dict, checkpoint_dir: Path | str, config: SessionConfig, max_sessions: int = 1,
@@ -353,7 +362,7 @@ class Missing(NamedTuple):
     slot: np.ndarray
     before: np.ndarray  # slot of the entry before, −1 at the first
     linked: np.ndarray  # raw, and the next token after the one before
-    gists: Tensor | None  # [S, D] vectors where lod > 0
+    gists: Tensor | None  # [G, D] vectors of those with lod > 0, if there are any
     recut: bool
 
 
@@ -578,7 +587,8 @@ class Session:
         before, lod_before, index_before = (np.concatenate([[-1], x[:-1]]) for x in (slot, lod, index))
         linked = (lod == 0) & (lod_before == 0) & (index == index_before + 1)
         self.cached, self.n_read, self.recut = _Cached(lod, index, slot), self.n_tokens, False
-        gists = self.history.gists(torch.from_numpy(lod[run]), torch.from_numpy(index[run])) if lod[run].any() else None
+        coarse = run & (lod > 0)
+        gists = self.history.gists(torch.from_numpy(lod[coarse]), torch.from_numpy(index[coarse])) if coarse.any() else None
         return Missing(lod[run], index[run], ids[run], slot[run], before[run], linked[run], gists, recut)
 
     def _slots_kept(self, lod: np.ndarray, index: np.ndarray) -> np.ndarray:
