@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from mc.catalog import Catalog, Edit, Source
-from mc.history import History
-from mc.mega_context import MAX_BLOCKS
+from mc.history import MAX_BLOCKS, History
 from mc.storage import ERASED, KEPT, VOID, Store
 from nanochat.common import UserError
 

@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mc.mega_context import MAX_BLOCKS, TreeShape
+from mc.mega_context import TreeShape
 from mc.model import MegaContext, fingerprint
 from mc.storage import VOID, Store, StoreFormat
 from nanochat.common import UserError
 from nanochat.gpt import GPT
+
+MAX_BLOCKS = 4096  # blocks that are handed to GistNet at a time, so that a long append needs bounded memory
 
 
 def store_format(gpt: GPT, mc: MegaContext, dtype: torch.dtype | None = None) -> StoreFormat:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from mc.catalog import Catalog, Source
-from mc.history import History
-from mc.mega_context import MAX_BLOCKS
+from mc.history import MAX_BLOCKS, History
 from mc.storage import VOID
 from nanochat.common import UserError
 from nanochat.dataset import SHARDS, read_documents

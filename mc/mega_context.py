@@ -4,8 +4,8 @@ LOD0 is the tokens' embeddings. Node (lod, index) covers tokens [index·K^lod, (
 children, never from the tokens again. It exists only when complete; what is left over stays LOD0.
 
 `TreeShape` is the arithmetic: integers only, so that a working context can be chosen and edited without touching a vector.
-`build_tree` makes the tree of a batch with gradients, for training. `IncrementalTree` grows one, for a session: the same nodes,
-whatever the pieces in which the tokens came. Both read many nodes in one call, `gather`.
+`build_tree` makes the tree of a batch with gradients, for training, and reads many nodes in one call, `gather`. The tree of a
+session grows on top of a store: `mc.history`.
 
 Shapes: B rows, T tokens, D width, K block size, N nodes, W entries to read, L levels.
 """
@@ -19,8 +19,6 @@ from torch import Tensor
 
 GistFn = Callable[[Tensor, Tensor | None, int], Tensor]  # a GistNet: (x_NKD, mask_NK, lod) -> [N, 1, D]
 Integers = TypeVar("Integers", int, Tensor)  # a Python int, or an integer tensor of any shape
-
-MAX_BLOCKS = 4096  # blocks that a growing tree hands to GistNet at a time, so that a long append needs bounded memory
 
 
 def tiling(n_tokens: Integers, block_size: int, max_lod: int) -> Integers:
@@ -178,82 +176,3 @@ def build_tree(embeds_BTD: Tensor, gistnet: GistFn, block_size: int, max_lod: in
         if lod and count:
             levels.append(keep(_gists(gistnet, levels[-1], block_size, lod), lod))
     return Tree(torch.cat(levels, 1), shape, lengths_B)
-
-
-class _Rows:
-    """Vectors [B, n, D] that grow at the end, in a buffer that doubles: an append costs what it appends, amortized."""
-
-    def __init__(self, empty_B0D: Tensor):
-        self.buffer_BND, self.n = empty_B0D, 0
-
-    @property
-    def view_BND(self) -> Tensor:
-        return self.buffer_BND[:, : self.n]
-
-    def append(self, x_BND: Tensor) -> None:
-        end, capacity = self.n + x_BND.shape[1], self.buffer_BND.shape[1]
-        if end > capacity:
-            grown_BND = self.buffer_BND.new_zeros(x_BND.shape[0], max(end, 2 * capacity), x_BND.shape[2])
-            grown_BND[:, : self.n] = self.view_BND
-            self.buffer_BND = grown_BND
-        self.buffer_BND[:, self.n : end] = x_BND
-        self.n = end
-
-
-class IncrementalTree:
-    """A tree that grows by appends of any size, without gradients: equal to `build_tree` of all its tokens (1e-12 in float64).
-
-    gistnet: makes the nodes; block_size, max_lod: of the tree; d_model: width of an entry; n_rows: histories of one length that
-    grow together; dtype, device: of what is stored.
-    """
-
-    def __init__(
-        self, gistnet: GistFn, block_size: int, max_lod: int, d_model: int, *,
-        n_rows: int = 1, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
-    ):  # fmt: skip
-        self.gistnet, self.block_size, self.max_lod = gistnet, block_size, max_lod
-        empty = torch.zeros(n_rows, 0, d_model, dtype=dtype, device=device)
-        self._levels = [_Rows(empty) for _ in range(max_lod + 1)]
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens appended so far, per row."""
-        return self._levels[0].n
-
-    @property
-    def shape(self) -> TreeShape:
-        return TreeShape(self.n_tokens, self.block_size, self.max_lod)
-
-    @property
-    def levels(self) -> list[Tensor]:
-        """Views [B, N_lod, D] of the nodes there are, LOD0 first; the next append may move them."""
-        return [level.view_BND for level in self._levels]
-
-    @torch.no_grad()
-    def append(self, embeds_BTD: Tensor) -> None:
-        """Add tokens to the end of each row, and every node that they complete.
-
-        embeds_BTD: [n_rows, any number, d_model], normed embeddings; they are copied, and never embedded again. Levels are made
-        bottom-up, the new blocks of a level together. Raises ValueError, before anything is changed, for another shape.
-        """
-        B, _, D = self._levels[0].buffer_BND.shape
-        if embeds_BTD.ndim != 3 or embeds_BTD.shape[0] != B or embeds_BTD.shape[2] != D:
-            raise ValueError(f"append of {tuple(embeds_BTD.shape)}: expected [{B}, any, {D}]")
-        self._levels[0].append(embeds_BTD)
-        K = self.block_size
-        for lod in range(1, self.max_lod + 1):
-            children_BND, level = self._levels[lod - 1].view_BND, self._levels[lod]
-            complete = children_BND.shape[1] // K * K
-            for start in range(level.n * K, complete, MAX_BLOCKS * K):
-                level.append(_gists(self.gistnet, children_BND[:, start : start + MAX_BLOCKS * K], K, lod))
-
-    def gather(self, lod_BW: Tensor, index_BW: Tensor, valid_BW: Tensor) -> Tensor:
-        """As `Tree.gather`, without gradients."""
-        exists_BW = self.shape.exists(lod_BW, index_BW)
-        entries_BWD = self._levels[0].buffer_BND.new_zeros(*lod_BW.shape, self._levels[0].buffer_BND.shape[2])
-        for lod, level in enumerate(self._levels):
-            if level.n:
-                mine_BW = exists_BW & valid_BW & (lod_BW == lod)
-                found_BWD = _take(level.buffer_BND, torch.where(mine_BW, index_BW, 0))
-                entries_BWD = torch.where(mine_BW[..., None], found_BWD, entries_BWD)
-        return _mark(entries_BWD, valid_BW, exists_BW)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mc.gistnet import GistNet, GistNetConfig
-from mc.mega_context import MAX_BLOCKS, IncrementalTree, TreeShape, build_tree, tiling
+from mc.mega_context import TreeShape, build_tree, tiling
 
 D = 6
 ODD = [1, 31, 32, 33, 77, 1023, 1025]
@@ -142,10 +142,6 @@ def test_gather_reads_pads_and_poisons():
         expected[b, w] = tree.levels[lod[b, w]][b, index[b, w]]
     assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.nan_to_num(7), expected.nan_to_num(7))
     assert tree.gather(lod[:, :0], index[:, :0], valid[:, :0]).shape == (2, 0, D)
-    grown = IncrementalTree(make(4), 4, 3, D, n_rows=2, dtype=torch.float64)
-    grown.append(embeds(2, 20))
-    again = grown.gather(lod, index, valid)
-    torch.testing.assert_close(again, got, rtol=0, atol=1e-12, equal_nan=True)
 
 
 def test_gradients_reach_tokens_and_gistnet_through_gathered_nodes():
@@ -191,70 +187,6 @@ def test_permuting_rows_permutes_the_tree():
     torch.testing.assert_close(
         trees[1].gather(lod[order], index[order], valid[order]), trees[0].gather(lod, index, valid)[order], rtol=0, atol=1e-12
     )
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.sampled_from([4, 8, 32]), st.lists(st.sampled_from([0, *ODD]) | st.integers(0, 40), min_size=1, max_size=6))
-def test_any_chunking_is_one_batch_build(K, pieces):
-    """C2, trap 14."""
-    net, x = make(K), embeds(2, sum(pieces))
-    tree, at = IncrementalTree(net, K, 3, D, n_rows=2, dtype=torch.float64), 0
-    for n in pieces:
-        piece = x[:, at : at + n].clone()
-        tree.append(piece)
-        piece.fill_(torch.nan)  # C4, trap 20: what was appended is the tree's own
-        at += n
-    want = build_tree(x, net, K, 3)
-    assert tree.n_tokens == at and tree.shape == want.shape
-    for got_level, want_level in zip(tree.levels, want.levels, strict=True):
-        torch.testing.assert_close(got_level, want_level.detach(), rtol=0, atol=1e-12)
-
-
-def test_token_by_token():
-    net, x = make(4), embeds(1, 85)
-    tree = IncrementalTree(net, 4, 3, D, dtype=torch.float64)
-    for n in range(85):
-        tree.append(x[:, n : n + 1])
-        assert [level.shape[1] for level in tree.levels] == TreeShape(n + 1, 4, 3).counts
-    torch.testing.assert_close(torch.cat(tree.levels, 1), build_tree(x, net, 4, 3).table_BND.detach(), rtol=0, atol=1e-12)
-
-
-def test_each_node_is_made_once_in_few_calls():
-    """An append makes the new blocks of a level together, at most MAX_BLOCKS at a time, and none twice."""
-    made = []
-
-    def mean(x, mask, lod):
-        made.append((lod, len(x)))
-        return x.mean(1, keepdim=True)
-
-    tree = IncrementalTree(mean, 2, 20, D)
-    tree.append(embeds(1, 1000).float())
-    assert made == [(lod, 1000 // 2**lod) for lod in range(1, 10)]
-    for _ in range(300):
-        tree.append(embeds(1, 3).float())
-    assert [sum(n for lod, n in made if lod == level) for level in range(1, 21)] == tree.shape.counts[1:]
-    tree.append(embeds(1, 2 * MAX_BLOCKS + 100).float())
-    assert max(n for _, n in made) == MAX_BLOCKS
-    assert [sum(n for lod, n in made if lod == level) for level in range(1, 21)] == tree.shape.counts[1:]
-    assert not tree.levels[1].requires_grad and tree.levels[0].shape[1] == 1000 + 900 + 2 * MAX_BLOCKS + 100
-
-
-def test_growth_is_amortized():
-    """Doubling buffers: 4,096 single appends move the history at most about log2 times."""
-    tree, places = IncrementalTree(lambda x, mask, lod: x.mean(1, keepdim=True), 32, 1, D), set()
-    for x in embeds(4096, 1, 1).float():
-        tree.append(x)
-        places.add((tree.levels[0].data_ptr(), tree._levels[0].buffer_BND.shape[1]))
-    assert len(places) <= 13
-
-
-def test_wrong_appends_change_nothing():
-    tree = IncrementalTree(make(4), 4, 2, D, dtype=torch.float64)
-    tree.append(embeds(1, 5))
-    for bad in (embeds(2, 4), embeds(1, 4)[..., 1:], embeds(4)):
-        with pytest.raises(ValueError, match="expected"):
-            tree.append(bad)
-    assert tree.n_tokens == 5 and tree.levels[1].shape[1] == 1
 
 
 def test_several_gists_per_node_are_refused():
