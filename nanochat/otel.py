@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 from nanochat.common import UserError
-from nanochat.recorder import Metric, Sample, Sink, register
+from nanochat.recorder import SECONDS, Metric, Sample, Sink, register
 from nanochat.tracing import Span, Trace
 
 INTERVAL_MS = 5000  # between exports, unless OTEL_METRIC_EXPORT_INTERVAL says otherwise
@@ -41,6 +41,9 @@ register(
            healthy="0", where=HERE),
     Metric("telemetry.otlp.failures", "{request}", "gauge", "Export requests since the process began that no collector accepted; they are repeated.",
            healthy="0", where=HERE),
+    Metric("telemetry.preflight", "1", "gauge", "1, sent by a preflight.", healthy="1", where="scripts/mc_otel_check.py"),
+    Metric("telemetry.preflight_time", "s", "histogram", "Time that a collector took to accept a preflight's first request of each signal.",
+           healthy="below 0.5", where="scripts/mc_otel_check.py", buckets=SECONDS),
 )
 
 
@@ -230,6 +233,10 @@ class OtlpSink(Sink):
         signals = self._signals.values()
         return {"telemetry.otlp.delivered": sum(s.delivered for s in signals), "telemetry.otlp.lost": sum(s.evicted for s in signals),
                 "telemetry.otlp.failures": sum(s.failures for s in signals)}
+
+    def accepted(self) -> dict[str, int]:
+        """Data points ("metrics") and spans ("traces") that a collector has accepted."""
+        return {name: signal.delivered for name, signal in self._signals.items()}
 
     def close(self) -> None:
         """Send what is left within GRACE seconds, give up the rest, and say how it went."""

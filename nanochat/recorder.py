@@ -437,7 +437,8 @@ class WandbSink(Sink):
         self.run.define_metric("*", step_metric="step")
 
     def _start(self, mode: str, options: dict):
-        settings = self.wandb.Settings(init_timeout=self.INIT_TIMEOUT, silent=True, console="off")
+        patience = float(os.environ.get("WANDB_INIT_TIMEOUT") or self.INIT_TIMEOUT)
+        settings = self.wandb.Settings(init_timeout=patience, silent=True, console="off")
         return self.wandb.init(mode=mode, resume="allow" if mode == "online" else None, settings=settings, **options)
 
     def write(self, step: int, now: float, samples: Sequence[Sample]) -> None:

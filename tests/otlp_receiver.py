@@ -30,7 +30,8 @@ class Point(NamedTuple):
 
 
 class Receiver:
-    """fault: "" keeps everything; "500" refuses each request; "slow" takes 0.3 s over each; "hang" never answers. Use as a context manager."""
+    """fault: "" keeps everything; "500" refuses each request; "slow" takes 0.3 s over each; "hang" never answers; "dies" is gone
+    after two. Use as a context manager."""
 
     def __init__(self, protocol: str = "http/protobuf", fault: str = ""):
         self.protocol, self.fault = protocol, fault
@@ -61,6 +62,8 @@ class Receiver:
         self.arrived += 1
         if self.fault == "hang":
             self._release.wait()
+        if self.fault == "dies" and self.arrived == 2:
+            threading.Thread(target=self._stop).start()
         if self.fault == "slow":
             time.sleep(0.3)
         if self.fault in ("500", "hang"):

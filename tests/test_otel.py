@@ -1,5 +1,6 @@
 """OTLP to a real receiver over HTTP and gRPC: what arrives, what the environment decides, and that a collector in trouble costs nothing (G1)."""
 
+import json
 import math
 import os
 import random
@@ -22,6 +23,7 @@ from nanochat.otel import otlp_sink
 from nanochat.recorder import METRICS, NATS, Recorder, Sample, open_recorder, read_metrics
 from nanochat.tracing import Trace
 from otlp_receiver import Receiver, unused_port
+from scripts import mc_otel_check
 
 CPU = torch.device("cpu")
 protocols = pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
@@ -254,7 +256,7 @@ def test_a_collector_in_trouble_costs_no_time_and_losses_are_counted(protocol, f
         recorder.close()
         assert time.perf_counter() - begin < otel.GRACE + 0.4, "the end waited"
     health = read_metrics(tmp_path / "metrics.jsonl")[-1]
-    sent = 20 + sum(key.startswith("telemetry.otlp") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1] for key in eval(line))
+    sent = 20 + sum(key.startswith("telemetry.otlp") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1] for key in json.loads(line))
     captured = capsys.readouterr()
     if fault == "slow":
         assert health["telemetry.otlp.delivered"] == sent == len(receiver.points()) and not captured.err
@@ -335,3 +337,31 @@ def test_an_exporter_that_raises_does_not_end_the_thread(tmp_path, monkeypatch, 
             time.sleep(0.1)
             sink._signals["metrics"].export = export
     assert len(receiver.points()) >= 1 and "ZeroDivisionError" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The preflight
+
+
+@protocols
+def test_preflight_says_what_was_accepted(protocol, monkeypatch, capsys):
+    with Receiver(protocol) as receiver:
+        use(monkeypatch, receiver)
+        monkeypatch.setattr(sys, "argv", ["mc_otel_check"])
+        mc_otel_check.main()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["metrics"], told["traces"]) == (2, 2) == (len(receiver.points()), len(receiver.spans())) and 0 < told["seconds"] < 10
+    assert {p.name for p in receiver.points()} == {"telemetry.preflight", "telemetry.preflight_time"}
+    child, root = receiver.spans()
+    assert (root.name, child.name) == ("mc.preflight", "mc.preflight.part") and child.parent_span_id == root.span_id
+
+
+@pytest.mark.parametrize("fault, message", [("500", "did not accept metrics: .*did not accept traces"), ("off", "OTLP is off: set OTEL_EXPORTER_OTLP_ENDPOINT")])
+def test_preflight_that_fails_is_one_line(fault, message, monkeypatch, capsys):
+    with Receiver(fault=fault) as receiver:
+        if fault != "off":
+            use(monkeypatch, receiver)
+        monkeypatch.setattr(sys, "argv", ["mc_otel_check"])
+        with pytest.raises(UserError, match=message) as refused:
+            mc_otel_check.main()
+    assert "\n" not in str(refused.value) and not capsys.readouterr().out

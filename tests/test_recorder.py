@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import resource
 import sys
 import time
 from pathlib import Path
@@ -263,3 +264,47 @@ def test_wandb_id_survives_a_resume(tmp_path, no_credentials, monkeypatch):
     first = (tmp_path / "run_id").read_text()
     WandbSink("a", tmp_path, {}).close()
     assert (tmp_path / "run_id").read_text() == first and len(first) == 8
+
+
+def test_a_line_that_cannot_be_written_is_left_out_whole(tmp_path, capsys):
+    """No space for a while: lines before and after are whole, what is lost is counted, warned of once."""
+    sink, path = Keep(), tmp_path / "metrics.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Recorder(tmp_path, sink) as r:
+        for step in range(1, 7):
+            r.record("test.last", step)
+            if step == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 7, limits[1]))  # part of a line fits
+            try:
+                r.flush(step)
+            finally:
+                if step >= 4:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 5, 6]
+    assert [row.get("telemetry.jsonl.lost") for _, row, _ in sink.rows] == [None, None, None, 1, 2, None] and [s for s, _, _ in sink.rows] == list(range(1, 7))
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and "Training goes on" in errors[0] and "lacks 2 lines" in errors[1]
+
+
+def test_values_that_are_not_finite_are_counted_by_metric(tmp_path):
+    sink = Keep()
+    with Recorder(tmp_path, sink) as r:
+        for value in (math.nan, 1.0, math.inf):
+            r.record("test.mean", value)
+        r.record("test.last", 1.0)
+        r.step = 7  # where a failure is noticed
+    (step, row, _), = sink.rows
+    assert step == 7 and row["telemetry.not_finite{metric=test.mean}"] == 2 and sum("not_finite" in key for key in row) == 1
+
+
+def test_a_closed_sinks_last_words_are_on_file(tmp_path):
+    class Late(Keep):
+        def health(self):
+            return {"telemetry.jsonl.lost": 3.0 * self.closed}
+
+    late = Late()
+    with Recorder(tmp_path, late) as r:
+        r.record("test.last", 1)
+        r.flush(1)
+        assert "telemetry.jsonl.lost" not in late.rows[0][1]
+    assert [json.loads(line).get("telemetry.jsonl.lost") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [None, 3]

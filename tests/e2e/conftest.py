@@ -21,9 +21,15 @@ def base(prepared, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def train(prepared):
+def train_flags(prepared) -> list[str]:
+    """The tiny model on the small corpus."""
+    return [*TINY, f"--data={prepared / 'texts'}"]
+
+
+@pytest.fixture(scope="session")
+def train(train_flags):
     """train(base, *flags, **options): the tiny model on the small corpus; options go to `run`."""
-    return lambda base, *flags, **options: run(base, "base_train", *TINY, f"--data={prepared / 'texts'}", *flags, **options)
+    return lambda base, *flags, **options: run(base, "base_train", *train_flags, *flags, **options)
 
 
 @pytest.fixture(scope="session")
