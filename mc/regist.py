@@ -13,8 +13,7 @@ import torch
 
 from mc.catalog import Catalog
 from mc.disk_store import DiskStore
-from mc.history import History, store_format
-from mc.mega_context import MAX_BLOCKS
+from mc.history import MAX_BLOCKS, History, store_format
 from mc.networks import Networks
 from mc.storage import ERASED
 from nanochat.common import UserError

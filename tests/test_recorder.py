@@ -300,11 +300,11 @@ def test_values_that_are_not_finite_are_counted_by_metric(tmp_path):
 def test_a_closed_sinks_last_words_are_on_file(tmp_path):
     class Late(Keep):
         def health(self):
-            return {"telemetry.jsonl.lost": 3.0 * self.closed}
+            return {"test.last": 3.0 * self.closed}
 
     late = Late()
     with Recorder(tmp_path, late) as r:
-        r.record("test.last", 1)
+        r.record("test.mean", 1)
         r.flush(1)
-        assert "telemetry.jsonl.lost" not in late.rows[0][1]
-    assert [json.loads(line).get("telemetry.jsonl.lost") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [None, 3]
+        assert "test.last" not in late.rows[0][1]
+    assert [json.loads(line).get("test.last") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [None, 3]
