@@ -10,6 +10,7 @@ on which the time of a decode step does not depend.
 
 import argparse
 import json
+import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +21,11 @@ from torch import Tensor
 
 from mc import session as sessions
 from mc.benchmark import check_device, interval
+from mc.disk_store import DiskStore
 from mc.focus_allocator import entries_needed
+from mc.history import store_format
 from mc.report import COLOURS, save_figure
+from mc.storage import Store
 from nanochat.common import UserError, base_dir
 from nanochat.dataloader import make_source
 from nanochat.gpt import GPT
@@ -31,6 +35,7 @@ from nanochat.tokenizer import Tokenizer
 
 LENGTHS = (1_024, 4_096, 16_384, 65_536, 262_144, 1_048_576, 10_485_760)
 CONTROLLER = ("lens", "allocator")
+LABELS = {"mc": "MegaContext", "mc_disk": "MegaContext, history on disk", "vanilla": "vanilla, full KV cache"}
 
 
 def history_tokens(meta: dict, tokenizer: Tokenizer, n: int) -> Tensor:
@@ -43,41 +48,6 @@ def history_tokens(meta: dict, tokenizer: Tokenizer, n: int) -> Tensor:
     while len(parts) * rows * T < n:
         parts.append(source.row_tokens(np.arange(len(parts) * rows, (len(parts) + 1) * rows))[0][:, :T].ravel())
     return torch.from_numpy(np.concatenate(parts)[:n])
-
-
-class Vanilla:
-    """Greedy decoding with a KV cache that holds the whole history."""
-
-    def __init__(self, gpt: GPT, history_N: Tensor, new_tokens: int, prefill: int):
-        self.gpt, n = gpt, len(history_N)
-        self.cache = KVCache(gpt.config, 1, n + new_tokens, gpt.lm_head.weight.device, gpt.lm_head.weight.dtype)
-        begin, read = time.perf_counter(), min(n, prefill)
-        with torch.inference_mode():
-            for piece in history_N[:read].to(gpt.lm_head.weight.device).split(512):
-                hidden = gpt.hidden(piece[None], cache=self.cache, lift_windows=True)
-            self.next = gpt.logits(hidden[:, -1]).argmax(-1)
-        self.prefill_rate = read / (time.perf_counter() - begin) if read == n else None
-        for name in ("k", "v", "k_unshifted", "x_unsmeared"):
-            if (buffer := getattr(self.cache, name)) is not None:
-                dim = 1 if name == "x_unsmeared" else 2
-                for start in range(read, n, read):
-                    count = min(read, n - start)
-                    buffer.narrow(dim, start, count).copy_(buffer.narrow(dim, 0, count))
-        self.cache.lengths = self.cache.lengths + n - read
-        self.cache.used = n
-        self.bytes = self.cache.nbytes() * n // (n + new_tokens)
-
-    @torch.inference_mode()
-    def generate(self, count: int) -> list[float]:
-        """Seconds of each token."""
-        seconds = []
-        for _ in range(count):
-            begin = time.perf_counter()
-            hidden = self.gpt.hidden(self.next[:, None], cache=self.cache, lift_windows=True)
-            self.next = self.gpt.logits(hidden[:, -1]).argmax(-1)
-            int(self.next)
-            seconds.append(time.perf_counter() - begin)
-        return seconds
 
 
 @dataclass
@@ -101,6 +71,41 @@ class Measured:
                 "p95_ms": float(np.quantile(flat, 0.95)), "mean_ms": float(np.median(flat.mean(1))), "parts_ms": {k: 1e3 * v for k, v in self.parts.items()}}
 
 
+class Vanilla:
+    """Greedy decoding with a KV cache that holds the whole history."""
+
+    def __init__(self, gpt: GPT, history_N: Tensor, new_tokens: int, prefill: int):
+        self.gpt, n = gpt, len(history_N)
+        self.cache = KVCache(gpt.config, 1, n + new_tokens, gpt.lm_head.weight.device, gpt.lm_head.weight.dtype)
+        begin, read = time.perf_counter(), min(n, prefill)
+        with torch.inference_mode():
+            for piece in history_N[:read].to(gpt.lm_head.weight.device).split(512):
+                hidden = gpt.hidden(piece[None], cache=self.cache, lift_windows=True)
+            self.next = gpt.logits(hidden[:, -1]).argmax(-1)
+        rate = read / (time.perf_counter() - begin) if read == n else None
+        for name in ("k", "v", "k_unshifted", "x_unsmeared"):
+            if (buffer := getattr(self.cache, name)) is not None:
+                dim = 1 if name == "x_unsmeared" else 2
+                for start in range(read, n, read):
+                    count = min(read, n - start)
+                    buffer.narrow(dim, start, count).copy_(buffer.narrow(dim, 0, count))
+        self.cache.lengths = self.cache.lengths + n - read
+        self.cache.used = n
+        self.measured = Measured(rate, self.cache.nbytes() * n // (n + new_tokens))
+
+    @torch.inference_mode()
+    def generate(self, count: int) -> list[float]:
+        """Seconds of each token."""
+        seconds = []
+        for _ in range(count):
+            begin = time.perf_counter()
+            hidden = self.gpt.hidden(self.next[:, None], cache=self.cache, lift_windows=True)
+            self.next = self.gpt.logits(hidden[:, -1]).argmax(-1)
+            int(self.next)
+            seconds.append(time.perf_counter() - begin)
+        return seconds
+
+
 def host_bytes(session: sessions.Session) -> int:
     """Bytes of what the store holds of a history: token ids, gists and lens keys."""
     f, store = session.history.store.format, session.history.store
@@ -109,42 +114,51 @@ def host_bytes(session: sessions.Session) -> int:
     return 8 * store.n_tokens + size * (nodes * f.d_model + store.n_nodes(1) * f.n_keys * f.key_dim)
 
 
-def measure(pool_of, gpt: GPT, history_N: Tensor, lengths: list[int], *, rounds: int, vanilla_longest: int, vanilla_prefill: int) -> dict[int, dict[str, Measured]]:
-    """Every length and both systems in turn. pool_of() makes a pool for one session."""
-    results: dict[int, dict[str, Measured]] = {}
-    running = {}
-    for n in lengths:
-        pool = pool_of()
-        session = pool.open()
+class InSession:
+    """Greedy decoding in a session of its own."""
+
+    def __init__(self, pool: sessions.SessionPool, history_N: Tensor, store: Store | None = None):
+        self.pool, self.session = pool, pool.open(store)
         begin = time.perf_counter()
-        session.begin(history_N[:n])
-        rate = n / (time.perf_counter() - begin)
-        systems = {"mc": Measured(rate, sum(pool.device_bytes().values()), host_bytes=host_bytes(session))}
-        list(session.generate(2 * pool.interval, temperature=0))
+        self.session.begin(history_N)
+        self.measured = Measured(len(history_N) / (time.perf_counter() - begin), sum(pool.device_bytes().values()), host_bytes=host_bytes(self.session))
+        self.generate(2 * pool.interval)
         pool.timing.seconds.clear()
         pool.timing.synchronize = True
-        vanilla = None
+
+    def generate(self, count: int) -> list[float]:
+        """Seconds of each token."""
+        seconds, steps = [], self.session.generate(count, temperature=0)
+        for _ in range(count):
+            begin = time.perf_counter()
+            next(steps)
+            seconds.append(time.perf_counter() - begin)
+        return seconds
+
+
+def measure(pool_of, gpt: GPT, history_N: Tensor, lengths: list[int], *, rounds: int, vanilla_longest: int, vanilla_prefill: int,
+            disk: Path | None) -> dict[int, dict[str, Measured]]:
+    """Every length and all systems in turn. pool_of() makes a pool for one session; disk: a folder for sessions on disk stores."""
+    running: dict[int, dict] = {}
+    for n in lengths:
+        systems = running[n] = {"mc": InSession(pool_of(), history_N[:n])}
+        if disk:
+            pool = pool_of()
+            systems["mc_disk"] = InSession(pool, history_N[:n], DiskStore.create(disk / str(n), store_format(gpt, pool.mc)))
         if n <= vanilla_longest:
-            vanilla = Vanilla(gpt, history_N[:n], (rounds + 1) * pool.interval, vanilla_prefill)
-            vanilla.generate(pool.interval)
-            systems["vanilla"] = Measured(vanilla.prefill_rate, vanilla.bytes)
-        results[n], running[n] = systems, (pool, session, vanilla)
-        print(f"{n:>10,} tokens read: MegaContext {rate:,.0f} tokens/s" + (f", vanilla {vanilla.prefill_rate:,.0f}" if vanilla and vanilla.prefill_rate else ""), flush=True)
+            systems["vanilla"] = Vanilla(gpt, history_N[:n], (rounds + 1) * systems["mc"].pool.interval, vanilla_prefill)
+            systems["vanilla"].generate(systems["mc"].pool.interval)
+        rates = {name: system.measured.tokens_per_second for name, system in systems.items()}
+        print(f"{n:>10,} tokens read: " + ", ".join(f"{LABELS[name]} {rate:,.0f} tokens/s" for name, rate in rates.items() if rate), flush=True)
     for _ in range(rounds):
-        for n, (pool, session, vanilla) in running.items():
-            seconds = []
-            steps = session.generate(pool.interval, temperature=0)
-            for _ in range(pool.interval):
-                begin = time.perf_counter()
-                next(steps)
-                seconds.append(time.perf_counter() - begin)
-            results[n]["mc"].seconds.append(seconds)
-            if vanilla:
-                results[n]["vanilla"].seconds.append(vanilla.generate(pool.interval))
-    for n, (pool, *_) in running.items():
-        tokens = rounds * pool.interval
-        results[n]["mc"].parts = {part: seconds / tokens for part, seconds in sorted(pool.timing.seconds.items())}
-    return results
+        for systems in running.values():
+            for system in systems.values():
+                system.measured.seconds.append(system.generate(systems["mc"].pool.interval))
+    for systems in running.values():
+        for name in systems.keys() & {"mc", "mc_disk"}:
+            pool = systems[name].pool
+            systems[name].measured.parts = {part: seconds / (rounds * pool.interval) for part, seconds in sorted(pool.timing.seconds.items())}
+    return {n: {name: system.measured for name, system in systems.items()} for n, systems in running.items()}
 
 
 def ratio(over: Measured, under: Measured) -> dict[str, float]:
@@ -170,7 +184,8 @@ def report(results: dict[int, dict[str, Measured]], facts: dict) -> dict:
     times = ratio(results[most]["mc"], results[least]["mc"])
     return {"time_ratio_1m_over_4k": times["ratio"], "time_ratio_interval": [times["low"], times["high"]], "ratio_lengths": [most, least],
             "memory_ratio_1m_over_4k": results[most]["mc"].bytes / results[least]["mc"].bytes, "speedup_64k": speedups[65_536]["ratio"] if 65_536 in speedups else None,
-            "controller_share": max(share.values()), "crossover_tokens": crossover(results) if speedups else None, **facts,
+            "controller_share": max(share.values()), "crossover_tokens": crossover(results) if speedups else None,
+            "disk_over_ram": ratio(results[most]["mc_disk"], results[most]["mc"]) if "mc_disk" in results[most] else None, **facts,
             "curve": [{"history": n, "controller_share": share[n], "speedup": speedups.get(n), **{name: m.summary() for name, m in r.items()}} for n, r in results.items()]}
 
 
@@ -181,13 +196,13 @@ def plot(found: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    for name, label, color, marker in (("mc", "MegaContext", COLOURS["MC"], "o"), ("vanilla", "vanilla, full KV cache", COLOURS["vanilla"], "s")):
+    for name, color, marker in (("mc", COLOURS["MC"], "o"), ("vanilla", COLOURS["vanilla"], "s")):
         points = [(c["history"], c[name]) for c in found["curve"] if name in c]
         if points:
             n = [p[0] for p in points]
-            axes[0].plot(n, [p[1]["mean_ms"] for p in points], color=color, marker=marker, label=label)
+            axes[0].plot(n, [p[1]["mean_ms"] for p in points], color=color, marker=marker, label=LABELS[name])
             axes[0].fill_between(n, [p[1]["median_ms"] for p in points], [p[1]["p95_ms"] for p in points], color=color, alpha=0.15, lw=0)
-            axes[1].plot(n, [p[1]["bytes"] / 2 ** 20 for p in points], color=color, marker=marker, label=label)
+            axes[1].plot(n, [p[1]["bytes"] / 2 ** 20 for p in points], color=color, marker=marker, label=LABELS[name])
     for axis, title in zip(axes, ("ms per generated token (band: median to p95)", "device memory besides the weights [MiB]")):
         axis.set(xscale="log", yscale="log", xlabel="history [tokens]", title=title)
         axis.grid(True, which="major", alpha=0.3)
@@ -200,6 +215,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--longest", type=int, default=1_048_576, help=f"longest history in tokens; measured are {', '.join(f'{n:,}' for n in LENGTHS)} up to it")
     parser.add_argument("--vanilla_longest", type=int, default=262_144, help="longest history for vanilla: its cache grows with it")
     parser.add_argument("--vanilla_prefill", type=int, default=16_384, help="history that vanilla really reads; a longer cache is filled with copies")
+    parser.add_argument("--disk", type=int, choices=(0, 1), default=0, help="1: also sessions whose history is on disk, in a temporary folder")
     parser.add_argument("--rounds", type=int, default=16, help="refocus intervals timed at each length")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
     parser.add_argument("--out", type=Path, default=None, help="folder of decode.json and the plot; default $NANOCHAT_BASE_DIR/evals/decode")
@@ -222,8 +238,9 @@ def run(args: argparse.Namespace) -> None:
     if pool.untrained:
         print(f"note: LOD {', '.join(map(str, pool.untrained))} were not trained; what is measured here is time and memory")
     history_N = history_tokens(meta, Tokenizer.load(), max(lengths))
-    results = measure(lambda: sessions.open_pool(gpt, meta, args.checkpoint_dir, config), gpt, history_N, lengths, rounds=args.rounds,
-                      vanilla_longest=args.vanilla_longest, vanilla_prefill=args.vanilla_prefill)
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(lambda: sessions.open_pool(gpt, meta, args.checkpoint_dir, config), gpt, history_N, lengths, rounds=args.rounds,
+                          vanilla_longest=args.vanilla_longest, vanilla_prefill=args.vanilla_prefill, disk=Path(folder) if args.disk else None)
     found = report(results, {"budget": config.budget or pool.focus_config.budget, "interval": pool.interval, "rounds": args.rounds, "kv_policy": config.kv_policy,
                              "device": args.device, "threads": torch.get_num_threads(), "untrained_lods": pool.untrained})
     print(f"{'history':>10}  {'MC ms/token':>11} {'p95':>6}  {'base':>6} {'refill':>6} {'lens':>6} {'alloc.':>6} {'ingest':>6}  {'vanilla':>8}  {'speed-up':>20}")

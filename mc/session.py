@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mc.catalog import Catalog
 from mc.config import setting
 from mc.focus_allocator import FocusConfig, check_feasible, utilization
 from mc.gaussian_rope import alibi_slopes, entry_rotary
@@ -205,19 +206,20 @@ class SessionPool:
         lens = sum(p.nbytes for p in self.mc.lensnet.parameters()) + size * (self.mc.lensnet.config.tail + LOCAL_MEAN) * 4 * g.n_embd
         return {"kv": self.cache.nbytes(), "entries": entries, "lens": lens, "gistnet": sum(p.nbytes for p in self.mc.gistnet.parameters())}
 
-    def open(self, store: Store | None = None, *, seed: int = 0) -> "Session":
-        """A session on a store, with what it holds as history; default: an empty one in memory. seed: of its draws.
+    def open(self, store: Store | None = None, *, seed: int = 0, catalog: Catalog | None = None) -> "Session":
+        """A session on a store, with what it holds as history; default: an empty one in memory. seed: of its draws. catalog: counts
+        at each refocus what is shown.
 
         UserError when all places are taken, or the store's history is not the model's or too long for the budget.
         """
         row = next((row for row in range(self.max_sessions) if row not in self.sessions), None)
         if row is None:
             raise UserError(f"all {self.max_sessions} sessions of this pool are in use; close one, or make a pool with a larger max_sessions")
-        session = Session(self, row, store or RamStore(store_format(self.gpt, self.mc)), seed)
+        session = Session(self, row, store or RamStore(store_format(self.gpt, self.mc)), seed, catalog)
         self.sessions[row] = session
         return session
 
-    def restore(self, state: SessionState, store: Store | None = None) -> "Session":
+    def restore(self, state: SessionState, store: Store | None = None, *, catalog: Catalog | None = None) -> "Session":
         """The session that `state` was taken of, in a free place. store: its history, unless that was in memory.
 
         UserError for the state of another model, version or configuration, or a store that is not at the moment of the state.
@@ -233,7 +235,7 @@ class SessionPool:
             raise UserError("the session state " + ("holds its history: give no store" if store else "has its history on disk: give its store"))
         if store is not None and store.n_tokens != meta["n_stored"]:
             raise UserError(f"the session state ends at {meta['n_stored']} stored tokens, the store at {store.n_tokens}: they are not of one moment")
-        session = self.open(store)
+        session = self.open(store, catalog=catalog)
         if store is None:
             session.history.fill(tensors["history"])
         session.resume(meta, tensors)
@@ -378,8 +380,8 @@ class _Cached:
 class Session:
     """One history and its working context. Made by `SessionPool.open`; methods raise UserError and then have changed nothing."""
 
-    def __init__(self, pool: SessionPool, row: int, store: Store, seed: int):
-        self.pool, self.row = pool, row
+    def __init__(self, pool: SessionPool, row: int, store: Store, seed: int, catalog: Catalog | None):
+        self.pool, self.row, self.catalog = pool, row, catalog
         self.history = History(pool.gpt, pool.mc, store)
         self.pending: list[int] = []
         self.generator = torch.Generator(pool.device).manual_seed(seed)
@@ -436,13 +438,13 @@ class Session:
     def end_source(self) -> None:
         """What is appended next is another document, and starts a block of its own."""
         self.check_length(-(-self.n_tokens // self.history.block_size) * self.history.block_size)
-        if self.pending:
-            self._store_pending()
+        self.flush()
         self.history.end_source()
         self.search.grow(self.history.store.n_nodes(1))
         self.asked = True
 
-    def _store_pending(self) -> None:
+    def flush(self) -> None:
+        """Store the generated tokens that still wait for their block to be complete."""
         self.history.append(torch.tensor(self.pending, dtype=torch.int64))
         self.pending = []
         self.search.grow(self.history.store.n_nodes(1))
@@ -514,6 +516,8 @@ class Session:
             before, after = self._shown(), focus.cut()
             self.recut |= not all(map(np.array_equal, before, after))
             (self.cut_lod, self.cut_index), self.cut_tokens = after, focus.n_tokens
+            if self.catalog:
+                self.catalog.count_access(torch.from_numpy(self.cut_lod), torch.from_numpy(self.cut_index))
         self.asked = False
         self.store_reads += self.search.n_exact
         self.refocus_seconds += time.perf_counter() - begin
@@ -649,7 +653,7 @@ class Session:
         self.pending += tokens
         if self.n_tokens // self.history.block_size > self.history.n_tokens // self.history.block_size:
             with self.pool.timing("ingest"):
-                self._store_pending()
+                self.flush()
 
     # -- what it is ---------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ With MegaContext all prompts and answers are one history, and a status line foll
 import sys
 import time
 from argparse import Namespace
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Iterator
 
@@ -15,6 +16,7 @@ from nanochat.common import FlagParser, UserError, import_optional, init_distrib
 from nanochat.engine import Engine, decode_stream
 from nanochat.gpt import GPT
 from nanochat.loading import add_model_flags, model_from_flags
+from nanochat.recorder import open_recorder
 from nanochat.tokenizer import Tokenizer
 
 PIECE = 1 << 20  # characters of a history file that are tokenized at a time
@@ -42,6 +44,9 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     parser.add_argument("--mc_enabled", type=int, choices=(0, 1), default=0, help="1: a session with MegaContext, whose context never ends")
     parser.add_argument("--history", type=Path, help="text file of any length that is read before the first prompt (needs --mc_enabled=1)")
     if with_mc:
+        parser.add_argument("--mc_tree", choices=("ram", "disk"), default="ram", help="where the history is kept: gone at the end, or in --mc_store")
+        parser.add_argument("--mc_store", type=Path, help="folder of --mc_tree=disk; a history that is there goes on")
+        parser.add_argument("--log_dir", type=Path, help="folder of metrics.jsonl; by OTLP too, where OTEL_EXPORTER_OTLP_ENDPOINT is set")
         parser.add_argument("--mc_explain", type=int, choices=(0, 1), default=0, help="1: after each answer, what the working context shows and why")
         import_optional("mc", "session").add_flags(parser)
     return parser
@@ -76,26 +81,47 @@ def chat_mc(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: Toke
     if not meta.get("mc"):
         raise UserError("--mc_enabled=1 needs a checkpoint that was trained with --mc_enabled=1")
     sessions = import_optional("mc", "session")
-    pool = sessions.open_pool(model, meta, args.checkpoint_dir, sessions.from_flags(args))
-    if pool.untrained:
-        print(f"note: gists of LOD {', '.join(map(str, pool.untrained))} were not trained (--mc_untrained={args.mc_untrained})", file=sys.stderr, flush=True)
-    session = pool.open(seed=args.seed)
-    bos = tokenizer.bos_id
-    session.begin([bos])
-    begin = shown = time.monotonic()
-    for piece in file_pieces(args.history) if args.history else ():
-        session.append(tokenizer.encode(piece))
-        if (now := time.monotonic()) - shown > 5:
-            shown = now
-            print(f"read {session.n_tokens:,} tokens, {session.n_tokens / (now - begin):,.0f} tokens/s", file=sys.stderr, flush=True)
+    recorder = open_recorder(args.log_dir, config=vars(args), total_steps=0, labels={"mc.stage": "session"}) if args.log_dir else None
+    with recorder or nullcontext():
+        pool = sessions.open_pool(model, meta, args.checkpoint_dir, sessions.from_flags(args), recorder=recorder)
+        if pool.untrained:
+            print(f"note: gists of LOD {', '.join(map(str, pool.untrained))} were not trained (--mc_untrained={args.mc_untrained})", file=sys.stderr, flush=True)
+        history, catalog = import_optional("mc", "catalog").open_history(model, pool.mc, args.mc_tree, args.mc_store)
+        for note in catalog.notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
+        with catalog, closing(history.store):
+            session = pool.open(history.store, seed=args.seed, catalog=catalog)
+            try:
+                converse(args, prompts, session, tokenizer)
+            finally:
+                session.flush()
+
+
+def converse(args: Namespace, prompts: Iterator[str], session, tokenizer: Tokenizer) -> None:
+    def begin_source(uri: str) -> None:
+        if session.n_tokens:
+            session.end_source()
+        session.catalog.add_source(uri, session.n_tokens)
+        session.append([tokenizer.bos_id])
+
     if args.history:
-        print(f"read {session.n_tokens:,} tokens of {args.history} in {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
+        begin_source(str(args.history))
+        begin = shown = time.monotonic()
+        before = session.n_tokens
+        for piece in file_pieces(args.history):
+            session.append(tokenizer.encode(piece))
+            if (now := time.monotonic()) - shown > 5:
+                shown = now
+                print(f"read {session.n_tokens - before:,} tokens, {(session.n_tokens - before) / (now - begin):,.0f} tokens/s", file=sys.stderr, flush=True)
+        print(f"read {session.n_tokens - before:,} tokens of {args.history} in {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
+    else:
+        begin_source("chat")
     for prompt in prompts:
         session.append(tokenizer.encode(prompt))
         begin, before = time.monotonic(), session.n_tokens
-        tokens = session.generate(args.max_tokens, temperature=args.temperature, top_k=args.top_k or None, stop_ids=[bos])
+        tokens = session.generate(args.max_tokens, temperature=args.temperature, top_k=args.top_k or None, stop_ids=[tokenizer.bos_id])
         print(prompt, end="", flush=True)
-        for text in decode_stream(tokenizer, (token for token in tokens if token != bos)):
+        for text in decode_stream(tokenizer, (token for token in tokens if token != tokenizer.bos_id)):
             print(text, end="", flush=True)
         print(flush=True)
         print(status_line(session.status(), (session.n_tokens - before) / (time.monotonic() - begin)), file=sys.stderr, flush=True)

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from mc import config as mc_config
+from mc.catalog import Catalog
+from mc.disk_store import DiskStore
 from mc.model import MegaContext
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.recorder import read_metrics
 from nanochat.tokenizer import Reserved, Tokenizer
 from scripts import chat_cli, mc_bench
 
@@ -51,7 +54,7 @@ CHAT = ("--device=cpu", "--checkpoint_dir=@ckpt", "--mc_enabled=1", "--max_token
 def test_a_file_is_read_and_continued(run):
     out, err = run(chat_cli.main, *CHAT, "--history=@history.txt", "--prompt=abc", "--mc_explain=1")
     assert out[0].startswith("abc") and out == run(chat_cli.main, *CHAT, "--history=@history.txt", "--prompt=abc")[0]
-    assert any("read 2,521 tokens" in line for line in err)
+    assert any("read 2,520 tokens" in line for line in err)
     (status,) = [line for line in err if line.startswith("[history")]
     assert "history 2,533 tokens" in status and "LOD0" in status and "tokens/s" in status
     table = err[err.index(status) + 1:]
@@ -79,6 +82,29 @@ def test_mistakes(run, flags, message, tmp_path, capsys):
     assert message in str(error.value) + capsys.readouterr().err
 
 
+def test_a_history_on_disk_goes_on(run, tmp_path):
+    """Each run adds a source to it; what was read before is there, and counted."""
+    disk = ("--mc_tree=disk", "--mc_store=@store", "--prompt=abc", "--temperature=0", "--mc_explain=1")
+    first, _ = run(chat_cli.main, *CHAT, *disk, "--history=@history.txt")
+    assert first == run(chat_cli.main, *CHAT, "--history=@history.txt", "--prompt=abc", "--temperature=0")[0], "on disk as in memory"
+    _, err = run(chat_cli.main, *CHAT, *disk)
+    (status,) = [line for line in err if line.startswith("[history")]
+    assert "history 2,549 tokens" in status  # 2,533 fill 317 blocks of 8 with void slots, then bos, the prompt and the answer
+    with Catalog(tmp_path / "store", 8, read_only=True) as catalog:
+        assert [source.uri.rsplit("/", 1)[-1] for source in catalog.sources()] == ["history.txt", "chat"]
+        assert catalog.statistics(), "what was shown was not counted"
+    with DiskStore.open(tmp_path / "store", "r") as store:
+        assert store.n_tokens == 2549
+    with pytest.raises(UserError, match="needs --mc_store=DIR"):
+        run(chat_cli.main, *CHAT, "--mc_tree=disk", "--prompt=a")
+
+
+def test_metrics_of_a_conversation(run, tmp_path):
+    run(chat_cli.main, *CHAT, "--history=@history.txt", "--prompt=abc", "--log_dir=@log")
+    (row,) = read_metrics(tmp_path / "log" / "metrics.jsonl")
+    assert row["mc.session.history"] == 2524 and row["gen_ai.server.request.duration"] > row["gen_ai.server.time_to_first_token"] > 0
+
+
 def test_history_needs_megacontext(run, capsys):
     with pytest.raises(SystemExit):
         run(chat_cli.main, "--checkpoint_dir=@ckpt", "--history=@history.txt", "--prompt=a")
@@ -86,11 +112,12 @@ def test_history_needs_megacontext(run, capsys):
 
 
 def test_mc_bench_decode(run, tmp_path):
-    out, _ = run(mc_bench.main, "decode", "--checkpoint_dir=@ckpt", "--longest=4096", "--rounds=2", "--vanilla_prefill=1024", "--out=@decode")
+    out, _ = run(mc_bench.main, "decode", "--checkpoint_dir=@ckpt", "--longest=4096", "--rounds=2", "--vanilla_prefill=1024", "--disk=1", "--out=@decode")
     found = json.loads(out[-1])
     assert found["memory_ratio_1m_over_4k"] == 1.0 and found["ratio_lengths"] == [4096, 4096] and 0 < found["controller_share"] < 1
     assert [c["history"] for c in found["curve"]] == [1024, 4096] and all(c["vanilla"]["bytes"] > 0 for c in found["curve"])
     assert found["curve"][1]["vanilla"]["bytes"] == 4 * found["curve"][0]["vanilla"]["bytes"]
+    assert found["disk_over_ram"]["ratio"] > 0
     for c in found["curve"]:
         assert set(c["mc"]["parts_ms"]) >= {"base", "lens", "allocator", "refill", "ingest"} and c["mc"]["tokens_per_second"] > 0
         assert c["mc"]["median_ms"] <= c["mc"]["p95_ms"]

@@ -1,6 +1,7 @@
 """The session against forward passes from scratch: whatever was appended, refocused, generated or restored, in whatever pieces."""
 
 import dataclasses
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from tiny_mc import VOCAB, randomize, tiny_base
 
 from mc import working_context as wc
 from mc.config import MCConfig
+from mc.disk_store import DiskStore
 from mc.focus_allocator import FocusConfig, check_feasible
 from mc.gaussian_rope import alibi_slopes, entry_rotary
+from mc.history import store_format
 from mc.model import MegaContext
 from mc.session import SessionConfig, SessionPool, SessionState
 from mc.storage import VOID, RamStore
@@ -280,6 +283,10 @@ def big_lens_pool(budget: int = 64) -> SessionPool:
     return SessionPool(gpt, mc, SessionConfig(budget=budget), trained_lods=[1, 2, 3])
 
 
+def store_format_of(pool: SessionPool):
+    return store_format(pool.gpt, pool.mc)
+
+
 def test_sixty_four_windows_of_history_and_the_start_is_found():
     """Every token is covered, the lens ran, and the question brings back the block at the start (a sliding window would not)."""
     pool = big_lens_pool()
@@ -322,6 +329,43 @@ def test_pruned_blocks_stay_gists_and_say_so():
     assert pruned[0].lod > 0
     if pruned[0].lod == 1:
         assert "pruned" in pruned[0].why
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["append", "generate", "end_source", "restart"]), st.integers(1, 60)), min_size=1, max_size=6), st.integers(0, 99))
+def test_on_disk_as_in_memory(actions, seed):
+    """The same logits, bit for bit, and the same after a restart with the state and the store."""
+    with TemporaryDirectory() as folder:
+        in_memory, on_disk = (big_lens_pool().open(store, seed=1) for store in (None, DiskStore.create(f"{folder}/store", store_format_of(big_lens_pool()))))
+        for session in (in_memory, on_disk):
+            session.begin(tokens(77, seed))
+        for i, (action, n) in enumerate(actions):
+            if action == "restart":
+                on_disk.state().save(f"{folder}/state")
+                on_disk.history.store.close()
+                on_disk = big_lens_pool().restore(SessionState.load(f"{folder}/state"), DiskStore.open(f"{folder}/store"))
+            for session in (in_memory, on_disk) if action != "restart" else ():
+                if action == "append":
+                    session.append(tokens(n, seed + i))
+                elif action == "generate":
+                    list(session.generate(n))
+                else:
+                    session.end_source()
+            assert torch.equal(in_memory.logits(), on_disk.logits())
+            assert in_memory.explain() == on_disk.explain()
+        on_disk.history.store.close()
+
+
+def test_a_state_and_a_store_of_different_moments_are_refused(tmp_path):
+    session = big_lens_pool().open(DiskStore.create(tmp_path / "store", store_format_of(big_lens_pool())))
+    session.begin(tokens(40))
+    state = session.state()
+    session.append(tokens(3))
+    session.history.store.close()
+    with DiskStore.open(tmp_path / "store") as store, pytest.raises(UserError, match="ends at 40 stored tokens, the store at 43"):
+        big_lens_pool().restore(state, store)
+    with pytest.raises(UserError, match="give its store"):
+        big_lens_pool().restore(state)
 
 
 def unchanged(session, call) -> str:
