@@ -128,3 +128,18 @@ def test_mc_bench_decode(run, tmp_path):
 def test_mistakes_of_mc_bench_decode(run, flags, message):
     with pytest.raises(UserError, match=message):
         run(mc_bench.main, "decode", "--checkpoint_dir=@ckpt", "--longest=1024", *flags)
+
+
+def test_mc_bench_search(run):
+    out, _ = run(mc_bench.main, "search", "--checkpoint_dir=@ckpt", "--longest=65536", "--queries=5")
+    found = json.loads(out[-1])
+    assert [row["tokens"] for row in found["lengths"]] == [4096, 65536] and len(out) == 2 + 2 + 1
+    assert [row["scored"] for row in found["lengths"]] == [512, 1024]
+    for row in found["lengths"]:
+        assert 0 < row["search_ms"] <= row["search_p95_ms"] and row["recall_1"] <= 1
+
+
+@pytest.mark.parametrize("flags, message", [(("--longest=10",), "at least 4096 tokens"), (("--queries=0",), "one tail")])
+def test_mistakes_of_mc_bench_search(run, flags, message):
+    with pytest.raises(UserError, match=message):
+        run(mc_bench.main, "search", "--checkpoint_dir=@ckpt", *flags)
