@@ -49,6 +49,11 @@ class RecallRows(NamedTuple):
     episode_blocks: np.ndarray  # int64 [B, E]: which blocks the last episode is about, ascending (ground truth)
 
 
+class StreamRows(NamedTuple):
+    tokens: np.ndarray  # int64 [B, n]: history
+    questions: np.ndarray  # int64 [B, Q, episode]: announce part and ask part; every second token is a value
+
+
 @dataclass(frozen=True)
 class RecallTask:
     """Lengths in tokens. `keys`, `aliases` and `values` are the reserved ids of the tokenizer."""
@@ -122,13 +127,17 @@ class RecallTask:
     def _episodes(self, split, indices, keys, values, num_blocks, episodes, width, announced, asked):
         """Query tokens int64 [B, episodes, 2 (announced + asked)] and the blocks int64 [B, episodes, width] they are about.
 
-        Episode 0 is the *last* of the row, so that its draws do not depend on how many come before it. Announced and asked
-        pairs are spread evenly over the episode's blocks.
+        Episode 0 is the *last* of the row, so that its draws do not depend on how many come before it.
         """
-        B, rows = len(indices), np.arange(len(indices))[:, None, None]
         draw = _uniform(self._bits(split, "blocks", indices, episodes, self.blocks))[:, :, : keys.shape[1]]
         draw = np.where(np.arange(keys.shape[1]) < num_blocks[:, None, None], draw, 2.0)
         chosen = np.sort(np.argsort(draw, axis=2)[:, :, :width], axis=2)
+        return self._questions(split, indices, keys, values, chosen, announced, asked), chosen
+
+    def _questions(self, split, indices, keys, values, chosen, announced, asked):
+        """int64 [B, episodes, 2 (announced + asked)]: pairs spread evenly over the blocks `chosen` [B, episodes, width] of each episode."""
+        B, episodes, width = chosen.shape
+        rows = np.arange(B)[:, None, None]
         order = np.argsort(self._bits(split, "pairs", indices, episodes, width, self.pairs_per_block), axis=3)
         pairs = order.swapaxes(2, 3).reshape(B, episodes, -1)[:, :, : announced + asked]  # round robin over blocks
         blocks = np.tile(chosen, self.pairs_per_block)[:, :, : announced + asked]
@@ -136,7 +145,7 @@ class RecallTask:
         mixed = np.argsort(part + _uniform(self._bits(split, "order", indices, episodes, announced + asked)), axis=2)
         blocks, pairs = np.take_along_axis(blocks, mixed, axis=2), np.take_along_axis(pairs, mixed, axis=2)
         asked_tokens = np.stack([self.alias_of_key[keys[rows, blocks, pairs]], values[rows, blocks, pairs]], axis=-1)
-        return asked_tokens.reshape(B, episodes, -1), chosen
+        return asked_tokens.reshape(B, episodes, -1)
 
     def _extra_alias(self, split: str, indices: np.ndarray) -> np.ndarray:
         """int64 [B, 1]: the token after the last one, the start of a question that is not answered."""
@@ -205,6 +214,44 @@ class RecallTask:
         place = np.arange(tokens.shape[1])
         mask = np.broadcast_to((place >= n) & ((place - n) % 2 == 1), tokens.shape).copy()
         return RecallRows(tokens, mask, count, np.take_along_axis(places, chosen[:, 0], axis=1))
+
+    def stream_rows(self, split: str, indices: np.ndarray, n: int, places: np.ndarray, filler: np.ndarray | None = None) -> StreamRows:
+        """Histories of n tokens with facts in chosen blocks, and one episode about each group of facts.
+
+        places int64 [B, Q, episode_blocks]: the block numbers of the facts of each question; all facts of a row have different keys.
+        The rest is text as in `needle_rows`, or without filler blocks of the same kind: pairs of the keys that no question is
+        about, each occurring again and again with other values. UserError when facts or history do not fit.
+        """
+        indices, places = np.asarray(indices, dtype=np.int64), np.asarray(places, dtype=np.int64)
+        B, Q, width = places.shape
+        facts, blocks = Q * width, n // self.block
+        if n % self.block or n < facts * self.block or places.min() < 0 or places.max() >= blocks:
+            raise UserError(f"stream of n={n} tokens: a multiple of the block ({self.block}) that holds the blocks {places.min()} to {places.max()}")
+        if width != self.episode_blocks or len(self.keys) - facts * self.pairs_per_block < self.pairs_per_block:
+            raise UserError(f"a stream of {Q} questions about {width} blocks each, of {self.pairs_per_block} facts: episodes are about "
+                            f"{self.episode_blocks} blocks, and {len(self.keys)} keys must leave {self.pairs_per_block} that are not asked for")
+        if any(len(set(row)) < facts for row in places.reshape(B, -1).tolist()):
+            raise UserError("two facts of a stream stand in one block; give each its own place")
+        keys, values = self._pairs(split, indices, facts)
+        if filler is None:
+            history = np.stack([self._distractors(split, index, blocks, row) for index, row in zip(indices, keys.reshape(B, -1))])
+        else:
+            start = (self._bits(split, "filler", indices, 1) % np.uint64(len(filler))).astype(np.int64)
+            history = np.asarray(filler)[(start + np.arange(n)) % len(filler)].astype(np.int64).reshape(B, blocks, self.block)
+        history[np.arange(B)[:, None], places.reshape(B, -1)] = self._store(keys, values)
+        chosen = np.broadcast_to(np.arange(facts).reshape(Q, width), places.shape)
+        questions = self._questions(split, indices, keys, values, chosen, self.announce // 2, self.ask // 2)
+        return StreamRows(history.reshape(B, n), questions)
+
+    def _distractors(self, split: str, index: int, blocks: int, taken: np.ndarray) -> np.ndarray:
+        """int64 [blocks, block]: pairs of random keys other than `taken`, different within a block, and random values."""
+        free, made = np.setdiff1d(np.arange(len(self.keys)), taken), []
+        for first in range(0, blocks, 4096):  # in pieces: a sort of all keys per block
+            place = int(index) * 2**24 + np.arange(first, min(first + 4096, blocks))
+            order = np.argsort(self._bits(split, "distractors", place, len(free)), axis=1)[:, : self.pairs_per_block]
+            values = self._bits(split, "distractor values", place, self.pairs_per_block) % np.uint64(len(self.values))
+            made.append(self._store(free[order][None], self.values.start + values.astype(np.int64)[None])[0])
+        return np.concatenate(made)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job: corpus, tokenizer, two pairs of small models (recall and text, each with and without MegaContext, same seed and
-# tokens), and the comparison. At most 15 minutes on two CPU cores after the install. A second run reuses what is there.
+# tokens), the comparison, and facts in a stream of 64 windows. At most 15 minutes on two CPU cores after the install. A second run reuses what is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
@@ -15,9 +15,10 @@ SHARED=(--max_seq_len=1088 --head_dim=32 --key_shift=1 --tie_qk=1 --rope_fractio
         --seed="$SEED")
 RECALL=(--data=recall --depth=2 --aspect_ratio=64 --value_embeds=0 --smear=0 --resid_scalars=0 --backout=0 --recall_grow=0.75)
 TEXT=(--data=stdlib --depth=4 --aspect_ratio=32 --matrix_lr=0.04 --unembedding_lr=0.01 --dtype=bfloat16)
-MC=(--mc_enabled=1 --mc_budget=128 --mc_horizon=32 --mc_gist=transformer --mc_kl_weight=0.1 --mc_lens_row_stride=2)
-MC_RECALL=(--mc_start=0.25 --mc_row_stride=4 --mc_wc_weight=0.5 --mc_teacher=attention --mc_lens_queries=384 --mc_lens_horizon=2)
-MC_TEXT=(--mc_start=0.4 --mc_row_stride=2 --mc_wc_weight=0.1)
+MC=(--mc_enabled=1 --mc_budget=128 --mc_horizon=32 --mc_gist=transformer --mc_kl_weight=0.1)
+MC_RECALL=(--mc_start=0.25 --mc_row_stride=4 --mc_wc_weight=0.5 --mc_teacher=attention --mc_lens_queries=192 --mc_lens_horizon=1
+           --mc_lens_lr=0.04 --mc_max_lod=4 --mc_far_tokens=8388608)  # far histories: for sessions of millions of tokens
+MC_TEXT=(--mc_start=0.4 --mc_row_stride=2 --mc_wc_weight=0.1 --mc_lens_row_stride=2)
 
 train() {  # tag, steps, flags…
   local tag="$1" steps="$2" done_file; shift 2
@@ -35,3 +36,4 @@ train "quickstart_text_vanilla_$SEED" 250 "${TEXT[@]}" --mc_enabled=0
 CKPT="$NANOCHAT_BASE_DIR/checkpoints"
 python -m scripts.compare_focus --recall_mc="$CKPT/quickstart_recall_mc_$SEED" --recall_vanilla="$CKPT/quickstart_recall_vanilla_$SEED" \
   --text_mc="$CKPT/quickstart_text_mc_$SEED" --text_vanilla="$CKPT/quickstart_text_vanilla_$SEED" --out="$NANOCHAT_BASE_DIR/quickstart"
+python -m scripts.mc_stream --checkpoint_dir="$CKPT/quickstart_recall_mc_$SEED" --streams=16 --filler=pairs --out="$NANOCHAT_BASE_DIR/stream"

@@ -155,3 +155,52 @@ def test_impossible_rows_are_refused():
         task.needle_rows("val", np.arange(2), filler[:0], 320)
     with pytest.raises(UserError, match="curriculum"):
         CurriculumSchedule(blocks=1)
+
+
+@given(st.integers(0, 10**6), st.sampled_from([(512, 6), (64, 2), (4160, 3), (12, 6)]))
+@settings(max_examples=15, deadline=None)
+def test_a_stream_holds_each_fact_once_where_it_should(first, shape):
+    blocks, Q = shape
+    task = RecallTask(**IDS, seed=3)
+    rng = np.random.default_rng(first)
+    places = np.stack([rng.permutation(blocks)[: 2 * Q].reshape(Q, 2) for _ in range(2)])
+    stream = task.stream_rows("val", np.arange(first, first + 2), 32 * blocks, places)
+    assert stream.tokens.shape == (2, 32 * blocks) and stream.questions.shape == (2, Q, 64) and stream.tokens.dtype == np.int64
+    for tokens, questions, row in zip(stream.tokens, stream.questions, places):
+        pairs = tokens.reshape(blocks, 16, 2)
+        assert np.isin(pairs[..., 0], task.keys).all() and np.isin(pairs[..., 1], task.values).all()
+        assert all(len(set(block[:, 0].tolist())) == 16 for block in pairs[:50])
+        asked_keys = []
+        for question, where in zip(questions, row):
+            facts = dict(pairs[where].reshape(-1, 2).tolist())
+            keys = [key_of(task, alias) for alias in question[::2].tolist()]
+            assert [facts[key] for key in keys] == question[1::2].tolist() and len(set(keys)) == 32
+            halves = [{np.flatnonzero((pairs[where, :, 0] == key).any(1))[0] for key in half} for half in (keys[:16], keys[16:])]
+            assert halves[0] == halves[1] == {0, 1}, "what is announced tells where the answers lie"
+            asked_keys += keys
+        counts = np.bincount(pairs[..., 0].ravel(), minlength=task.keys.stop)
+        assert (counts[asked_keys] == 1).all() and counts.sum() == 16 * blocks
+        rest = counts[sorted(set(task.keys) - set(asked_keys))]
+        assert blocks < 500 or (rest > 1).all(), "distractors come again and again"
+    again = task.stream_rows("val", np.arange(first + 1, first + 2), 32 * blocks, places[1:])
+    assert np.array_equal(again.tokens[0], stream.tokens[1]) and np.array_equal(again.questions[0], stream.questions[1])
+
+
+def test_a_stream_in_text():
+    task, filler = RecallTask(**IDS, seed=3), np.arange(1000)
+    stream = task.stream_rows("val", np.arange(2), 32 * 40, np.array([[[0, 39]], [[5, 6]]]), filler)
+    for tokens, places in zip(stream.tokens.reshape(2, 40, 32), ([0, 39], [5, 6])):
+        facts = (tokens >= 2049).all(1)
+        assert np.flatnonzero(facts).tolist() == places
+        flat, is_text = tokens.ravel(), np.repeat(~facts, 32)
+        shift = (flat[is_text] - np.flatnonzero(is_text)) % 1000
+        assert (shift == shift[0]).all(), "one piece of text, but for the facts"
+
+
+@pytest.mark.parametrize("n, places, message", [
+    (100, [[[0, 1]]], "multiple of the block"), (320, [[[0, 10]]], "blocks 0 to 10"), (320, [[[0, 0]]], "in one block"),
+    (320, [[[0, 1, 2]]], "about 2 blocks"), (32 * 40, np.arange(32).reshape(1, 16, 2), "not asked for"),
+])  # fmt: skip
+def test_streams_that_do_not_fit_are_refused(n, places, message):
+    with pytest.raises(UserError, match=message):
+        RecallTask(**IDS).stream_rows("val", np.arange(1), n, np.array(places))

@@ -12,7 +12,7 @@ import pytest
 from e2e_commands import ROOT, run, start, tree
 
 from mc.report import SYSTEMS
-from scripts import base_train
+from scripts import base_train, mc_stream
 from scripts.compare_focus import commit, make_parser
 
 TINY = ["--depth=1", "--aspect_ratio=16", "--head_dim=16", "--smear=0", "--value_embeds=0", "--device_batch_size=2", "--num_iterations=2",
@@ -130,6 +130,36 @@ def test_mc_bench(trained):
     assert f"step time MC / vanilla {found['ratio']:.3f} [" in done.out.splitlines()[0]
 
 
+def test_mc_stream(trained, tmp_path):
+    """The tiny recall model knows nothing, and the numbers say so; every part of the report is there."""
+    checkpoints = trained / "checkpoints"
+    done = run(trained, "mc_stream", f"--checkpoint_dir={checkpoints / 'recall_mc'}", f"--text_checkpoint_dir={checkpoints / 'text_mc'}", "--streams=2",
+               "--windows=8", "--filler=pairs", "--mc_budget=192", "--max_length=4096", "--length_budget=192", "--length_streams=1", "--passages=2",
+               f"--out={tmp_path / 'out'}").ok()
+    summary, report = json.loads(done.out.splitlines()[-1]), json.loads((tmp_path / "out" / "stream.json").read_text())
+    assert (summary["n"], summary["windows"], summary["budget"], summary["streams"]) == (1536, 8, 192, 2)
+    assert set(summary["accuracy"]) == {"pairs"} and set(summary["accuracy"]["pairs"]) == {"lens", "oracle", "window"}
+    for system, found in summary["accuracy"]["pairs"].items():
+        assert list(found) == ["1-2", "2-4", "4-8"] and all(0 <= acc < 0.5 for acc in found.values()), system
+    assert summary["least_lens"] == min(summary["accuracy"]["pairs"]["lens"].values())
+    assert [r["questions"] for r in report["distance"]] == [2] * 9
+    assert {(r["group"], r["place"]) for r in report["length"]} == {(f"recall, {g}", n) for g in ("start", "near") for n in ("1024", "4096")}
+    assert {(r["system"], r["place"]) for r in report["text"]} == {(s, n) for s in ("lens", "window") for n in ("120", "480", "1920")}
+    for row in (*report["distance"], *report["length"], *report["text"]):
+        assert row["nll"] > 0 and row["entries"] <= 192 and (row["entries"] > 0) == (row["system"] != "window")
+    assert all((tmp_path / "out" / name).exists() for name in ("stream.md", "stream.png", "stream.pdf"))
+    assert (tmp_path / "out" / "stream.md").read_text() in done.out
+
+
+@pytest.mark.parametrize("checkpoint, flags, message", [
+    ("recall_vanilla", [], "no MegaContext"), ("text_mc", [], "not on --data=recall"), ("recall_mc", ["--windows=1"], "at least 2"),
+    ("recall_mc", ["--filler=music"], "pairs, text"), ("recall_mc", ["--windows=600", "--mc_budget=96", "--streams=1"], "too small"),
+])  # fmt: skip
+def test_mistakes_of_mc_stream(checkpoint, flags, message, trained, tmp_path):
+    done = run(trained, "mc_stream", f"--checkpoint_dir={trained / 'checkpoints' / checkpoint}", *flags, f"--out={tmp_path / 'out'}")
+    assert message in done.error and not (tmp_path / "out").exists()
+
+
 # -- mistakes -------------------------------------------------------------------------------------------------------------
 
 
@@ -232,7 +262,7 @@ def parsed(flags: list[str]) -> dict:
 def test_quickstart_trains_twins(tmp_path):
     """Two pairs that differ in MegaContext alone, at equal tokens, seed and shape; and every flag of theirs is accepted."""
     commands = quickstart(tmp_path, SEED="7")
-    assert [words[0] for words in commands] == ["python", *["torchrun"] * 4, "python"]
+    assert [words[0] for words in commands] == ["python", *["torchrun"] * 4, "python", "python"]
     assert commands[0][:3] == ["python", "-m", "scripts.tok_train"]
     flags = trainings(commands)
     planned = [start(tmp_path / "base", "base_train", *words, "--dry_run=1", "--vocab_size=4096") for words in flags]
@@ -246,11 +276,13 @@ def test_quickstart_trains_twins(tmp_path):
         assert a == b and a["seed"] == 7
     tags = [parsed(words)["model_tag"] for words in flags]
     assert len(set(tags)) == 4 and [parsed(words)["data"] for words in flags] == ["recall"] * 2 + ["stdlib"] * 2
-    assert commands[-1][:3] == ["python", "-m", "scripts.compare_focus"]
-    args = vars(make_parser().parse_args(commands[-1][3:]))
+    assert commands[-2][:3] == ["python", "-m", "scripts.compare_focus"]
+    args = vars(make_parser().parse_args(commands[-2][3:]))
     places = [tmp_path / "base" / "checkpoints" / tag for tag in tags]
     assert [args[name] for name in ("recall_mc", "recall_vanilla", "text_mc", "text_vanilla")] == places
     assert args["out"] == tmp_path / "base" / "quickstart"
+    assert commands[-1][:3] == ["python", "-m", "scripts.mc_stream"]
+    assert mc_stream.make_parser().parse_args(commands[-1][3:]).checkpoint_dir == str(places[0])
 
 
 def test_quickstart_reuses_what_is_there(tmp_path):
@@ -259,12 +291,12 @@ def test_quickstart_reuses_what_is_there(tmp_path):
     (base / "tokenizer").mkdir(parents=True)
     (base / "tokenizer" / "tokenizer.json").write_text("{}")
     commands = quickstart(tmp_path)
-    assert [words[0] for words in commands] == ["torchrun"] * 4 + ["python"]
+    assert [words[0] for words in commands] == ["torchrun"] * 4 + ["python"] * 2
     for words in trainings(commands):
         flags = parsed(words)
         assert flags["resume"] == 1
         directory = base / "checkpoints" / flags["model_tag"]
         directory.mkdir(parents=True)
         (directory / f"complete_{flags['num_iterations']:06d}.json").write_text("{}")
-    assert [words[0] for words in quickstart(tmp_path)] == ["python"]
+    assert [words[0] for words in quickstart(tmp_path)] == ["python"] * 2
     assert len(trainings(quickstart(tmp_path, SEED="8"))) == 4
