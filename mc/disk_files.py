@@ -201,7 +201,8 @@ class Damage:
 
 _PARTITION_FILE = re.compile(r"[LK]\d+/\d{6,}\.v(\d{4,})\.ctx")
 _ANCHOR = 64  # an address below every mapping, a multiple of the header's size
-_UNMAPPED = -1
+_UNMAPPED = -2**62
+MAX_MAPS = 4096  # partitions of a level that are mapped at a time; Linux allows a process 65,530 mappings
 
 
 class Records:
@@ -229,7 +230,8 @@ class Records:
         self._grain = math.gcd(HEADER_BYTES, self.bytes)
         anchor = np.frombuffer((ctypes.c_char * self.bytes).from_address(_ANCHOR), f"V{self.bytes}")
         self._memory = np.lib.stride_tricks.as_strided(anchor, (2**48 // self._grain,), (self._grain,), writeable=False)
-        self._row = np.full(0, _UNMAPPED)  # of each partition's first record
+        self._stride, self._shift = self.bytes // self._grain, self.R.bit_length() - 1
+        self._row = np.full(0, _UNMAPPED)  # of record 0, if it stood before each partition's records
         self._maps: dict[int, torch.UntypedStorage] = {}
         self._tail_end = 0  # records up to which the last partition is mapped
 
@@ -253,30 +255,36 @@ class Records:
     # -- reading
 
     def gather(self, index_N: np.ndarray) -> np.ndarray:
-        """uint8 [N, record bytes] of int64 indices. IndexError where there is no such record."""
+        """The records of int64 indices, one behind the other: uint8 [N · record bytes]. IndexError where there is no such record."""
         if not len(index_N):
-            return np.empty((0, self.bytes), np.uint8)
-        first, last = int(index_N.min()), int(index_N.max())
-        if first < 0 or last >= self.n:
-            raise IndexError(f"{self.kind.name}: records {first} to {last} asked for, there are {self.n}")
-        partition_N = index_N // self.R
-        if last >= self._tail_end and last // self.R == self.n // self.R:
-            self._unmap([self.n // self.R])
+            return np.empty(0, np.uint8)
+        last = int(index_N.view(np.uint64).max())  # a negative index is a huge one
+        if last >= self.n:
+            raise IndexError(f"{self.kind.name}: records {index_N.min()} to {index_N.max()} asked for, there are {self.n}")
+        tail = self.n >> self._shift
+        if last >= self._tail_end and last >> self._shift == tail:
+            self._unmap([tail])
         if len(self._row) < len(self.versions):
             self._row = np.append(self._row, np.full(len(self.versions), _UNMAPPED))
-        row_N = self._row[partition_N]
-        if (row_N == _UNMAPPED).any():
-            for partition in np.unique(partition_N[row_N == _UNMAPPED]).tolist():
+        partition_N = index_N >> self._shift
+        row_N = self._row[partition_N] + index_N * self._stride
+        if row_N.min() < 0:
+            missing = np.unique(partition_N[row_N < 0])
+            if len(self._maps) + len(missing) > MAX_MAPS:
+                self._unmap(list(self._maps))
+                missing = np.unique(partition_N)
+            for partition in missing.tolist():
                 self._map(partition)
-            row_N = self._row[partition_N]
-        return self._memory[row_N + index_N % self.R * (self.bytes // self._grain)].view(np.uint8).reshape(-1, self.bytes)
+            row_N = self._row[partition_N] + index_N * self._stride
+        return self._memory[row_N].view(np.uint8)
 
     def _map(self, partition: int) -> None:
         self._refuse(partition, self.file_fault(partition))
         size = HEADER_BYTES + self.count(partition) * self.bytes
         mapped = torch.UntypedStorage.from_file(str(self.path(partition)), False, size)  # closes its descriptor, unlike mmap.mmap
         self._maps[partition] = mapped
-        self._row[partition] = (mapped.data_ptr() + HEADER_BYTES - _ANCHOR) // self._grain
+        start = partition << self._shift
+        self._row[partition] = (mapped.data_ptr() + HEADER_BYTES - _ANCHOR) // self._grain - start * self._stride
         if partition == self.n // self.R:
             self._tail_end = self.n
 
@@ -341,9 +349,10 @@ class Records:
                 self.tail_crc = zlib.crc32(part, self.tail_crc if at else 0)
             self.n += len(part)
             if self.n % self.R == 0:
-                self._unmap([partition])  # it was mapped as far as it was filled; and what nobody reads need not be resident
+                self._unmap([partition])  # it was mapped as far as it was filled
                 if partition not in self._stale:
                     self._seal(partition, self.tail_crc)
+                    self._close([self.path(partition)])
 
     def rewrite(self, start: int, rows: np.ndarray, version: int) -> None:
         """Replace records [start, start + N), which exist. Partitions of another version than this one are copied first."""
@@ -404,7 +413,7 @@ class Records:
         """A partition's new file, with these records; None: as many zeros, to be written over."""
         self._unmap([partition])
         self._create(partition, version)
-        self.fs.truncate(self._fds[self.path(partition)], HEADER_BYTES + self.count(partition) * self.bytes)
+        self.fs.truncate(self._fd(self.path(partition)), HEADER_BYTES + self.count(partition) * self.bytes)
         if rows is not None:
             data = rows.reshape(-1)
             for start, end in _runs_of_data(data):
@@ -413,11 +422,14 @@ class Records:
 
     def _write(self, partition: int, offset: int, data: np.ndarray) -> None:
         path = self.path(partition)
+        self._unsynced.add(path)
+        self.fs.write(self._fd(path), data.data, offset)
+        self.unsynced_bytes += data.nbytes
+
+    def _fd(self, path: Path) -> int:
         if path not in self._fds:
             self._fds[path] = self.fs.open(path)
-        self._unsynced.add(path)
-        self.fs.write(self._fds[path], data.data, offset)
-        self.unsynced_bytes += data.nbytes
+        return self._fds[path]
 
     def _seal(self, partition: int, crc: int) -> None:
         self._write(partition, 56, np.array([crc, self.R], "<u4"))
@@ -434,18 +446,17 @@ class Records:
 
     def touch(self, first: int) -> None:
         """Partitions from record `first` on may not be on the medium."""
-        for path in self.paths()[first // self.R:]:
-            if path not in self._fds and path.exists():
-                self._fds[path] = self.fs.open(path)
-                self._unsynced.add(path)
+        self._unsynced.update(path for path in self.paths()[first // self.R:] if path.exists())
         self._folder_changed = True
 
     def sync(self) -> None:
         """Everything written is on the medium."""
         for path in sorted(self._unsynced):
-            self.fs.fsync(self._fds[path], "records")
+            self.fs.fsync(self._fd(path), "records")
         if self._folder_changed:
             self.fs.fsync_folder(self.folder, "a partition's name")
+        if len(self._unsynced) > 1:  # a long ingest does not keep resident what it has read
+            self._unmap(list(self._maps))
         self._unsynced.clear()
         self._folder_changed, self.unsynced_bytes = False, 0
         tail = self.path(len(self.versions) - 1) if self.versions else None
@@ -531,9 +542,9 @@ def _bytes(x: Tensor, dtype: torch.dtype) -> np.ndarray:
 
 
 def decode(rows: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Vectors [N, *shape] of records; float32 of int8."""
+    """Vectors [N, *shape] of records, uint8 [N · record bytes]; float32 of int8."""
     if dtype == torch.int8:
-        vectors = rows.reshape(len(rows), *shape[:-1], 4 + shape[-1])
+        vectors = rows.reshape(-1, *shape[:-1], 4 + shape[-1])
         scale = np.frombuffer(vectors[..., :4].tobytes(), np.float32).reshape(*vectors.shape[:-1], 1)
         return torch.from_numpy(vectors[..., 4:].view(np.int8) * scale)
-    return torch.from_numpy(rows.reshape(-1)).view(dtype).view(-1, *shape) if len(rows) else torch.empty(0, *shape, dtype=dtype)
+    return torch.from_numpy(rows).view(dtype).view(-1, *shape) if len(rows) else torch.empty(0, *shape, dtype=dtype)

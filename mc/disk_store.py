@@ -40,7 +40,7 @@ from nanochat.common import UserError
 
 DURABILITY = ("block", "batch", "none")
 SYNC_BYTES, SYNC_SECONDS = 64 << 20, 2.0  # durability "batch": a commit syncs when this much, or this long ago, is not on the medium
-PARTITION_BYTES = 4 << 20
+PARTITION_BYTES = 1 << 20  # what an edit of one record copies, per level; and what a checksum covers
 REPAIR_RECORDS = 4096  # nodes remade at a time
 
 log = logging.getLogger(__name__)
@@ -56,8 +56,8 @@ class DiskStore:
         "none"   As "batch", but only `sync`, `close` and edits sync.
     In no case does a power cut leave half a commit, or a commit without the ones before it. Readers see what was synced.
 
-    A failed write (full disk, read-only medium) raises UserError and undoes what was done since the last commit; after a failed
-    commit the store is closed, and holds the last commit that succeeded.
+    A failed write (full disk, read-only medium) raises UserError and undoes what was done since the last commit. After a failed
+    commit the store is closed; opened again it holds that commit whole, or the one before.
 
     Attributes: `dropped`, level → records beyond the last commit that opening for writing removed; `repairs`, the same in words.
     """
@@ -507,7 +507,7 @@ class DiskStore:
     def _read_version(self, version: int) -> dict:
         path = self._version_path(version)
         if not path.is_file():
-            raise UserError(f"{self.path}: version {version} is not there; those that can be read: {self.versions()}")
+            raise UserError(f"{self.path}: version {version} is not there")
         data = path.read_bytes()
         note = read_note(data, path) or read_note(data[len(data) // 2:], path)
         if note is None:

@@ -396,7 +396,7 @@ class Session:
         self.cut_lod, self.cut_index, self.cut_tokens = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), 0
         self.asked = self.n_tokens > 0  # appended to since the last refocus
         self.forget_cache()
-        self.kept = self.computed = 0  # entries of the last pass after a refocus
+        self.kept = self.computed = 0  # entries whose KV the last refocus left as they were, and that were run for it
         self.store_reads, self.refocus_seconds = 0, 0.0  # records read, and time spent, since the last report of a refocus
 
     def forget_cache(self) -> None:
@@ -519,6 +519,7 @@ class Session:
             if self.catalog:
                 self.catalog.count_access(torch.from_numpy(self.cut_lod), torch.from_numpy(self.cut_index))
         self.asked = False
+        self.kept, self.computed = len(self.cached.lod), 0
         self.store_reads += self.search.n_exact
         self.refocus_seconds += time.perf_counter() - begin
         return edits

@@ -124,7 +124,40 @@ def test_mc_bench_decode(run, tmp_path):
     assert all((tmp_path / "decode" / name).stat().st_size > 0 for name in ("decode.json", "decode.png", "decode.pdf"))
 
 
+def test_mc_bench_kv(run):
+    out, _ = run(mc_bench.main, "kv", "--checkpoint_dir=@ckpt", "--rows=3", "--ahead=40", "--mc_interval=8", "--mc_budget=60")
+    found = json.loads(out[-1])
+    assert found["rows"] == 3 and found["delta_nll"] == pytest.approx(found["nll"]["approximate"] - found["nll"]["exact"])
+    assert 0 < found["computed_share"]["approximate"] <= found["computed_share"]["exact"] <= 1
+    with pytest.raises(UserError, match="at least 2 rows"):
+        run(mc_bench.main, "kv", "--checkpoint_dir=@ckpt", "--rows=1")
+
+
 @pytest.mark.parametrize("flags, message", [(("--longest=10",), "at least 1024 tokens"), (("--rounds=1",), "2 rounds"), (("--mc_budget=30",), "too small")])
 def test_mistakes_of_mc_bench_decode(run, flags, message):
     with pytest.raises(UserError, match=message):
         run(mc_bench.main, "decode", "--checkpoint_dir=@ckpt", "--longest=1024", *flags)
+
+
+def test_mc_bench_search(run):
+    out, _ = run(mc_bench.main, "search", "--checkpoint_dir=@ckpt", "--longest=65536", "--queries=5")
+    found = json.loads(out[-1])
+    assert [row["tokens"] for row in found["lengths"]] == [4096, 65536] and len(out) == 2 + 2 + 1
+    assert [row["scored"] for row in found["lengths"]] == [512, 1024]
+    for row in found["lengths"]:
+        assert 0 < row["search_ms"] <= row["search_p95_ms"] and row["recall_1"] <= 1
+
+
+def test_mc_bench_kv(run):
+    out, _ = run(mc_bench.main, "kv", "--checkpoint_dir=@ckpt", "--rows=3", "--ahead=40", "--mc_interval=8", "--mc_budget=60")
+    found = json.loads(out[-1])
+    assert found["rows"] == 3 and found["delta_nll"] == pytest.approx(found["nll"]["approximate"] - found["nll"]["exact"])
+    assert 0 < found["computed_share"]["approximate"] <= found["computed_share"]["exact"] <= 1
+    with pytest.raises(UserError, match="at least 2 rows"):
+        run(mc_bench.main, "kv", "--checkpoint_dir=@ckpt", "--rows=1")
+
+
+@pytest.mark.parametrize("flags, message", [(("--longest=10",), "at least 4096 tokens"), (("--queries=0",), "one tail")])
+def test_mistakes_of_mc_bench_search(run, flags, message):
+    with pytest.raises(UserError, match=message):
+        run(mc_bench.main, "search", "--checkpoint_dir=@ckpt", *flags)

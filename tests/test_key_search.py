@@ -61,7 +61,7 @@ def test_a_short_history_is_scored_whole(n):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_what_is_found_in_a_long_history_has_its_focus_logits(n, dtype):
     lens, keys = small_lens(), unit(n, 2, 8).to(dtype)
-    search = search_of(lens, keys, flat_limit=128, keep_coarse=64, keep_fine=16)
+    search = search_of(lens, keys, flat_limit=128, keep=32)
     tail, also = tail_of(lens, 5), torch.tensor([n - 1, 3, 3, 40])
     index, logits = search.top(tail, n * K, 7, also)
     torch.testing.assert_close(logits, reference(lens, tail, keys)[index], rtol=0, atol=1e-12)
@@ -85,38 +85,54 @@ def trained_like(n: int) -> tuple[LensNet, torch.Tensor]:
 
 def test_a_scan_finds_what_scoring_everything_finds():
     lens, keys = trained_like(8000)
-    search = search_of(lens, keys, keep_coarse=1000, keep_fine=125)  # the shares that the default keeps of a million tokens
-    tails = [tail_of(lens, seed) for seed in range(40)]
+    search = search_of(lens, keys, keep=250)  # the share that the default keeps of a million tokens
+    tails = [tail_of(lens, seed) for seed in range(24)]
+    wanted = [reference(lens, tail, keys) for tail in tails]
 
     def mean_recall(k: int) -> float:
-        found = [search.top(tail, 8000 * 32, k) for tail in tails]
-        return float(np.mean([recall(*x, reference(lens, tail, keys), k) for x, tail in zip(found, tails)]))
+        return float(np.mean([recall(*search.top(tail, 8000 * 32, k), logits, k) for tail, logits in zip(tails, wanted)]))
 
     for k in (1, 4, 16):
         assert mean_recall(k) >= 0.99, k
-    coarse = search._coarse
-    search._coarse = coarse.roll(1, 1)  # controls: a broken index is noticed
+    search._codes = search._codes.roll(1, 1)  # control: a broken index is noticed
     assert mean_recall(16) < 0.5
-    search._coarse, search._fine = coarse, search._fine.roll(1, 0)
-    assert mean_recall(16) < 0.5
+
+
+def test_a_scan_finds_the_one_block_that_is_unlike_all_others(monkeypatch):
+    """Its keys lie where the codes do not look; the length of what they leave of a key tells."""
+    lens, keys = trained_like(8000)
+    _, *_, rare = torch.linalg.eigh(keys.flatten(0, 1).T @ keys.flatten(0, 1)).eigenvectors.T.flip(0)[:128]
+    queries, trust = lens.queries(tail_of(lens, 0))
+    aside = F.normalize(queries + 1.5 * rare, dim=-1)
+    keys[77] = F.normalize(0.3 * keys[77] + rare, dim=-1)
+    monkeypatch.setattr(lens, "queries", lambda tail: (aside, trust))
+    wanted = reference(lens, tail_of(lens, 0), keys)
+    assert wanted.argmax() == 77
+
+    def finds() -> bool:
+        return 77 in search_of(lens, keys, keep=100).top(tail_of(lens, 0), 8000 * 32, 4)[0]
+
+    assert finds()
+    monkeypatch.setattr("mc.key_search.DOUBT", 0.0)
+    assert not finds()
 
 
 @pytest.mark.parametrize("kind", ["alike", "duplicates", "clusters", "late"])
 def test_a_scan_of_odd_keys_loses_no_score(kind):
     """Ties may be broken either way, so scores are compared: the best 8 found are as good as the best 8."""
-    lens, keys = trained_like(4000)
+    lens, keys = trained_like(16000)
     if kind == "alike":
-        keys = keys[:1].expand(4000, -1, -1).contiguous()
+        keys = keys[:1].expand(16000, -1, -1).contiguous()
     elif kind == "duplicates":
-        keys = keys[:200].repeat(20, 1, 1)
+        keys = keys[:2000].repeat(8, 1, 1)
     elif kind == "clusters":
-        keys = F.normalize(keys[:200].repeat(20, 1, 1) + 0.05 * keys, dim=-1)
+        keys = F.normalize(keys[:2000].repeat(8, 1, 1) + 0.05 * keys, dim=-1)
     else:  # nothing in the first quarter but one key
-        keys[:1100] = keys[:1, :1]
-    search = search_of(lens, keys, keep_coarse=500, keep_fine=64)
-    for seed in range(10):
+        keys[:4000] = keys[:1, :1]
+    search = search_of(lens, keys)
+    for seed in range(6):
         tail = tail_of(lens, seed)
-        _, logits = search.top(tail, 4000 * 32, 8)
+        _, logits = search.top(tail, 16000 * 32, 8)
         wanted = reference(lens, tail, keys)
         assert float((wanted.topk(8).values - logits.sort(descending=True).values).max()) <= 1e-2 * float(wanted.std() + 1e-3)
 
@@ -128,12 +144,12 @@ def test_exact_scores_are_computed_for_a_bounded_number_of_blocks():
         read.append(len(index))
         return keys[index]
 
-    search = KeySearch(lens, counted, flat_limit=256, keep_coarse=128, keep_fine=64)
+    search = KeySearch(lens, counted, flat_limit=256, keep=64)
     for n in (100, 256, 257, 700, 1000, 2000, 5000):
         search.grow(n)
         read.clear()
         search.top(tail_of(lens, n), n * K, 5, torch.tensor([0, n - 1]))
-        assert search.n_exact == n if n <= 256 else search.n_exact <= 64 + PAGE + 2
+        assert search.n_exact == n if n <= 256 else search.n_exact <= 64 + PAGE + 2, n
         assert sum(read) == (0 if n <= 256 else search.n_exact)
 
 
@@ -158,7 +174,7 @@ steps = st.lists(st.tuples(st.booleans(), st.integers(0, 700)), min_size=1, max_
 def test_the_index_does_not_depend_on_how_the_history_came(steps, seed):
     """Grown in pieces, cut back, grown with other keys: as if built at once from what is there now."""
     lens, keys = small_lens(), unit(2000, 2, 8, seed=seed)
-    search = KeySearch(lens, lambda index: keys[index], flat_limit=128, keep_coarse=96, keep_fine=24)
+    search = KeySearch(lens, lambda index: keys[index], flat_limit=128, keep=24)
     for i, (cut, size) in enumerate(steps):
         if cut:
             n = max(search.n_blocks - size, 0)
@@ -169,12 +185,11 @@ def test_the_index_does_not_depend_on_how_the_history_came(steps, seed):
     n = search.n_blocks
     if n == 0:
         return
-    fresh, tail = search_of(lens, keys[:n], flat_limit=128, keep_coarse=96, keep_fine=24), tail_of(lens, seed)
+    fresh, tail = search_of(lens, keys[:n], flat_limit=128, keep=24), tail_of(lens, seed)
     assert all(map(torch.equal, search.top(tail, n * K, 9), fresh.top(tail, n * K, 9)))
     assert (search._fitted, search._encoded) == (fresh._fitted, fresh._encoded)
     if fresh._fitted:
-        assert torch.equal(search._fine[:fresh._encoded], fresh._fine[:fresh._encoded])
-        assert torch.equal(search._coarse[:, :fresh._encoded], fresh._coarse[:, :fresh._encoded])
+        assert torch.equal(search._codes[:, :fresh._encoded], fresh._codes[:, :fresh._encoded])
 
 
 def test_misuse_is_refused():
