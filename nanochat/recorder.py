@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -197,9 +198,17 @@ class Recorder:
             raise KeyError(f"metric {name!r} is not registered: add it with nanochat.recorder.register")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"metric {name}: one value expected, got a tensor of shape {tuple(value.shape)}")
-        if self.sinks:
-            kept = value.detach().reshape(()).clone() if isinstance(value, Tensor) else value if isinstance(value, Reading) else float(value)
-            self._pending.setdefault(_key(name, attributes), (METRICS[name], attributes, []))[2].append(kept)
+        if not self.sinks:
+            return
+        if isinstance(value, Tensor):
+            value = (value.detach() if value.requires_grad else value).clone()
+            value = value.view(()) if value.ndim else value
+        elif not isinstance(value, Reading):
+            value = float(value)
+        key = _key(name, attributes) if attributes else name
+        if key not in self._pending:
+            self._pending[key] = METRICS[name], attributes, []
+        self._pending[key][2].append(value)
         self._spent += time.perf_counter() - entered
 
     def trace(self, trace: Trace) -> None:
@@ -267,12 +276,15 @@ class Recorder:
 
 
 def _fetch(tensors: list[Tensor]) -> list[float]:
-    """Values of 0-d tensors, in order, with one stack and one copy per device. float64 keeps its precision on the CPU alone."""
+    """Values of 0-d tensors, in order, with one copy per device. float64 keeps its precision on the CPU alone."""
+    places: dict[torch.device, dict[torch.dtype, list[int]]] = {}
+    for i, tensor in enumerate(tensors):
+        places.setdefault(tensor.device, {}).setdefault(tensor.dtype, []).append(i)
     values: list[float] = [0.0] * len(tensors)
-    for device in {t.device for t in tensors}:
-        places = [i for i, t in enumerate(tensors) if t.device == device]
-        dtype = torch.float64 if device.type == "cpu" else torch.float32
-        for i, value in zip(places, torch.stack([tensors[i].to(dtype) for i in places]).tolist()):
+    for device, by_dtype in places.items():
+        wide = torch.float64 if device.type == "cpu" else torch.float32
+        joined = torch.cat([torch.stack([tensors[i] for i in own]).to(wide) for own in by_dtype.values()])
+        for i, value in zip(chain.from_iterable(by_dtype.values()), joined.tolist()):
             values[i] = value
     return values
 
