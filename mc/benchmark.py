@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from nanochat.optim import MuonAdamW, gpt_param_groups
 from nanochat.recall import CurriculumSchedule
 from nanochat.schedule import batch_lr_scale
 from nanochat.tokenizer import Tokenizer
+from nanochat.tracing import Trace
 
 
 class StepTimes(NamedTuple):
@@ -44,8 +46,11 @@ def interval(values: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[floa
     return float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
 
 
-def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, steps: int = 3, device: str = "cpu") -> StepTimes:
-    """Both kinds of step at the settings of a MegaContext checkpoint's `meta`, MegaContext active throughout.
+Step = Callable[[Callable[[dict], None], Trace], None]  # one optimizer step: hands every micro-step's metrics over, times its parts in the trace
+
+
+def training_step(meta: dict, tokenizer: Tokenizer, *, with_mc: bool, device: str = "cpu") -> Step:
+    """A step at the settings of a MegaContext checkpoint's `meta`, on a model of its own, MegaContext active throughout if it is on.
 
     Rows come from the last third of that run, so that a curriculum is where MegaContext trained. UserError without MegaContext or its tokenizer.
     """
@@ -63,49 +68,54 @@ def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, ste
                          text_column=flags["text_column"], needles=flags["needles"], recall_blocks=flags["recall_blocks"], **recall)
     scale = batch_lr_scale(total)
     half = flags["dtype"] == "bfloat16" or (flags["dtype"] == "auto" and device != "cpu")
+    seed_everything(flags["seed"])
+    gpt = GPT(config).to(device)
+    mc = None
+    if with_mc:
+        settings = replace(from_dict(meta["mc"]["config"]), start=0.0, ramp=0)
+        mc = MCController(settings, gpt, T=T, micro_batch=flags["device_batch_size"], num_iterations=1, seed=flags["seed"])
+    rates = {name: flags[name] * scale for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")}
+    groups = gpt_param_groups(gpt.named_parameters(), config.n_embd, weight_decay=flags["weight_decay"], **rates)
+    optimizer = MuonAdamW(groups + (mc.param_groups(scale) if mc else []))
+    loader = Loader(source, rows, flags["device_batch_size"], T, device=device)
+    loader.load_state_dict({**loader.state_dict(), "next_row": rows * (2 * meta["num_iterations"] // 3)})
 
-    def runner(with_mc: bool):
-        seed_everything(flags["seed"])
-        gpt = GPT(config).to(device)
-        mc = None
-        if with_mc:
-            settings = replace(from_dict(meta["mc"]["config"]), start=0.0, ramp=0)
-            mc = MCController(settings, gpt, T=T, micro_batch=flags["device_batch_size"], num_iterations=1, seed=flags["seed"])
-        rates = {name: flags[name] * scale for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")}
-        groups = gpt_param_groups(gpt.named_parameters(), config.n_embd, weight_decay=flags["weight_decay"], **rates)
-        optimizer = MuonAdamW(groups + (mc.param_groups(scale) if mc else []))
-        loader = Loader(source, rows, flags["device_batch_size"], T, device=device)
-        loader.load_state_dict({**loader.state_dict(), "next_row": rows * (2 * meta["num_iterations"] // 3)})
-        parts: dict[str, list] = defaultdict(list)
-
-        def step() -> None:
-            for _ in range(loader.micro_steps):
-                batch = loader.next()
-                with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
-                    if mc:
-                        loss, metrics = mc.training_step(gpt, batch, 0)[:2]
-                    else:
-                        loss, metrics = gpt.loss(gpt.hidden(batch.inputs), batch.targets, batch.num_targets), {}
-                (loss / loader.micro_steps).backward()
+    def step(note: Callable[[dict], None], trace: Trace) -> None:
+        for _ in range(loader.micro_steps):
+            batch = loader.next()
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
                 if mc:
-                    metrics |= mc.lens_step(loader.micro_steps)
-                for name, value in metrics.items():
-                    if name.startswith("mc.time."):
-                        parts[name.removeprefix("mc.time.")].append(value)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                    loss, metrics = mc.training_step(gpt, batch, 0, trace)[:2]
+                else:
+                    loss, metrics = gpt.loss(gpt.hidden(batch.inputs), batch.targets, batch.num_targets), {}
+            (loss / loader.micro_steps).backward()
+            if mc:
+                metrics |= mc.lens_step(loader.micro_steps, trace)
+            note(metrics)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-        return step, parts
+    return step
 
-    def timed(step) -> float:
+
+def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, steps: int = 3, device: str = "cpu") -> StepTimes:
+    """Both kinds of step, as `training_step` makes them."""
+    vanilla, mega = (training_step(meta, tokenizer, with_mc=with_mc, device=device) for with_mc in (False, True))
+    parts: dict[str, list] = defaultdict(list)
+
+    def note(metrics: dict) -> None:
+        for name, value in metrics.items():
+            if name.startswith("mc.time."):
+                parts[name.removeprefix("mc.time.")].append(value)
+
+    def timed(step: Step) -> float:
         synchronize(device)
         begin = time.perf_counter()
         for _ in range(steps):
-            step()
+            step(note, Trace("train.step", torch.device(device)))
         synchronize(device)
         return (time.perf_counter() - begin) / steps
 
-    (vanilla, _), (mega, parts) = runner(False), runner(True)
     timed(vanilla), timed(mega)
     parts.clear()
     seconds = np.array([[timed(vanilla), timed(mega)] for _ in range(pairs)])

@@ -4,14 +4,15 @@
     python -m scripts.mc_bench decode --checkpoint_dir=DIR     ingest, time per generated token and memory against history length
     python -m scripts.mc_bench kv --checkpoint_dir=DIR         the approximate KV policy against the exact one
     python -m scripts.mc_bench search --checkpoint_dir=DIR     the lens's search over the keys of long histories
+    python -m scripts.mc_bench telemetry --checkpoint_dir=DIR  a training step with every sink against none
 
 Each sub-command is a module of `mc` with `add_flags(parser)` and `run(args)`.
 """
 
-from mc import benchmark, decode_benchmark, kv_benchmark, search_benchmark
+from mc import benchmark, decode_benchmark, kv_benchmark, search_benchmark, telemetry_benchmark
 from nanochat.common import FlagParser, run_main
 
-COMMANDS = {"train": benchmark, "decode": decode_benchmark, "kv": kv_benchmark, "search": search_benchmark}
+COMMANDS = {"train": benchmark, "decode": decode_benchmark, "kv": kv_benchmark, "search": search_benchmark, "telemetry": telemetry_benchmark}
 
 
 def make_parser() -> FlagParser:
