@@ -167,7 +167,7 @@ def test_write(whole, runs, tmp_path):
 @pytest.fixture
 def figures(monkeypatch) -> list:
     drawn = []
-    monkeypatch.setattr(report, "_save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: drawn.append(figure))
     return drawn
 
 
