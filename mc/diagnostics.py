@@ -12,7 +12,7 @@ blocks against the lens's opinion of them, and how the allocator behaves while a
     regret               NLL(lens focus) − the least NLL that any tried focus had, ≥ 0
     swap rate            (expands + collapses by edits) ÷ blocks shown raw or as LOD1, per refocus
     residency            refocuses that blocks shown by an edit stayed shown, together ÷ times one of them was hidden again
-    thrash               share of the edits' flips of nodes that undo an edit's flip of at most 2 × cooldown refocuses ago
+    thrash               share of the edits' flips of nodes that undo an edit's flip of at most 2 × cooldown refocuses ago (2 without)
 
 Means are taken per row first. Shapes: B rows, N blocks, W entries, S sampled blocks, D width.
 """
@@ -127,7 +127,7 @@ class FocusDynamics:
     """Follows what refocuses do to the nodes of some rows, whose number of blocks may grow. Give it every refocus, in order."""
 
     def __init__(self, cooldown: int):
-        self.within = 2 * cooldown
+        self.within = 2 * max(cooldown, 1)
         self.reports: list[FocusReport] = []
         self.flips: list[Flips] = []
         self._set_to: list[Tensor] = []  # per level, bool [B, N_l]: what the last edit of a node made of it

@@ -13,7 +13,7 @@ class SessionMeter:
     """Records through `recorder`; `step` of what it flushes is the session's number of tokens. cooldown: the allocator's."""
 
     def __init__(self, recorder: Recorder, cooldown: int):
-        self.recorder, self.within = recorder, 2 * cooldown
+        self.recorder, self.within = recorder, 2 * max(cooldown, 1)
         self._flips: dict[Node, tuple[int, bool]] = {}  # refocus at which an edit flipped a node last, and whether it opened it
         self._shown: dict[int, int] = {}  # refocus at which an edit showed a block that is still shown
         self._begun: float | None = None  # of the request that is being answered

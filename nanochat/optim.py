@@ -17,7 +17,7 @@ having a gradient of zero: the collectives are then the same on every rank, what
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -356,6 +356,13 @@ def global_grad_norm(params: Iterable[Tensor], world_size: int = 1, max_norm: fl
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_([p.grad for p in params if p.grad is not None], scale)
     return norm
+
+
+@torch.no_grad()
+def relative_change(params: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
+    """L2 norm, float32 [], of what has changed in the parameters together since `before`, over the norm that they had."""
+    changed, had = (torch.stack([x.float() for x in torch._foreach_norm(list(xs))]).norm() for xs in (torch._foreach_sub(list(params), list(before)), before))
+    return changed / had.clamp_min(1e-30)
 
 
 def assert_finite(loss: Tensor | float, step: int) -> None:

@@ -28,7 +28,7 @@ from nanochat.common import FlagParser, Ranks, UserError, base_dir, import_optio
 from nanochat.dataloader import SYNTHETIC, Loader, Source, eval_rows, make_source
 from nanochat.evaluation import evaluate
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import MuonAdamW, assert_finite, check_groups, global_grad_norm, gpt_param_groups
+from nanochat.optim import MuonAdamW, assert_finite, check_groups, global_grad_norm, gpt_param_groups, relative_change
 from nanochat.recall import CurriculumSchedule
 from nanochat.recorder import Recorder, open_recorder
 from nanochat.schedule import batch_lr_scale, lr_multiplier, muon_momentum, weight_decay_multiplier
@@ -313,9 +313,10 @@ def main() -> None:
                 unlogged.clear()
             if args.grad_clip or logging:
                 recorder.record("train.grad_norm", global_grad_norm(model.parameters(), ranks.world_size, args.grad_clip or None))
-            if logging and mc and mc.active(step):
-                for name, params in mc.networks().items():
-                    recorder.record("mc.grad_norm", global_grad_norm(params, ranks.world_size), network=name)
+            networks = mc.networks() if logging and mc and mc.active(step) else {}
+            for name, params in networks.items():
+                recorder.record("mc.grad_norm", global_grad_norm(params, ranks.world_size), network=name)
+            before = {name: [p.detach().clone() for p in params] for name, params in networks.items()}
             multiplier = lr_multiplier(step, plan.num_iterations, warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio, final_lr_frac=args.final_lr_frac)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * multiplier
@@ -332,6 +333,8 @@ def main() -> None:
             recorder.record("train.data_wait", waited)
             if device.type == "cpu":  # elsewhere it has only been launched
                 recorder.record("train.optimizer_time", time.perf_counter() - updating)
+            for name, params in networks.items():
+                recorder.record("mc.update", relative_change(params, before[name]), network=name)
             if logging:
                 recorder.record("telemetry.overhead", recorder.take_spent() / elapsed)
                 recorder.record("train.step_time", step_time)

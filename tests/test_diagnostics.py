@@ -132,7 +132,7 @@ def slow_dynamics(steps, cooldown: int) -> dict[str, float]:
                 if by_edit:
                     flipped += 1
                     last = edits.get(key)
-                    undone += bool(last and now - last[0] <= 2 * cooldown and last[1] == was)
+                    undone += bool(last and now - last[0] <= 2 * max(cooldown, 1) and last[1] == was)
                     edits[key] = (now, is_)
                 if level == 0 and was and not is_ and key in open_since:
                     stays.append(now - open_since.pop(key))

@@ -1,0 +1,52 @@
+"""A run's dashboards without Grafana: `python -m scripts.mc_dash RUN_DIR [RUN_DIR …]` writes one HTML page from metrics.jsonl.
+
+The panels and alerts are those of Grafana (`mc/dashboards.py`). Several runs, vanilla and MegaContext say, are drawn over each other.
+"""
+
+import json
+from pathlib import Path
+
+from mc.dash_page import Run, page, standings
+from nanochat.common import FlagParser, UserError, run_main
+from nanochat.recorder import read_metrics
+
+
+def make_parser() -> FlagParser:
+    parser = FlagParser(prog="python -m scripts.mc_dash", description=__doc__.split("\n\n")[0])
+    parser.add_argument("run_dirs", nargs="+", type=Path, help="folders with a metrics.jsonl, or such files")
+    parser.add_argument("--out", type=Path, default=None, help="the page; by default dash.html in the first folder")
+    return parser
+
+
+def load_run(path: Path) -> Run:
+    """UserError where there are no metrics, or where they cannot be read."""
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    try:
+        rows = read_metrics(file)
+    except OSError as e:
+        raise UserError(f"no metrics in {file}: {e.strerror or e}; give the folder of a run, $NANOCHAT_BASE_DIR/runs/TAG") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{file} is no metrics file: {type(e).__name__}: {e}") from None
+    if not rows:
+        raise UserError(f"{file} is empty: the run has logged nothing yet")
+    return Run(file.parent.name if file.name == "metrics.jsonl" else file.stem, rows)
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    runs = [load_run(path) for path in args.run_dirs]
+    first = args.run_dirs[0]
+    out = args.out or (first if first.is_dir() else first.parent) / "dash.html"
+    try:
+        out.write_text(page(runs), encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"cannot write {out}: {e.strerror or e}; give another --out") from None
+    holding = {run.name: [s.alert.name for s in standings(run) if s.state == "holds"] for run in runs}
+    for name, alerts in holding.items():
+        print(f"{name}: {', '.join(alerts) or 'no alert holds'}")
+    print(f"wrote {out}")
+    print(json.dumps({"page": str(out), "alerts": holding}))
+
+
+if __name__ == "__main__":
+    run_main(main)
