@@ -25,6 +25,8 @@ WINDOW = "$__rate_interval"  # Grafana's: several scrape intervals
 LASTING = "30m"  # how long a value that is not recorded at every log line counts: evaluations and probes must come more often
 SPARSE = ("train.nonfinite", "val.", "mc.val.", "mc.lens.", "mc.focus.", "mc.time.probe", "checkpoint.", "mc.session.")  # gauges that are such
 
+RARE = ("telemetry.not_finite", "telemetry.jsonl.lost", "telemetry.otlp.lost", "telemetry.otlp.failures")  # recorded where something is wrong, and only there
+
 UNITS = {"s": "seconds", "By": "bytes", "1": "ratio"}
 
 
@@ -35,7 +37,7 @@ def prometheus_name(metric: Metric) -> str:
     if main not in ("", "1") and "{" not in main:
         words = [w for w in words if w != UNITS[main]] + [UNITS[main]]
     if per and "{" not in per:
-        word = {"s": "second", "By": "bytes"}[per]
+        word = {"s": "second"}.get(per, per)
         words += [] if word in words else ["per", word]
     if metric.kind == "counter":
         words = [w for w in words if w != "total"] + ["total"]
@@ -88,10 +90,11 @@ class Number(Expr):
 
 class Value(Expr):
     """One metric. by: an attribute, one line for each of its values. over: the mean of a gauge over that long, `1h`; offline over
-    all lines so far. where: attributes it must have. Offline, a counter's rate is since the line before."""
+    all lines so far. whole: a histogram's mean since its process began, for processes too short for a rate. where: attributes it must
+    have. Offline, a counter's rate is since the line before."""
 
-    def __init__(self, name: str, by: str = "", over: str = "", **where: str | int):
-        self.name, self.by, self.over, self.where = name, by, over, {k: str(v) for k, v in where.items()}
+    def __init__(self, name: str, by: str = "", over: str = "", whole: bool = False, **where: str | int):
+        self.name, self.by, self.over, self.whole, self.where = name, by, over, whole, {k: str(v) for k, v in where.items()}
 
     @property
     def metric(self) -> Metric:
@@ -101,6 +104,8 @@ class Value(Expr):
         name, kind = prometheus_name(self.metric), self.metric.kind
         labels = ",".join([scope, *(f'{k}="{v}"' for k, v in self.where.items())])
         group = f"by ({', '.join([*RUN, *([self.by] if self.by else [])])})"
+        if kind == "histogram" and self.whole:
+            return f"sum {group} (last_over_time({name}_sum{{{labels}}}[{LASTING}])) / sum {group} (last_over_time({name}_count{{{labels}}}[{LASTING}]))"
         if kind == "histogram":  # a sum of values that may be negative can fall, which `rate` would take for a restart
             change = "delta" if self.metric.buckets[0] < 0 else "rate"
             return f"sum {group} ({change}({name}_sum{{{labels}}}[{window}])) / sum {group} ({change}({name}_count{{{labels}}}[{window}]))"
@@ -322,7 +327,7 @@ RUNTIME = Dashboard("mc-runtime", "MegaContext: runtime", "Latency, memory and t
     ),
     "Preflight": (
         panel("Checks", "Signals that `python -m scripts.mc_otel_check` sent. Healthy: one for each check that was run.", Value("telemetry.preflight"), zero=True),
-        panel("Time to send", "Of a preflight's request. Healthy: far below OTEL_METRIC_EXPORT_INTERVAL.", Value("telemetry.preflight_time"), unit="s", zero=True),
+        panel("Time to send", "Of a preflight's request. Healthy: far below OTEL_METRIC_EXPORT_INTERVAL.", Value("telemetry.preflight_time", whole=True), unit="s", zero=True),
     ),
     "Session": (
         panel("History", "Tokens of history. Healthy: grows; nothing else on this row grows with it.", Value("mc.session.history")),

@@ -48,7 +48,7 @@ def test_panels_say_what_healthy_looks_like():
     ("train.step_time", "s", "gauge", "train_step_time_seconds"),
     ("train.tokens_per_second", "{token}/s", "gauge", "train_tokens_per_second"),
     ("mc.session.ingest_rate", "{token}/s", "gauge", "mc_session_ingest_rate_per_second"),
-    ("val.bpb", "{bit}/By", "gauge", "val_bpb_per_bytes"),
+    ("val.bpb", "{bit}/By", "gauge", "val_bpb_per_By"),
     ("train.mfu", "1", "gauge", "train_mfu_ratio"),
     ("mc.lens.hit", "1", "histogram", "mc_lens_hit"),
     ("mc.session.kv_kept", "{entry}", "counter", "mc_session_kv_kept_total"),
