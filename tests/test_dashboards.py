@@ -136,6 +136,49 @@ def test_an_overlay_names_the_columns_it_draws():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Provisioning
+
+
+def load_yaml(name: str):
+    yaml = pytest.importorskip("yaml")
+
+    class Loader(yaml.SafeLoader):
+        """With compose's tags for what replaces a value."""
+
+    Loader.add_constructor("!override", lambda loader, node: loader.construct_sequence(node))
+    Loader.add_constructor("!reset", lambda loader, node: None)
+    return yaml.load((OBSERVABILITY / name).read_text(), Loader)
+
+
+@pytest.mark.parametrize("name", ["docker-compose.yaml", "docker-compose.prometheus.yaml"])
+def test_services_mount_files_that_exist_and_listen_on_loopback(name):
+    compose = load_yaml(name)
+    for service, of in compose["services"].items():
+        for volume in (of or {}).get("volumes", []):
+            source = volume.split(":")[0]
+            assert source == "metrics" or (OBSERVABILITY / source).exists(), f"{service}: {source}"
+        assert all(port.startswith("127.0.0.1:") for port in (of or {}).get("ports", [])), service
+        assert ":" in (of or {}).get("image", "a:1") and not (of or {}).get("image", "a:1").endswith(":latest")
+
+
+def test_grafana_finds_the_dashboards_and_the_store():
+    grafana = load_yaml("docker-compose.yaml")["services"]["grafana"]
+    mounted = dict(volume.split(":")[:2] for volume in grafana["volumes"])
+    provider, = load_yaml("grafana/provisioning/dashboards/megacontext.yaml")["providers"]
+    assert provider["options"]["path"] == mounted["./dashboards"]
+    sources = load_yaml("grafana/provisioning/datasources/store.yaml")["datasources"]
+    assert {s["url"].strip("$") for s in sources} == {name for name in grafana["environment"] if name.endswith("_URL")}
+
+
+def test_the_collectors_pipelines_are_of_parts_that_it_has():
+    config = load_yaml("otel-collector.yaml")
+    for pipeline in config["service"]["pipelines"].values():
+        for kind, parts in pipeline.items():
+            assert set(parts) <= set(config[kind])
+    assert set(load_yaml("prometheus.yaml")["rule_files"]) == {"alerts.yaml"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Alerts on real runs: tests/data/telemetry holds what runs/observability/plant_faults.py wrote
 
 
