@@ -1,14 +1,13 @@
 """A history on disk: a `Store` that survives the process, a power cut and its own edits.
 
-    manifest               two slots of 4,096 bytes, each a checksummed note: the commit
+    manifest               two slots, each a checksummed commit (`mc.disk_commits`)
     versions/000003.ctx    what only edits change, once per edit: the format, the file of every partition, pruned blocks
     L0/000000.v0000.ctx    tokens; partition 0, in the file that version 0 made (`mc.disk_files`: header, records, offsets)
     L1/… L2/… K1/…         gists of each level, lens keys of blocks
     lock                   held by the writer; its pid
 
-A commit writes one slot of the manifest, when everything that it names is on the medium (fsync), and says how many records each
-level has. The other slot keeps the commit before, until this one is on the medium too, and then becomes its copy: at any moment
-one whole commit is safe, and mostly two copies of it. What stands in files behind a commit's last record is nothing.
+A commit says how many records each level has, and is written when all that it names is on the medium (fsync): one commit point
+for all files. What stands in files behind a commit's last record is nothing.
 
 Appends write behind the last record. An edit (rewrite, truncation, pruning) never changes a record that a commit names: it writes
 the partitions concerned anew, under the next version, and the commit switches to them. The files of the versions before stay, and
@@ -19,11 +18,10 @@ Shapes: as in `mc.storage`.
 
 import errno
 import fcntl
-import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,11 +29,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mc.disk_files import (
-    HEADER_BYTES, PAGE, Damage, FileSystem, RecordKind, Records, decode, encode, is_note, note_bytes, partition_files, partition_version,
-    read_note,
-)  # fmt: skip
-from mc.storage import DROPPED, ERASED, KEPT, VOID, Detail, StoreFormat, check_keys, check_not_erased
+from mc.disk_commits import Commits, format_of, plain_format, runs, unrun
+from mc.disk_files import HEADER_BYTES, Damage, FileSystem, RecordKind, decode, encode, partition_files, partition_version
+from mc.disk_records import Records
+from mc.storage import ERASED, KEPT, VOID, Detail, StoreFormat, check_keys, check_not_erased
 from nanochat.common import UserError
 
 DURABILITY = ("block", "batch", "none")
@@ -69,7 +66,7 @@ class DiskStore:
         self.dropped: dict[str, int] = {}
         self.repairs: list[str] = []
         self._levels: dict[str, Records] = {}
-        self._lock = self._manifest = -1
+        self._commits, self._lock = Commits(fs, path), -1
         self._closed, self._failure = False, None
         self._synced_at = time.monotonic()
 
@@ -90,18 +87,8 @@ class DiskStore:
                 there = "already holds a store; open it instead" if "manifest" in others else f"is not empty ({others[0]})"
                 raise UserError(f"{store.path} {there}")
             store._take_lock()
-            if not store._versions.exists():
-                store.fs.mkdir(store._versions)
-            first = dict(version=0, format=_plain(format), partition_bytes=partition_bytes, files={}, detail=[], before=None)
-            store._write_version(first)
-            store._commit = dict(sequence=1, version=0, durable=True, levels={})
-            new = store.path / "manifest.new"
-            store._manifest = store.fs.create(new)
-            store.fs.write(store._manifest, 2 * _slot_bytes(store._commit), 0)
-            store.fs.fsync(store._manifest, "the first commit")
-            store.fs.rename(new, store.path / "manifest")
-            store.fs.fsync_folder(store.path, "the manifest's name")
-            store._durable_slot = 0
+            first = dict(version=0, format=plain_format(format), partition_bytes=partition_bytes, files={}, detail=[], before=None)
+            store._commits.create(first)
             store._load(first)
         return store
 
@@ -119,13 +106,9 @@ class DiskStore:
             raise UserError(f"version {version}: older versions are read-only; open with mode='r'")
         store = cls(Path(path), mode == "rw", durability, fs or FileSystem())
         with store._setting_up():
-            if not (store.path / "manifest").is_file():
-                raise UserError(f"{store.path} is not a MegaContext store (it has no manifest); create one, or name another folder")
+            store._commits.open(store.writable)
             if store.writable:
                 store._take_lock()
-            flags = os.O_RDWR if store.writable else os.O_RDONLY
-            store._manifest = os.open(store.path / "manifest", flags | os.O_CLOEXEC)
-            if store.writable:
                 store._recover(check)
             else:
                 store._follow(version)
@@ -220,13 +203,13 @@ class DiskStore:
             if self._changed():
                 unsynced = sum(level.unsynced_bytes for level in self._levels.values())
                 overdue = unsynced >= SYNC_BYTES or time.monotonic() - self._synced_at >= SYNC_SECONDS
-                edited = self._staged != self._commit["version"]
+                edited = self._staged != self._commits.last["version"]
                 self._write_commit(edited or self.durability == "block" or (overdue and self.durability == "batch"))
 
     def sync(self) -> None:
         """Commit, and wait until it is on the medium, whatever the durability."""
         with self._committing():
-            if self._changed() or not self._commit["durable"]:
+            if self._changed() or not self._commits.last["durable"]:
                 self._write_commit(True)
 
     def close(self) -> None:
@@ -239,7 +222,8 @@ class DiskStore:
     def snapshot(self) -> "DiskStore":
         self.commit()
         view = DiskStore(self.path, False, self.durability, self.fs)
-        view._commit, view.format, view.partition_bytes, view._detail = self._commit, self.format, self.partition_bytes, Detail(self._kept_detail)
+        view._commits.last, view.format, view.partition_bytes = self._commits.last, self.format, self.partition_bytes
+        view._detail = Detail(self._kept_detail)
         for name, level in self.levels.items():
             view._level(name[0], int(name[1:])).set_state(level.n, level.versions, level.tail_crc)
         return view
@@ -260,12 +244,12 @@ class DiskStore:
         """Number of the version that is read: every commit with an edit makes the next. UserError after a failed commit."""
         if self._failure:
             raise self._failure
-        return self._commit["version"]
+        return self._commits.last["version"]
 
     @property
     def sequence(self) -> int:
         """Number of the last commit: grows by one with each."""
-        return self._commit["sequence"]
+        return self._commits.last["sequence"]
 
     @property
     def levels(self) -> dict[str, Records]:
@@ -274,8 +258,7 @@ class DiskStore:
 
     def versions(self) -> list[int]:
         """Those that can be read."""
-        found = sorted(int(path.stem) for path in self._versions.glob("*.ctx"))
-        return [v for v in found if v == self.version or (v < self.version and v + 1 in found)]
+        return self._commits.versions()
 
     def refresh(self) -> bool:
         """A reader: see what was committed since. Whether there was anything."""
@@ -291,7 +274,7 @@ class DiskStore:
         for level in {*self._levels.values(), *self._kept_levels.values()}:
             level.roll_back()
         self._levels = dict(self._kept_levels)
-        self.format, self._detail, self._staged = self._kept_format, Detail(self._kept_detail), self._commit["version"]
+        self.format, self._detail, self._staged = self._kept_format, Detail(self._kept_detail), self._commits.last["version"]
 
     def disk_bytes(self) -> int:
         """Room that the files take on the medium, all versions and pages of holes not counted."""
@@ -332,7 +315,7 @@ class DiskStore:
         return left
 
     def compact(self) -> int:
-        """Give back the room of older versions and of dropped raw tokens, which are then erased; bytes given back.
+        """Commit, and give back the room of older versions and of dropped raw tokens, which are then erased. Bytes given back.
 
         Readers of an older version get a UserError when they touch what is gone. Erased tokens become holes in their files, in
         whole pages of 4,096 bytes: offsets stay as they are.
@@ -346,10 +329,7 @@ class DiskStore:
                 self._level("L", 0).erase((pruned[:, None] * K + torch.arange(K)).flatten().numpy(), self._staged)
         self.sync()
         with self._changing():
-            for path in self._versions.glob("*.ctx"):
-                if int(path.stem) != self.version:
-                    self.fs.unlink(path)
-            self.fs.fsync_folder(self._versions, "that older versions are gone")
+            self._commits.forget_versions()
             self._remove_unnamed()
         return before - self.disk_bytes()
 
@@ -407,7 +387,7 @@ class DiskStore:
 
     def _edit(self) -> None:
         """What follows, up to the commit, makes a new version. The old one stays: nothing of it is left to a later sync."""
-        if self._staged == self._commit["version"]:
+        if self._staged == self._commits.last["version"]:
             for level in self._levels.values():
                 level.sync()
             self._staged += 1
@@ -456,7 +436,7 @@ class DiskStore:
         return {name: [level.n, level.tail_crc if level.n % level.R else 0] for name, level in self.levels.items()}
 
     def _changed(self) -> bool:
-        return self._staged != self._commit["version"] or {n: c[0] for n, c in self._commit["levels"].items()} != {
+        return self._staged != self._commits.last["version"] or {n: c[0] for n, c in self._commits.last["levels"].items()} != {
             name: level.n for name, level in self.levels.items()}
 
     def _write_commit(self, durable: bool) -> None:
@@ -464,55 +444,20 @@ class DiskStore:
             level.finish()
             if durable:
                 level.sync()
-        if self._staged != self._commit["version"]:
-            before = dict(version=self._commit["version"], levels=self._commit["levels"])
-            files = {name: _runs(level.versions) for name, level in self.levels.items()}
-            self._write_version(dict(version=self._staged, format=_plain(self.format), partition_bytes=self.partition_bytes, files=files,
-                                     detail=_runs(self._detail.state_N.tolist()), before=before))
-        commit = dict(sequence=self.sequence + 1, version=self._staged, durable=durable, levels=self._counts())
-        slot, data = 1 - self._durable_slot, _slot_bytes(commit)
-        self.fs.write(self._manifest, data, slot * PAGE)
+        if self._staged != self._commits.last["version"]:
+            before = dict(version=self.version, levels=self._commits.last["levels"])
+            files = {name: runs(level.versions) for name, level in self.levels.items()}
+            self._commits.write_version(dict(version=self._staged, format=plain_format(self.format), partition_bytes=self.partition_bytes,
+                                             files=files, detail=runs(self._detail.state_N.tolist()), before=before))
+        self._commits.write(self._staged, self._counts(), durable)
         if durable:
-            self.fs.fsync(self._manifest, "the commit")
-            self.fs.write(self._manifest, data, self._durable_slot * PAGE)
-            self._durable_slot, self._synced_at = slot, time.monotonic()
-        self._commit = commit
+            self._synced_at = time.monotonic()
         self._keep()
 
     def _keep(self) -> None:
         for level in self._levels.values():
             level.keep()
         self._kept_levels, self._kept_format, self._kept_detail = dict(self._levels), self.format, self._detail.state_N
-
-    @property
-    def _versions(self) -> Path:
-        return self.path / "versions"
-
-    def _version_path(self, version: int) -> Path:
-        return self._versions / f"{version:06d}.ctx"
-
-    def _write_version(self, note: dict) -> None:
-        """Twice in one file: either copy will do."""
-        path = self._version_path(note["version"])
-        new = path.with_suffix(".new")
-        fd = self.fs.create(new)
-        try:
-            self.fs.write(fd, 2 * note_bytes(note), 0)
-            self.fs.fsync(fd, "a version")
-        finally:
-            self.fs.close(fd)
-        self.fs.rename(new, path)
-        self.fs.fsync_folder(self._versions, "a version's name")
-
-    def _read_version(self, version: int) -> dict:
-        path = self._version_path(version)
-        if not path.is_file():
-            raise UserError(f"{self.path}: version {version} is not there")
-        data = path.read_bytes()
-        note = read_note(data, path) or read_note(data[len(data) // 2:], path)
-        if note is None:
-            raise UserError(f"{path} is damaged, both copies; restore it from a backup")
-        return note
 
     # -- opening
 
@@ -527,18 +472,11 @@ class DiskStore:
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, str(os.getpid()).encode(), 0)
 
-    def _slots(self) -> list[dict | None]:
-        data = os.pread(self._manifest, 2 * PAGE, 0)
-        halves = [data[:PAGE], data[PAGE:]]
-        if not any(is_note(half) for half in halves):
-            raise UserError(f"{self.path}/manifest is not that of a MegaContext store; name another folder")
-        return [read_note(half, self.path / "manifest") for half in halves]
-
     def _load(self, note: dict) -> None:
         """Take the state of a version, at the current commit."""
-        self.format, self.partition_bytes = _format(note["format"]), note["partition_bytes"]
-        self._detail = Detail(torch.tensor(_unrun(note["detail"]), dtype=torch.uint8))
-        self._levels = self._records(note, self._commit)
+        self.format, self.partition_bytes = format_of(note["format"]), note["partition_bytes"]
+        self._detail = Detail(torch.tensor(unrun(note["detail"]), dtype=torch.uint8))
+        self._levels = self._records(note, self._commits.last)
         self._staged = note["version"]
         self._keep()
 
@@ -546,51 +484,51 @@ class DiskStore:
         """The levels of a version, at one of its commits. Partitions begun since the version was made are in its own files."""
         levels = {}
         for name, (n, crc) in commit["levels"].items():
-            level = levels[name] = Records(self.fs, self.path / name, record_kind(name, _format(note["format"]), note["partition_bytes"]))
-            versions, count = _unrun(note["files"].get(name, [])), -(-n // level.R)
+            level = levels[name] = Records(self.fs, self.path / name, record_kind(name, format_of(note["format"]), note["partition_bytes"]))
+            versions, count = unrun(note["files"].get(name, [])), -(-n // level.R)
             level.set_state(n, (*versions[:count], *[note["version"]] * (count - len(versions))), crc)
         return levels
 
     def _follow(self, version: int | None) -> None:
         """A reader takes the newest synced commit, or the last one of an older version."""
         for attempt in range(100):  # the writer may be in the middle of a slot, or compacting
-            durable = [slot for slot in self._slots() if slot and slot["durable"]]
+            durable = [slot for slot in self._commits.slots() if slot and slot["durable"]]
             if not durable:
                 time.sleep(0.001)
                 continue
-            commit = max(durable, key=lambda slot: slot["sequence"])
-            same_version = self._levels and commit["version"] == self.version
+            newest = max(durable, key=lambda slot: slot["sequence"])
+            if self._levels and version is None and newest["version"] == self.version:
+                self._commits.last = newest
+                for name, (n, crc) in newest["levels"].items():
+                    level = self._level(name[0], int(name[1:]))
+                    more = -(-n // level.R) - len(level.versions)
+                    level.set_state(n, level.versions + (newest["version"],) * more, crc)
+                self._keep()
+                return
+            self._commits.last = newest
             try:
-                if version is not None and version != commit["version"]:
-                    commit = {**commit, **self._read_version(version + 1)["before"]}
-                note = None if same_version else self._read_version(commit["version"])
+                self._commits.last = self._commits.end_of(newest["version"] if version is None else version)
+                note = self._commits.read_version(self.version)
             except UserError:
                 if version is not None:
                     raise UserError(f"{self.path}: version {version} is not there, or removed by a compaction; "
-                                    f"the newest is {commit['version']}") from None
+                                    f"the newest is {newest['version']}") from None
                 if attempt == 99:
                     raise
+                time.sleep(0.001)
                 continue
-            self._commit = commit
-            if same_version:
-                for name, (n, crc) in commit["levels"].items():
-                    level = self._level(name[0], int(name[1:]))
-                    more = -(-n // level.R) - len(level.versions)
-                    level.set_state(n, level.versions + (commit["version"],) * more, crc)
-                self._keep()
-            else:
-                self._load(note)
+            self._load(note)
             return
         raise UserError(f"{self.path}/manifest is damaged; open the store with mode='rw' once, which repairs what can be repaired")
 
     def _recover(self, check: bool) -> None:
         """A writer takes the newest commit that is whole, and removes what lies beyond it."""
-        slots = self._slots()
+        slots = self._commits.slots()
         commits = sorted((slot for slot in slots if slot), key=lambda slot: -slot["sequence"])
         durable = next((slot for slot in commits if slot["durable"]), None)
-        for self._commit in commits:
-            self._load(self._read_version(self.version))
-            if self._commit["durable"] or self._whole(since=durable):
+        for self._commits.last in commits:
+            self._load(self._commits.read_version(self.version))
+            if self._commits.last["durable"] or self._whole(since=durable):
                 break
             self._say(f"commit {self.sequence} did not reach the medium whole: dropped")
         else:
@@ -604,13 +542,11 @@ class DiskStore:
         if self.dropped:
             self._say("not committed, dropped: " + ", ".join(f"{count} records of {name}" for name, count in sorted(self.dropped.items())))
         for version in self.versions():
-            note = self._read_version(version)
-            if self._version_path(version).read_bytes() != 2 * note_bytes(note):
+            if self._commits.mend_version(version):
                 self._say(f"one copy of version {version} was damaged: written anew")
-                self._write_version(note)
         if None in slots:
             self._say(f"slot {slots.index(None)} of the manifest was damaged or half written: written anew")
-        self._durable_slot = slots.index(durable or self._commit)
+        self._commits.resume(slots.index(durable or self._commits.last))
         if slots[0] != slots[1]:
             for name, level in self.levels.items():
                 level.touch(durable["levels"].get(name, [0])[0] if durable else 0)
@@ -631,8 +567,8 @@ class DiskStore:
             if not self.writable:
                 self._follow(version)  # a compaction may have removed the files of what this reader was opening
             if self.sequence == sequence:
-                raise UserError(f"{self.path} is damaged in {len(found)} files, the first is {found[0]}; open it with check=False: "
-                                "`verify` names all the damage, `repair` remakes gists")
+                raise UserError(f"{self.path} is damaged in {len(found)} files, the first is {found[0]}; "
+                                f"run `python -m scripts.mc_store verify --store={self.path}`: it names all, and --repair remakes gists")
 
     def _glance(self) -> Iterator[Damage]:
         for level in self._levels.values():
@@ -645,8 +581,7 @@ class DiskStore:
         """Partition files that no version names: left by an edit or append that was not committed, or by versions that are gone."""
         named: set[Path] = set()
         for version in self.versions():
-            commit = self._commit if version == self.version else self._read_version(version + 1)["before"]
-            for level in self._records(self._read_version(version), commit).values():
+            for level in self._records(self._commits.read_version(version), self._commits.end_of(version)).values():
                 named.update(level.paths())
         for path in partition_files(self.path):
             if path not in named:
@@ -663,15 +598,10 @@ class DiskStore:
     def _let_go(self) -> None:
         for level in self._levels.values():
             level.close()
-        for fd in (self._manifest, self._lock):
-            if fd >= 0:
-                os.close(fd)
-        self._manifest = self._lock = -1
-        self._closed = True
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What notes hold
+        self._commits.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock, self._closed = -1, True
 
 
 def record_kind(name: str, f: StoreFormat, partition_bytes: int) -> RecordKind:
@@ -681,27 +611,6 @@ def record_kind(name: str, f: StoreFormat, partition_bytes: int) -> RecordKind:
         return RecordKind(kind, lod, f.block_size, 1, 1, torch.int32, "", partition_bytes)
     vectors, dim = (f.n_keys, f.key_dim) if kind == "K" else (1, f.d_model)
     return RecordKind(kind, lod, f.block_size, vectors, dim, f.dtype, f.model, partition_bytes)
-
-
-def _plain(f: StoreFormat) -> dict:
-    return {**vars(f), "dtype": str(f.dtype).removeprefix("torch.")}
-
-
-def _format(plain: dict) -> StoreFormat:
-    return StoreFormat(**{**plain, "dtype": getattr(torch, plain["dtype"])})
-
-
-def _runs(values: Iterable[int]) -> list[list[int]]:
-    """[[value, how many times in a row], …]."""
-    return [[value, sum(1 for _ in group)] for value, group in itertools.groupby(values)]
-
-
-def _unrun(runs: list[list[int]]) -> list[int]:
-    return [value for value, count in runs for _ in range(count)]
-
-
-def _slot_bytes(commit: dict) -> bytes:
-    return note_bytes(commit).ljust(PAGE, b"\0")
 
 
 def _token_rows(ids_N: Tensor) -> np.ndarray:

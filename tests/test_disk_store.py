@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import mc.disk_commits
 import mc.disk_files
-import mc.disk_store
+import mc.disk_records
 from mc.disk_files import FileSystem, partition_files
 from mc.disk_store import DiskStore
 from mc.history import History, store_format
@@ -63,13 +64,11 @@ def _write(name: str, at: int, data: bytes):
 def _newer(name: str):
     """A file whose header says format 9, checksums right."""
     def change(path: Path) -> None:
-        old = mc.disk_files.FORMAT_VERSION
-        mc.disk_files.FORMAT_VERSION = 9
-        try:
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (mc.disk_files, mc.disk_commits):
+                patch.setattr(module, "FORMAT_VERSION", 9)
             with DiskStore.create(path.parent / "newer", FORMAT, partition_bytes=64) as store:
                 fill(store, 150)
-        finally:
-            mc.disk_files.FORMAT_VERSION = old
         shutil.copyfile(path.parent / "newer" / name, path / name)
     return change
 
@@ -85,9 +84,9 @@ def _from_model(name: str):
 WRONG = {
     "no store": (lambda path: (path / "manifest").unlink(), "is not a MegaContext store"),
     "no folder": (shutil.rmtree, "is not a MegaContext store"),
-    "foreign manifest": (lambda path: (path / "manifest").write_bytes(b"SQLite format 3\0" * 600), "manifest is not that of a MegaContext store"),
-    "empty manifest": (lambda path: (path / "manifest").write_bytes(b""), "manifest is not that of a MegaContext store"),
-    "both slots damaged": (lambda path: (_write("manifest", 30, b"xx")(path), _write("manifest", 4126, b"xx")(path)), "manifest is damaged"),
+    "foreign manifest": (lambda path: (path / "manifest").write_bytes(b"SQLite format 3\0" * 600), "is not that of a MegaContext store"),
+    "empty manifest": (lambda path: (path / "manifest").write_bytes(b""), "is not that of a MegaContext store"),
+    "both slots damaged": (lambda path: [_write("manifest", at, b"xx")(path) for at in (30, 4126)], "manifest is damaged"),
     "version damaged": (lambda path: (path / "versions" / "000000.ctx").write_bytes(b"MCTXnote"), "is damaged, both copies"),
     "version lost": (lambda path: (path / "versions" / "000000.ctx").unlink(), "version 0 is not there"),
     "newer manifest": (_newer("manifest"), "has format version 9, this program reads up to 1"),
@@ -215,7 +214,8 @@ def test_a_read_only_medium_can_be_read(path, monkeypatch):
 def test_ids_and_vectors_that_do_not_fit_are_refused(path):
     with DiskStore.open(path) as store:
         for bad in (lambda: store.append_tokens(torch.tensor([-2])), lambda: store.append_tokens(torch.tensor([2**31])),
-                    lambda: store.append_nodes(1, vectors(1, D + 1), vectors(1, P, C)), lambda: store.append_nodes(1, vectors(1, D), vectors(2, P, C))):
+                    lambda: store.append_nodes(1, vectors(1, D + 1), vectors(1, P, C)),
+                    lambda: store.append_nodes(1, vectors(1, D), vectors(2, P, C))):
             with pytest.raises(ValueError):
                 bad()
         store.append_tokens(torch.tensor([2**31 - 1, VOID]))
@@ -230,7 +230,7 @@ def test_ids_and_vectors_that_do_not_fit_are_refused(path):
 
 
 def test_one_writer(path):
-    hold = f"import sys; from mc.disk_store import DiskStore; s = DiskStore.open({str(path)!r}); print('held', flush=True); sys.stdin.read()"
+    hold = f"import sys, mc.disk_store as d; s = d.DiskStore.open({str(path)!r}); print('held', flush=True); sys.stdin.read()"
     other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"is being written by process {other.pid}; .*mode='r'"):
@@ -319,7 +319,8 @@ def test_compaction_gives_back_the_room_of_pruned_tokens(tmp_path):
         freed = store.compact()
         assert freed > 0.9 * 4000 * 32 * 4, "all but the pages at the ends of partitions"
         assert store.disk_bytes() == pytest.approx(full - freed, abs=20_000)
-        assert store.detail(cold).eq(ERASED).all() and store.tokens(torch.tensor([32_000, 31_999, 160_000])).tolist() == [VOID, 32_000, 160_001]
+        assert store.detail(cold).eq(ERASED).all()
+        assert store.tokens(torch.tensor([32_000, 31_999, 160_000])).tolist() == [VOID, 32_000, 160_001]
         assert store.verify() == []
         store.append_tokens(torch.arange(10))
         store.rewrite_tokens(31_000, torch.arange(5))
@@ -407,7 +408,7 @@ def test_another_models_nodes_are_adopted_at_once(tmp_path):
 
 
 def test_more_partitions_than_can_be_mapped(path, monkeypatch):
-    monkeypatch.setattr(mc.disk_files, "MAX_MAPS", 3)
+    monkeypatch.setattr(mc.disk_records, "MAX_MAPS", 3)
     with DiskStore.open(path, "r") as store:
         for seed in range(20):
             index = torch.randint(150, (1 + seed % 5,), generator=torch.Generator().manual_seed(seed))

@@ -60,7 +60,8 @@ def test_rewritten_records_replace_old_ones(store):
     store.rewrite_nodes(1, 1, vectors(2, D, seed=8), vectors(2, P, C, seed=9))
     store.rewrite_nodes(2, 0, vectors(1, D, seed=7))
     assert store.tokens(torch.arange(6, 11)).tolist() == [6, 50, VOID, 52, 10]
-    assert torch.equal(store.gists(1, torch.tensor([2, 0, 1])), torch.stack([vectors(2, D, seed=8)[1], vectors(9, D)[0], vectors(2, D, seed=8)[0]]))
+    new, old = vectors(2, D, seed=8), vectors(9, D)
+    assert torch.equal(store.gists(1, torch.tensor([2, 0, 1])), torch.stack([new[1], old[0], new[0]]))
     assert torch.equal(store.keys(torch.tensor([1, 2])), vectors(2, P, C, seed=9))
     assert torch.equal(store.gists(2, torch.tensor([0, 1])), torch.stack([vectors(1, D, seed=7)[0], vectors(2, D, seed=2)[1]]))
     with pytest.raises(IndexError):
@@ -100,7 +101,7 @@ def test_stores_round_alike(tmp_path, dtype, d, p, c):
         store.append_nodes(2, vectors(1, 2 * d)[:, ::2])
     for index in ([], [4], [0, 3, 3, 1]):
         index_N = torch.tensor(index, dtype=torch.int64)
-        ram, disk = ((store.gists(1, index_N), store.keys(index_N), store.tokens(index_N % 3), store.gists(2, index_N * 0)) for store in stores)
+        ram, disk = ((s.gists(1, index_N), s.keys(index_N), s.tokens(index_N % 3), s.gists(2, index_N * 0)) for s in stores)
         for a, b in zip(ram, disk):
             assert a.dtype == b.dtype and torch.equal(a, b)
     with pytest.raises(IndexError, match="there are 5"):
@@ -306,8 +307,8 @@ class DiskMachine(StoreMachine):
         self.commit()
         self.store.compact()
         self.old, self.snapshots = {}, []
-        self.model.states = [ERASED if s else KEPT for s in self.model.states]
-        self.model.tokens = [VOID if i // K < len(self.model.states) and self.model.states[i // K] else t for i, t in enumerate(self.model.tokens)]
+        states = self.model.states = [ERASED if s else KEPT for s in self.model.states]
+        self.model.tokens = [VOID if i // K < len(states) and states[i // K] else t for i, t in enumerate(self.model.tokens)]
         self.committed = self.model.copy()
 
     @rule()
