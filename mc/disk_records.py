@@ -6,7 +6,6 @@ Shapes: N records, rows [N, record bytes] of uint8.
 import ctypes
 import math
 import os
-import struct
 import zlib
 from pathlib import Path
 
@@ -98,7 +97,11 @@ class Records:
     def _map(self, partition: int) -> None:
         self._refuse(partition, self.file_fault(partition))
         size = HEADER_BYTES + self.count(partition) * self.bytes
-        mapped = torch.UntypedStorage.from_file(str(self.path(partition)), False, size)  # closes its descriptor, unlike mmap.mmap
+        try:
+            mapped = torch.UntypedStorage.from_file(str(self.path(partition)), False, size)  # closes its descriptor, unlike mmap.mmap
+        except RuntimeError:
+            self._refuse(partition, self.file_fault(partition))  # removed by a compaction since it was looked at
+            raise
         self._maps[partition] = mapped
         start = partition << self._shift
         self._row[partition] = (mapped.data_ptr() + HEADER_BYTES - _ANCHOR) // self._grain - start * self._stride
@@ -140,12 +143,12 @@ class Records:
         """What is wrong with a partition, its records looked at."""
         if (fault := self.file_fault(partition)) or partition in self._stale:
             return fault
-        count, crc = self.count(partition), zlib.crc32(self._read(partition))
-        if count < self.R:
-            return None if crc == self.tail_crc else "records damaged"
-        with open(self.path(partition), "rb") as f:
-            sealed = struct.unpack_from("<II", f.read(HEADER_BYTES), 56)
-        return None if sealed == (crc, count) else "records damaged"
+        count = self.count(partition)
+        try:
+            sealed, crc = np.fromfile(self.path(partition), "<u4", 2, offset=56).tolist(), zlib.crc32(self._read(partition))
+        except FileNotFoundError:
+            return self.file_fault(partition)
+        return None if (crc == self.tail_crc if count < self.R else sealed == [crc, count]) else "records damaged"
 
     def damage(self, partition: int, what: str) -> Damage:
         start, span = partition * self.R, self.kind.block_size ** self.kind.lod
