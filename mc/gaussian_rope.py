@@ -39,7 +39,7 @@ def entry_rotary(gpt: GPT, start_BW: Tensor, length_BW: Tensor, *, scheme: str =
     frequencies = gpt.inverse_frequencies(start_BW.device)
     if scheme == "contiguous":
         order = torch.arange(start_BW.shape[1], device=start_BW.device, dtype=torch.float64)
-        last = (length_BW > 0).sum(1, keepdim=True) - 1
+        last = ((length_BW > 0).sum(1, keepdim=True) - 1).clamp_min(0)
         centre = centre.gather(1, last) + order - last
     angle = centre[..., None] * frequencies
     if lod_axis:

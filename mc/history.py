@@ -73,9 +73,13 @@ class History:
 
     @torch.no_grad()
     def fill(self, ids_N: Tensor) -> None:
-        """As `append`, of slots that may be VOID."""
-        self.store.append_tokens(ids_N)
-        self.grow()
+        """As `append`, of slots that may be VOID. What fails half-way is undone, with all that was appended since the last commit."""
+        try:
+            self.store.append_tokens(ids_N)
+            self.grow()
+        except BaseException:
+            self.store.roll_back()
+            raise
         self.store.commit()
 
     def grow(self) -> None:

@@ -87,7 +87,7 @@ class KeySearch:
             keys_NPC = self._flat[:self.n_blocks]
         self.n_exact = len(index_I)
         votes = (keys_NPC.flatten(0, 1) @ queries.T).unflatten(0, keys_NPC.shape[:2]).amax(1) @ weight_T
-        logits_I = votes + self.lens.distance(torch.tensor([cursor]), index_I)[0]
+        logits_I = votes + self._distance(cursor, index_I)
         chosen = torch.zeros(len(index_I), dtype=torch.bool)
         chosen[logits_I.topk(min(m, len(index_I))).indices] = True
         chosen[torch.searchsorted(index_I, also_I)] = True
@@ -118,8 +118,11 @@ class KeySearch:
         self._directions = torch.linalg.eigh(sample.T @ sample).eigenvectors.flip(1)[:, :DIMS].float().contiguous()
         capacity = 2 * self._fitted
         self._codes = torch.empty(self._flat.shape[1], capacity, self._directions.shape[1] + 1, dtype=torch.int8)
-        farthest = torch.tensor([capacity * self.lens.config.block_size])
-        self._bias = self.lens.distance(farthest, torch.arange(capacity))[0].float()  # by distance, the farthest first
+        self._bias = self._distance(capacity * self.lens.config.block_size, torch.arange(capacity)).float()  # by distance, the farthest first
+
+    def _distance(self, cursor: int, index_N: Tensor) -> Tensor:
+        """[N] on the CPU: the lens's bias of blocks by their distance to the cursor."""
+        return self.lens.distance(torch.tensor([cursor]), index_N)[0].cpu()
 
     # -- scanning ---------------------------------------------------------------------------------------------------------
 

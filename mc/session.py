@@ -189,8 +189,8 @@ class SessionPool:
 
     @property
     def fingerprint(self) -> str:
-        """Of all weights, base and MegaContext."""
-        digest = hashlib.sha256()
+        """Of all weights and settings, base and MegaContext."""
+        digest = hashlib.sha256(repr((asdict(self.gpt.config), asdict(self.mc.config), asdict(self.focus_config))).encode())
         for module in (self.gpt, self.mc):
             for name, tensor in sorted(module.state_dict().items()):
                 digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -235,10 +235,16 @@ class SessionPool:
             raise UserError("the session state " + ("holds its history: give no store" if store else "has its history on disk: give its store"))
         if store is not None and store.n_tokens != meta["n_stored"]:
             raise UserError(f"the session state ends at {meta['n_stored']} stored tokens, the store at {store.n_tokens}: they are not of one moment")
+        if store is not None and store.version != meta["store_version"]:
+            raise UserError(f"the history was edited since the session state was taken (version {meta['store_version']}, now {store.version}): open a new session on it")
         session = self.open(store, catalog=catalog)
-        if store is None:
-            session.history.fill(tensors["history"])
-        session.resume(meta, tensors)
+        try:
+            if store is None:
+                session.history.fill(tensors["history"])
+            session.resume(meta, tensors)
+        except BaseException:
+            session.close()
+            raise
         return session
 
     # -- the base model ---------------------------------------------------------------------------------------------------
@@ -246,15 +252,15 @@ class SessionPool:
     @torch.inference_mode()
     def catch_up(self, sessions: Sequence["Session"]) -> list[Tensor]:
         """Run every entry that is shown and not in the cache. Hidden states [S, D] of those entries for each session."""
+        self.check_open(sessions)
         order = sorted(range(len(sessions)), key=lambda i: sessions[i].row)
-        work = [sessions[i].missing() for i in order]
-        counts = [len(w.lod) for w in work]
-        if not any(counts):
-            return [torch.empty(0, self.gpt.config.n_embd, device=self.device)] * len(sessions)
-        refill = any(w.recut for w in work)
         begin = time.perf_counter()
         try:
-            with self.timing("refill" if refill else "base"):
+            work = [sessions[i].missing() for i in order]
+            counts = [len(w.lod) for w in work]
+            if not any(counts):
+                return [torch.empty(0, self.gpt.config.n_embd, device=self.device)] * len(sessions)
+            with self.timing("refill" if any(w.recut for w in work) else "base"):
                 hidden_ASD = self._run([sessions[i] for i in order], work, max(counts))
         except BaseException:
             for session in sessions:
@@ -294,15 +300,20 @@ class SessionPool:
         UserError, before anything runs, as the engine, for an empty session, and for a history that would outgrow the budget.
         """
         check_sampling(self.gpt.config.vocab_size, max_tokens, temperature, top_k, stop_ids)
-        if len({session.row for session in sessions}) != len(sessions) or any(self.sessions.get(s.row) is not s for s in sessions):
-            raise UserError("a session takes part once, and only in its own pool until it is closed")
+        self.check_open(sessions)
         for session in sessions:
             if not session.n_tokens:
                 raise UserError("the session is empty: begin with at least one token (bos, for text from nothing)")
             session.check_growth(max_tokens)
-            if seed is not None:
-                session.generator.manual_seed(seed)
+        for session in sessions if seed is not None else ():
+            session.generator.manual_seed(seed)
         return self._stream(list(sessions), max_tokens, temperature, top_k, frozenset(stop_ids))
+
+    def check_open(self, sessions: Sequence["Session"]) -> None:
+        if not sessions:
+            raise UserError("no session was given to decode")
+        if len({session.row for session in sessions}) != len(sessions) or any(self.sessions.get(s.row) is not s for s in sessions):
+            raise UserError("a session takes part once, and only in its own pool until it is closed")
 
     def _stream(self, sessions: list["Session"], max_tokens: int, temperature: float, top_k: int | None,
                 stop_ids: frozenset[int]) -> Iterator[list[int | None]]:
@@ -330,7 +341,7 @@ class SessionPool:
         lod_AS, index_AS, ids_AS, slot_AS, before_AS, linked_AS = torch.from_numpy(table).to(self.device)
         rows_A = torch.tensor([s.row for s in sessions], device=self.device)
         c, gists = self.mc.config, [(row, w) for row, w in enumerate(work) if w.gists is not None]
-        if not gists:  # tokens only: as in the base
+        if not gists and c.positions != "contiguous":  # tokens only: as in the base
             centre_AS, bias_AS, embeds_ASD = index_AS.double(), torch.zeros_like(index_AS, dtype=self.dtype), None
             rotary = self.gpt.rotary(index_AS)
             ids_AS = ids_AS.clamp_min(0)
@@ -429,9 +440,8 @@ class Session:
         self.check_length(self.n_tokens + len(ids_N))
         begin = time.perf_counter()
         self.history.append(torch.cat([torch.tensor(self.pending, dtype=torch.int64), ids_N]))
-        self.pending = []
+        self.pending, self.asked = [], True
         self.search.grow(self.history.store.n_nodes(1))
-        self.asked = True
         if self.meter:
             self.meter.ingested(len(ids_N), time.perf_counter() - begin, self.n_tokens)
 
@@ -439,9 +449,9 @@ class Session:
         """What is appended next is another document, and starts a block of its own."""
         self.check_length(-(-self.n_tokens // self.history.block_size) * self.history.block_size)
         self.flush()
+        self.asked = self.recut = True  # void slots are not numbered under contiguous positions
         self.history.end_source()
         self.search.grow(self.history.store.n_nodes(1))
-        self.asked = True
 
     def flush(self) -> None:
         """Store the generated tokens that still wait for their block to be complete."""
@@ -498,6 +508,8 @@ class Session:
         """Choose anew what is shown, by the last tokens. Costs only its scoring when nothing changes."""
         if not self.n_tokens:
             raise UserError("nothing to focus on: the session is empty")
+        self.ingest([])  # both do nothing, unless an append was interrupted
+        self.search.grow(self.history.store.n_nodes(1))
         timing, focus, c, begin = self.pool.timing, self.focus, self.pool.focus_config, time.perf_counter()
         with timing("lens"):
             blocks = self.history.store.n_nodes(1)
@@ -561,7 +573,7 @@ class Session:
     @property
     def due(self) -> bool:
         """Whether a refocus comes before the next token."""
-        return self.asked or self.n_tokens - self.focus.n_tokens >= self.pool.interval
+        return self.asked or self.n_tokens - self.cut_tokens >= self.pool.interval
 
     def missing(self) -> Missing:
         """The entries that are shown and not in the cache, with slots for them; the slots of what is no longer shown are free."""
@@ -591,7 +603,8 @@ class Session:
         slot[run] = [self.free_slots.pop() for _ in range(run.sum())]
         before, lod_before, index_before = (np.concatenate([[-1], x[:-1]]) for x in (slot, lod, index))
         linked = (lod == 0) & (lod_before == 0) & (index == index_before + 1)
-        self.cached, self.n_read, self.recut = _Cached(lod, index, slot), self.n_tokens, False
+        self.cached, self.n_read = _Cached(lod, index, slot), self.n_tokens
+        self.recut = bool((index[-1] + 1) * self.history.block_size ** lod[-1] < self.n_tokens)  # void slots end it: contiguous positions move
         coarse = run & (lod > 0)
         gists = self.history.gists(torch.from_numpy(lod[coarse]), torch.from_numpy(index[coarse])) if coarse.any() else None
         return Missing(lod[run], index[run], ids[run], slot[run], before[run], linked[run], gists, recut)
@@ -605,8 +618,10 @@ class Session:
         same = (cached.lod[place] == lod) & (cached.index[place] == index)
         if self.pool.config.kv_policy == "exact":
             same &= np.minimum.accumulate(same & (place == np.arange(len(lod))))
-            if self.pool.mc.config.positions == "contiguous" and not same[:len(cached.lod)].all():
+            ahead = slice(len(cached.lod) - 1, None)
+            if self.pool.mc.config.positions == "contiguous" and not (same[:len(cached.lod)].all() and not lod[ahead].any() and (np.diff(index[ahead]) == 1).all()):
                 same[:] = False  # the number of entries decides where each stands
+        same[-1] &= same.all()  # the last entry sees all that is new
         return np.where(same, cached.slot[place], -1)
 
     def _ids(self, lod: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -638,16 +653,16 @@ class Session:
         first if the user has appended, and then every `interval` tokens. They are history afterwards."""
         left, parts = torch.as_tensor(tokens, dtype=torch.int64).cpu(), []
         self.history.check_ids(left)
-        self.check_length(self.n_tokens + len(left))
+        self.check_growth(len(left))
         while len(left):
             parts.append(self.logits()[None])
-            piece = left[:self.pool.interval - (self.n_tokens - self.focus.n_tokens)]
+            piece = left[:self.pool.interval - (self.n_tokens - self.cut_tokens)]
             left = left[len(piece):]
             self.ingest(piece.tolist())
             (hidden_SD,) = self.pool.catch_up([self])
             with torch.inference_mode():
                 parts.append(self.pool.gpt.logits(hidden_SD[:-1]))
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else torch.empty(0, self.pool.gpt.config.vocab_size, device=self.pool.device)
 
     def ingest(self, tokens: list[int]) -> None:
         """Generated tokens: part of the history at once, stored when they complete a block."""
@@ -681,9 +696,10 @@ class Session:
         return lines
 
     def close(self) -> None:
-        """Give the place in the pool back."""
-        self.forget_cache()
-        self.pool.sessions.pop(self.row, None)
+        """Give the place in the pool back. Does nothing the second time."""
+        if self.pool.sessions.get(self.row) is self:
+            self.forget_cache()
+            del self.pool.sessions[self.row]
 
     def state(self) -> SessionState:
         """All that continues the session elsewhere. A history in memory is part of it; one on disk is named by its length."""
@@ -702,7 +718,7 @@ class Session:
             tensors["history"] = self.history.store.tokens(torch.arange(self.history.n_tokens))
         focus = self.focus
         meta = {"version": STATE_VERSION, "model": self.pool.fingerprint, "config": asdict(self.pool.config), "n_stored": self.history.n_tokens,
-                "pending": self.pending, "asked": self.asked, "recut": self.recut, "n_read": self.n_read, "cut_tokens": self.cut_tokens, "kept": self.kept, "computed": self.computed,
+                "store_version": self.history.store.version, "pending": list(self.pending), "asked": self.asked, "recut": self.recut, "n_read": self.n_read, "cut_tokens": self.cut_tokens, "kept": self.kept, "computed": self.computed,
                 "scores": list(self.scores.items()), "last_edits": asdict(self.last_edits),
                 "focus": {"n_tokens": focus.n_tokens, "refocuses": focus.refocuses, "expanded": sorted(focus.expanded),
                           "changed": sorted([*node, at] for node, at in focus.changed.items()), "pruned": sorted(focus.pruned)}}

@@ -71,6 +71,10 @@ class Store(Protocol):
         """What has been appended so far belongs to the history from now on, whatever happens."""
         ...
 
+    def roll_back(self) -> None:
+        """Drop what was appended since the last commit."""
+        ...
+
     def rewrite_tokens(self, start: int, ids_N: Tensor) -> None:
         """Replace tokens [start, start + N), which exist. The nodes above them are the caller's to rewrite, before the commit.
 
@@ -204,7 +208,7 @@ class RamStore:
         self._keys = _Records((format.n_keys, format.key_dim), format.read_dtype)
         self._levels: dict[int, _Records] = {}
         self._detail = Detail()
-        self.version, self._edited = 0, False
+        self.version, self._edited, self._committed = 0, False, 0
 
     @property
     def n_tokens(self) -> int:
@@ -225,7 +229,10 @@ class RamStore:
 
     def commit(self) -> None:
         self.version += self._edited
-        self._edited = False
+        self._edited, self._committed = False, self.n_tokens
+
+    def roll_back(self) -> None:
+        self.truncate(0, self._committed)
 
     def close(self) -> None:
         pass

@@ -41,6 +41,10 @@ class KnownBlocks:
     def __init__(self, search: KeySearch, blocks: Sequence[int]):
         self.search, self.blocks = search, torch.as_tensor(sorted(blocks))
 
+    @property
+    def n_exact(self) -> int:
+        return self.search.n_exact
+
     def grow(self, n_blocks: int) -> None:
         self.search.grow(n_blocks)
 
