@@ -91,7 +91,7 @@ class Vanilla:
                     buffer.narrow(dim, start, count).copy_(buffer.narrow(dim, 0, count))
         self.cache.lengths = self.cache.lengths + n - read
         self.cache.used = n
-        self.measured = Measured(rate, self.cache.nbytes() * n // (n + new_tokens))
+        self.measured = Measured(rate, (self.cache.k.nbytes + self.cache.v.nbytes) * n // (n + new_tokens))  # of the other buffers it needs the last entry only
 
     @torch.inference_mode()
     def generate(self, count: int) -> list[float]:

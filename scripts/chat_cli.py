@@ -105,6 +105,8 @@ def converse(args: Namespace, prompts: Iterator[str], session, tokenizer: Tokeni
         session.append([tokenizer.bos_id])
 
     if args.history:
+        for _ in file_pieces(args.history):
+            pass  # all of it can be read: nothing of a file that is no text goes into the history
         begin_source(str(args.history))
         begin = shown = time.monotonic()
         before = session.n_tokens

@@ -409,9 +409,10 @@ def test_another_models_nodes_are_adopted_at_once(tmp_path):
 
 def test_more_partitions_than_can_be_mapped(path, monkeypatch):
     monkeypatch.setattr(mc.disk_records, "MAX_MAPS", 3)
+    before = len(os.listdir("/proc/self/fd"))  # other tests of the process may have left some
     with DiskStore.open(path, "r") as store:
         for seed in range(20):
             index = torch.randint(150, (1 + seed % 5,), generator=torch.Generator().manual_seed(seed))
             assert torch.equal(store.tokens(index), index)
         assert torch.equal(store.tokens(torch.arange(150).flip(0)), torch.arange(150).flip(0))
-        assert len(os.listdir("/proc/self/fd")) < 60
+        assert len(os.listdir("/proc/self/fd")) < before + 50
