@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mc.history import History, store_format
+from mc.history import MAX_BLOCKS, History, store_format
 from mc.model import MegaContext
 from mc.storage import VOID, RamStore, Store
 from nanochat.common import UserError
@@ -288,9 +288,11 @@ class Catalog:
         """Rows of a table."""
         return self._rows(f"SELECT count(*) FROM {table}")[0][0]
 
-    def totals(self) -> tuple[int, int]:
-        """Tokens of all sources, and how many sources."""
-        return self._rows("SELECT coalesce(sum(tokens), 0), count(*) FROM sources")[0]
+    def totals(self, store: Store) -> tuple[int, int]:
+        """Tokens of all sources, and how many sources; the last one may be growing."""
+        tokens, sources = self._rows("SELECT coalesce(sum(tokens), 0), count(*) FROM sources")[0]
+        last = self.last_source()
+        return tokens + (self._tokens_in(store, last) - last.tokens if last and not last.complete else 0), sources
 
     def check(self) -> list[str]:
         """What SQLite finds wrong with the file."""
@@ -347,6 +349,10 @@ class Catalog:
         rows = ((lod, index, variance) for index, variance in zip(index_N.tolist(), variance_N.tolist()))
         with self._transaction() as db:
             db.executemany("INSERT INTO nodes (lod, idx, variance) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET variance = excluded.variance", rows)
+
+    def without_variance(self, lod: int) -> Tensor:
+        """Counted nodes of a level whose variance was not measured: int64 [N]."""
+        return torch.tensor([i for (i,) in self._rows("SELECT idx FROM nodes WHERE lod = ? AND variance IS NULL", lod)], dtype=torch.int64)
 
     def statistics(self, *, lod: int | None = None, limit: int = -1) -> list[NodeStatistics]:
         """Nodes by falling number of accesses."""
@@ -487,6 +493,31 @@ def _move(db: sqlite3.Connection, table: str, column: str, by: int, condition: s
     """Add to a key that is unique row by row: through negative numbers."""
     db.execute(f"UPDATE {table} SET {column} = -1 - ({column} + ?) WHERE {condition} {column} >= ?", (by, first))
     db.execute(f"UPDATE {table} SET {column} = -1 - {column} WHERE {condition} {column} < 0")
+
+
+@torch.no_grad()
+def measure_variance(history: History, catalog: Catalog) -> int:
+    """Measure the gist variance of every counted node that has none; returns how many.
+
+    That of a node's children (token embeddings, or gists) around their mean, averaged over dimensions: how much one vector stands for.
+    """
+    store, K, count = history.store, history.block_size, 0
+    for lod in range(1, history.max_lod + 1):
+        for index_N in catalog.without_variance(lod).split(MAX_BLOCKS):
+            index_N = index_N[index_N < store.n_nodes(lod)]
+            child_N = (index_N[:, None] * K + torch.arange(K)).flatten()
+            if lod == 1:
+                ids_N = store.tokens(child_N)
+                vectors_NKD, valid_NK1 = history.gpt.embed(ids_N.clamp_min(0).to(history.device)), (ids_N != VOID).view(-1, K, 1)
+            else:
+                vectors_NKD, valid_NK1 = store.gists(lod - 1, child_N), torch.ones(len(index_N), K, 1, dtype=torch.bool)
+            vectors_NKD = vectors_NKD.cpu().double().view(len(index_N), K, store.format.d_model) * valid_NK1
+            size_N1 = valid_NK1.sum(1).clamp_min(1)
+            mean_ND = vectors_NKD.sum(1) / size_N1
+            variance_N = (((vectors_NKD - mean_ND[:, None]) * valid_NK1) ** 2).sum(1) / size_N1
+            catalog.set_variance(lod, index_N, variance_N.mean(1))
+            count += len(index_N)
+    return count
 
 
 def open_history(gpt: GPT, mc: MegaContext, tree: str = "ram", store_dir: Path | str | None = None, *, dtype: torch.dtype | None = None,

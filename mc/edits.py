@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mc.catalog import Catalog, Edit, Source
-from mc.history import MAX_BLOCKS, History
+from mc.history import BATCH_BLOCKS, MAX_BLOCKS, History
 from mc.storage import ERASED, KEPT, VOID, Store
 from nanochat.common import UserError
 
@@ -148,8 +148,8 @@ def _rechunk(history: History, edit: Edit, padded: bool, first_slot: int, ids_N:
     store.truncate(0, first * K)
     store.append_tokens(tail_N)
     history.grow()
-    for begin in range(edit.stop_block, n // K, MAX_BLOCKS):
-        block_N = torch.arange(begin, min(begin + MAX_BLOCKS, n // K))
+    for begin in range(edit.stop_block, n // K, BATCH_BLOCKS):
+        block_N = torch.arange(begin, min(begin + BATCH_BLOCKS, n // K))
         store.append_tokens(old.tokens((block_N[:, None] * K + torch.arange(K)).flatten()))
         store.append_nodes(1, old.gists(1, block_N), old.keys(block_N))
         store.set_detail(block_N + edit.shift, old.detail(block_N))

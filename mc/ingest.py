@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mc.catalog import Catalog, Source
-from mc.history import MAX_BLOCKS, History
+from mc.history import BATCH_BLOCKS, History
 from mc.storage import VOID
 from nanochat.common import UserError
 from nanochat.dataset import SHARDS, read_documents
@@ -123,7 +123,7 @@ class Ingest:
     """
 
     def __init__(self, history: History, catalog: Catalog, tokenizer: Tokenizer, *, kind: str | None = None,
-                 retrieval_score: float | None = None, batch: int = MAX_BLOCKS, progress: Callable[[int], None] = lambda characters: None):
+                 retrieval_score: float | None = None, batch: int = BATCH_BLOCKS, progress: Callable[[int], None] = lambda characters: None):
         self.history, self.catalog, self.tokenizer = history, catalog, tokenizer
         self.kind, self.retrieval_score, self.limit = kind, retrieval_score, batch * history.block_size
         self.report, self.progress = IngestReport(), progress

@@ -13,7 +13,7 @@ import torch
 
 from mc.catalog import Catalog
 from mc.disk_store import DiskStore
-from mc.history import MAX_BLOCKS, History, store_format
+from mc.history import BATCH_BLOCKS, History, store_format
 from mc.networks import Networks
 from mc.storage import ERASED
 from nanochat.common import UserError
@@ -44,8 +44,8 @@ def regist(store: DiskStore, catalog: Catalog, networks: Networks, *, dtype: tor
         new = DiskStore.create(beside, format, partition_bytes=store.partition_bytes)
     with new:
         history, done = History(networks.gpt, networks.mc, new), new.n_tokens
-        for start in range(done, store.n_tokens, MAX_BLOCKS * format.block_size):
-            history.fill(store.tokens(torch.arange(start, min(start + MAX_BLOCKS * format.block_size, store.n_tokens))))
+        for start in range(done, store.n_tokens, BATCH_BLOCKS * format.block_size):
+            history.fill(store.tokens(torch.arange(start, min(start + BATCH_BLOCKS * format.block_size, store.n_tokens))))
             if progress:
                 progress(new.n_tokens, store.n_tokens)
     catalog.add_version(format.model, networks.origin)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 import shutil
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mc.catalog import Catalog, Source, open_history
+from mc.catalog import Catalog, Source, measure_variance, open_history
 from mc.disk_store import DURABILITY, DiskStore
 from mc.edits import edit_source
 from mc.export import export
@@ -134,7 +135,8 @@ def ingest_command(args: Namespace) -> None:
         seconds = time.perf_counter() - begin
         print(f"{report.sources} sources, {report.tokens:,} tokens in {seconds:.1f} s ({report.tokens / seconds:,.0f} tokens/s); "
               f"{report.known} were there already, {skipped} files without text passed over")
-        finish(**asdict(report), skipped=skipped, seconds=round(seconds, 3), slots=history.n_tokens)
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+        finish(**asdict(report), skipped=skipped, seconds=round(seconds, 3), slots=history.n_tokens, resident_bytes=resident)
 
 
 def _spool_stdin(folder: Path) -> Path:
@@ -148,7 +150,7 @@ def _spool_stdin(folder: Path) -> Path:
 def state(store: DiskStore, catalog: Catalog) -> dict:
     """What `info` and `verify` say."""
     f, K = store.format, store.format.block_size
-    tokens, sources = catalog.totals()
+    tokens, sources = catalog.totals(store)
     nodes = {name: store.n_records(name) for name in store.levels if name != "L0"}
     detail = store.detail(torch.arange(store.n_tokens // K))
     return dict(tokens=tokens, slots=store.n_tokens, nodes={name[1:]: n for name, n in nodes.items() if name[0] == "L"}, sources=sources,
@@ -202,6 +204,9 @@ def verify_command(args: Namespace) -> None:
 
 
 def query_command(args: Namespace) -> None:
+    if args.measure:
+        with opened(args, networks_of(args)) as (history, catalog):
+            print(f"gist variance of {measure_variance(history, catalog)} nodes measured")
     with reading(args) as (store, catalog):
         if args.top_nodes:
             nodes = catalog.statistics(limit=args.top_nodes)
@@ -405,6 +410,7 @@ def make_parser() -> FlagParser:
     p.add_argument("--span", help="where these slots come from: START:STOP")
     p.add_argument("--text", type=int, default=0, choices=(0, 1), help="1: print the text of what was found")
     p.add_argument("--top_nodes", type=int, default=0, help="instead: the nodes shown most often, so many")
+    p.add_argument("--measure", type=int, default=0, choices=(0, 1), help="1: measure the gist variance of counted nodes first, and keep it (as a writer)")
     p = sub["edit"]
     p.add_argument("--source", type=int, required=True, help="id of the source, see query")
     p.add_argument("--find", help="replace this text, which occurs once in the source, and what shares a token with it")

@@ -115,6 +115,7 @@ def test_a_growing_source_reaches_to_the_end(catalog):
     store = store_of(8)
     chat = catalog.add_source("chat", 8)
     store.append_tokens(torch.arange(6))
+    assert catalog.totals(store) == (6, 1)
     assert catalog.reconcile(store) == [] and catalog.source(chat).tokens == 6
     store.append_tokens(torch.full((2,), VOID))
     catalog.add_source("next", 16)
