@@ -185,3 +185,21 @@ def test_every_registered_name_arrives(troubled, train_flags, prepared, tmp_path
     assert set(wanted) - set(found) == set()
     variants = {p.attributes["mc.variant"] for p in receiver.points() if p.attributes.get("mc.stage") == "train"}
     assert variants == {"mc", "vanilla"} and len({p.attributes["mc.run.id"] for p in receiver.points()}) == 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it costs
+
+
+def test_telemetry_accounts_for_less_than_a_hundredth_of_the_steps(base, prepared):
+    """G5, on a small model: every sink on, a log line every five steps and a trace every five."""
+    flags = ["--depth=4", "--aspect_ratio=32", "--head_dim=32", "--max_seq_len=256", "--device_batch_size=2", "--total_batch_size=1024", "--num_iterations=10",
+             "--eval_every=0", "--eval_tokens=512", "--log_every=5", "--probe_every=0", "--device=cpu", "--model_tag=t", "--mc_enabled=1", "--mc_block_size=8",
+             "--mc_budget=64", "--mc_horizon=16", "--mc_start=0", "--mc_lens_queries=96", f"--data={prepared / 'texts'}"]  # fmt: skip
+    with Receiver() as receiver:
+        run(base, "base_train", *flags, "--run=trial", "--trace_every=5", **receiver.environment, **OFTEN).ok()
+    rows = [line for line in lines(base) if "train.step_time" in line]
+    shares = [row["telemetry.overhead"] for row in rows]
+    spent = sum(row["telemetry.overhead"] * row["train.step_time"] for row in rows) / sum(row["train.step_time"] for row in rows)
+    assert len(rows) == 2 and 0 < min(shares) and spent <= 0.01, shares
+    assert [p.value for p in receiver.points() if p.name == "telemetry.overhead"] == shares
