@@ -4,8 +4,8 @@ The same MegaContext training, alternating blocks of steps in one process: in on
 that base_train records, and at its end a flush to the console (into a file), metrics.jsonl, OTLP and, if asked for, Weights & Biases. OTLP goes where
 the environment says, else to a server that this command starts and that accepts everything.
 
-Reported: the ratio of the blocks' times, median over pairs with a bootstrap interval, and the share of the steps' time that the
-recorder accounts for itself.
+Reported: the ratio of the blocks' times, median over pairs with a bootstrap interval; the same of the process's CPU time, its exporting
+thread included, which other processes on the machine disturb less; and the share of the steps' time that the recorder accounts for itself.
 """
 
 import argparse
@@ -35,6 +35,9 @@ class Cost(NamedTuple):
     ratio: float  # recorded / unrecorded, median over pairs of blocks
     low: float  # 95 % interval
     high: float
+    cpu_ratio: float  # the same of CPU time
+    cpu_low: float
+    cpu_high: float
     accounted: float  # share of the recorded steps' time that the recorder says it took
     step_s: float  # seconds per step, unrecorded
     values_per_step: float
@@ -45,10 +48,11 @@ def telemetry_cost(meta: dict, tokenizer: Tokenizer, run_dir: str | Path, *, pai
     step = training_step(meta, tokenizer, with_mc=True, device=device)
     values = 0
 
-    def timed(recorder=None) -> float:
+    def timed(recorder=None) -> tuple[float, float]:
+        """Seconds of wall time and of CPU time."""
         nonlocal values
         synchronize(device)
-        begin = time.perf_counter()
+        begin = time.perf_counter(), time.process_time()
         unlogged: list[dict] = []
         for i in range(steps):
             trace = Trace("train.step", torch.device(device), keep=recorder is not None and i == 0)
@@ -64,7 +68,7 @@ def telemetry_cost(meta: dict, tokenizer: Tokenizer, run_dir: str | Path, *, pai
                     values += 1
             recorder.flush(recorder.step + steps)
         synchronize(device)
-        return time.perf_counter() - begin
+        return time.perf_counter() - begin[0], time.process_time() - begin[1]
 
     timed()
     with open(Path(run_dir) / "console", "w") as console, contextlib.redirect_stdout(console), \
@@ -77,10 +81,10 @@ def telemetry_cost(meta: dict, tokenizer: Tokenizer, run_dir: str | Path, *, pai
             block = {with_recorder is not None: timed(with_recorder) for with_recorder in order}
             taken.append((block[False], block[True]))
         accounted = recorder.take_spent()
-    seconds = np.array(taken)
-    ratios = seconds[:, 1] / seconds[:, 0]
-    return Cost(float(np.median(ratios)), *interval(ratios), accounted / seconds[:, 1].sum(), float(np.median(seconds[:, 0])) / steps,
-                values / (pairs * steps))
+    seconds = np.array(taken)  # [pairs, without or with, wall or CPU]
+    wall, cpu = (seconds[:, 1] / seconds[:, 0]).T
+    return Cost(float(np.median(wall)), *interval(wall), float(np.median(cpu)), *interval(cpu), float(accounted / seconds[:, 1, 0].sum()),
+                float(np.median(seconds[:, 0, 0])) / steps, values / (pairs * steps))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,6 +141,6 @@ def run(args: argparse.Namespace) -> None:
     _, meta = load_model_state(args.checkpoint_dir)
     with collector(), tempfile.TemporaryDirectory() as run_dir:
         cost = telemetry_cost(meta, Tokenizer.load(), run_dir, pairs=args.pairs, steps=args.steps, device=args.device, run=args.run)
-    print(f"step time with telemetry / without {cost.ratio:.4f} [{cost.low:.4f}, {cost.high:.4f}], {args.pairs} pairs of {args.steps} steps of {cost.step_s:.3f} s; "
-          f"{cost.values_per_step:.0f} values per step; accounted for by the recorder {cost.accounted:.3%}")
+    print(f"with telemetry / without: step time {cost.ratio:.4f} [{cost.low:.4f}, {cost.high:.4f}], CPU time {cost.cpu_ratio:.4f} [{cost.cpu_low:.4f}, {cost.cpu_high:.4f}], "
+          f"{args.pairs} pairs of {args.steps} steps of {cost.step_s:.3f} s; {cost.values_per_step:.0f} values per step; accounted for by the recorder {cost.accounted:.3%}")
     print(json.dumps(cost._asdict()))

@@ -81,7 +81,7 @@ def chat_mc(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: Toke
     if not meta.get("mc"):
         raise UserError("--mc_enabled=1 needs a checkpoint that was trained with --mc_enabled=1")
     sessions = import_optional("mc", "session")
-    recorder = open_recorder(args.log_dir, config=vars(args), total_steps=0, labels={"mc.stage": "session"}) if args.log_dir else None
+    recorder = open_recorder(args.log_dir, config=vars(args), total_steps=0, labels={"mc.stage": "session", "mc.variant": "mc"}) if args.log_dir else None
     with recorder or nullcontext():
         pool = sessions.open_pool(model, meta, args.checkpoint_dir, sessions.from_flags(args), recorder=recorder)
         if pool.untrained:

@@ -15,7 +15,7 @@ import mc.telemetry  # noqa: F401  registers MegaContext's metrics
 from nanochat import otel
 from nanochat.recorder import METRICS, open_recorder
 from otlp_receiver import Receiver, unused_port
-from session_replay import replay_session
+from test_session import tiny_pool, tokens
 from wandb_file import wandb_history
 
 OFTEN = {"OTEL_METRIC_EXPORT_INTERVAL": "100"}
@@ -151,8 +151,8 @@ def compare_with_jsonl(base: Path) -> None:
 
 
 def test_every_registered_name_arrives(troubled, train_flags, prepared, tmp_path, monkeypatch):
-    """A MegaContext and a vanilla run with a collector in trouble at first, a session's meter, a preflight, a queue that is too small; and
-    from above a run whose disk is full (trap 21)."""
+    """A MegaContext and a vanilla run with a collector in trouble at first, a session, a preflight, a value that is not finite, a queue that is
+    too small; and from above a run whose disk is full (trap 21)."""
     base = tmp_path / "base"
     base.mkdir()
     (base / "tokenizer").symlink_to(prepared / "base" / "tokenizer")
@@ -170,7 +170,11 @@ def test_every_registered_name_arrives(troubled, train_flags, prepared, tmp_path
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         with open_recorder(tmp_path / "session", config={}, total_steps=1) as recorder:
-            replay_session(recorder)
+            session = tiny_pool(budget=50, recorder=recorder).open()
+            session.begin(tokens(90))
+            for i in range(12):
+                session.append(tokens(3, i))
+                list(session.generate(9))
             recorder.record("train.loss", math.nan)
         monkeypatch.setattr(otel, "MOST", 3)
         with open_recorder(tmp_path / "small", config={}, total_steps=1) as recorder:
