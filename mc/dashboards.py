@@ -25,8 +25,6 @@ WINDOW = "$__rate_interval"  # Grafana's: several scrape intervals
 LASTING = "30m"  # how long a value that is not recorded at every log line counts: evaluations and probes must come more often
 SPARSE = ("train.nonfinite", "val.", "mc.val.", "mc.lens.", "mc.focus.", "mc.time.probe", "checkpoint.", "mc.session.")  # gauges that are such
 
-RARE = ("telemetry.not_finite", "telemetry.jsonl.lost", "telemetry.otlp.lost", "telemetry.otlp.failures")  # recorded where something is wrong, and only there
-
 UNITS = {"s": "seconds", "By": "bytes", "1": "ratio"}
 
 
@@ -256,7 +254,7 @@ TRAINING = Dashboard("mc-training", "MegaContext: training", "Vanilla and MegaCo
         panel("Schedule", "Learning-rate multiplier and Muon's momentum. Healthy: up, flat, down; momentum 0.85 to 0.95.",
               Line(Value("optim.lr"), "learning rate"), Line(Value("optim.momentum"), "momentum"), zero=True),
         panel("Not finite", "1 once a loss was not finite, which stops the run; recorded values of any metric that were not, per second. Healthy: 0.",
-              Line(Value("train.nonfinite"), "loss"), Line(Value("telemetry.not_finite", by="metric"), "values of"), limit=0.5, zero=True),
+              Line(Value("train.nonfinite"), "loss"), Line(Value("telemetry.not_finite"), "values"), limit=0.5, zero=True),
         panel("Tokens", "So far. Healthy: a straight line.", Value("train.tokens")),
         panel("FLOPs", "So far, counted from shapes. Healthy: a straight line, steeper once MegaContext begins.", Value("train.flops")),
     ),

@@ -9,8 +9,6 @@ import mc.telemetry  # noqa: F401  registers the metrics
 from mc.path_edits import Edits, Node
 from nanochat.recorder import Recorder
 
-import mc.telemetry  # noqa: F401  registers the metrics
-
 
 class SessionMeter:
     """Records through `recorder`; `step` of what it flushes is the session's number of tokens. cooldown: the allocator's."""

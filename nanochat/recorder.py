@@ -108,7 +108,8 @@ register(
     Metric("val.bpb", "{bit}/By", "gauge", "Bits per byte on held-out documents.", short="val bpb", healthy="falls", where=TRAIN),
     Metric("telemetry.overhead", "1", "gauge", "Time that recording, flushing and timing spans took the training thread ÷ time of the steps, since the last log line.",
            healthy="below 0.01", where=TRAIN),
-    Metric("telemetry.not_finite", "{value}", "counter", "Recorded values that were NaN or infinite, by attribute metric.", healthy="0", where="nanochat/recorder.py"),
+    Metric("telemetry.not_finite", "{value}", "gauge", "Recorded values that were NaN or infinite since the process began; null in metrics.jsonl, left out of OTLP.",
+           healthy="0", where="nanochat/recorder.py"),
     Metric("telemetry.jsonl.lost", "{line}", "gauge", "Lines that metrics.jsonl lacks since the process began, because they could not be written.",
            healthy="0", where="nanochat/recorder.py"),
     Metric("checkpoint.save_time", "s", "gauge", "Wall time of the last checkpoint.", healthy="steady", where=TRAIN),
@@ -164,7 +165,7 @@ class Sink:
         """A kept trace, finished, its attributes fetched from the device."""
 
     def health(self) -> dict[str, float]:
-        """What has been delivered and lost so far, by metric; recorded at a flush where it has changed."""
+        """What has been delivered and lost so far, by metric; recorded with every flush."""
         return {}
 
     def close(self) -> None:
@@ -184,7 +185,7 @@ class Recorder:
         self._traces: list[Trace] = []
         self.step = 0  # what a flush at the end, or after a failure, is labelled with
         self._spent = 0.0
-        self._health: dict[str, float] = {}
+        self._not_finite = 0
 
     def record(self, name: str, value: float | Tensor | Reading, **attributes: str | int | float) -> None:
         """Note one value; a tensor has one element and may be overwritten by the caller afterwards. A Reading is read at the flush.
@@ -240,9 +241,7 @@ class Recorder:
     def _record_health(self, sinks: Sequence[Sink]) -> None:
         for sink in sinks:
             for name, value in sink.health().items():
-                if self._health.get(name, 0) != value:
-                    self._health[name] = value
-                    self.record(name, value)
+                self.record(name, value)
 
     def _write(self, step: int) -> None:
         pending, self._pending = list(self._pending.values()), {}
@@ -251,9 +250,8 @@ class Recorder:
             Sample(metric, attributes, [next(fetched) if isinstance(v, Tensor) else float(v) for v in values])
             for metric, attributes, values in pending
         ]
-        for sample in samples.copy():
-            if bad := sum(not math.isfinite(v) for v in sample.values):
-                samples.append(Sample(METRICS["telemetry.not_finite"], {"metric": sample.metric.name}, [float(bad)]))
+        self._not_finite += sum(not math.isfinite(v) for sample in samples for v in sample.values)
+        samples.append(Sample(METRICS["telemetry.not_finite"], {}, [float(self._not_finite)]))
         now = time.time()
         for sink in self.sinks:
             sink.write(step, now, samples)

@@ -20,7 +20,8 @@ pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc")
 from nanochat import otel
 from nanochat.common import UserError
 from nanochat.otel import otlp_sink
-from nanochat.recorder import METRICS, NATS, Recorder, Sample, open_recorder, read_metrics
+from nanochat import recorder as recorder_module
+from nanochat.recorder import METRICS, NATS, Metric, Recorder, Sample, open_recorder, read_metrics
 from nanochat.tracing import Trace
 from otlp_receiver import Receiver, unused_port
 from scripts import mc_otel_check
@@ -31,7 +32,8 @@ protocols = pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """None of the machine's own settings."""
+    """None of the machine's own settings; and a counter."""
+    monkeypatch.setattr(recorder_module, "METRICS", METRICS | {"test.events": Metric("test.events", "{event}", "counter", "A counter.")})
     for name in os.environ:
         if name.startswith("OTEL_"):
             monkeypatch.delenv(name)
@@ -55,7 +57,7 @@ def record_run(run_dir: Path, steps: int = 3, pause: float = 0.0) -> None:
             recorder.record("train.loss", torch.tensor(6.0 / step))
             recorder.record("train.loss", -0.25)  # the SDK's own histogram would drop it, as it would a negative ΔNLL
             recorder.record("val.loss", 3.0 / step, shown="lens")
-            recorder.record("telemetry.not_finite", step, metric="x")
+            recorder.record("test.events", step, of="x")
             recorder.flush(step)
             time.sleep(pause)
 
@@ -69,12 +71,12 @@ def test_what_is_recorded_arrives(protocol, tmp_path, monkeypatch, capsys):
     assert all(r["service.name"] == "megacontext" and r["service.instance.id"] == f"{name}/0" for r in receiver.resources())
     points = receiver.points()
     assert all(p.attributes.items() >= {"mc.run.id": name, "mc.variant": "mc"}.items() for p in points)
-    assert {(p.name, p.unit, p.kind) for p in points if not p.name.startswith("telemetry.otlp")} == {
+    assert {(p.name, p.unit, p.kind) for p in points if not p.name.startswith("telemetry.")} == {
         ("train.tokens", "{token}", "gauge"), ("train.loss", "{nat}", "histogram"), ("val.loss", "{nat}", "gauge"),
-        ("telemetry.not_finite", "{value}", "sum")}  # fmt: skip
-    of = {n: [p for p in points if p.name == n] for n in METRICS}
+        ("test.events", "{event}", "sum")}  # fmt: skip
+    of = {n: [p for p in points if p.name == n] for n in {p.name for p in points}}
     assert [p.value for p in of["train.tokens"]] == [512, 1024, 1536]
-    assert [p.value for p in of["telemetry.not_finite"]] == [1, 3, 6], "a counter is the total so far"
+    assert [p.value for p in of["test.events"]] == [1, 3, 6], "a counter is the total so far"
     assert [(p.value, p.attributes["shown"]) for p in of["val.loss"]] == [(3, "lens"), (1.5, "lens"), (1, "lens")]
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [round(p.time_ns / 1e9, 3) for p in of["train.tokens"]] == [row["time"] for row in rows if "train.tokens" in row][:2] + [
@@ -93,7 +95,7 @@ def test_what_is_recorded_arrives(protocol, tmp_path, monkeypatch, capsys):
     assert all(s.end_time_unix_nano - s.start_time_unix_nano > 2e6 and abs(s.start_time_unix_nano / 1e9 - time.time()) < 60 for s in receiver.spans())
     (event,) = spans["mc.step"].events
     assert event.name == "mc.wc.snapshot" and event.attributes[0].value.string_value.endswith("…") and event.ByteSize() < 1000
-    assert rows[-1]["telemetry.otlp.delivered"] == len(points) + 9 and "telemetry.otlp.lost" not in rows[-1]
+    assert rows[-1]["telemetry.otlp.delivered"] == len(points) + 9 and rows[-1]["telemetry.otlp.lost"] == rows[-1]["telemetry.otlp.failures"] == 0
     out = capsys.readouterr().out
     assert f"OTLP: {len(points)} data points delivered to {protocol} {receiver.url}, 0 lost" in out and "9 spans delivered" in out
 
@@ -122,10 +124,10 @@ def test_delta_temporality(tmp_path, monkeypatch):
     with Receiver() as receiver:
         use(monkeypatch, receiver, OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE="delta")
         record_run(tmp_path)
-    assert [p.value for p in receiver.points() if p.name == "telemetry.not_finite"] == [1, 2, 3]
+    assert [p.value for p in receiver.points() if p.name == "test.events"] == [1, 2, 3]
     assert [sum(p.value[1]) for p in receiver.points() if p.name == "train.loss"] == [2, 2, 2]
     assert {m.sum.aggregation_temporality for q in receiver.requests["metrics"] for r in q.resource_metrics for s in r.scope_metrics
-            for m in s.metrics if m.name == "telemetry.not_finite"} == {1}  # fmt: skip
+            for m in s.metrics if m.name == "test.events"} == {1}  # fmt: skip
 
 
 def test_the_global_generator_is_left_alone(tmp_path, monkeypatch):
@@ -256,13 +258,14 @@ def test_a_collector_in_trouble_costs_no_time_and_losses_are_counted(protocol, f
         recorder.close()
         assert time.perf_counter() - begin < otel.GRACE + 0.4, "the end waited"
     health = read_metrics(tmp_path / "metrics.jsonl")[-1]
-    sent = 20 + sum(key.startswith("telemetry.otlp") for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1] for key in json.loads(line))
+    sent = sum(len(json.loads(line)) - 2 for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1])  # step and time are no metrics
     captured = capsys.readouterr()
     if fault == "slow":
         assert health["telemetry.otlp.delivered"] == sent == len(receiver.points()) and not captured.err
         assert f"OTLP: {sent} data points delivered" in captured.out
     else:
-        assert health["telemetry.otlp.lost"] == sent and "telemetry.otlp.delivered" not in health
+        assert health["telemetry.otlp.lost"] == sent and health["telemetry.otlp.delivered"] == 0
+        assert (health["telemetry.otlp.failures"] > 0) == (fault == "500"), "the others' first request is still under way at the end"
         assert f"OTLP: 0 data points delivered to {protocol}" in captured.out and f"{sent} lost" in captured.out
         (warning,) = captured.err.splitlines()
         assert warning.startswith(f"warning: {protocol} http://") and "Training goes on" in warning
@@ -281,7 +284,7 @@ def test_a_collector_that_comes_back_gets_what_waited(tmp_path, monkeypatch):
                 time.sleep(0.02)
     assert [p.value for p in receiver.points() if p.name == "train.tokens"] == list(range(20))
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]
-    assert last["telemetry.otlp.delivered"] == len(receiver.points()) and "telemetry.otlp.lost" not in last
+    assert last["telemetry.otlp.delivered"] == len(receiver.points()) and last["telemetry.otlp.lost"] == 0 < last["telemetry.otlp.failures"]
 
 
 @settings(max_examples=100, deadline=None)

@@ -2,8 +2,7 @@
 
 Asks a Prometheus-compatible store that holds real runs (one with MegaContext, one vanilla, one inference session) every query of every
 committed dashboard, over the time that the store has points of them, and every alert rule. A query without a point fails the check; so does
-a side of an alert's comparison without one (the alert itself being silent is what a healthy run looks like). Metrics that exist only where
-something is wrong (`mc.dashboards.RARE`) need no points, but the store must take their queries.
+a side of an alert's comparison without one (the alert itself being silent is what a healthy run looks like).
 """
 
 import json
@@ -18,9 +17,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from mc.dashboards import ALERTS, ALL_RUNS, RARE, RULE_WINDOW, Expr, as_expr, prometheus_name
+from mc.dashboards import ALERTS, ALL_RUNS, RULE_WINDOW, Expr, as_expr
 from nanochat.common import FlagParser, UserError, run_main
-from nanochat.recorder import METRICS
 
 
 def ask(url: str, path: str, **parameters: str | float) -> list:
@@ -85,21 +83,16 @@ def make_parser() -> FlagParser:
 
 def main() -> None:
     args = make_parser().parse_args()
-    store, empty, rare = Store(args.url.rstrip("/"), args.minutes), [], 0
+    store = Store(args.url.rstrip("/"), args.minutes)
     asked = [(f"{board} / {panel}", expression) for board, panel, expression in queries()]
     asked += [(f"alert {alert}", expression) for alert, expression in conditions()]
-    for where, expression in asked:
-        if not store.points(expression):
-            if any(prometheus_name(METRICS[name]) in expression for name in RARE):
-                rare += 1
-            else:
-                empty.append(f"{where}: {expression}")
+    empty = [f"{where}: {expression}" for where, expression in asked if not store.points(expression)]
     firing = [a.name for a in ALERTS if ask(store.url, "query", query=a.expression, time=store.end)["result"]]
     for line in empty:
         print(f"no points: {line}")
-    print(f"{len(asked) - rare - len(empty)} of {len(asked)} queries of {len({b for b, *_ in queries()})} dashboards and {len(ALERTS)} alerts return points, "
-          f"{rare} would only where something is wrong; conditions that hold now: {', '.join(firing) or 'none'}")  # fmt: skip
-    print(json.dumps({"asked": len(asked), "rare": rare, "empty": len(empty), "holding": firing}))
+    print(f"{len(asked) - len(empty)} of {len(asked)} queries of {len({b for b, *_ in queries()})} dashboards and {len(ALERTS)} alerts return points; "
+          f"conditions that hold now: {', '.join(firing) or 'none'}")  # fmt: skip
+    print(json.dumps({"asked": len(asked), "empty": len(empty), "holding": firing}))
     if empty:
         raise UserError(f"{len(empty)} queries return nothing")
 

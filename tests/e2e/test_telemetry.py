@@ -110,13 +110,14 @@ def test_losses_are_counted_and_told(name, troubled):
     if name == "dies mid-run":
         assert len(receiver.points()) + len(receiver.spans()) == last["telemetry.otlp.delivered"] > 0
     else:
-        assert "telemetry.otlp.delivered" not in last
+        assert last["telemetry.otlp.delivered"] == 0
+    assert last["telemetry.otlp.failures"] > 0 or name != "500s"
     assert json.loads(result.out.splitlines()[-1])["step"] == 20
 
 
 def test_a_slow_collector_gets_everything(troubled):
     base, result, receiver = troubled["slow"]
-    assert not result.err and "telemetry.otlp.lost" not in health(base)
+    assert not result.err and health(base)["telemetry.otlp.lost"] == 0
     assert len([p for p in receiver.points() if p.name == "train.tokens"]) == 20
 
 
@@ -128,7 +129,7 @@ def test_a_full_disk_loses_whole_lines_and_says_so(troubled):
     written = (base / "runs" / "t" / "metrics.jsonl").read_text()
     assert written.endswith("}\n") and len(lines(base)) - 1 + lost == 20 + 1 + 1  # steps, the save, what was delivered
     seen = [p.value for p in receiver.points() if p.name == "telemetry.jsonl.lost"]
-    assert seen == list(range(1, len(seen) + 1)) and lost - 1 <= len(seen), "seen from outside while it happens"
+    assert sorted(set(seen)) == list(range(int(max(seen)) + 1)) and lost - 1 <= max(seen) <= lost, "seen from outside while it happens"
     assert len([p for p in receiver.points() if p.name == "train.tokens"]) == 20, "the other sinks go on"
 
 
