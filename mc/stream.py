@@ -35,21 +35,17 @@ class Answer:
     lods: dict[int, int]  # entries of the working context by level, {} for a window
 
 
-class KnownBlocks:
+class KnownBlocks(KeySearch):
     """A search that finds the blocks it was told about, whatever the lens thinks of them."""
 
     def __init__(self, search: KeySearch, blocks: Sequence[int]):
-        self.search, self.blocks = search, torch.as_tensor(sorted(blocks))
+        super().__init__(search.lens, search.read_keys)
+        self.blocks = torch.as_tensor(sorted(blocks))
+        self.grow(search.n_blocks)
 
-    @property
-    def n_exact(self) -> int:
-        return self.search.n_exact
-
-    def grow(self, n_blocks: int) -> None:
-        self.search.grow(n_blocks)
-
-    def top(self, tail_BTD: Tensor, cursor: int, m: int, also_I: Tensor) -> tuple[Tensor, Tensor]:
-        index, logits = self.search.top(tail_BTD, cursor, m, torch.cat([also_I, self.blocks]).unique())
+    def top(self, tail_BTD: Tensor, cursor: int, m: int, also_I: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        also_I = self.blocks if also_I is None else torch.cat([also_I, self.blocks]).unique()
+        index, logits = super().top(tail_BTD, cursor, m, also_I)
         return index, logits + CERTAIN * torch.isin(index, self.blocks)
 
 
