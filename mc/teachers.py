@@ -26,15 +26,20 @@ def _precise(x: Tensor) -> Tensor:
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _attention(layer: Captured, rows: slice, queries: slice) -> tuple[Tensor, Tensor]:
-    """Attention weights [B, H, Q, S'] of some queries on the keys up to the last of them, and the values [B, H, S', E]."""
+def _for_heads(x_BGSE: Tensor, n_head: int) -> Tensor:
+    """[B, H, S, E] precise; nothing is copied that need not be."""
+    share = n_head // x_BGSE.shape[1]
+    return _precise(x_BGSE if share == 1 else x_BGSE.repeat_interleave(share, 1))
+
+
+def _attention(layer: Captured, rows: slice, queries: slice) -> Tensor:
+    """Attention weights [B, H, Q, S'] of some queries on the keys up to the last of them."""
     q = _precise(layer.q[rows, :, queries])
-    share, Q = q.shape[1] // layer.k.shape[1], q.shape[2]
-    k, v = (_precise(x[rows, :, :queries.stop]).repeat_interleave(share, 1) for x in (layer.k, layer.v))
+    k, Q = _for_heads(layer.k[rows, :, :queries.stop], q.shape[1]), q.shape[2]
     logits = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
     later = torch.ones(Q, Q, dtype=torch.bool, device=q.device).triu(1)  # only the queries' own span has keys after a query
     logits[..., queries.start:].masked_fill_(later, -torch.inf)
-    return logits.softmax(-1), v
+    return logits.softmax(-1)
 
 
 def _per_block(x_BQS: Tensor, n_blocks: int, block_size: int) -> Tensor:
@@ -50,7 +55,7 @@ def attention_mass(captured: Sequence[Captured], rows: slice, queries: slice, n_
     """
     total = 0.0
     for layer in captured:
-        weights, _ = _attention(layer, rows, queries)
+        weights = _attention(layer, rows, queries)
         weights[..., 0] = 0
         total = total + _per_block(weights.mean(1), n_blocks, block_size)
     return total / len(captured)
@@ -66,7 +71,8 @@ def gate_utility(captured: Sequence[Captured], rows: slice, queries: slice, n_bl
     for layer in captured:
         if layer.y.grad is None:
             raise RuntimeError("gate utility needs the gradient at the attention's output: run backward first")
-        weights, v = _attention(layer, rows, queries)
+        weights = _attention(layer, rows, queries)
+        v = _for_heads(layer.v[rows, :, :queries.stop], weights.shape[1])
         d_out, out = _precise(layer.y.grad[rows, :, queries]), _precise(layer.y[rows, :, queries])
         gain = _per_block((weights * (d_out @ v.transpose(-1, -2))).sum(1), n_blocks, block_size)
         mean = (d_out * out).sum(-1, keepdim=True)

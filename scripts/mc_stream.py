@@ -153,7 +153,7 @@ def markdown(title: str, rows: list[dict], value: str) -> list[str]:
     places = list(dict.fromkeys((r["group"], r["place"]) for r in rows))
     systems = [s for s in SYSTEMS if any(r["system"] == s for r in rows)]
     cells = {(r["group"], r["place"], r["system"]): r for r in rows}
-    lines = [f"### {title}", "", "| | | " + " | ".join(LABELS[s] for s in systems) + " | questions | entries by LOD (lens) |",
+    lines = [f"### {title}", "", "| history | place | " + " | ".join(LABELS[s] for s in systems) + " | questions | entries by LOD (lens) |",
              "|---" * (len(systems) + 4) + "|"]
     for group, place in places:
         found = [cells[group, place, s] for s in systems]
