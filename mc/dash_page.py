@@ -17,7 +17,8 @@ DASHES = ("", "6 3", "2 3", "8 3 2 3")  # one per run
 MARK_SHAPES = ("M-2.4 0a2.4 2.4 0 1 0 4.8 0a2.4 2.4 0 1 0-4.8 0", "M-2.2-2.2h4.4v4.4h-4.4z", "M0-3L3 2.4H-3z", "M0-3.2L3.2 0L0 3.2L-3.2 0z",
                "M0 3L3-2.4H-3z", "M-3-.9h6v1.8h-6zM-.9-3h1.8v6h-1.8z", "M-1-3.2h2v6.4h-2z")  # one per colour: round, square, triangle, diamond, …
 COLOURS = len(MARK_SHAPES)  # classes c0 … c6 of the style sheet
-MARKS = 60  # points of a line up to which each is marked
+MARKS = 60  # of a line, at most
+MOST = 800  # points of a line that are drawn: of longer ones, the least and the greatest of each stretch
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,20 @@ def series_of(panel: Panel, runs: Sequence[Run]) -> list[Series]:
                     lines.setdefault(" ".join(part for part in (line.label, attribute) if part), []).append((x, y))
         for name, points in lines.items():
             label = " ".join(part for part in (run.name if len(runs) > 1 else "", name) if part) or run.name
-            found.append(Series(label, points, number, list(lines).index(name) % COLOURS))
+            found.append(Series(label, thinned(points), number, list(lines).index(name) % COLOURS))
     if len({s.run for s in found}) == len(found):  # a line a run: then runs have colours
         found = [replace(s, colour=s.run % COLOURS) for s in found]
     return found
+
+
+def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most MOST points, the last among them: what stands out stays."""
+    if len(points) <= MOST:
+        return points
+    size = -(-2 * len(points) // (MOST - 3))
+    stretches = [points[i:i + size] for i in range(0, len(points) - 1, size)]
+    kept = [p for stretch in stretches for p in sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})]
+    return [*kept, points[-1]]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

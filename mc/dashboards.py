@@ -399,7 +399,7 @@ ALERTS = (
     Alert("SwapRateHigh", Value("mc.focus.swap_rate"), ">", 0.12, "More than an eighth of what is shown changes at each refocus.", "Scores jump between refocuses.",
           "Longer lens tail, higher thresholds or margin, a longer cooldown."),
     Alert("ResidencyLow", Value("mc.focus.residency"), "<", 2, "Blocks that were just shown are hidden again.", "The budget is too tight for what the lens wants, or it changes its mind.",
-          "Raise the budget, or the margin and cooldown."),
+          "Raise the budget, or the margin and cooldown.", when=(Value("mc.focus.expands"), ">", 0.1)),
     Alert("Thrash", Value("mc.focus.thrash"), ">", 0.3, "Edits are undone as soon as the cooldown allows.", "The lens's scores oscillate.", "Raise margin and cooldown; look at the lens's spread."),
     Alert("UtilizationLow", Value("mc.focus.replay_utilization"), "<", 0.8, "Entries of the budget are left unused.", "The price is too high, or the thresholds are.",
           "Lower tau_expand, or the budget."),

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc.dash_page import Run, figure, page, series_of, standings, ticks
+from mc.dash_page import MOST, Run, figure, page, series_of, standings, thinned, ticks
 from mc.dashboards import ALERTS, DASHBOARDS, TRAINING, WINDOW, Alert, Value, panel, prometheus_name
 from nanochat.common import UserError
 from nanochat.recorder import METRICS, SHARES, Metric, read_metrics
@@ -261,6 +261,15 @@ def test_lines_of_a_panel_are_those_of_the_run():
     rows = [{**row, "train.tokens": 100.0 * row["step"]} for row in ROWS]
     one, two = series_of(over_tokens, [Run("a", rows), Run("b", rows)])
     assert one.points == [(100, 0.4), (200, 0.2)] and (one.name, two.name) == ("a", "b") and one.colour != two.colour
+
+
+@settings(max_examples=50)
+@given(count=st.integers(1, 5 * MOST), spike=st.integers(0, 5 * MOST))
+def test_a_long_line_keeps_its_extremes_and_its_end(count, spike):
+    points = [(float(i), 1e6 if i == spike else float(i % 7)) for i in range(count)]
+    drawn = thinned(points)
+    assert len(drawn) <= MOST and drawn[-1] == points[-1] and set(drawn) <= set(points) and [x for x, _ in drawn] == sorted(x for x, _ in drawn)
+    assert max(y for _, y in drawn) == max(y for _, y in points) and (count > MOST or drawn == points)
 
 
 @settings(max_examples=200)

@@ -13,7 +13,7 @@ from torch import nn
 
 from nanochat import optim
 from nanochat.common import UserError
-from nanochat.optim import MuonAdamW, assert_finite, check_groups, global_grad_norm, gpt_param_groups, orthogonalize
+from nanochat.optim import MuonAdamW, assert_finite, check_groups, global_grad_norm, gpt_param_groups, orthogonalize, relative_change
 
 torch.set_num_threads(1)
 
@@ -290,6 +290,15 @@ def test_grad_norm_and_clipping():
     torch.testing.assert_close(global_grad_norm(params, max_norm=0.5), expected)
     torch.testing.assert_close(global_grad_norm(params, max_norm=0.5), torch.tensor(0.5), rtol=1e-4, atol=0)
     torch.testing.assert_close(global_grad_norm(params, max_norm=2.0), torch.tensor(0.5), rtol=1e-4, atol=0)
+
+
+def test_relative_change_is_of_all_parameters_together():
+    params = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
+    before = [p.clone() for p in params]
+    assert relative_change(params, before) == 0
+    params[0][1] += 0.5
+    torch.testing.assert_close(relative_change(params, before), torch.tensor(0.1))
+    assert relative_change([torch.zeros(2)], [torch.zeros(2)]) == 0
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf"), torch.tensor(float("nan"))])

@@ -143,6 +143,7 @@ def test_diverged(base, train):
     error = train(base, "--embedding_lr=1e38", "--unembedding_lr=1e38", "--warmup_steps=0").error
     assert "loss is not finite at step 1 " in error and "lower the learning rates" in error
     assert not (base / "checkpoints").exists()
+    assert [row["train.nonfinite"] for row in rows(base)][-1] == 1, "an alert can see it"
 
 
 @pytest.mark.parametrize("kind", ["first micro-step", "lens"])
