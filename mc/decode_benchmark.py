@@ -106,12 +106,44 @@ class Vanilla:
         return seconds
 
 
+def held_bytes(root, *apart) -> int:
+    """Bytes of all tensors that an object holds, through its attributes and containers; what `apart` hold is left out."""
+    def storages(objects, seen: set[int]) -> dict[int, int]:
+        found: dict[int, int] = {}
+        left = list(objects)
+        while left:
+            item = left.pop()
+            if id(item) in seen or isinstance(item, (type, str, bytes, int, float)) or callable(item) and not hasattr(item, "__dict__"):
+                continue
+            seen.add(id(item))
+            if isinstance(item, Tensor):
+                found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+            elif isinstance(item, dict):
+                left += [*item.keys(), *item.values()]
+            elif isinstance(item, (list, tuple, set, frozenset)):
+                left += item
+            elif hasattr(item, "__dict__"):
+                left += vars(item).values()
+        return found
+
+    seen: set[int] = set()
+    storages(apart, seen)
+    return sum(storages([root], seen).values())
+
+
+def device_bytes(session: sessions.Session) -> int:
+    """What inference holds beside the base's weights and the host's store and index, and the most that a pass needs for a moment."""
+    pool = session.pool
+    return held_bytes(pool, pool.gpt, session.history.store, session.search) + pool.pass_bytes
+
+
 def host_bytes(session: sessions.Session) -> int:
-    """Bytes of what the store holds of a history: token ids, gists and lens keys."""
+    """Bytes of a history: token ids, gists and lens keys as records, and the search's index as it is held."""
     f, store = session.history.store.format, session.history.store
     size = torch.finfo(f.read_dtype).bits // 8
     nodes = sum(session.history.shape.counts[1:])
-    return 8 * store.n_tokens + size * (nodes * f.d_model + store.n_nodes(1) * f.n_keys * f.key_dim)
+    records = 8 * store.n_tokens + size * (nodes * f.d_model + store.n_nodes(1) * f.n_keys * f.key_dim)
+    return records + held_bytes(session.search, store, session.pool.mc)
 
 
 class InSession:
@@ -121,8 +153,9 @@ class InSession:
         self.pool, self.session = pool, pool.open(store)
         begin = time.perf_counter()
         self.session.begin(history_N)
-        self.measured = Measured(len(history_N) / (time.perf_counter() - begin), sum(pool.device_bytes().values()), host_bytes=host_bytes(self.session))
+        rate = len(history_N) / (time.perf_counter() - begin)
         self.generate(2 * pool.interval)
+        self.measured = Measured(rate, device_bytes(self.session), host_bytes=host_bytes(self.session))
         pool.timing.seconds.clear()
         pool.timing.synchronize = True
 

@@ -196,15 +196,11 @@ class SessionPool:
                 digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def device_bytes(self) -> dict[str, int]:
-        """Bytes that inference keeps on the model's device besides the weights of the base: all of them independent of history.
-
-        entries: vectors of the longest pass, with their rotary tables and mask. lens: its weights and the inputs of its queries.
-        """
+    @property
+    def pass_bytes(self) -> int:
+        """Bytes that the longest pass needs for its entries, from shapes: vectors, rotary tables, mask and integers of a full cache."""
         size, slots, g = torch.finfo(self.dtype).bits // 8, self.cache.slots, self.gpt.config
-        entries = self.max_sessions * slots * (size * (g.n_embd + g.head_dim + slots) + 3 * 8)
-        lens = sum(p.nbytes for p in self.mc.lensnet.parameters()) + size * (self.mc.lensnet.config.tail + LOCAL_MEAN) * 4 * g.n_embd
-        return {"kv": self.cache.nbytes(), "entries": entries, "lens": lens, "gistnet": sum(p.nbytes for p in self.mc.gistnet.parameters())}
+        return self.max_sessions * slots * (size * (g.n_embd + g.head_dim + slots) + 8 * len(FIELDS))
 
     def open(self, store: Store | None = None, *, seed: int = 0, catalog: Catalog | None = None) -> "Session":
         """A session on a store, with what it holds as history; default: an empty one in memory. seed: of its draws. catalog: counts

@@ -13,6 +13,7 @@ from tiny_mc import VOCAB, randomize, tiny_base
 
 from mc import working_context as wc
 from mc.config import MCConfig
+from mc.decode_benchmark import held_bytes
 from mc.disk_store import DiskStore
 from mc.focus_allocator import FocusConfig, check_feasible
 from mc.gaussian_rope import alibi_slopes, entry_rotary
@@ -341,14 +342,15 @@ def test_sixty_four_windows_of_history_and_the_start_is_found():
 
 
 def test_device_memory_does_not_know_the_history():
-    pool = big_lens_pool()
-    session = pool.open()
-    sizes = set()
-    for n in (10, 1000, 3000):
+    """All that a pool holds besides weights, store and search index: counted, not computed from shapes."""
+    session, sizes = big_lens_pool().open(), []
+    for n in (500, 1000, 2000, 4000):
         session.append(np.random.default_rng(n).integers(0, 400, n).tolist())
-        session.logits()
-        sizes.add(tuple(pool.device_bytes().items()))
-    assert len(sizes) == 1
+        list(session.generate(40))
+        sizes.append(held_bytes(session.pool, session.pool.gpt, session.history.store, session.search))
+    assert len(set(sizes)) == 1 and sizes[0] > session.pool.cache.nbytes()
+    session.kept_by_mistake = torch.zeros(session.n_tokens)
+    assert held_bytes(session.pool, session.pool.gpt, session.history.store, session.search) == sizes[-1] + 4 * session.n_tokens
 
 
 def test_pruned_blocks_stay_gists_and_say_so():
