@@ -6,8 +6,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlparse
 
 import pytest
 from hypothesis import given, settings
@@ -185,8 +188,9 @@ def test_the_collectors_pipelines_are_of_parts_that_it_has():
 EXPECTED = {"healthy": set(), "frozen_lens": {"NetworkFrozen"}, "thrashing": {"SwapRateHigh", "ResidencyLow", "Thrash"}, "nan": {"LossNotFinite"}}
 
 
-def check_alerts():
-    spec = importlib.util.spec_from_file_location("check_alerts", OBSERVABILITY / "check_alerts.py")
+def script(name: str):
+    """A module of runs/observability."""
+    spec = importlib.util.spec_from_file_location(name, OBSERVABILITY / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -199,7 +203,7 @@ def test_there_is_a_run_for_every_fault():
 @pytest.mark.parametrize("name", EXPECTED)
 def test_alerts_fire_on_planted_faults_and_on_nothing_else(name, tmp_path):
     """By Prometheus's own evaluation of the committed rules."""
-    module = check_alerts()
+    module = script("check_alerts")
     if module.promtool() is None:
         pytest.skip("promtool is not installed (Debian package prometheus)")
     assert module.fired(DATA / f"{name}.jsonl", tmp_path) == EXPECTED[name]
@@ -209,6 +213,51 @@ def test_alerts_fire_on_planted_faults_and_on_nothing_else(name, tmp_path):
 def test_the_offline_page_sees_the_same_faults(name):
     held = {s.alert.name for s in standings(Run(name, RUNS[name])) if s.steps} - {"MfuDrop"}  # which needs ten minutes
     assert held >= EXPECTED[name] if name != "healthy" else held == set()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every panel asked of a store (runs/observability/e2e.sh does so with a real one)
+
+
+@pytest.fixture
+def store():
+    """A store that has one point of everything but of what is in `missing`; and its URL."""
+    missing: list[str] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            query = parse_qs(urlparse(self.path).query).get("query", [""])[0]
+            point = {"metric": {}, "values": [[1, "0.5"]], "value": [1, "0.5"]}
+            data = ["a-run"] if "/label/" in self.path else {"result": [] if any(name in query for name in missing) else [point]}
+            body = json.dumps({"status": "success", "data": data}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield missing, f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+def test_a_panel_without_points_is_named(store, monkeypatch, capsys):
+    missing, url = store
+    module = script("check_dashboards")
+    monkeypatch.setattr(sys, "argv", ["check_dashboards.py", f"--url={url}"])
+    module.main()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    lines = sum(4 if p.x else len(p.lines) for board in DASHBOARDS for p in board.panels)  # an overlay asks two runs for x and y
+    assert told == {"asked": lines + len(list(module.conditions())), "empty": 0, "holding": [a.name for a in ALERTS]}
+    missing.append("mc_lens_regret")
+    with pytest.raises(UserError, match="1 queries return nothing"):
+        module.main()
+    assert "no points: MegaContext: focus / Regret: " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["check_dashboards.py", "--url=http://127.0.0.1:9"])
+    with pytest.raises(UserError, match="no store at http://127.0.0.1:9"):
+        module.main()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
