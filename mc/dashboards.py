@@ -284,7 +284,7 @@ FOCUS = Dashboard("mc-focus", "MegaContext: focus", "Is the lens learning, and i
         panel("Edits", "Nodes expanded and collapsed by edits, and collapsed by the hard budget, per refocus. Healthy: the first two alike; forced at most 1.",
               Line(Value("mc.focus.expands"), "expands"), Line(Value("mc.focus.collapses"), "collapses"), Line(Value("mc.focus.forced"), "forced"), zero=True),
         panel("Residency", "Refocuses that a block shown by an edit stays shown: mean, and 95th percentile. Healthy: mean above 2.",
-              Line(Value("mc.focus.residency"), "mean"), Line(Value("mc.focus.residency_p95"), "p95"), limit=2, zero=True),
+              Line(Value("mc.focus.residency"), "mean"), Line(Value("mc.focus.residency_p95"), "p95"), limit=1.8, zero=True),
         panel("Thrash", "Share of flips that undo another within twice the cooldown. Healthy: below 0.2 once the lens has learned.", Value("mc.focus.thrash"), limit=0.3, zero=True),
         panel("Budget utilization", "Entries used over the largest count within reach: in a replay, and of training cuts (one in four is coarse on purpose). "
               "Healthy: replay above 0.8.", Line(Value("mc.focus.replay_utilization"), "replay"), Line(Value("mc.focus.utilization"), "training cuts"), limit=0.8),
@@ -341,7 +341,7 @@ RUNTIME = Dashboard("mc-runtime", "MegaContext: runtime", "Latency, memory and t
         panel("Session swap rate", "Healthy: below 0.12.", Value("mc.session.swap_rate"), limit=0.12, zero=True),
         panel("Session edits", "Nodes per second: expanded, collapsed, collapsed by force, undone within twice the cooldown. Healthy: undone below a tenth.",
               *(Line(Value(f"mc.session.{name}"), name) for name in ("expands", "collapses", "forced", "undone")), zero=True),
-        panel("Session residency", "Refocuses that a block stayed shown. Healthy: above 2.", Value("mc.session.residency"), limit=2, zero=True),
+        panel("Session residency", "Refocuses that a block stayed shown. Healthy: above 2.", Value("mc.session.residency"), limit=1.8, zero=True),
         panel("Session utilization", "Healthy: above 0.8.", Value("mc.session.utilization"), limit=0.8),
     ),
 })  # fmt: skip
@@ -398,7 +398,7 @@ ALERTS = (
           when=(Value("mc.val.delta_nll", shown="window"), ">=", 0.1)),
     Alert("SwapRateHigh", Value("mc.focus.swap_rate"), ">", 0.12, "More than an eighth of what is shown changes at each refocus.", "Scores jump between refocuses.",
           "Longer lens tail, higher thresholds or margin, a longer cooldown."),
-    Alert("ResidencyLow", Value("mc.focus.residency"), "<", 2, "Blocks that were just shown are hidden again.", "The budget is too tight for what the lens wants, or it changes its mind.",
+    Alert("ResidencyLow", Value("mc.focus.residency"), "<", 1.8, "Blocks that were just shown are hidden again.", "The budget is too tight for what the lens wants, or it changes its mind.",
           "Raise the budget, or the margin and cooldown.", when=(Value("mc.focus.expands"), ">", 0.1)),
     Alert("Thrash", Value("mc.focus.thrash"), ">", 0.3, "Edits are undone as soon as the cooldown allows.", "The lens's scores oscillate.", "Raise margin and cooldown; look at the lens's spread."),
     Alert("UtilizationLow", Value("mc.focus.replay_utilization"), "<", 0.8, "Entries of the budget are left unused.", "The price is too high, or the thresholds are.",
