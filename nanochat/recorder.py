@@ -415,6 +415,7 @@ class WandbSink(Sink):
     """Weights & Biases. WANDB_MODE is honoured (online, offline, disabled); without a key or network the run is kept offline,
     and stderr says so. Metric names get "/" for ".", by which W&B groups panels; `step` is the x axis.
 
+    Where its background process is lost during the run, one warning is printed, training goes on, and the end says how many lines are missing.
     A run resumed in the same run_dir continues under the same W&B id. Raises UserError without the wandb package, or if wandb
     cannot even start offline.
     """
@@ -426,7 +427,7 @@ class WandbSink(Sink):
             import wandb
         except ImportError:
             raise UserError("--run needs the wandb package: pip install 'megacontext[wandb]', or leave --run out") from None
-        self.wandb, run_dir = wandb, Path(run_dir)
+        self.wandb, self.lost, run_dir = wandb, 0, Path(run_dir)
         options = {"project": os.environ.get("WANDB_PROJECT", "megacontext"), "name": name, "dir": str(run_dir), "config": config}
         options["id"] = run_id(run_dir)
         mode, obstacle = os.environ.get("WANDB_MODE", "online"), ""
@@ -452,10 +453,20 @@ class WandbSink(Sink):
         return self.wandb.init(mode=mode, resume="allow" if mode == "online" else None, settings=settings, **options)
 
     def write(self, step: int, now: float, samples: Sequence[Sample]) -> None:
-        self.run.log({"step": step, **{s.key.replace(".", "/"): s.value for s in samples}})
+        try:
+            self.run.log({"step": step, **{s.key.replace(".", "/"): s.value for s in samples}})
+        except (OSError, self.wandb.Error) as e:
+            if not self.lost:
+                print(f"warning: W&B takes no more metrics ({e}). Training goes on; metrics.jsonl has them", file=sys.stderr, flush=True)
+            self.lost += 1
 
     def close(self) -> None:
-        self.run.finish()
+        try:
+            self.run.finish()
+        except (OSError, self.wandb.Error) as e:
+            print(f"warning: W&B could not be closed ({e})", file=sys.stderr, flush=True)
+        if self.lost:
+            print(f"warning: W&B lacks {self.lost} lines that metrics.jsonl has", file=sys.stderr, flush=True)
 
 
 def run_id(run_dir: str | Path) -> str:

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -312,3 +313,22 @@ def test_a_closed_sinks_last_words_are_on_file(tmp_path):
         r.flush(1)
     assert [row["test.last"] for _, row, _ in late.rows] == [0]
     assert [json.loads(line)["test.last"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [0, 3]
+
+
+def test_weights_and_biases_lost_during_the_run(tmp_path, no_credentials, monkeypatch, capsys):
+    """What its client raises when its background process is gone; measured by killing it."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    sink = WandbSink("a", tmp_path, {})
+    with Recorder(tmp_path, sink) as r:
+        for step in range(1, 5):
+            if step == 3:
+
+                def gone(*args):
+                    raise ConnectionResetError("Connection lost")
+
+                monkeypatch.setattr(sink, "run", SimpleNamespace(log=gone, finish=gone))
+            r.record("test.last", step)
+            r.flush(step)
+    assert [row["test.last"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(errors) == 3 and "Training goes on" in errors[0] and "could not be closed" in errors[1] and "lacks 2 lines" in errors[2]

@@ -1,7 +1,9 @@
 """The report of a comparison, from hand-made outcomes: its numbers, its table, its plots; and the step times that it quotes."""
 
 import json
+import os
 import re
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from mc import benchmark, report
+from mc import benchmark, report, telemetry_benchmark
 from mc.config import MCConfig, to_dict
 from mc.evaluation import Outcome
 from mc.runtime import MCController
 from nanochat import tracing
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.recorder import read_metrics
 from tiny_mc import SMALL, T
 
 matplotlib.use("Agg")
@@ -251,3 +254,19 @@ def test_step_times_need_megacontext_and_its_tokenizer():
         benchmark.training_step_times({**meta(), "mc": None}, TOKENIZER)
     with pytest.raises(UserError, match="tokenizer abc, here is xyz"):
         benchmark.training_step_times(meta(), SimpleNamespace(vocab_size=50, fingerprint="xyz"))
+
+
+@pytest.mark.parametrize("otlp", [True, False])
+def test_telemetry_cost_is_of_real_sinks(otlp, tmp_path, monkeypatch):
+    """Everything a step records reaches metrics.jsonl, and the collector that the command starts where the environment names none."""
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    for name in [name for name in os.environ if name.startswith("OTEL_")]:
+        monkeypatch.delenv(name)
+    with telemetry_benchmark.collector() if otlp else nullcontext():
+        cost = telemetry_benchmark.telemetry_cost(meta(), TOKENIZER, tmp_path, pairs=3, steps=2)
+    assert 0 < cost.low <= cost.ratio <= cost.high and 0 < cost.cpu_low <= cost.cpu_ratio <= cost.cpu_high and cost.step_s > 0
+    assert 0 < cost.accounted < 1 and cost.values_per_step > 2 * 20
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    assert len(found) == 1 + 3 and "mc.loss.wc" in found[1] and "OTEL_EXPORTER_OTLP_ENDPOINT" not in os.environ
+    if otlp:
+        assert found[-1]["telemetry.otlp.lost"] == 0 and found[-1]["telemetry.otlp.delivered"] > 4 * 20
