@@ -157,11 +157,14 @@ class Catalog:
             version = self.db.execute("PRAGMA user_version").fetchone()[0]
             tables = self.db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             if not tables and not read_only:
-                self.db.executescript(f"BEGIN; {SCHEMA} PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION}; COMMIT;")
+                stamp = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION};"
+                self.db.executescript(f"BEGIN; {SCHEMA} {stamp} COMMIT;")
             elif self.db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
                 raise UserError(f"{self._where} is a database of something else; move it away")
             elif version != VERSION:
-                raise UserError(f"catalog {self._where} has version {version}, this program reads version {VERSION}; use the program that wrote it")
+                raise UserError(
+                    f"catalog {self._where} has version {version}, this program reads version {VERSION}; use the program that wrote it"
+                )
 
     def _connect(self) -> sqlite3.Connection:
         if self.path is None:
@@ -228,12 +231,22 @@ class Catalog:
 
     def versions(self) -> list[dict]:
         """Versions of the gists, the present one last."""
-        return [dict(zip(("id", "model", "time", "origin"), row)) for row in self._rows("SELECT id, model, time, origin FROM versions ORDER BY id")]
+        rows = self._rows("SELECT id, model, time, origin FROM versions ORDER BY id")
+        return [dict(zip(("id", "model", "time", "origin"), row)) for row in rows]
 
     # --- sources -----------------------------------------------------------------------------------------------------
 
-    def add_source(self, uri: str, start: int, *, hash: str = "", kind: str | None = None, retrieval_score: float | None = None,
-                   tokens: int = 0, complete: bool = False) -> int:
+    def add_source(
+        self,
+        uri: str,
+        start: int,
+        *,
+        hash: str = "",
+        kind: str | None = None,
+        retrieval_score: float | None = None,
+        tokens: int = 0,
+        complete: bool = False,
+    ) -> int:
         """A source that begins at slot `start`, and grows to the end of the store unless it is complete. Returns its id."""
         return self.write_sources([Source(0, uri, hash, kind, time.time(), retrieval_score, start, tokens, complete)])[0]
 
@@ -261,11 +274,26 @@ class Catalog:
             raise UserError(f"no source {id} in {self._where}; `query` lists them")
         return found[0]
 
-    def sources(self, *, uri: str | None = None, kind: str | None = None, tag: str | None = None, since: float | None = None,
-                until: float | None = None, min_score: float | None = None, limit: int = -1) -> list[Source]:
+    def sources(
+        self,
+        *,
+        uri: str | None = None,
+        kind: str | None = None,
+        tag: str | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        min_score: float | None = None,
+        limit: int = -1,
+    ) -> list[Source]:
         """Sources in the order of their spans; uri: a GLOB pattern; since, until: seconds since 1970."""
-        conditions = {"uri GLOB ?": uri, "kind = ?": kind, "id IN (SELECT source FROM tags WHERE tag = ?)": tag, "time >= ?": since,
-                      "time <= ?": until, "retrieval_score >= ?": min_score}
+        conditions = {
+            "uri GLOB ?": uri,
+            "kind = ?": kind,
+            "id IN (SELECT source FROM tags WHERE tag = ?)": tag,
+            "time >= ?": since,
+            "time <= ?": until,
+            "retrieval_score >= ?": min_score,
+        }
         given = {condition: value for condition, value in conditions.items() if value is not None}
         where = f"WHERE {' AND '.join(given)} " if given else ""
         return self._sources(f"{where}ORDER BY start, id LIMIT ?", *given.values(), limit)
@@ -273,7 +301,9 @@ class Catalog:
     def sources_in(self, start: int, stop: int) -> list[Source]:
         """Where the slots [start, stop) come from, in order: the sources that have a token there."""
         before = self._rows("SELECT max(start) FROM sources WHERE start <= ?", start)[0][0]
-        return self._sources("WHERE start >= ? AND start < ? AND (start + tokens > ? OR NOT complete) ORDER BY start, id", before or 0, stop, start)
+        return self._sources(
+            "WHERE start >= ? AND start < ? AND (start + tokens > ? OR NOT complete) ORDER BY start, id", before or 0, stop, start
+        )
 
     def complete_source(self, hash: str) -> Source | None:
         """The source that holds all of the content with this hash."""
@@ -340,15 +370,24 @@ class Catalog:
             if accessed:
                 node_N, counts = torch.cat(accessed).unique(return_counts=True)
                 rows = zip((node_N >> LOD_SHIFT).tolist(), (node_N & (1 << LOD_SHIFT) - 1).tolist(), counts.tolist())
-                db.executemany("INSERT INTO nodes (lod, idx, accesses) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET accesses = accesses + excluded.accesses", rows)
-            db.executemany("INSERT INTO nodes (lod, idx, sensitivity, measured) VALUES (?, ?, ?, 1) ON CONFLICT DO UPDATE SET "
-                           "sensitivity = sensitivity + excluded.sensitivity, measured = measured + 1", sensed)
+                db.executemany(
+                    "INSERT INTO nodes (lod, idx, accesses) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET "
+                    "accesses = accesses + excluded.accesses",
+                    rows,
+                )
+            db.executemany(
+                "INSERT INTO nodes (lod, idx, sensitivity, measured) VALUES (?, ?, ?, 1) ON CONFLICT DO UPDATE SET "
+                "sensitivity = sensitivity + excluded.sensitivity, measured = measured + 1",
+                sensed,
+            )
 
     def set_variance(self, lod: int, index_N: Tensor, variance_N: Tensor) -> None:
         """Gist variance of nodes of a level."""
         rows = ((lod, index, variance) for index, variance in zip(index_N.tolist(), variance_N.tolist()))
         with self._transaction() as db:
-            db.executemany("INSERT INTO nodes (lod, idx, variance) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET variance = excluded.variance", rows)
+            db.executemany(
+                "INSERT INTO nodes (lod, idx, variance) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET variance = excluded.variance", rows
+            )
 
     def without_variance(self, lod: int) -> Tensor:
         """Counted nodes of a level whose variance was not measured: int64 [N]."""
@@ -365,8 +404,10 @@ class Catalog:
 
         A block whose sensitivity was never measured counts with the mean of the measured ones, 1 where there are none.
         """
-        rows = np.array(self._rows("SELECT idx, accesses, CASE WHEN measured THEN sensitivity / measured END FROM nodes WHERE lod = 0"),
-                        dtype=np.float64).reshape(-1, 3)
+        rows = np.array(
+            self._rows("SELECT idx, accesses, CASE WHEN measured THEN sensitivity / measured END FROM nodes WHERE lod = 0"),
+            dtype=np.float64,
+        ).reshape(-1, 3)
         rows = rows[rows[:, 0] < n_blocks]
         measured = ~np.isnan(rows[:, 2])
         typical = rows[measured, 2].mean().clip(0) if measured.any() else 1.0
@@ -384,7 +425,7 @@ class Catalog:
         """Make the tombstones say which blocks are pruned (bool [blocks]); those that were keep their time."""
         times = np.full(len(pruned_N), time.time())
         for first, count, when in self.tombstones():
-            times[first:first + count] = when
+            times[first : first + count] = when
         starts = np.zeros(len(pruned_N) + 1, dtype=bool)
         first = np.array([s.start // self.block_size for s in self._sources("WHERE tokens > 0")], dtype=np.int64)
         starts[first[first < len(pruned_N)]] = True
@@ -415,22 +456,30 @@ class Catalog:
         with self._transaction() as db:
             db.execute("UPDATE sources SET tokens = tokens + ?, edits = edits + 1 WHERE id = ?", (grown, edit.source))
             for column in ("start", "stop"):
-                db.execute(f"UPDATE tags SET {column} = max({column} + ?, ?) WHERE source = ? AND {column} >= ?",
-                           (grown, edit.start, edit.source, edit.start + edit.removed))
-                db.execute(f"UPDATE tags SET {column} = min({column}, ?) WHERE source = ? AND {column} > ? AND {column} < ?",
-                           (edit.start + edit.inserted, edit.source, edit.start, edit.start + edit.removed))
+                db.execute(
+                    f"UPDATE tags SET {column} = max({column} + ?, ?) WHERE source = ? AND {column} >= ?",
+                    (grown, edit.start, edit.source, edit.start + edit.removed),
+                )
+                db.execute(
+                    f"UPDATE tags SET {column} = min({column}, ?) WHERE source = ? AND {column} > ? AND {column} < ?",
+                    (edit.start + edit.inserted, edit.source, edit.start, edit.start + edit.removed),
+                )
             db.execute("DELETE FROM tags WHERE source = ? AND start >= stop", (edit.source,))
             last = edit.stop_block if grown or edit.shift else first_block + (edit.start % K + edit.inserted + K - 1) // K
             for lod in (0, 1):  # what was counted about the old content says nothing about the new one
                 db.execute("DELETE FROM nodes WHERE lod = ? AND idx >= ? AND idx < ?", (lod, first_block, last))
             if edit.shift:
-                db.execute("UPDATE sources SET start = start + ? WHERE id != ? AND (start, id) > "
-                           "(SELECT start, id FROM sources WHERE id = ?)", (edit.shift * K, edit.source, edit.source))
+                db.execute(
+                    "UPDATE sources SET start = start + ? WHERE id != ? AND (start, id) > (SELECT start, id FROM sources WHERE id = ?)",
+                    (edit.shift * K, edit.source, edit.source),
+                )
                 _move(db, "nodes", "idx", edit.shift, "lod <= 1 AND", edit.stop_block)
                 _move(db, "tombstones", "first", edit.shift, "", edit.stop_block)
             db.execute("DELETE FROM nodes WHERE lod > 1 AND idx >= ?", (first_block // K,))
-            db.execute("INSERT INTO edits (source, time, start, removed, inserted, report) VALUES (?, ?, ?, ?, ?, ?)",
-                       (edit.source, time.time(), edit.start, edit.removed, edit.inserted, json.dumps(report)))
+            db.execute(
+                "INSERT INTO edits (source, time, start, removed, inserted, report) VALUES (?, ?, ?, ?, ?, ?)",
+                (edit.source, time.time(), edit.start, edit.removed, edit.inserted, json.dumps(report)),
+            )
             db.execute("DELETE FROM intent")
 
     def edits(self, source: int | None = None) -> list[dict]:
@@ -448,7 +497,8 @@ class Catalog:
         if gone := self._sources("WHERE start >= ? AND (tokens > 0 OR start > ?)", n, n):
             with self._transaction() as db:
                 db.executemany("DELETE FROM sources WHERE id = ?", [(s.id,) for s in gone])
-            notes.append(f"{len(gone)} sources were announced and never committed: removed ({', '.join(s.uri for s in gone[:3])}{'…' * (len(gone) > 3)})")
+            named = ", ".join(s.uri for s in gone[:3]) + "…" * (len(gone) > 3)
+            notes.append(f"{len(gone)} sources were announced and never committed: removed ({named})")
         cut = [s for s in self._sources("WHERE start + tokens > ?", n)]
         growing = [s for s in self._sources("WHERE NOT complete AND start + tokens < ?", n)]
         for source in cut + growing:
@@ -456,7 +506,9 @@ class Catalog:
             if tokens != source.tokens:
                 self.write_sources([Source(**asdict(source) | {"tokens": tokens, "complete": False})])
                 if source in cut:
-                    notes.append(f"source {source.id} ({source.uri}) was cut off at {tokens} of {source.tokens} tokens: ingest it again to go on")
+                    notes.append(
+                        f"source {source.id} ({source.uri}) was cut off at {tokens} of {source.tokens} tokens: ingest it again to go on"
+                    )
         last = self.last_source()
         if (end := min(last.stop(K), n) if last else 0) < n:
             notes.append(f"{n - end} slots at the end have no source")
@@ -465,7 +517,7 @@ class Catalog:
         for first, count, _ in self.tombstones():
             told[min(first, n // K)] += 1
             told[min(first + count, n // K)] -= 1
-        if (differ := int((pruned != (told.cumsum()[:-1] > 0)).sum())):
+        if differ := int((pruned != (told.cumsum()[:-1] > 0)).sum()):
             self.set_tombstones(pruned)
             notes.append(f"the pruned state of {differ} blocks was not known: taken from the store")
         return notes
@@ -520,8 +572,16 @@ def measure_variance(history: History, catalog: Catalog) -> int:
     return count
 
 
-def open_history(gpt: GPT, mc: MegaContext, tree: str = "ram", store_dir: Path | str | None = None, *, dtype: torch.dtype | None = None,
-                 durability: str = "batch", mode: str = "rw") -> tuple[History, Catalog]:
+def open_history(
+    gpt: GPT,
+    mc: MegaContext,
+    tree: str = "ram",
+    store_dir: Path | str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    durability: str = "batch",
+    mode: str = "rw",
+) -> tuple[History, Catalog]:
     """The history that `--mc_tree` and `--mc_store` name, with its catalog, in agreement with each other.
 
         history, catalog = open_history(gpt, mc, args.mc_tree, args.mc_store)

@@ -13,12 +13,15 @@ Shapes: N tokens or nodes.
 
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mc.catalog import Catalog, Edit, Source
+from mc.disk_store import DiskStore
 from mc.history import BATCH_BLOCKS, MAX_BLOCKS, History
 from mc.storage import ERASED, KEPT, VOID, Store
 from nanochat.common import UserError
@@ -53,11 +56,12 @@ def edit_source(history: History, catalog: Catalog, source: int, start: int, rem
             written = _replace(history, where.start + start, ids_N)
         else:
             written = _rechunk(history, edit, padded, where.start + start, ids_N)
-        history.store.commit()
     except BaseException:
-        if history.store.version == edit.version:
-            catalog.abandon_edit()
+        if isinstance(history.store, DiskStore):  # a history in RAM keeps nothing to go back to
+            history.store.roll_back()
+        catalog.abandon_edit()
         raise
+    history.store.commit()  # where this fails, opening the store again tells whether it is in, and the catalog follows
     report = EditReport(source, dict(written.nodes), written.moved, written.bytes, time.perf_counter() - begin)
     catalog.finish_edit(asdict(report))
     if catalog.count("tombstones"):
@@ -65,8 +69,8 @@ def edit_source(history: History, catalog: Catalog, source: int, start: int, rem
     return report
 
 
-def pruned_blocks(store: Store):
-    """bool [blocks], numpy: whether the raw tokens of each LOD1 block are given up or gone."""
+def pruned_blocks(store: Store) -> np.ndarray:
+    """bool [blocks]: whether the raw tokens of each LOD1 block are given up or gone."""
     return ~store.has_detail(torch.arange(store.n_nodes(1))).numpy()
 
 
@@ -86,8 +90,10 @@ def _plan(history: History, where: Source, start: int, removed: int, ids_N: Tens
     touched = torch.arange((where.start + start) // K, -(-(where.start + start + removed) // K) if removed == len(ids_N) else stop_block)
     touched = touched[touched < n // K]
     if (erased := touched[history.store.detail(touched) == ERASED]).numel():
-        raise UserError(f"the raw tokens of {len(erased)} blocks that the edit goes through were pruned and compacted away "
-                        f"(the first is block {int(erased[0])}); ingest the source again instead")
+        raise UserError(
+            f"the raw tokens of {len(erased)} blocks that the edit goes through were pruned and compacted away "
+            f"(the first is block {int(erased[0])}); ingest the source again instead"
+        )
     shift = -(-tokens // K) - len(where.blocks(K))
     # The last source may still grow: then no void slots follow its tokens.
     padded = where.stop(K) <= n and (where.complete or where.stop(K) < n or where.tokens % K > 0)
@@ -134,32 +140,28 @@ def _replace(history: History, first_slot: int, ids_N: Tensor) -> _Written:
 def _rechunk(history: History, edit: Edit, padded: bool, first_slot: int, ids_N: Tensor) -> _Written:
     """More or fewer tokens than before: the source from the edited block to its end, and what follows where that moves."""
     store, K, written = history.store, history.block_size, _Written(history.store)
-    old, first, n = store.snapshot(), first_slot // K, store.n_tokens
-    stop = min(edit.stop_block * K, n)
-    tail_N, at = old.tokens(torch.arange(first * K, stop)), first_slot - first * K
-    tail_N = torch.cat([tail_N[:at], ids_N, tail_N[at + edit.removed:]])
+    first, n = first_slot // K, store.n_tokens
+    tail_N, at = store.tokens(torch.arange(first * K, min(edit.stop_block * K, n))), first_slot - first * K
+    tail_N = torch.cat([tail_N[:at], ids_N, tail_N[at + edit.removed :]])
     tail_N = tail_N[tail_N != VOID]
     if padded:
         tail_N = torch.cat([tail_N, torch.full((-len(tail_N) % K,), VOID)])
-    if not edit.shift and padded:
-        old.close()
-        return _replace(history, first * K, tail_N)
-    before = Counter({lod: first // K ** (lod - 1) for lod in range(1, history.max_lod + 1)})
-    store.truncate(0, first * K)
-    store.append_tokens(tail_N)
-    history.grow()
-    for begin in range(edit.stop_block, n // K, BATCH_BLOCKS):
-        block_N = torch.arange(begin, min(begin + BATCH_BLOCKS, n // K))
-        store.append_tokens(old.tokens((block_N[:, None] * K + torch.arange(K)).flatten()))
-        store.append_nodes(1, old.gists(1, block_N), old.keys(block_N))
-        store.set_detail(block_N + edit.shift, old.detail(block_N))
+        if not edit.shift:
+            return _replace(history, first * K, tail_N)
+    with closing(store.snapshot()) as old:
+        store.truncate(0, first * K)
+        store.append_tokens(tail_N)
         history.grow()
-    rest = torch.arange(min(max(edit.stop_block, n // K) * K, n), n)
-    store.append_tokens(old.tokens(rest))
-    old.close()
+        for begin in range(edit.stop_block, n // K, BATCH_BLOCKS):
+            block_N = torch.arange(begin, min(begin + BATCH_BLOCKS, n // K))
+            store.append_tokens(old.tokens((block_N[:, None] * K + torch.arange(K)).flatten()))
+            store.append_nodes(1, old.gists(1, block_N), old.keys(block_N))
+            store.set_detail(block_N + edit.shift, old.detail(block_N))
+            history.grow()
+        store.append_tokens(old.tokens(torch.arange(min(max(edit.stop_block, n // K) * K, n), n)))
     written.moved = max(n // K - edit.stop_block, 0)
     written.tokens(store.n_tokens - first * K)
     written.records(1, written.moved)
     for lod in range(1, history.max_lod + 1):
-        written.made(lod, store.n_nodes(lod) - before[lod] - (written.moved if lod == 1 else 0))
+        written.made(lod, store.n_nodes(lod) - first // K ** (lod - 1) - (written.moved if lod == 1 else 0))
     return written

@@ -58,14 +58,19 @@ def _arrow(store: Store, catalog: Catalog, folder: Path, lods: list[int], count:
         slot, token = index_N.numpy(), store.tokens(index_N).numpy()
         at = (np.searchsorted(starts, slot, "right") - 1).clip(0)
         known = (slot >= starts[at]) & (slot < stops[at])
-        return pa.record_batch({"slot": slot, "token": pa.array(token.astype(np.int32), mask=token < 0),
-                                "source": pa.array(ids[at], mask=~known)})
+        return pa.record_batch(
+            {"slot": slot, "token": pa.array(token.astype(np.int32), mask=token < 0), "source": pa.array(ids[at], mask=~known)}
+        )
 
     def node_rows(lod: int) -> Callable[[Tensor], pa.RecordBatch]:
         def rows(index_N: Tensor) -> pa.RecordBatch:
             span = f.block_size**lod
-            columns = {"index": index_N.numpy(), "start": index_N.numpy() * span, "tokens": np.full(len(index_N), span),
-                       "gist": _vectors(store.gists(lod, index_N))}
+            columns = {
+                "index": index_N.numpy(),
+                "start": index_N.numpy() * span,
+                "tokens": np.full(len(index_N), span),
+                "gist": _vectors(store.gists(lod, index_N)),
+            }
             return pa.record_batch(columns | ({"keys": _vectors(store.keys(index_N).flatten(1))} if lod == 1 else {}))
 
         return rows
@@ -95,7 +100,8 @@ def _safetensors(store: Store, catalog: Catalog, folder: Path, lods: list[int], 
     """The format is a length (8 bytes), that much JSON, then the tensors: written piece by piece, as a library would hold it all."""
     f = store.format
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[Tensor], Tensor]]] = {
-        "tokens": (torch.int32, (store.n_tokens,), lambda index_N: store.tokens(index_N).int())}
+        "tokens": (torch.int32, (store.n_tokens,), lambda index_N: store.tokens(index_N).int())
+    }
     for lod in lods:
         tensors[f"L{lod}"] = (f.read_dtype, (store.n_nodes(lod), f.d_model), lambda index_N, lod=lod: store.gists(lod, index_N))
     if lods:

@@ -43,7 +43,9 @@ def find_files(paths: list[Path]) -> list[Path]:
     found = []
     for path in paths:
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
+            found += sorted(
+                p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
+            )
         elif path.is_file():
             found.append(path)
         else:
@@ -52,14 +54,23 @@ def find_files(paths: list[Path]) -> list[Path]:
 
 
 def texts_of(path: Path, text_column: str = "text") -> Iterator[Text]:
-    """The documents of a file, blank ones left out; none for a file that is not UTF-8 text. UserError for a damaged parquet or jsonl file."""
+    """The documents of a file, blank ones left out; none for a file that is not UTF-8 text.
+
+    UserError for a damaged parquet or jsonl file.
+    """
     path = path.resolve()
     if path.suffix in SHARDS:
         for document in read_documents(path, path.parent, text_column):
             if document.text.strip():
                 data = document.text.encode()
                 source = document.source if "#" in document.source else f"{path.name}#{document.source}"
-                yield Text(str(path.parent / source), document.kind, hashlib.sha256(data).hexdigest(), len(data), lambda text=document.text: cut(iter([text])))
+                yield Text(
+                    str(path.parent / source),
+                    document.kind,
+                    hashlib.sha256(data).hexdigest(),
+                    len(data),
+                    lambda text=document.text: cut(iter([text])),
+                )
         return
     digest, blank, size = hashlib.sha256(), True, 0
     try:
@@ -99,8 +110,8 @@ def cut(pieces: Iterable[str]) -> Iterator[str]:
         if at < 0 and len(rest) >= MAX_PIECE:
             at = len(rest) - 1
         if at >= 0:
-            yield rest[:at + 1]
-            rest = rest[at + 1:]
+            yield rest[: at + 1]
+            rest = rest[at + 1 :]
     if rest:
         yield rest
 
@@ -119,11 +130,21 @@ class IngestReport:
 class Ingest:
     """Appends documents to a history in batches of `batch` blocks, each with one commit; `finish` writes the last one.
 
-    progress: called with the characters of the present document that were read. A source is announced in the catalog before the commit that holds it, so what a crash leaves is found again.
+    progress: called with the characters of the present document that were read. A source is announced in the catalog before the commit
+    that holds it, so what a crash leaves is found again.
     """
 
-    def __init__(self, history: History, catalog: Catalog, tokenizer: Tokenizer, *, kind: str | None = None,
-                 retrieval_score: float | None = None, batch: int = BATCH_BLOCKS, progress: Callable[[int], None] = lambda characters: None):
+    def __init__(
+        self,
+        history: History,
+        catalog: Catalog,
+        tokenizer: Tokenizer,
+        *,
+        kind: str | None = None,
+        retrieval_score: float | None = None,
+        batch: int = BATCH_BLOCKS,
+        progress: Callable[[int], None] = lambda characters: None,
+    ):
         self.history, self.catalog, self.tokenizer = history, catalog, tokenizer
         self.kind, self.retrieval_score, self.limit = kind, retrieval_score, batch * history.block_size
         self.report, self.progress = IngestReport(), progress

@@ -37,8 +37,10 @@ class Networks:
     def description(self) -> str:
         if origin := json.loads(self.origin):
             return f"step {origin['step']} of {origin['checkpoint_dir']}"
-        return (f"no checkpoint: gists are means of random embeddings of width {UNTRAINED_WIDTH}. Good for trying the store, no model can read "
-                "them; train one, then: regist")
+        return (
+            f"no checkpoint: gists are means of random embeddings of width {UNTRAINED_WIDTH}. Good for trying the store, no model can read "
+            "them; train one, then: regist"
+        )
 
 
 def default_checkpoint() -> Path | None:
@@ -56,7 +58,9 @@ def load_networks(checkpoint_dir: Path | str, step: int | str = "latest", device
     mc = load_mega_context(checkpoint_dir, meta["step"], meta, gpt.config.n_embd, device)
     tokenizer = Tokenizer.load()
     if meta.get("tokenizer") != tokenizer.fingerprint:
-        raise UserError(f"{checkpoint_dir} was trained with tokenizer {meta.get('tokenizer')}, here is {tokenizer.fingerprint}; restore that one")
+        raise UserError(
+            f"{checkpoint_dir} was trained with tokenizer {meta.get('tokenizer')}, here is {tokenizer.fingerprint}; restore that one"
+        )
     origin = json.dumps({"checkpoint_dir": str(Path(checkpoint_dir).resolve()), "step": meta["step"]})
     return Networks(gpt, mc, tokenizer, origin, tuple(meta["mc"].get("trained_lods", ())))
 

@@ -25,8 +25,15 @@ class PruneReport:
     erased: int  # blocks asked for whose raw tokens are gone for good
 
 
-def choose(store: Store, catalog: Catalog, *, share: float | None = None, max_utility: float | None = None, keep_last: int = 0,
-           source: int | None = None) -> np.ndarray:
+def choose(
+    store: Store,
+    catalog: Catalog,
+    *,
+    share: float | None = None,
+    max_utility: float | None = None,
+    keep_last: int = 0,
+    source: int | None = None,
+) -> np.ndarray:
     """Blocks to prune, int64 [N], of least utility first, and of equal ones the oldest.
 
     share: of all blocks, how many are to have no detail afterwards; max_utility: only blocks worth at most this [accesses × nats].
@@ -48,7 +55,7 @@ def choose(store: Store, catalog: Catalog, *, share: float | None = None, max_ut
         may &= utility <= max_utility
     order = np.flatnonzero(may)
     order = order[np.argsort(utility[order], kind="stable")]
-    return order if share is None else order[:max(int(share * n) - int(pruned.sum()), 0)]
+    return order if share is None else order[: max(int(share * n) - int(pruned.sum()), 0)]
 
 
 def prune(store: Store, catalog: Catalog, blocks_N: np.ndarray) -> PruneReport:

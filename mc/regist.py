@@ -19,8 +19,14 @@ from mc.storage import ERASED
 from nanochat.common import UserError
 
 
-def regist(store: DiskStore, catalog: Catalog, networks: Networks, *, dtype: torch.dtype | None = None,
-           progress: Callable[[int, int], None] | None = None) -> int:
+def regist(
+    store: DiskStore,
+    catalog: Catalog,
+    networks: Networks,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
     """Make every node again and switch to it. Returns how many tokens a run before this one had done already.
 
     dtype: of gists and keys, default as they are; progress: called with tokens done and in all. UserError where the history has the
@@ -30,7 +36,9 @@ def regist(store: DiskStore, catalog: Catalog, networks: Networks, *, dtype: tor
     if format == store.format:
         raise UserError(f"{store.path} has the gists of these networks already ({format.model}); name another checkpoint")
     if format.block_size != store.format.block_size:
-        raise UserError(f"the history has blocks of {store.format.block_size} tokens, these networks of {format.block_size}: ingest it anew")
+        raise UserError(
+            f"the history has blocks of {store.format.block_size} tokens, these networks of {format.block_size}: ingest it anew"
+        )
     if gone := int((store.detail(torch.arange(store.n_tokens // format.block_size)) == ERASED).sum()):
         raise UserError(f"{gone} blocks were pruned and compacted away: without their raw tokens there are no new gists for them")
     beside = store.path / f"regist.{format.model}.{str(format.dtype).removeprefix('torch.')}.v{store.version}"

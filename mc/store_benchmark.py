@@ -76,14 +76,14 @@ def compute(history: History, slots_N: Tensor) -> None:
     """All nodes of a batch of whole blocks, and the lens keys; kept nowhere."""
     gpt, mc, K = history.gpt, history.mc, history.block_size
     made = []
-    for ids_NK in slots_N[:len(slots_N) // K * K].view(-1, K).split(MAX_BLOCKS):
+    for ids_NK in slots_N[: len(slots_N) // K * K].view(-1, K).split(MAX_BLOCKS):
         valid_NK = ids_NK != VOID
         embeds_NKD = gpt.embed(ids_NK.clamp_min(0)) * valid_NK[..., None]
         mc.lensnet.keys(embeds_NKD.flatten(0, 1)[None])
         made.append(mc.gistnet(embeds_NKD, valid_NK, 1)[:, 0])
     level_ND = torch.cat(made)
     for lod in range(2, history.max_lod + 1):
-        level_ND = mc.gistnet(level_ND[:len(level_ND) // K * K].view(-1, K, level_ND.shape[1]), None, lod)[:, 0]
+        level_ND = mc.gistnet(level_ND[: len(level_ND) // K * K].view(-1, K, level_ND.shape[1]), None, lod)[:, 0]
 
 
 def ingest(networks: Networks, folder: Path, text: Path, tokens: int) -> dict:
@@ -106,15 +106,25 @@ def ingest(networks: Networks, folder: Path, text: Path, tokens: int) -> dict:
     stored, alone = np.array(work.stored[:-1]), np.array(work.alone)
     alone = alone[alone[:, 0] < len(stored)]  # the last batch is not full
     pairs = stored[alone[:, 0].astype(int)] / alone[:, 1:]
-    return {"tokens": work.report.tokens, "slots": history.n_tokens, "sources": work.report.sources, "text_bytes": work.report.bytes, "wall_s": wall,
-            "tokens_per_s": work.report.tokens / wall, "commit_share_of_wall": (stored[:, 0].sum() + closing[0]) / wall,
-            "gistnet_alone_tokens_per_s": work.limit / float(np.median(alone[:, 1])), "commit_tokens_per_s": work.limit / float(np.median(stored[:, 0])),
-            "pairs": len(pairs), "store_over_alone_wall": [float(np.median(pairs[:, 0])), *interval(pairs[:, 0])],
-            "store_over_alone_processor": [float(np.median(pairs[:, 1])), *interval(pairs[:, 1])]}
+    return {
+        "tokens": work.report.tokens,
+        "slots": history.n_tokens,
+        "sources": work.report.sources,
+        "text_bytes": work.report.bytes,
+        "wall_s": wall,
+        "tokens_per_s": work.report.tokens / wall,
+        "commit_share_of_wall": (stored[:, 0].sum() + closing[0]) / wall,
+        "gistnet_alone_tokens_per_s": work.limit / float(np.median(alone[:, 1])),
+        "commit_tokens_per_s": work.limit / float(np.median(stored[:, 0])),
+        "pairs": len(pairs),
+        "store_over_alone_wall": [float(np.median(pairs[:, 0])), *interval(pairs[:, 0])],
+        "store_over_alone_processor": [float(np.median(pairs[:, 1])), *interval(pairs[:, 1])],
+    }
 
 
 def opening(networks: Networks, folder: Path, times: int = 7) -> dict:
     """Seconds to open, median and most: for reading, and for writing with the catalog brought into agreement."""
+
     def write() -> None:
         history, catalog = open_history(networks.gpt, networks.mc, "disk", folder)
         history.store.close(), catalog.close()
@@ -139,10 +149,15 @@ def gathering(folder: Path, scratch: Path) -> dict:
             index_N = torch.from_numpy(index)
             row[0] = _seconds(lambda: store.gists(1, index_N))[0]
             row[1] = _seconds(lambda: torch.from_numpy(flat[index]))[0]
-    seconds = seconds[GATHERS // 10:]
+    seconds = seconds[GATHERS // 10 :]
     p50, p95 = np.quantile(seconds, 0.5, axis=0), np.quantile(seconds, 0.95, axis=0)
-    return {"nodes": GATHERED, "gathers": len(seconds), "store_us": [1e6 * p50[0], 1e6 * p95[0]], "memmap_us": [1e6 * p50[1], 1e6 * p95[1]],
-            "ratio": [p50[0] / p50[1], p95[0] / p95[1]]}
+    return {
+        "nodes": GATHERED,
+        "gathers": len(seconds),
+        "store_us": [1e6 * p50[0], 1e6 * p95[0]],
+        "memmap_us": [1e6 * p50[1], 1e6 * p95[1]],
+        "ratio": [p50[0] / p50[1], p95[0] / p95[1]],
+    }
 
 
 def sizes(folder: Path, max_lod: int) -> dict:
@@ -153,8 +168,16 @@ def sizes(folder: Path, max_lod: int) -> dict:
         void = sum(int((store.tokens(index_N) == VOID).sum()) for index_N in torch.arange(n).split(1 << 20))
     catalog = sum(path.stat().st_size for path in folder.glob("catalog.sqlite*"))
     theory = bytes_per_slot(format, max_lod)
-    return {"records": records, "catalog": catalog, "theory_per_slot": theory, "records_per_slot": records / n, "void_share": void / n,
-            "records_over_theory": records / n / theory, "all_over_theory": (records + catalog) / n / theory, "all_per_token": (records + catalog) / (n - void)}
+    return {
+        "records": records,
+        "catalog": catalog,
+        "theory_per_slot": theory,
+        "records_per_slot": records / n,
+        "void_share": void / n,
+        "records_over_theory": records / n / theory,
+        "all_over_theory": (records + catalog) / n / theory,
+        "all_per_token": (records + catalog) / (n - void),
+    }
 
 
 def editing(networks: Networks, folder: Path) -> dict:
@@ -167,28 +190,42 @@ def editing(networks: Networks, folder: Path) -> dict:
         for name, removed, new_N in (("replace", len(ids_N), ids_N), ("insert", 0, ids_N)):
             before = history.store.disk_bytes()
             report = edit_source(history, catalog, source.id, 1, removed, new_N)
-            found[name] = {"recomputed": report.recomputed, "moved": report.moved, "record_bytes": report.record_bytes, "seconds": report.seconds,
-                           "file_bytes": history.store.disk_bytes() - before}
+            found[name] = {
+                "recomputed": report.recomputed,
+                "moved": report.moved,
+                "record_bytes": report.record_bytes,
+                "seconds": report.seconds,
+                "file_bytes": history.store.disk_bytes() - before,
+            }
         found["compact_s"] = _seconds(history.store.compact)[0]
     return found
 
 
 @torch.no_grad()
 def stored_dtypes(networks: Networks, checkpoint_dir: Path, contexts: int, batch: int = 16) -> dict:
-    """What keeping gists in fewer bits than float32 adds to ΔNLL [nats]: held-out rows, their whole history as gists, recent tokens raw."""
+    """What keeping gists in fewer bits than float32 adds to ΔNLL [nats]: held-out rows, their history as gists, recent tokens raw."""
     _, meta = load_model_state(checkpoint_dir)
     gpt, mc, c, flags = networks.gpt, networks.mc, networks.mc.config, meta["flags"]
     T = gpt.config.sequence_len
     n = (T - c.horizon) // c.block_size * c.block_size
-    source = make_source(flags["data"], "val", T=T, seed=flags["seed"], tokenizer=networks.tokenizer, rows=flags["rows"], text_column=flags["text_column"],
-                         needles=flags["needles"], recall_blocks=flags["recall_blocks"])
+    source = make_source(
+        flags["data"],
+        "val",
+        T=T,
+        seed=flags["seed"],
+        tokenizer=networks.tokenizer,
+        rows=flags["rows"],
+        text_column=flags["text_column"],
+        needles=flags["needles"],
+        recall_blocks=flags["recall_blocks"],
+    )
     contexts = eval_rows(source, contexts * T)
     nll: dict[tuple[str, int], list[Tensor]] = {}
     for first in range(0, contexts, batch):
         rows = np.arange(first, min(first + batch, contexts))
         tokens, mask = source.row_tokens(rows)
-        targets = torch.from_numpy(tokens[:, 1:] if mask is None else np.where(mask[:, 1:], tokens[:, 1:], -1))[:, :n + c.horizon]
-        focus = FocusComparison(gpt, mc, torch.from_numpy(tokens[:, :n + c.horizon]), targets, n, 0, torch.from_numpy(rows))
+        targets = torch.from_numpy(tokens[:, 1:] if mask is None else np.where(mask[:, 1:], tokens[:, 1:], -1))[:, : n + c.horizon]
+        focus = FocusComparison(gpt, mc, torch.from_numpy(tokens[:, : n + c.horizon]), targets, n, 0, torch.from_numpy(rows))
         for dtype in (torch.float32, *STORED):
             focus.tree = build_tree(focus.embeds, lambda x, m, lod: as_stored(mc.gistnet(x, m, lod), dtype), c.block_size, c.max_lod)
             for lod in range(1, c.max_lod + 1):
@@ -197,7 +234,11 @@ def stored_dtypes(networks: Networks, checkpoint_dir: Path, contexts: int, batch
     for (name, lod), parts in nll.items():
         nll_B, exact_B = torch.cat(parts).numpy(), torch.cat(nll["float32", lod]).numpy()
         delta_B = nll_B - exact_B
-        found[f"{name} LOD{lod}"] = {"nll": float(nll_B.mean()), "added": float(delta_B.mean()), "interval": bootstrap(lambda i: delta_B[i].mean(), len(delta_B))}
+        found[f"{name} LOD{lod}"] = {
+            "nll": float(nll_B.mean()),
+            "added": float(delta_B.mean()),
+            "interval": bootstrap(lambda i: delta_B[i].mean(), len(delta_B)),
+        }
     return found
 
 
@@ -213,8 +254,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="checkpoint directory of a run with --mc_enabled=1")
     parser.add_argument("--text", type=Path, required=True, help="folder of text files, e.g. what runs/fetch_text.sh fetches")
     parser.add_argument("--tokens", type=int, default=10_000_000, help="tokens of history to ingest")
-    parser.add_argument("--dir", type=Path, help="where the store is written, and removed at the end (needs about 90 bytes a token, twice); default: a temporary folder")
-    parser.add_argument("--contexts", type=int, default=256, help="held-out rows for what fewer bits cost; 0: leave that out")
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        help="where the store is written, and removed at the end (needs about 90 bytes a token, twice); default: a temporary folder",
+    )
+    parser.add_argument("--contexts", type=int, default=128, help="held-out rows for what fewer bits cost; 0: leave that out")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -224,27 +269,44 @@ def run(args: argparse.Namespace) -> None:
     least = (2 * COMPARED_EVERY + 2) * BATCH_BLOCKS * networks.mc.config.block_size
     if args.tokens < least:
         raise UserError(f"--tokens={args.tokens:,}: at least {least:,}, a few batches to compare")
+    found = {}
+    if args.contexts:
+        found["stored_dtypes"] = stored_dtypes(networks, args.checkpoint_dir, args.contexts)
+        for name, row in found["stored_dtypes"].items():
+            if isinstance(row, dict):
+                print(
+                    f"history as {name}: NLL {row['nll']:.4f}, added {row['added']:+.5f} "
+                    f"[{row['interval'][0]:+.5f}, {row['interval'][1]:+.5f}]"
+                )
     folder = Path(tempfile.mkdtemp(dir=args.dir))
     try:
-        found = {"ingest": ingest(networks, folder / "store", args.text, args.tokens)}
+        found["ingest"] = ingest(networks, folder / "store", args.text, args.tokens)
         i = found["ingest"]
         ratio = i["store_over_alone_wall"]
-        print(f"{i['tokens']:,} tokens of {i['sources']:,} sources in {i['wall_s']:.0f} s: {i['tokens_per_s']:,.0f} tokens/s, tokenizing included; "
-              f"with store / GistNet alone {ratio[0]:.3f} [{ratio[1]:.3f}, {ratio[2]:.3f}], {i['pairs']} pairs", flush=True)
+        print(
+            f"{i['tokens']:,} tokens of {i['sources']:,} sources in {i['wall_s']:.0f} s: {i['tokens_per_s']:,.0f} tokens/s, "
+            "tokenizing included; "
+            f"with store / GistNet alone {ratio[0]:.3f} [{ratio[1]:.3f}, {ratio[2]:.3f}], {i['pairs']} pairs",
+            flush=True,
+        )
         found["opening"] = opening(networks, folder / "store")
         found["sizes"] = sizes(folder / "store", networks.mc.config.max_lod)
         found["gathering"] = gathering(folder / "store", folder / "flat")
         found["editing"] = editing(networks, folder / "store")
         o, s, g = found["opening"], found["sizes"], found["gathering"]
-        print(f"opening {o['read_s'][0] * 1e3:.1f} ms to read, {o['write_and_catalog_s'][0] * 1e3:.0f} ms to write with the catalog (medians of {o['times']})")
-        print(f"{s['records_per_slot']:.2f} bytes per slot, {s['records_over_theory']:.4f} of the arithmetic, {s['all_over_theory']:.4f} with the catalog")
-        print(f"gather of {g['nodes']} gists: p50 {g['store_us'][0]:.0f} µs, p95 {g['store_us'][1]:.0f} µs; of numpy.memmap's {g['ratio'][0]:.2f} and {g['ratio'][1]:.2f}")
+        print(
+            f"opening {o['read_s'][0] * 1e3:.1f} ms to read, {o['write_and_catalog_s'][0] * 1e3:.0f} ms to write "
+            f"with the catalog (medians of {o['times']})"
+        )
+        print(
+            f"{s['records_per_slot']:.2f} bytes per slot, {s['records_over_theory']:.4f} of the arithmetic, "
+            f"{s['all_over_theory']:.4f} with the catalog"
+        )
+        print(
+            f"gather of {g['nodes']} gists: p50 {g['store_us'][0]:.0f} µs, p95 {g['store_us'][1]:.0f} µs; of numpy.memmap's "
+            f"{g['ratio'][0]:.2f} and {g['ratio'][1]:.2f}"
+        )
         print(f"edits in the middle: {json.dumps(found['editing'])}", flush=True)
     finally:
         shutil.rmtree(folder)
-    if args.contexts:
-        found["stored_dtypes"] = stored_dtypes(networks, args.checkpoint_dir, args.contexts)
-        for name, row in found["stored_dtypes"].items():
-            if isinstance(row, dict):
-                print(f"history as {name}: NLL {row['nll']:.4f}, added {row['added']:+.5f} [{row['interval'][0]:+.5f}, {row['interval'][1]:+.5f}]")
     print(json.dumps(found))

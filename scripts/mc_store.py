@@ -46,14 +46,20 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn, TimeRemainingColumn
 
-    with Bars(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn(),
-              console=Console(stderr=True)) as bars:
+    with Bars(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as bars:
         task = bars.add_task(what, total=total)
         yield lambda done: bars.update(task, completed=done)
 
 
 def networks_of(args: Namespace) -> Networks:
-    """Those of --checkpoint_dir; else those that made the store; else those of the quickstart, or of any checkpoint; else untrained ones."""
+    """Those of --checkpoint_dir, else those that made the store, else those of the quickstart or any checkpoint, else untrained ones."""
     device = init_distributed(args.device).device
     checkpoint, step = args.checkpoint_dir, args.step
     if not checkpoint and (args.store / "manifest").exists():
@@ -110,16 +116,24 @@ def ingest_command(args: Namespace) -> None:
     networks = networks_of(args)
     print(networks.description)
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch, opened(args, networks, dtype=DTYPES.get(args.dtype), durability=args.durability) as (
-            history, catalog):
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        opened(args, networks, dtype=DTYPES.get(args.dtype), durability=args.durability) as (history, catalog),
+    ):
         stdin = not args.paths or args.paths == [Path("-")]
         paths = [_spool_stdin(Path(scratch))] if stdin else args.paths
         files = find_files(paths)
         done, skipped, total = 0, 0, sum(path.stat().st_size for path in files)
         catalog.add_version(networks.fingerprint, networks.origin)
         with progress("ingest", total, "bytes") as update:
-            work = Ingest(history, catalog, networks.tokenizer, kind=args.kind, retrieval_score=args.retrieval_score,
-                          progress=lambda within: update(done + within))
+            work = Ingest(
+                history,
+                catalog,
+                networks.tokenizer,
+                kind=args.kind,
+                retrieval_score=args.retrieval_score,
+                progress=lambda within: update(done + within),
+            )
             for path in files:
                 texts = list(texts_of(path, args.text_column)) if path.suffix not in SHARDS else texts_of(path, args.text_column)
                 for text in texts:
@@ -133,8 +147,10 @@ def ingest_command(args: Namespace) -> None:
         report = work.finish()
         history.store.sync()
         seconds = time.perf_counter() - begin
-        print(f"{report.sources} sources, {report.tokens:,} tokens in {seconds:.1f} s ({report.tokens / seconds:,.0f} tokens/s); "
-              f"{report.known} were there already, {skipped} files without text passed over")
+        print(
+            f"{report.sources} sources, {report.tokens:,} tokens in {seconds:.1f} s ({report.tokens / seconds:,.0f} tokens/s); "
+            f"{report.known} were there already, {skipped} files without text passed over"
+        )
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
         finish(**asdict(report), skipped=skipped, seconds=round(seconds, 3), slots=history.n_tokens, resident_bytes=resident)
 
@@ -153,18 +169,44 @@ def state(store: DiskStore, catalog: Catalog) -> dict:
     tokens, sources = catalog.totals(store)
     nodes = {name: store.n_records(name) for name in store.levels if name != "L0"}
     detail = store.detail(torch.arange(store.n_tokens // K))
-    return dict(tokens=tokens, slots=store.n_tokens, nodes={name[1:]: n for name, n in nodes.items() if name[0] == "L"}, sources=sources,
-                bytes=store.disk_bytes(), dtype=str(f.dtype).removeprefix("torch."), block_size=K, d_model=f.d_model, n_keys=f.n_keys, key_dim=f.key_dim,
-                model=f.model, version=store.version, versions=store.versions(), pruned=int((detail == DROPPED).sum()), erased=int((detail == ERASED).sum()))
+    return dict(
+        tokens=tokens,
+        slots=store.n_tokens,
+        nodes={name[1:]: n for name, n in nodes.items() if name[0] == "L"},
+        sources=sources,
+        bytes=store.disk_bytes(),
+        dtype=str(f.dtype).removeprefix("torch."),
+        block_size=K,
+        d_model=f.d_model,
+        n_keys=f.n_keys,
+        key_dim=f.key_dim,
+        model=f.model,
+        version=store.version,
+        versions=store.versions(),
+        pruned=int((detail == DROPPED).sum()),
+        erased=int((detail == ERASED).sum()),
+    )
 
 
 def describe(values: dict, catalog: Catalog) -> None:
     slots = max(values["slots"], 1)
-    print(f"{values['tokens']:,} tokens of {values['sources']:,} sources in {values['slots']:,} slots ({values['tokens'] / slots:.1%} used), blocks of {values['block_size']}")
-    print("nodes: " + ", ".join(f"LOD{lod} {count:,}" for lod, count in values["nodes"].items()) + f"; vectors of {values['d_model']} as {values['dtype']}, "
-          f"{values['n_keys']} keys of {values['key_dim']} per block")
-    print(f"{megabytes(values['bytes'])} on disk, {values['bytes'] / slots:.2f} bytes per slot; version {values['version']}, readable: {values['versions']}")
-    made = [json.loads(v["origin"]).get("checkpoint_dir", "untrained networks") for v in catalog.versions() if v["model"] == values["model"]]
+    print(
+        f"{values['tokens']:,} tokens of {values['sources']:,} sources in {values['slots']:,} slots "
+        f"({values['tokens'] / slots:.1%} used), blocks of {values['block_size']}"
+    )
+    print(
+        "nodes: "
+        + ", ".join(f"LOD{lod} {count:,}" for lod, count in values["nodes"].items())
+        + f"; vectors of {values['d_model']} as {values['dtype']}, "
+        f"{values['n_keys']} keys of {values['key_dim']} per block"
+    )
+    print(
+        f"{megabytes(values['bytes'])} on disk, {values['bytes'] / slots:.2f} bytes per slot; "
+        f"version {values['version']}, readable: {values['versions']}"
+    )
+    made = [
+        json.loads(v["origin"]).get("checkpoint_dir", "untrained networks") for v in catalog.versions() if v["model"] == values["model"]
+    ]
     print(f"gists of model {values['model']}" + (f", {made[-1]}" if made else ""))
     if values["pruned"] or values["erased"]:
         print(f"without raw tokens: {values['pruned']:,} blocks pruned (restorable), {values['erased']:,} compacted away")
@@ -190,7 +232,10 @@ def verify_command(args: Namespace) -> None:
         if args.repair and damage:
             history = History(networks.gpt, networks.mc, store)
             left = store.repair(history.nodes)
-            print(f"repaired {len(damage) - len(left)} of {len(damage)} damaged partitions; what is left are tokens, or gists of damaged tokens")
+            print(
+                f"repaired {len(damage) - len(left)} of {len(damage)} damaged partitions; "
+                "what is left are tokens, or gists of damaged tokens"
+            )
             damage = left
         if not any(fault.level == "L0" for fault in damage):
             notes += catalog.reconcile(store)
@@ -211,8 +256,10 @@ def query_command(args: Namespace) -> None:
         if args.top_nodes:
             nodes = catalog.statistics(limit=args.top_nodes)
             for node in nodes:
-                print(f"{'detail of block' if node.lod == 0 else f'gist LOD{node.lod}'} {node.index}: {node.accesses} accesses, "
-                      f"sensitivity {_number(node.sensitivity)} nats, variance {_number(node.variance)}")
+                print(
+                    f"{'detail of block' if node.lod == 0 else f'gist LOD{node.lod}'} {node.index}: {node.accesses} accesses, "
+                    f"sensitivity {_number(node.sensitivity)} nats, variance {_number(node.variance)}"
+                )
             return finish(nodes=[asdict(node) for node in nodes])
         if args.span:
             start, stop = _span(args.span, store.n_tokens)
@@ -220,12 +267,22 @@ def query_command(args: Namespace) -> None:
         elif args.source is not None:
             found = [catalog.source(args.source)]
         else:
-            found = catalog.sources(uri=args.uri, kind=args.kind, tag=args.tag, since=_time(args.since, "--since"), until=_time(args.until, "--until"),
-                                    min_score=args.min_score, limit=args.limit)
+            found = catalog.sources(
+                uri=args.uri,
+                kind=args.kind,
+                tag=args.tag,
+                since=_time(args.since, "--since"),
+                until=_time(args.until, "--until"),
+                min_score=args.min_score,
+                limit=args.limit,
+            )
         for s in found:
             when = datetime.fromtimestamp(s.time).isoformat(" ", "seconds")
-            print(f"{s.id:6d}  slots {s.start}–{s.start + s.tokens}  {s.tokens:9,d} tokens  {when}  {s.kind or '-'}  {s.uri}"
-                  + ("" if s.complete else "  (growing, or cut off)") + (f"  ({s.edits} edits)" if s.edits else ""))
+            print(
+                f"{s.id:6d}  slots {s.start}–{s.start + s.tokens}  {s.tokens:9,d} tokens  {when}  {s.kind or '-'}  {s.uri}"
+                + ("" if s.complete else "  (growing, or cut off)")
+                + (f"  ({s.edits} edits)" if s.edits else "")
+            )
             for start, stop, tag in catalog.tags(s.id) if args.tag else []:
                 print(f"        {tag}: tokens {start}–{stop}")
         if args.text:
@@ -258,7 +315,7 @@ def source_text(store: Store, tokenizer: Tokenizer, source: Source) -> tuple[str
     ids_N = store.tokens(torch.arange(source.start, source.start + source.tokens))
     if gone := int((ids_N == VOID).sum()):
         raise UserError(f"{gone} tokens of source {source.id} were pruned and compacted away")
-    return tokenizer.decode(ids_N[int(ids_N[0] == tokenizer.bos_id):].tolist()), ids_N
+    return tokenizer.decode(ids_N[int(ids_N[0] == tokenizer.bos_id) :].tolist()), ids_N
 
 
 def edit_command(args: Namespace) -> None:
@@ -276,8 +333,11 @@ def edit_command(args: Namespace) -> None:
             start, removed = args.start, args.remove
         report = edit_source(history, catalog, source.id, start, removed, torch.tensor(networks.tokenizer.encode(text), dtype=torch.long))
         made = ", ".join(f"{count} of LOD{lod}" for lod, count in report.recomputed.items() if count) or "none"
-        print(f"tokens {start}–{start + removed} replaced; nodes made: {made}; blocks moved: {report.moved}; {report.record_bytes:,} bytes of records "
-              f"in {report.seconds:.3f} s; the version before stays readable until compact")
+        print(
+            f"tokens {start}–{start + removed} replaced; nodes made: {made}; blocks moved: {report.moved}; "
+            f"{report.record_bytes:,} bytes of records "
+            f"in {report.seconds:.3f} s; the version before stays readable until compact"
+        )
         finish(**asdict(report))
 
 
@@ -295,7 +355,9 @@ def locate(store: Store, tokenizer: Tokenizer, source: Source, find: str, text: 
     whole, ids_N = source_text(store, tokenizer, source)
     data, wanted = whole.encode(), find.encode()
     if not wanted or (times := data.count(wanted)) != 1:
-        raise UserError(f"--find={find!r} occurs {times if wanted else 'everywhere, 0'} times in source {source.id}; give a text that occurs once")
+        raise UserError(
+            f"--find={find!r} occurs {times if wanted else 'everywhere, 0'} times in source {source.id}; give a text that occurs once"
+        )
     ends = np.cumsum(tokenizer.token_bytes()[ids_N.numpy()])
     if ends[-1] != len(data):
         raise UserError(f"source {source.id} holds bytes that are no UTF-8; edit it with --start and --remove")
@@ -305,7 +367,7 @@ def locate(store: Store, tokenizer: Tokenizer, source: Source, find: str, text: 
     while True:  # whole characters: neighbours whose bytes share one with a token are taken along
         begin, end = int(ends[first - 1]) if first else 0, int(ends[last])
         try:
-            return first, last + 1 - first, data[begin:at].decode() + text + data[at + len(wanted):end].decode()
+            return first, last + 1 - first, data[begin:at].decode() + text + data[at + len(wanted) : end].decode()
         except UnicodeDecodeError:
             first, last = max(first - 1, 0), min(last + 1, len(ends) - 1)
 
@@ -318,8 +380,16 @@ def regist_command(args: Namespace) -> None:
         catalog.reconcile(store)
         with progress("regist", store.n_tokens, "slots") as update:
             resumed = regist(store, catalog, networks, dtype=DTYPES.get(args.dtype), progress=lambda done, _: update(done))
-        print(f"version {store.version}: gists of {networks.description}" + (f"; {resumed:,} slots had been done before" if resumed else ""))
-        finish(version=store.version, model=store.format.model, slots=store.n_tokens, resumed=resumed, seconds=round(time.perf_counter() - begin, 3))
+        print(
+            f"version {store.version}: gists of {networks.description}" + (f"; {resumed:,} slots had been done before" if resumed else "")
+        )
+        finish(
+            version=store.version,
+            model=store.format.model,
+            slots=store.n_tokens,
+            resumed=resumed,
+            seconds=round(time.perf_counter() - begin, 3),
+        )
 
 
 def prune_command(args: Namespace) -> None:
@@ -331,15 +401,20 @@ def prune_command(args: Namespace) -> None:
             print(f"would prune {len(blocks_N):,} blocks")
             return finish(blocks=len(blocks_N), dry_run=True)
         report = prune(store, catalog, blocks_N)
-        print(f"pruned {report.blocks:,} blocks ({report.slots:,} slots); {report.detailed:,} keep their detail. `restore` undoes it, "
-              "`compact` gives the room back for good")
+        print(
+            f"pruned {report.blocks:,} blocks ({report.slots:,} slots); {report.detailed:,} keep their detail. `restore` undoes it, "
+            "`compact` gives the room back for good"
+        )
         finish(**asdict(report))
 
 
 def restore_command(args: Namespace) -> None:
     with writing(args) as (store, catalog):
         report = restore(store, catalog, args.source)
-        print(f"restored {report.blocks:,} blocks" + (f"; {report.erased:,} were compacted away and stay without detail" if report.erased else ""))
+        print(
+            f"restored {report.blocks:,} blocks"
+            + (f"; {report.erased:,} were compacted away and stay without detail" if report.erased else "")
+        )
         finish(**asdict(report))
 
 
@@ -385,7 +460,9 @@ def make_parser() -> FlagParser:
         p.add_argument("--store", type=Path, required=True, help="folder of the store")
     for name in ("ingest", "verify", "query", "edit", "regist"):
         p = sub[name]
-        p.add_argument("--checkpoint_dir", help="of a run with --mc_enabled=1; default: what made the store, else the quickstart's text model, else untrained networks")
+        p.add_argument(
+            "--checkpoint_dir", help="of a run with --mc_enabled=1; default: what made the store, the quickstart's, or untrained networks"
+        )
         p.add_argument("--step", default="latest", help="training step to load, or 'latest'")
         p.add_argument("--device", default="cpu", choices=("auto", "cpu", "cuda"), help="where gists are made")
     p = sub["ingest"]
@@ -394,10 +471,19 @@ def make_parser() -> FlagParser:
     p.add_argument("--uri", default="stdin", help="what standard input is called")
     p.add_argument("--kind", help="kind of all these sources; default: code for .py, what the corpus says, or text")
     p.add_argument("--retrieval_score", type=float, help="score of the retriever that chose these sources")
-    p.add_argument("--dtype", choices=tuple(DTYPES), help="of gists and keys of a new store; default: the model's; int8 has one scale per vector")
+    p.add_argument(
+        "--dtype", choices=tuple(DTYPES), help="of gists and keys of a new store; default: the model's; int8 has one scale per vector"
+    )
     for name in ("ingest", "edit"):
-        sub[name].add_argument("--durability", default="batch", choices=DURABILITY, help="what a power cut may take: nothing acknowledged, the last 2 s, or all since the start")
-    sub["verify"].add_argument("--repair", type=int, default=0, choices=(0, 1), help="1: remake damaged gists and keys from what is below them")
+        sub[name].add_argument(
+            "--durability",
+            default="batch",
+            choices=DURABILITY,
+            help="what a power cut may take: nothing, the last 2 s, or all since the start",
+        )
+    sub["verify"].add_argument(
+        "--repair", type=int, default=0, choices=(0, 1), help="1: remake damaged gists and keys from what is below them"
+    )
     p = sub["query"]
     p.add_argument("--uri", help="sources whose address matches this pattern, * and ? as in a shell")
     p.add_argument("--kind", help="sources of this kind")
@@ -410,7 +496,13 @@ def make_parser() -> FlagParser:
     p.add_argument("--span", help="where these slots come from: START:STOP")
     p.add_argument("--text", type=int, default=0, choices=(0, 1), help="1: print the text of what was found")
     p.add_argument("--top_nodes", type=int, default=0, help="instead: the nodes shown most often, so many")
-    p.add_argument("--measure", type=int, default=0, choices=(0, 1), help="1: measure the gist variance of counted nodes first, and keep it (as a writer)")
+    p.add_argument(
+        "--measure",
+        type=int,
+        default=0,
+        choices=(0, 1),
+        help="1: measure the gist variance of counted nodes first, and keep it (as a writer)",
+    )
     p = sub["edit"]
     p.add_argument("--source", type=int, required=True, help="id of the source, see query")
     p.add_argument("--find", help="replace this text, which occurs once in the source, and what shares a token with it")

@@ -12,7 +12,7 @@ from mc.catalog import Catalog
 from mc.disk_store import DiskStore
 from mc.edits import edit_source, pruned_blocks
 from mc.history import History, store_format
-from mc.storage import DROPPED, ERASED, VOID, RamStore
+from mc.storage import DROPPED, ERASED, RamStore
 from nanochat.common import UserError
 from tiny_gpt import random_tokens
 from tiny_mc import VOCAB, K, tiny_base, tiny_mc
@@ -43,7 +43,9 @@ def assert_same(history: History, catalog: Catalog, texts: list[list[int]], open
     for lod in range(1, MC.config.max_lod + 1):
         assert (count := history.store.n_nodes(lod)) == made.store.n_nodes(lod)
         if count:
-            torch.testing.assert_close(history.store.gists(lod, torch.arange(count)), made.store.gists(lod, torch.arange(count)), rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                history.store.gists(lod, torch.arange(count)), made.store.gists(lod, torch.arange(count)), rtol=0, atol=1e-12
+            )
     blocks = torch.arange(history.store.n_nodes(1))
     if len(blocks):
         torch.testing.assert_close(history.store.keys(blocks), made.store.keys(blocks), rtol=0, atol=1e-12)
@@ -89,7 +91,7 @@ def edit_and_compare(data, texts: list[list[int]], open_end: bool, history: Hist
         before = [history.store.n_nodes(lod) for lod in (1, 2, 3)]
         report = edit_source(history, catalog, which + 1, start, removed, torch.tensor(new, dtype=torch.long))
         stop_block = -(-len(text) // K)
-        text[start:start + removed] = new
+        text[start : start + removed] = new
         if len(new) == removed:
             first = sum(-(-len(t) // K) for t in texts[:which]) + start // K
             stop = sum(-(-len(t) // K) for t in texts[:which]) + -(-(start + removed) // K)
@@ -100,7 +102,7 @@ def edit_and_compare(data, texts: list[list[int]], open_end: bool, history: Hist
         elif -(-len(text) // K) == stop_block:
             assert report.recomputed.get(1, 0) <= stop_block - start // K and report.moved == 0
         else:
-            after = sum(-(-len(t) // K) for t in texts[which + 1:])
+            after = sum(-(-len(t) // K) for t in texts[which + 1 :])
             assert report.recomputed.get(1, 0) <= -(-len(text) // K) - start // K
             assert report.moved == after - (open_end and which < len(texts) - 1 and len(texts[-1]) % K > 0)
     assert_same(history, catalog, texts, open_end)
@@ -143,7 +145,9 @@ def test_pruned_blocks_move_with_their_content():
     assert store.detail(torch.tensor([5, 15])).tolist() == [DROPPED, ERASED]
     assert torch.equal(store.gists(1, torch.arange(13, 19)), gists), "blocks whose tokens are gone keep their gists"
     assert [(first, count) for first, count, _ in catalog.tombstones()] == [(5, 2), (14, 2)]
-    assert torch.equal(store.tokens(torch.arange(5 * K, 7 * K)), torch.tensor(texts[1][:2 * K])[-2 * K:]), "a dropped block's tokens moved too"
+    assert torch.equal(store.tokens(torch.arange(5 * K, 7 * K)), torch.tensor(texts[1][: 2 * K])[-2 * K :]), (
+        "a dropped block's tokens moved too"
+    )
     edit_source(history, catalog, 2, 1, 1, torch.tensor([7]))  # through a dropped block
     assert [(first, count) for first, count, _ in catalog.tombstones()] == [(6, 1), (14, 2)]
     before = store.tokens(torch.arange(store.n_tokens))
@@ -153,14 +157,17 @@ def test_pruned_blocks_move_with_their_content():
     edit_source(history, catalog, 3, 0, 1, torch.tensor([9]))  # a block of its own, not erased
 
 
-@pytest.mark.parametrize("arguments, message", {
-    "no such source": ((9, 0, 1, []), "no source 9"),
-    "outside": ((1, 3, 11, []), r"tokens \[3, 14\) of source 1, which has 13"),
-    "negative": ((1, -1, 1, []), "give a range inside"),
-    "nothing": ((1, 3, 0, []), "removes nothing and inserts nothing"),
-    "everything": ((1, 0, 13, []), "would leave nothing of source 1"),
-    "foreign token": ((1, 0, 1, [VOCAB]), f"token id {VOCAB} is outside the vocabulary"),
-}.values())
+@pytest.mark.parametrize(
+    "arguments, message",
+    {
+        "no such source": ((9, 0, 1, []), "no source 9"),
+        "outside": ((1, 3, 11, []), r"tokens \[3, 14\) of source 1, which has 13"),
+        "negative": ((1, -1, 1, []), "give a range inside"),
+        "nothing": ((1, 3, 0, []), "removes nothing and inserts nothing"),
+        "everything": ((1, 0, 13, []), "would leave nothing of source 1"),
+        "foreign token": ((1, 0, 1, [VOCAB]), f"token id {VOCAB} is outside the vocabulary"),
+    }.values(),
+)
 def test_a_wrong_edit_changes_nothing(arguments, message):
     history, catalog = history_of([list(range(13)), list(range(9))])
     source, start, removed, ids = arguments
@@ -203,3 +210,19 @@ def test_a_crash_between_store_and_catalog_is_settled(committed, new, monkeypatc
     assert catalog.tags(2) == [(0, 4, "heading")] and catalog.source(1).edits == committed
     expected = [(1, 6 + (committed and new > 3), 1)] if committed else [(1, 0, 1), (1, 6, 1)]
     assert [(s.lod, s.index, s.accesses) for s in catalog.statistics()] == expected
+
+
+def test_an_edit_that_fails_half_way_is_undone(tmp_path, monkeypatch):
+    texts = [random_tokens(length, seed=length).tolist() for length in (40, 30, 60)]
+    with DiskStore.create(tmp_path / "s", store_format(GPT, MC), partition_bytes=2048) as store:
+        history, catalog = history_of(texts, store=store)
+        for removed, new in ((3, 3), (3, 20)):  # in place, and with what follows moving
+            with monkeypatch.context() as patch:
+                patch.setattr(history, "nodes", lambda lod, index_N: (_ for _ in ()).throw(MemoryError("no room")))
+                with pytest.raises(MemoryError):
+                    edit_source(history, catalog, 2, 5, removed, torch.arange(new))
+            assert catalog.edits() == [] and store.version == 0
+            assert_same(history, catalog, texts)
+        edit_source(history, catalog, 2, 5, 3, torch.arange(20))
+        texts[1][5:8] = range(20)
+        assert_same(history, catalog, texts)

@@ -20,7 +20,9 @@ from nanochat.common import UserError
 from nanochat.tokenizer import Reserved, Tokenizer
 from tiny_mc import K, tiny_base, tiny_mc
 
-TOKENIZER = Tokenizer.train(["def f(x):\n    return x + 1\n\n\nclass A:\n    pass\n" * 3, "a b  c\n\n  d e; f\r\n g" * 3] * 4, 280, Reserved(1, 1, 1))
+TOKENIZER = Tokenizer.train(
+    ["def f(x):\n    return x + 1\n\n\nclass A:\n    pass\n" * 3, "a b  c\n\n  d e; f\r\n g" * 3] * 4, 280, Reserved(1, 1, 1)
+)
 GPT = tiny_base(dtype=torch.float32, vocab_size=TOKENIZER.vocab_size)
 MC = tiny_mc(GPT, max_lod=3).model.eval()
 
@@ -65,8 +67,8 @@ def contents(history: History, catalog: Catalog) -> dict[str, str]:
         assert source.start == end and source.complete
         end = source.stop(K)
         ids = history.store.tokens(torch.arange(source.start, end))
-        assert (ids[source.tokens:] == VOID).all() and ids[0] == TOKENIZER.bos_id
-        found[source.uri.rpartition("/")[2]] = TOKENIZER.decode(ids[1:source.tokens].tolist())
+        assert (ids[source.tokens :] == VOID).all() and ids[0] == TOKENIZER.bos_id
+        found[source.uri.rpartition("/")[2]] = TOKENIZER.decode(ids[1 : source.tokens].tolist())
     assert history.n_tokens == end
     return found
 
@@ -83,7 +85,9 @@ def test_every_text_below_a_folder_once(opened, folder):
     assert contents(*opened) == expected(folder)
     assert (work.report.sources, work.report.known) == (15, 1)
     assert work.report.tokens == sum(s.tokens for s in opened[1].sources())
-    assert {s.kind for s in opened[1].sources(uri="*rows.parquet*")} == {"poem", "prose"} and opened[1].sources(uri="*.py")[0].kind == "code"
+    assert {s.kind for s in opened[1].sources(uri="*rows.parquet*")} == {"poem", "prose"} and opened[1].sources(uri="*.py")[
+        0
+    ].kind == "code"
     again = run(opened, folder)
     assert (again.report.sources, again.report.tokens, again.report.known) == (0, 0, 16)
     assert contents(*opened) == expected(folder)

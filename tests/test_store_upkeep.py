@@ -4,7 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -57,10 +56,10 @@ def test_pruned_are_the_least_useful(ram):
         if sensitivity is not None:
             catalog.count_sensitivity(0, block, sensitivity)
     catalog.flush()
-    assert choose(history.store, catalog, max_utility=0).tolist() == [i for i in range(n) if i not in (0, 1, 40)] or "mean sensitivity below 0"
+    assert choose(history.store, catalog, max_utility=0).tolist() == [i for i in range(n) if i not in (0, 1)], "help below 0 counts as none"
     all_blocks = choose(history.store, catalog, share=1.0)
     assert all_blocks[-2:].tolist() == [1, 0] and sorted(all_blocks) == list(range(n))
-    assert choose(history.store, catalog, share=0.1).tolist() == [i for i in range(n) if i not in (0, 1)][:int(0.1 * n)]
+    assert choose(history.store, catalog, share=0.1).tolist() == [i for i in range(n) if i not in (0, 1)][: int(0.1 * n)]
     assert max(choose(history.store, catalog, share=1.0, keep_last=33)) == (history.n_tokens - 33) // K - 1
     assert choose(history.store, catalog, share=1.0, source=2).tolist() == list(catalog.source(2).blocks(K))
     for wrong in (dict(), dict(share=1.5), dict(share=0.5, keep_last=-1)):
@@ -84,7 +83,8 @@ def test_prune_and_restore(ram):
 
 def test_variance_is_that_of_the_children(ram):
     history, catalog = ram
-    catalog.count_access(torch.tensor([2, 1, 1]), torch.tensor([0, 17, 20]))  # block 17 ends the first source, with void slots
+    catalog.count_access(torch.tensor([2, 1, 1]), torch.tensor([0, 17, 20]))
+    assert (history.store.tokens(torch.arange(17 * K, 18 * K)) == VOID).any(), "block 17 ends the first source"
     catalog.flush()
     assert measure_variance(history, catalog) == 3 and measure_variance(history, catalog) == 0
     found = {(s.lod, s.index): s.variance for s in catalog.statistics()}
@@ -92,7 +92,6 @@ def test_variance_is_that_of_the_children(ram):
         ids = history.store.tokens(torch.arange(block * K, (block + 1) * K))
         embeds = GPT.embed(ids[ids != VOID]).detach()
         assert found[1, block] == pytest.approx(float(embeds.var(0, correction=0).mean()), abs=1e-12)
-    assert 0 < (ids == VOID).sum() or (history.store.tokens(torch.arange(17 * K, 18 * K)) == VOID).any()
     assert found[2, 0] == pytest.approx(float(history.store.gists(1, torch.arange(K)).var(0, correction=0).mean()), abs=1e-12)
 
 
@@ -104,7 +103,11 @@ def test_where_a_history_is_kept(folder, tmp_path):
     reader, read_catalog = open_history(GPT, MC, "disk", folder, mode="r")
     assert reader.n_tokens == history.n_tokens and read_catalog.read_only
     reader.store.close(), read_catalog.close(), history.store.close(), catalog.close()
-    for arguments, message in ((("ram", folder), "needs --mc_tree=disk"), (("disk", None), "needs --mc_store=DIR"), (("tape", None), "use ram or disk")):
+    for arguments, message in (
+        (("ram", folder), "needs --mc_tree=disk"),
+        (("disk", None), "needs --mc_store=DIR"),
+        (("tape", None), "use ram or disk"),
+    ):
         with pytest.raises(UserError, match=message):
             open_history(GPT, MC, *arguments)
     with pytest.raises(UserError, match="made by another model"):
@@ -187,8 +190,16 @@ def test_gists_are_not_made_of_what_is_gone(folder):
             regist(store, catalog, other_blocks)
 
 
-FORMATS = [StoreFormat(32, d, p, c, dtype) for d, p, c, dtype in (
-    (64, 4, 128, torch.float32), (128, 4, 128, torch.bfloat16), (48, 2, 16, torch.float16), (128, 4, 128, torch.int8), (33, 1, 7, torch.int8))]
+FORMATS = [
+    StoreFormat(32, d, p, c, dtype)
+    for d, p, c, dtype in (
+        (64, 4, 128, torch.float32),
+        (128, 4, 128, torch.bfloat16),
+        (48, 2, 16, torch.float16),
+        (128, 4, 128, torch.int8),
+        (33, 1, 7, torch.int8),
+    )
+]
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)

@@ -105,8 +105,11 @@ def test_ingest_is_idempotent_and_goes_on(base, made, store, prepared, tmp_path)
 
 
 def test_ingest_from_a_pipe(base, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "scripts.mc_store", "ingest", f"--store={tmp_path / 's'}", "--uri=my notes"], cwd=ROOT, input="piped text\n" * 50,
-                          text=True, capture_output=True, env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.mc_store", "ingest", f"--store={tmp_path / 's'}", "--uri=my notes"],
+        cwd=ROOT, input="piped text\n" * 50, text=True, capture_output=True,
+        env={**os.environ, "NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["sources"] == 1
     query = command(base, "query", tmp_path / "s", "--text=1").ok()
@@ -142,7 +145,9 @@ def test_provenance(base, made):
     third = sources[2]
     found = last(command(base, "query", made, f"--span={third.start - 3 * K}:{third.start + 1}"))["sources"]
     assert [s["id"] for s in found] == [sources[1].id, third.id]
-    assert [s["id"] for s in last(command(base, "query", made, "--uri=*/heapq.py"))["sources"]] == [s.id for s in sources if s.uri.endswith("heapq.py")]
+    assert [s["id"] for s in last(command(base, "query", made, "--uri=*/heapq.py"))["sources"]] == [
+        s.id for s in sources if s.uri.endswith("heapq.py")
+    ]
     assert last(command(base, "query", made, "--since=2999-01-01"))["sources"] == []
     assert len(last(command(base, "query", made, "--limit=3", "--kind=code"))["sources"]) == 3
 
@@ -154,7 +159,16 @@ def test_edits(base, store, tmp_path):
     with disk, catalog:
         source = next(s for s in catalog.sources() if s.uri.endswith("heapq.py"))
     old = "def heappush(heap, item):"
-    done = last(command(base, "edit", store, f"--source={source.id}", f"--find={old}", "--text=def push(the_heap, é, item):  # renamed, and much longer than before"))
+    done = last(
+        command(
+            base,
+            "edit",
+            store,
+            f"--source={source.id}",
+            f"--find={old}",
+            "--text=def push(the_heap, é, item):  # renamed, and much longer than before",
+        )
+    )
     assert done["recomputed"]["1"] > 0 and done["moved"] > 0
     texts = gists_by_text(base, store)
     changed = next(t for t in texts if "# renamed, and much longer" in t)
@@ -189,7 +203,9 @@ def test_prune_restore_compact(base, store):
 def test_regist(base, store, tmp_path):
     """All gists by the networks of another step, resumed after a kill; the store then opens with those."""
     before = gists_by_text(base, store)
-    assert "has the gists of these networks already" in command(base, "regist", store, f"--checkpoint_dir={base / 'checkpoints' / 't'}").error
+    assert (
+        "has the gists of these networks already" in command(base, "regist", store, f"--checkpoint_dir={base / 'checkpoints' / 't'}").error
+    )
     other = tmp_path / "base"
     shutil.copytree(base, other)
     checkpoint = other / "checkpoints" / "t"
@@ -229,16 +245,26 @@ def test_export(base, made, tmp_path, format):
     if format == "safetensors":
         with safe_open(files[0], "pt") as f:
             assert set(f.keys()) == {"tokens", "L1", "L2", "K1"} and f.metadata()["block_size"] == str(K)
-            assert torch.equal(f.get_tensor("tokens").long(), ids) and torch.equal(f.get_tensor("L1"), gists) and torch.equal(f.get_tensor("K1"), keys)
+            assert (
+                torch.equal(f.get_tensor("tokens").long(), ids)
+                and torch.equal(f.get_tensor("L1"), gists)
+                and torch.equal(f.get_tensor("K1"), keys)
+            )
     else:
         tokens = pa.ipc.open_file(out / "tokens.arrow").read_all()
         assert [-1 if t is None else t for t in tokens["token"].to_pylist()] == ids.tolist()
         belongs = {s.id: (s.start, s.start + s.tokens) for s in sources}
         assert all((token is None) == (source is None) for token, source in zip(tokens["token"].to_pylist(), tokens["source"].to_pylist()))
-        assert all(belongs[source][0] <= slot < belongs[source][1] for slot, source in zip(tokens["slot"].to_pylist(), tokens["source"].to_pylist()) if source)
+        assert all(
+            belongs[source][0] <= slot < belongs[source][1]
+            for slot, source in zip(tokens["slot"].to_pylist(), tokens["source"].to_pylist())
+            if source
+        )
         nodes = pa.ipc.open_file(out / "nodes_1.arrow").read_all()
         assert nodes["start"].to_pylist() == (blocks * K).tolist()
-        assert torch.equal(torch.tensor(nodes["gist"].to_pylist()), gists) and torch.equal(torch.tensor(nodes["keys"].to_pylist()), keys.flatten(1))
+        assert torch.equal(torch.tensor(nodes["gist"].to_pylist()), gists) and torch.equal(
+            torch.tensor(nodes["keys"].to_pylist()), keys.flatten(1)
+        )
         assert pa.ipc.open_file(out / "sources.arrow").read_all()["uri"].to_pylist() == [s.uri for s in sources]
 
 
@@ -277,14 +303,22 @@ def test_help_in_a_fresh_interpreter(base, made):
 
 
 def test_benchmark(base, prepared, tmp_path):
-    done = run(base, "mc_bench", "store", f"--checkpoint_dir={base / 'checkpoints' / 't'}", f"--text={prepared / 'texts'}", "--tokens=200000", "--contexts=4",
-               f"--dir={tmp_path}")
+    done = run(
+        base,
+        "mc_bench",
+        "store",
+        f"--checkpoint_dir={base / 'checkpoints' / 't'}",
+        f"--text={prepared / 'texts'}",
+        "--tokens=200000",
+        "--contexts=4",
+        f"--dir={tmp_path}",
+    )
     values = last(done)
     assert values["ingest"]["tokens"] >= 200_000 and values["ingest"]["pairs"] >= 2 and values["ingest"]["store_over_alone_wall"][0] > 0
     assert 1 <= values["sizes"]["records_over_theory"] < 1.1 and values["gathering"]["ratio"][0] > 0
     assert values["editing"]["insert"]["moved"] > 0 == values["editing"]["replace"]["moved"]
     assert abs(values["stored_dtypes"]["int8 LOD1"]["added"]) < 0.1 and list(tmp_path.iterdir()) == []
-    too_few = ["--checkpoint_dir", str(base / "checkpoints" / "t"), "--text", str(prepared / "texts")]
+    too_few = ["--checkpoint_dir", str(base / "checkpoints" / "t"), "--text", str(prepared / "texts"), "--contexts=0"]
     assert "--tokens=9: at least" in run(base, "mc_bench", "store", *too_few, "--tokens=9").error
     assert "holds 2" in run(base, "mc_bench", "store", *too_few, "--tokens=999999").error
 
