@@ -92,7 +92,7 @@ def figure(x: float) -> str:
     for factor, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(x) >= factor:
             return f"{x / min(factor, 1e3 if letter == 'k' else factor):.3g}{letter}"
-    return f"{x:.3g}"
+    return f"{x:.4g}" if abs(x) >= 1000 else f"{x:.3g}"
 
 
 def plot(panel: Panel, series: Sequence[Series]) -> str:

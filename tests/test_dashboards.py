@@ -331,7 +331,7 @@ def test_ticks_cover_the_range(low, size):
     assert all(b > a for a, b in zip(found, found[1:]))
 
 
-@pytest.mark.parametrize("x, text", [(0, "0"), (0.034, "0.034"), (12_000, "12k"), (1.5e6, "1.5M"), (9.25e12, "9.25T"), (-3e9, "-3G"), (5e-7, "5e-07"), (999, "999")])
+@pytest.mark.parametrize("x, text", [(0, "0"), (0.034, "0.034"), (12_000, "12k"), (8000, "8000"), (-1030.4, "-1030"), (1.5e6, "1.5M"), (9.25e12, "9.25T"), (-3e9, "-3G"), (5e-7, "5e-07"), (999, "999")])
 def test_figures_are_short(x, text):
     assert figure(x) == text
 

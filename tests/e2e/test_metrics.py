@@ -3,6 +3,7 @@
 import json
 
 import mc.telemetry  # noqa: F401  registers MegaContext's metrics
+import nanochat.otel  # noqa: F401  and those of the exporter
 from nanochat.recorder import METRICS
 
 TRANSPORT = {name for name in METRICS if name.startswith(("telemetry.otlp", "telemetry.preflight"))}  # see test_telemetry.py
