@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# About 50 MB of clean text into DIR/text, for ingesting histories: documentation of Linux and of Python, and a long FAQ, from Debian
-# packages (needs apt and dpkg; nothing is installed). Versions are those the results in the log were measured with; where the mirror
+# About 35 MB of clean text into DIR/text, for ingesting histories: documentation of Linux and of Python, from Debian packages
+# (needs apt and dpkg; nothing is installed). Versions are those the results in the log were measured with; where the mirror
 # has newer ones, these are taken, and said.
 set -euo pipefail
 DIR="${1:?usage: bash runs/fetch_text.sh DIR}"
 mkdir -p "$DIR/deb" "$DIR/text"
 DIR="$(cd "$DIR" && pwd)"
 cd "$DIR/deb"
-PACKAGES=(linux-doc-6.1=6.1.192-2 python3.11-doc=3.11.2-6+deb12u9 anarchism=15.3-3)
+PACKAGES=(linux-doc-6.1=6.1.192-2 python3.11-doc=3.11.2-6+deb12u9)
 for package in "${PACKAGES[@]}"; do
   name="${package%%=*}"
   ls "${name}"_*.deb > /dev/null 2>&1 && continue
@@ -20,7 +20,7 @@ cd "$DIR/root/usr/share/doc"
 find linux-doc-6.1/Documentation -name '*.rst.gz' | while read -r f; do
   mkdir -p "$DIR/text/$(dirname "$f")"; gzip -dc "$f" > "$DIR/text/${f%.gz}"
 done
-find linux-doc-6.1/Documentation python3.11/html/_sources anarchism \( -name '*.rst' -o -name '*.txt' -o -name '*.md' \) -type f | while read -r f; do
+find linux-doc-6.1/Documentation python3.11/html/_sources \( -name '*.rst' -o -name '*.txt' -o -name '*.md' \) -type f | while read -r f; do
   mkdir -p "$DIR/text/$(dirname "$f")"; cp "$f" "$DIR/text/$f"
 done
 rm -rf "$DIR/root"
