@@ -193,6 +193,6 @@ def test_without_megacontext(monkeypatch):
     def missing(name: str):
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
-    monkeypatch.setattr(base_train.importlib, "import_module", missing)
+    monkeypatch.setattr("nanochat.common.importlib.import_module", missing)
     with pytest.raises(ModuleNotFoundError, match="torch"):
         base_train.main()
