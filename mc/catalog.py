@@ -393,6 +393,10 @@ class Catalog:
         """Counted nodes of a level whose variance was not measured: int64 [N]."""
         return torch.tensor([i for (i,) in self._rows("SELECT idx FROM nodes WHERE lod = ? AND variance IS NULL", lod)], dtype=torch.int64)
 
+    def without_sensitivity(self) -> Tensor:
+        """Blocks whose raw tokens were counted, and not measured: int64 [N]."""
+        return torch.tensor([i for (i,) in self._rows("SELECT idx FROM nodes WHERE lod = 0 AND accesses > 0 AND measured = 0")], dtype=torch.int64)
+
     def statistics(self, *, lod: int | None = None, limit: int = -1) -> list[NodeStatistics]:
         """Nodes by falling number of accesses."""
         where, values = ("", []) if lod is None else ("WHERE lod = ? ", [lod])

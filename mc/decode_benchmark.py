@@ -212,7 +212,7 @@ def crossover(results: dict[int, dict[str, Measured]]) -> int | None:
 
 def report(results: dict[int, dict[str, Measured]], facts: dict) -> dict:
     least, most = min(results, key=lambda n: abs(n - 4096)), max((n for n in results if n <= 2 ** 20), default=max(results))
-    share = {n: sum(r["mc"].parts.get(part, 0) for part in CONTROLLER) / sum(r["mc"].parts.values()) for n, r in results.items()}
+    share = {n: sum(r["mc"].parts.get(part, 0) for part in CONTROLLER) / r["mc"].per_round.mean() for n, r in results.items()}
     speedups = {n: ratio(r["vanilla"], r["mc"]) for n, r in results.items() if "vanilla" in r}
     times = ratio(results[most]["mc"], results[least]["mc"])
     return {"time_ratio_1m_over_4k": times["ratio"], "time_ratio_interval": [times["low"], times["high"]], "ratio_lengths": [most, least],

@@ -26,6 +26,7 @@ from mc.ingest import Ingest, find_files, texts_of
 from mc.networks import Networks, default_checkpoint, load_networks, untrained_networks
 from mc.pruning import choose, prune, restore
 from mc.regist import regist
+from mc.sensitivity import measure_sensitivity
 from mc.storage import DROPPED, ERASED, VOID, Store
 from nanochat.common import FlagParser, UserError, init_distributed, run_main
 from nanochat.dataset import SHARDS, Progress
@@ -251,7 +252,7 @@ def verify_command(args: Namespace) -> None:
 def query_command(args: Namespace) -> None:
     if args.measure:
         with opened(args, networks_of(args)) as (history, catalog):
-            print(f"gist variance of {measure_variance(history, catalog)} nodes measured")
+            print(f"gist variance of {measure_variance(history, catalog)} nodes measured, sensitivity of {measure_sensitivity(history, catalog)} blocks")
     with reading(args) as (store, catalog):
         if args.top_nodes:
             nodes = catalog.statistics(limit=args.top_nodes)
@@ -501,7 +502,7 @@ def make_parser() -> FlagParser:
         type=int,
         default=0,
         choices=(0, 1),
-        help="1: measure the gist variance of counted nodes first, and keep it (as a writer)",
+        help="1: first measure, and keep, the gist variance of counted nodes and the ΔNLL sensitivity of counted blocks (as a writer)",
     )
     p = sub["edit"]
     p.add_argument("--source", type=int, required=True, help="id of the source, see query")

@@ -10,9 +10,12 @@ import torch
 from mc.catalog import Catalog, measure_variance, open_history
 from mc.disk_store import DiskStore
 from mc.history import MAX_BLOCKS, History, store_format
+from mc.mega_context import build_tree
+from mc.model import Entries, run_entries
 from mc.networks import Networks, untrained_networks
 from mc.pruning import choose, prune, restore
 from mc.regist import regist
+from mc.sensitivity import CONTEXT, measure_sensitivity
 from mc.storage import DROPPED, ERASED, VOID, RamStore, StoreFormat
 from mc.store_benchmark import bytes_per_slot
 from nanochat.common import UserError
@@ -93,6 +96,33 @@ def test_variance_is_that_of_the_children(ram):
         embeds = GPT.embed(ids[ids != VOID]).detach()
         assert found[1, block] == pytest.approx(float(embeds.var(0, correction=0).mean()), abs=1e-12)
     assert found[2, 0] == pytest.approx(float(history.store.gists(1, torch.arange(K)).var(0, correction=0).mean()), abs=1e-12)
+
+
+def test_sensitivity_is_what_the_next_block_loses(ram):
+    """Against one working context at a time, through the pass that training uses."""
+    history, catalog = ram
+    blocks = [9, 15, 16, 17, 30, 40]  # block 17 has void slots, and 16 stands before it
+    catalog.count_access(torch.zeros(len(blocks), dtype=torch.int64), torch.tensor(blocks) * K)
+    catalog.count_access(torch.zeros(1, dtype=torch.int64), torch.tensor([2 * K]))  # fewer than CONTEXT blocks before it
+    catalog.flush()
+    assert measure_sensitivity(history, catalog) == 4 and measure_sensitivity(history, catalog) == 0
+    found = {s.index: s.sensitivity for s in catalog.statistics(lod=0)}
+    ids = history.store.tokens(torch.arange(history.n_tokens))
+    with torch.no_grad():
+        tree = build_tree(GPT.embed(ids.clamp_min(0))[None], MC.gistnet, K, 1)
+    for block in (9, 15, 30, 40):
+        nll = {}
+        for raw in (False, True):
+            nodes = [(1, i) for i in range(block - CONTEXT, block)]
+            nodes += [(0, block * K + i) for i in range(K)] if raw else [(1, block)]
+            nodes += [(0, (block + 1) * K + i) for i in range(K)]
+            lod, index = torch.tensor(nodes).T[:, None]
+            entries = Entries(lod, index, torch.ones_like(lod, dtype=torch.bool), torch.tensor([len(nodes)]))
+            with torch.no_grad():
+                logits = GPT.logits(run_entries(GPT, MC, tree, ids[None], entries))[0, -K - 1:-1]
+            nll[raw] = float(torch.nn.functional.cross_entropy(logits, ids[(block + 1) * K:(block + 2) * K]))
+        assert found[block] == pytest.approx(nll[False] - nll[True], abs=1e-9)
+    assert found[17] is None and found[2] is None
 
 
 def test_where_a_history_is_kept(folder, tmp_path):
