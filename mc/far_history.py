@@ -24,8 +24,8 @@ from mc.gistnet import GistNet
 from mc.keyed_random import uniform
 from mc.working_context import Cut, coarsest, expand, spans
 
-BLOCKS_OF_A_ROW = 16  # LOD1 nodes that each row lends to the others
-NODES_OF_A_LEVEL = 8  # different nodes of each level above
+BLOCKS_OF_A_ROW = 8  # LOD1 nodes that each row lends to the others
+NODES_OF_A_LEVEL = 4  # different nodes of each level above
 
 
 class FarHistory(NamedTuple):
