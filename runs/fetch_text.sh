@@ -3,9 +3,9 @@
 # (needs apt and dpkg; nothing is installed). Versions are those the results in the log were measured with; where the mirror
 # has newer ones, these are taken, and said.
 set -euo pipefail
-DIR="${1:?usage: bash runs/fetch_text.sh DIR}"
+DIR="$(realpath -m "${1:?usage: bash runs/fetch_text.sh DIR}")"
+cd "$(dirname "$0")/.."
 mkdir -p "$DIR/deb" "$DIR/text"
-DIR="$(cd "$DIR" && pwd)"
 cd "$DIR/deb"
 PACKAGES=(linux-doc-6.1=6.1.192-2 python3.11-doc=3.11.2-6+deb12u9)
 for package in "${PACKAGES[@]}"; do
