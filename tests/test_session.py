@@ -341,6 +341,21 @@ def test_sixty_four_windows_of_history_and_the_start_is_found():
     assert line.lod == 0 and line.entries == 8 and line.score > 0 and "lens" in line.why
 
 
+@pytest.mark.parametrize("read", [lambda session: next(session.generate(1)), lambda session: session.score([1]), lambda session: session.logits()])
+def test_a_refocus_follows_every_append_however_short(read):
+    """E1a: the question is seen before it is answered, and generated tokens alone bring a refocus only when it is due."""
+    session = tiny_pool(interval=9).open()
+    session.begin(tokens(60))
+    read(session)
+    for i in range(3):
+        before = session.focus.refocuses
+        session.append(tokens(1, i))
+        read(session)
+        assert session.focus.refocuses == before + 1
+        read(session)
+        assert session.focus.refocuses == before + 1
+
+
 def test_device_memory_does_not_know_the_history():
     """All that a pool holds besides weights, store and search index: counted, not computed from shapes."""
     session, sizes = big_lens_pool().open(), []
