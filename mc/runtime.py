@@ -149,6 +149,8 @@ class MCController:
         captured: list[Captured] | None = [] if self.active(step) else None
         with timed(trace, metrics, "lm"):
             embeds = gpt.embed(tokens)
+            if "gate" in self.config.teacher and not embeds.requires_grad:
+                embeds.requires_grad_()  # the base is frozen, yet gate gradients need its backward pass
             hidden = gpt.hidden(tokens, inputs_embeds=embeds, capture=captured)
             loss = gpt.loss(hidden, targets, batch.num_targets)
         metrics["train.loss"] = loss.detach()

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # torchrun scripts/base_train.py, not installed
 
-from nanochat.checkpoint import complete_steps, load_checkpoint, save_checkpoint, set_rng_state
+from nanochat.checkpoint import complete_steps, load_checkpoint, load_mc_state, load_model_state, save_checkpoint, set_rng_state
 from nanochat.common import FlagParser, Ranks, UserError, base_dir, import_optional, init_distributed, parse_optional, print0, run_main, seed_everything
 from nanochat.dataloader import SYNTHETIC, Loader, Source, eval_rows, make_source
 from nanochat.evaluation import evaluate
@@ -71,6 +71,9 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     add("--num_iterations", type=int, default=0, help="optimizer steps; 0: by --target_tokens_per_param")
     add("--target_tokens_per_param", type=float, default=10.0, help="tokens per weight of the matrix products")
     add("--stop_at", type=int, default=0, help="stop after this step, with a checkpoint; schedules still run to the end; 0: never")
+    # start
+    add("--init_from", default="", help="checkpoint directory of a run of the same shape and tokenizer, whose newest weights this one starts from")
+    add("--freeze_base", default=0, help="1: with --mc_enabled=1, the base keeps its weights and only MegaContext learns", **flag)
     # optimization
     add("--matrix_lr", type=float, default=0.02, help="Muon's learning rate, for matrices")
     add("--embedding_lr", type=float, default=0.3, help="learning rate of the embeddings, for width 768")
@@ -123,6 +126,11 @@ def check_ranges(args, defaults: dict) -> None:
             raise UserError(f"--{name}={getattr(args, name)} must be in [0, 1]")
     if args.probe_every and not args.mc_enabled:
         raise UserError(f"--probe_every={args.probe_every} has no effect with --mc_enabled=0: there is no lens to probe")
+    if args.freeze_base and not (args.mc_enabled and args.init_from and args.mc_start == 0):
+        raise UserError("--freeze_base=1 trains MegaContext alone, on a base that has learned: it needs --mc_enabled=1, --init_from=DIR and --mc_start=0")
+    for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "grad_clip"):
+        if args.freeze_base and getattr(args, name) != defaults[name]:
+            raise UserError(f"--{name}={getattr(args, name)} has no effect with --freeze_base=1: it is for training the base")
     for name, data in (("recall_blocks", "recall"), ("recall_grow", "recall"), ("needles", "needle")):
         if getattr(args, name) != defaults[name] and args.data != data:
             raise UserError(f"--{name}={getattr(args, name)} has no effect with --data={args.data}: it is for --data={data}")
@@ -173,7 +181,7 @@ def make_plan(args, vocab_size: int, world_size: int) -> Plan:
 def describe(plan: Plan, model: GPT, world_size: int, mc) -> dict:
     """The plan in numbers. Memory per rank: weights, gradients, sharded optimizer state, activations of one micro-batch."""
     parameters = model.num_parameters() + (sum(p.numel() for p in mc.model.parameters()) if mc else 0)
-    flops = model.flops_per_token(plan.T) + (mc.flops_per_token(model) * (1 - mc.config.start) if mc else 0)
+    flops = lm_flops(model, plan.T) + (mc.flops_per_token(model) * (1 - mc.config.start) if mc else 0)
     c = plan.model
     activations = plan.micro_batch * plan.T * (c.n_layer * 24 * c.n_embd + 4 * c.vocab_size) * 4
     activations += mc.activation_bytes(model, plan.micro_batch) if mc else 0
@@ -218,10 +226,13 @@ def main() -> None:
         model = GPT(plan.model)
     model = model.to(device)
     mc = build_controller(args, plan, model) if args.mc_enabled else None
+    model.requires_grad_(not args.freeze_base)
     if args.dry_run:
         return print0(json.dumps(describe(plan, model, ranks.world_size, mc), indent=1))
+    if args.init_from:
+        start_from(args.init_from, plan, model, mc, tokenizer)
     rates = {name: getattr(args, name) * plan.lr_scale for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")}
-    groups = gpt_param_groups(model.named_parameters(), plan.model.n_embd, weight_decay=args.weight_decay, **rates)
+    groups = [] if args.freeze_base else gpt_param_groups(model.named_parameters(), plan.model.n_embd, weight_decay=args.weight_decay, **rates)
     optimizer = MuonAdamW(groups + (mc.param_groups(plan.lr_scale) if mc else []))
     check_groups({"gpt": model} | ({"mc": mc.model} if mc else {}), optimizer.param_groups)
     if args.compile:
@@ -311,7 +322,7 @@ def main() -> None:
                     for name, value in metrics.items():
                         recorder.record(name, value)
                 unlogged.clear()
-            if args.grad_clip or logging:
+            if (args.grad_clip or logging) and not args.freeze_base:
                 recorder.record("train.grad_norm", global_grad_norm(model.parameters(), ranks.world_size, args.grad_clip or None))
             networks = mc.networks() if logging and mc and mc.active(step) else {}
             for name, params in networks.items():
@@ -377,9 +388,14 @@ def check_finite(losses: torch.Tensor, step: int, recorder: Recorder) -> None:
     recorder.record("train.nonfinite", 0)
 
 
+def lm_flops(model: GPT, T: int, num_targets: int | None = None) -> float:
+    """FLOPs of the LM pass per token. Through a frozen base it is a forward pass; its backward pass for gate gradients is not counted."""
+    return model.flops_per_token(T, num_targets) * (1.0 if model.lm_head.weight.requires_grad else 1 / 3)
+
+
 def step_flops(model: GPT, mc, plan: Plan, step: int, num_targets: int) -> float:
     """FLOPs of one optimizer step over all ranks, from shapes."""
-    per_token = model.flops_per_token(plan.T, num_targets) + (mc.flops_per_token(model) if mc and mc.active(step) else 0)
+    per_token = lm_flops(model, plan.T, num_targets) + (mc.flops_per_token(model) if mc and mc.active(step) else 0)
     return per_token * plan.tokens_per_step
 
 
@@ -398,6 +414,25 @@ def check_resumable(meta: dict, args, plan: Plan, tokenizer: Tokenizer, director
         changed.append(f"model or horizon (was {meta['model_config']}, {meta['num_iterations']} steps)")
     if changed:
         raise UserError(f"cannot resume {directory} with other settings: {', '.join(changed)}; use its flags, another --model_tag, or --resume=0")
+
+
+def start_from(directory: str, plan: Plan, model: GPT, mc, tokenizer: Tokenizer | None) -> None:
+    """The newest weights of another run of the same shape; MegaContext's where both runs have a tensor of that name and shape."""
+    state, meta = load_model_state(directory, device=model.lm_head.weight.device)
+    here, there = dataclasses.asdict(plan.model), meta["model_config"]
+    different = [f"{name} {there.get(name)} there, {value} here" for name, value in here.items() if name != "sequence_len" and there.get(name) != value]
+    if tokenizer and meta["tokenizer"] != tokenizer.fingerprint:
+        different.append(f"tokenizer {meta['tokenizer']} there, {tokenizer.fingerprint} here")
+    if different:
+        raise UserError(f"--init_from={directory} is another model: {'; '.join(different)}")
+    model.load_state_dict(state)
+    print0(f"starting from {directory}, step {meta['step']}")
+    theirs = mc and load_mc_state(directory, meta["step"], model.lm_head.weight.device)
+    if theirs:
+        own = mc.state_dict()
+        taken = {name: tensor for name, tensor in theirs.items() if name in own and own[name].shape == tensor.shape}
+        mc.load_state_dict(own | taken)
+        print0(f"{len(taken)} of {len(own)} tensors of MegaContext as well" + "".join(f", not {name}" for name in own if name not in taken))
 
 
 def build_controller(args, plan: Plan, model: GPT):

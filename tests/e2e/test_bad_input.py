@@ -29,6 +29,8 @@ FLAGS = {
     "column of facts": (["--data=needle", "--text_column=body"], "--text_column=body has no effect with --data=needle"),
     "recall blocks of text": (["--recall_blocks=8"], "--recall_blocks=8 has no effect"),
     "too few recall blocks": (["--data=recall", "--recall_blocks=1"], "--recall_blocks=1 must be at least 2"),
+    "frozen without a start": ([*MC, "--freeze_base=1", "--mc_start=0"], "needs --mc_enabled=1, --init_from=DIR and --mc_start=0"),
+    "frozen with a rate": ([*MC, "--freeze_base=1", "--mc_start=0", "--init_from=x", "--matrix_lr=0.1"], "--matrix_lr=0.1 has no effect with --freeze_base=1"),
     "windows with mc": ([*MC, "--window_pattern=SL", "--max_seq_len=1024", "--total_batch_size=2048"], "--window_pattern=SL"),
     "batch not divisible": (["--total_batch_size=500"], "--total_batch_size=500 is not a multiple"),
     "odd head": (["--head_dim=15", "--smear=0", "--value_embeds=0"], "heads of even width"),

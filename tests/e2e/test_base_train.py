@@ -11,8 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from e2e_commands import KINDS, MC, ROOT, TINY, last_checkpoint, losses, real, rows, same, start, tree
 
+from nanochat.checkpoint import load_mc_state, load_model_state
 from nanochat.tokenizer import Reserved, Tokenizer
 from scripts import base_train
 
@@ -167,6 +169,30 @@ def test_speed_is_of_the_logging_interval(base, prepared, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("teacher", ["gate", "attention"])
+def test_frozen_base_only_megacontext_learns(teacher, base, train, reference):
+    """E5: the base starts from another run's weights and ends with them; GistNet and LensNet have moved, away from what was taken over."""
+    start = reference["mc"] / "checkpoints" / "t"
+    flags = [f"--init_from={start}", "--freeze_base=1", "--mc_start=0", f"--mc_teacher={teacher}", "--num_iterations=3", "--eval_every=1"]
+    result = train(base, *[f for f in MC if "mc_start" not in f], *flags).ok()
+    assert "starting from" in result.out and "of MegaContext as well" in result.out
+    (before, _), (after, meta) = load_model_state(start), load_model_state(base / "checkpoints" / "t")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    theirs, own = load_mc_state(start, 20), load_mc_state(base / "checkpoints" / "t", 3)
+    moved = {name.split(".")[0] for name in own if not torch.equal(theirs[name], own[name])}
+    assert moved == {"gistnet", "lensnet", "gist_bias"}
+    values = [row["val.loss"] for row in (*rows(base), rows(reference["mc"])[-1]) if "val.loss" in row]
+    assert len(values) == 4 and len(set(values)) == 1
+    assert meta["flops"] < load_model_state(start)[1]["flops"] * 3 / 20
+
+
+def test_starting_from_another_model_is_refused(base, train, reference):
+    start = reference["vanilla"] / "checkpoints" / "t"
+    error = train(base, f"--init_from={start}", "--aspect_ratio=32").error
+    assert "is another model: n_head 2 there, 4 here; n_kv_head 2 there, 4 here; n_embd 32 there, 64 here" in error
+    assert "no-such" in train(base, "--init_from=no-such").error
+
+
 def test_random_tokens_cannot_be_predicted(base, train):
     """Trap 1: no next-token loss on uniform random tokens goes below ln V; a target that is not shifted would."""
     tokenizer = Tokenizer([bytes([i]) for i in range(256)], reserved=Reserved(2, 2, 2))  # few ids: easy to copy, were it possible

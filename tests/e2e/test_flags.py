@@ -48,6 +48,8 @@ TABLE: dict[str, tuple[str, list[str]]] = {
     "recall_blocks": ("8", ["--data=recall", "--max_seq_len=1088", "--total_batch_size=2176", "--num_iterations=2"]),
     "recall_grow": ("0", ["--data=recall", "--max_seq_len=1088", "--total_batch_size=2176", "--num_iterations=2"]),
     "needles": ("2", ["--data=needle", "--max_seq_len=1088", "--total_batch_size=2176", "--num_iterations=2"]),
+    "init_from": ("{earlier}", []),
+    "freeze_base": ("1", [*MC, "--init_from={earlier}"]),
     "total_batch_size": ("512", []),
     "device_batch_size": ("4", PLAN),
     "num_iterations": ("3", []),
@@ -136,6 +138,8 @@ def observe(prepared, tmp_path_factory):
     for i in range(2):
         lines = [json.dumps({"text": f"{i} {j} some words " * 100, "body": f"{j} {i} other texts " * 100}) for j in range(4)]
         (folder / "jsonl" / f"{i}.jsonl").write_text("\n".join(lines))
+    (folder / "start" / "tokenizer").mkdir(parents=True)
+    (folder / "start" / "tokenizer" / "tokenizer.json").symlink_to(prepared / "base" / "tokenizer" / "tokenizer.json")
     seen: dict[tuple, object] = {}
     threads = torch.get_num_threads()
 
@@ -144,9 +148,11 @@ def observe(prepared, tmp_path_factory):
             base = folder / f"base{len(seen)}"
             (base / "tokenizer").mkdir(parents=True)
             (base / "tokenizer" / "tokenizer.json").symlink_to(prepared / "base" / "tokenizer" / "tokenizer.json")
-            argv = [f.format(jsonl=folder / "jsonl") for f in (*BASE, f"--data={prepared / 'texts'}", *flags)]
+            argv = [f.format(jsonl=folder / "jsonl", earlier=folder / "start" / "checkpoints" / "d1") for f in (*BASE, f"--data={prepared / 'texts'}", *flags)]
             if "--model_tag=earlier" in flags:
                 attempt(base, [f for f in argv if not f.startswith("--resume")] + ["--stop_at=2"])
+            if any("earlier}" in f for f in flags) and not (folder / "start" / "checkpoints").exists():
+                attempt(folder / "start", [*BASE, f"--data={prepared / 'texts'}"])
             seen[flags] = attempt(base, argv)
         return seen[flags]
 
