@@ -18,7 +18,7 @@ class MCConfig:
     # the tree and its gists
     block_size: int = setting(32, "tokens per LOD1 gist, and gists per gist of the next level")
     max_lod: int = setting(2, "highest level of the tree that is built and shown")
-    gist: str = setting("slots", "GistNet variant", ("mean", "transformer", "slots"))
+    gist: str = setting("slots", "GistNet variant", ("mean", "transformer", "slots", "binding"))
     gist_width: int = setting(64, "internal width of GistNet")
     gist_pool: str = setting("mean", "pooling of --mc_gist=transformer", ("mean", "query", "cls"))
     gist_head: str = setting("linear", "GistNet's head", ("linear", "mlp"))

@@ -8,10 +8,14 @@ Only the summary differs between variants, and each is put together from one `La
     mean         no summary, no parameters
     transformer  the entries read each other; then the mean over them, a learned query that reads them, or a CLS among them
     slots        K→1→K→1: the entries read each other; query 1 reads them; they read it back; query 2 reads what they became
+    binding      each entry times its right neighbour, through a projection each (a GLU), and the mean over these products
+
+A mean holds which entries a block has, not which stood beside which; a product of two neighbours holds the pair. Of 16 pairs of a
+key and one of 16 values in one vector of 128, a reader names 83 % from products and 20 % from a mean (400 steps, 1 seed).
 
 Nothing is causal. The network is narrow (`width`), because it runs on every token: at width 64, beside a base layer of width
-128 at 1,088 tokens, `transformer` costs 14 % of that layer per token and `slots` 27 % (`GistNet.flops_per_token`; measured
-times agree).
+128 at 1,088 tokens, `transformer` costs 14 % of that layer per token, `slots` 27 % (`GistNet.flops_per_token`; measured
+times agree) and `binding` 5 %.
 
 Every attention has one more key and value, both zero (`add_zero_attn` of nn.MultiheadAttention; Miller, "Attention is off by
 one", 2023). With it an entry may read nothing, which makes reading a single slot a gate, sigmoid(q·k), instead of a constant;
@@ -31,7 +35,7 @@ from torch import Tensor
 from nanochat.common import UserError
 from nanochat.gpt import norm
 
-VARIANTS, POOLS, HEADS, GISTS = ("mean", "transformer", "slots"), ("mean", "query", "cls"), ("linear", "mlp"), (1, 2, 4)
+VARIANTS, POOLS, HEADS, GISTS = ("mean", "transformer", "slots", "binding"), ("mean", "query", "cls"), ("linear", "mlp"), (1, 2, 4)
 MLP_RATIO = 2  # hidden width of an MLP / C
 MAX_WIDTH = 512
 POSITION_STD = 0.5  # of the position embedding, beside entries of rms 1
@@ -48,7 +52,7 @@ class GistNetConfig:
     variant: str = "slots"
     width: int = 64
     n_head: int = 2
-    n_layer: int = 1  # layers in which the entries read each other
+    n_layer: int = 1  # layers in which the entries read each other; none of `binding`
     pool: str = "mean"  # of the transformer: "mean", "query" or "cls"
     head: str = "linear"  # or "mlp"
     n_gists: int = 1
@@ -163,6 +167,25 @@ class Slots(nn.Module):
         return sum(layer.flops(K, K) for layer in self.layers) + 2 * self.gather_1.flops(G, K) + self.give_back.flops(K, G)
 
 
+class Binding(nn.Module):
+    """The mean over neighbours of the product of two projections; a pair counts in the part of its left entry."""
+
+    def __init__(self, config: GistNetConfig):
+        super().__init__()
+        self.left, self.right = linear(config.width, config.width), linear(config.width, config.width)
+
+    def forward(self, h_NKC: Tensor, mask_NK: Tensor | None, share_NGK: Tensor) -> Tensor:
+        """As `Transformer.forward`. A pair is two valid entries side by side."""
+        pairs_NKC = self.left(h_NKC) * F.pad(self.right(h_NKC)[:, 1:], (0, 0, 0, 1))
+        if mask_NK is not None:
+            pairs_NKC = pairs_NKC.masked_fill(~(mask_NK & F.pad(mask_NK[:, 1:], (0, 1)))[..., None], 0)
+        return share_NGK.to(pairs_NKC.dtype) @ pairs_NKC
+
+    def flops(self, K: int, G: int) -> int:
+        width = self.left.in_features
+        return 4 * K * width**2 + 2 * G * K * width
+
+
 def spread(query_GC: Tensor, like_NKC: Tensor) -> Tensor:
     """The same learned rows for each block: [G, C] -> [N, G, C]."""
     return query_GC.to(like_NKC.dtype).expand(len(like_NKC), -1, -1)
@@ -176,7 +199,7 @@ class Summary(nn.Module):
         self.embed = linear(config.d_model, config.width)
         self.position_KC = nn.Parameter(POSITION_STD * torch.randn(config.block_size, config.width))
         self.level_LC = nn.Parameter(torch.zeros(n_levels, config.width))  # with one level: the bias of `embed`
-        self.body = {"transformer": Transformer, "slots": Slots}[config.variant](config)
+        self.body = {"transformer": Transformer, "slots": Slots, "binding": Binding}[config.variant](config)
         hidden = MLP_RATIO * config.width if config.head == "mlp" else config.width
         self.hidden = linear(config.width, hidden) if config.head == "mlp" else None
         self.head = linear(hidden, config.d_model)
