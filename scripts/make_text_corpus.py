@@ -1,0 +1,54 @@
+"""Code and prose as three corpora that hold out the same documents: DIR/code, DIR/prose and DIR/mix, each a train and a val shard.
+
+    python -m scripts.make_text_corpus --prose=NOVELS --held_out=persuasion.txt --out=DIR
+
+Code is the embedded corpus (the standard library); prose is a folder of .txt files, one document each. A model trained on DIR/mix can
+be judged on code and prose apart without having seen either's held-out documents.
+"""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat.common import FlagParser, UserError, run_main
+from nanochat.dataset import SPLITS, build_stdlib
+
+
+def prose_documents(folder: Path, held_out: str) -> dict[str, list[dict]]:
+    """Rows of text, source and kind per split. UserError unless `held_out` is one of at least two .txt files."""
+    files = sorted(folder.glob("*.txt"))
+    if held_out not in {path.name for path in files} or len(files) < 2:
+        raise UserError(f"--held_out={held_out} with --prose={folder}: needs that file and at least one more .txt, found {', '.join(p.name for p in files) or 'none'}")
+    rows = {split: [] for split in SPLITS}
+    for path in files:
+        rows["val" if path.name == held_out else "train"].append({"text": path.read_text(encoding="utf-8"), "source": path.name, "kind": "prose"})
+    return rows
+
+
+def make_parser() -> FlagParser:
+    parser = FlagParser(prog="python -m scripts.make_text_corpus", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--prose", required=True, type=Path, help="folder of .txt files")
+    parser.add_argument("--held_out", required=True, help="the one of them that is held out")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the three corpora")
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    prose = prose_documents(args.prose, args.held_out)
+    stdlib = build_stdlib()
+    code = {split: pq.read_table(stdlib / f"{split}-00000.parquet").to_pylist() for split in SPLITS}
+    counts = {}
+    for name, parts in {"code": [code], "prose": [prose], "mix": [code, prose]}.items():
+        (args.out / name).mkdir(parents=True, exist_ok=True)
+        for split in SPLITS:  # "val" sorts last, so that it is the shard held out
+            rows = [row for part in parts for row in part[split]]
+            pq.write_table(pa.Table.from_pylist(rows), args.out / name / f"{split}-00000.parquet")
+            counts[f"{name}/{split}"] = len(rows)
+    print(json.dumps({"out": str(args.out), "documents": counts}))
+
+
+if __name__ == "__main__":
+    run_main(main)
