@@ -49,6 +49,10 @@ class SessionMeter:
         record("mc.session.kv_recomputed", kv_recomputed)
         record("mc.session.store_reads", store_reads)
 
+    def staying(self, at: int) -> list[int]:
+        """Refocuses, up to number `at`, that each block still shown by an edit has stayed shown."""
+        return [at - begun for begun in self._shown.values()]
+
     def _undone(self, at: int, edits: Edits) -> int:
         """Flips by edits that undo another edit's of a short while ago."""
         self._flips = {node: flip for node, flip in self._flips.items() if at - flip[0] <= self.within}
