@@ -5,7 +5,8 @@ K - 1 entries, so entries = tiling(n) + (K - 1) * (number of expanded nodes): th
 nodes are closed upward (an expanded node's existing ancestors are expanded); every edit keeps that.
 
 An edit is a *path edit*. Showing a block expands it and its closed ancestors, and includes the collapses that pay for
-them; hiding a node collapses it and those ancestors that are left with nothing expanded and are dull too.
+them; hiding a node collapses it and those ancestors that are left with nothing expanded and are dull too. With a span
+above 1 showing is a *bundle*: one decision opens adjacent blocks and coarsens what lies around them.
 
 Only blocks (LOD1) have scores of their own. A node's score is the best of its subtree, both ways: it is worth
 expanding if any block below it is, and siblings that pull in different directions keep their parent expanded, since
@@ -15,7 +16,7 @@ before an expanded descendant, and "collapse the m lowest" is a prefix of one so
 Nodes of all levels lie in one axis, level after level: [LOD1 | LOD2 | …]. Every operation acts on [B, N] at once;
 the only Python loops are over levels and over the (static) number of edits.
 
-Shapes: B rows, N nodes of all levels, N1 blocks (LOD1 nodes), L levels. Counts are int64.
+Shapes: B rows, N nodes of all levels, N1 blocks (LOD1 nodes), L levels, S lengths of a span in blocks. Counts are int64.
 """
 
 from dataclasses import dataclass
@@ -46,13 +47,14 @@ class FocusConfig:
     margin: float = 0.20  # what pays for a block scores lower than it by more than this
     max_edits: int = 4  # N_diff, path edits per refocus
     cooldown: int = 2  # refocuses during which an edit is not reversed
+    span: int = 1  # S, adjacent blocks that one edit may show
 
     def __post_init__(self):
         if self.soft_budget is None:
             object.__setattr__(self, "soft_budget", self.budget)
         if self.recent is None:
             object.__setattr__(self, "recent", min(128, self.budget // 4))
-        least = dict(budget=1, block_size=2, max_lod=1, soft_budget=1, recent=0, max_edits=0, cooldown=0)
+        least = dict(budget=1, block_size=2, max_lod=1, soft_budget=1, recent=0, max_edits=0, cooldown=0, span=1)
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise UserError(f"focus {name}={getattr(self, name)} must be at least {low}")
@@ -117,20 +119,24 @@ class _Nodes(NamedTuple):
     lod_N: Tensor
     first_N: Tensor  # first block
     blocks_N: Tensor  # number of blocks, K**(lod-1)
-    path_NL: Tensor  # [N1, L]: a block's own node and its ancestors; N (one past the end) where a level has none
+    path_NSL: Tensor  # [N1, S, L]: what a span from a block on is made of, step by step: the block's own node and ancestors, then
+    # one sibling after the other; N (one past the end) where there is none
 
     @staticmethod
     def of(n_blocks: int, cfg: FocusConfig, device: torch.device) -> "_Nodes":
-        block_N = torch.arange(n_blocks, device=device)
+        block_N, step_S = torch.arange(n_blocks, device=device), torch.arange(cfg.span, device=device)
         widths = [cfg.block_size**level for level in range(cfg.max_lod)]
         sizes = [n_blocks // width for width in widths]
+        sibling_NS = block_N[:, None] % cfg.block_size + step_S < cfg.block_size
         lods, firsts, blocks, path = [], [], [], []
         for level, (width, size) in enumerate(zip(widths, sizes)):
             lods.append(torch.full((size,), level + 1, device=device))
             blocks.append(torch.full((size,), width, device=device))
             firsts.append(block_N[:size] * width)
-            path.append(torch.where(block_N // width < size, sum(sizes[:level]) + block_N // width, sum(sizes)))
-        return _Nodes(cfg.block_size, sizes, *map(torch.cat, (lods, firsts, blocks)), torch.stack(path, 1))
+            node_NS = (block_N[:, None] + step_S) // width
+            there_NS = (node_NS < size) & (sibling_NS if level == 0 else step_S == 0)
+            path.append(torch.where(there_NS, sum(sizes[:level]) + node_NS, sum(sizes)))
+        return _Nodes(cfg.block_size, sizes, *map(torch.cat, (lods, firsts, blocks)), torch.stack(path, -1))
 
     def up(self, x_BN: Tensor, reduce: Callable, join: Callable) -> Tensor:
         """Every node's value joined with those of its whole subtree."""
@@ -143,15 +149,23 @@ class _Nodes(NamedTuple):
     def on_path(self, node_B1: Tensor) -> Tensor:
         """The node itself and its ancestors, bool [B, N]."""
         first_B1 = self.first_N[node_B1]
-        return (
-            (self.lod_N >= self.lod_N[node_B1])
-            & (self.first_N <= first_B1)
-            & (first_B1 < self.first_N + self.blocks_N)
-        )
+        return (self.lod_N >= self.lod_N[node_B1]) & self.touching(first_B1, first_B1)
+
+    def within(self, first_B1: Tensor, last_B1: Tensor) -> Tensor:
+        """Nodes that cover nothing but blocks first … last, bool [B, N]."""
+        return (self.first_N >= first_B1) & (self.first_N + self.blocks_N <= last_B1 + 1)
+
+    def touching(self, first_B1: Tensor, last_B1: Tensor) -> Tensor:
+        """Nodes that cover any of the blocks first … last: these blocks and their ancestors, bool [B, N]."""
+        return (self.first_N <= last_B1) & (first_B1 < self.first_N + self.blocks_N)
+
+    def over_spans(self, x_BN: Tensor) -> Tensor:
+        """Sum over 1 … S siblings from each block on, and over the ancestors they share: [B, N1, S]."""
+        return F.pad(x_BN, (0, 1))[:, self.path_NSL].sum(-1).cumsum(-1)
 
     def path_count(self, mask_BN: Tensor) -> Tensor:
         """How many of each block's own node and ancestors are masked, int64 [B, N1]."""
-        return F.pad(mask_BN.long(), (0, 1))[:, self.path_NL].sum(-1)
+        return F.pad(mask_BN.long(), (0, 1))[:, self.path_NSL[:, 0]].sum(-1)
 
 
 class _Order(NamedTuple):
@@ -174,12 +188,12 @@ class _Order(NamedTuple):
         return mask_BN & (rank_BN <= count_B1)
 
 
-def _pick(score_BN1: Tensor, nodes_BN1: Tensor, can_BN1: Tensor) -> Tensor:
-    """The allowed block of highest score; ties: the cheapest, then the nearest to the tail. int64 [B, 1]."""
-    best_B1 = score_BN1.masked_fill(~can_BN1, -torch.inf).amax(1, keepdim=True)
-    n_blocks = score_BN1.shape[1]
-    tie_BN1 = torch.arange(n_blocks, device=score_BN1.device) - nodes_BN1 * n_blocks
-    return tie_BN1.masked_fill(~can_BN1 | (score_BN1 != best_B1), NEVER).argmax(1, keepdim=True)
+def _pick(score_BC: Tensor, nodes_BC: Tensor, can_BC: Tensor) -> Tensor:
+    """The allowed choice of highest score; ties: the cheapest, then the last, which is the nearest to the tail. int64 [B, 1]."""
+    best_B1 = score_BC.masked_fill(~can_BC, -torch.inf).amax(1, keepdim=True)
+    choices = score_BC.shape[1]
+    tie_BC = torch.arange(choices, device=score_BC.device) - nodes_BC * choices
+    return tie_BC.masked_fill(~can_BC | (score_BC != best_B1), NEVER).argmax(1, keepdim=True)
 
 
 def utilization(entries_B: Tensor, n_tokens_B: Tensor, cfg: FocusConfig) -> Tensor:
@@ -240,11 +254,13 @@ class GreedyAllocator:
 
         First, over the hard budget, the lowest nodes are collapsed by force, ties nearest the tail; thresholds and
         cooldown do not count then, nor does this count as an edit. Then each edit is the best that can be had:
-        - show the highest block above +tau_expand whose path fits the soft budget, the lowest nodes paying for what
-          does not fit, if they score lower than the block by more than `margin`;
+        - show the span of highest summed score, up to `span` adjacent closed siblings of mean score above +tau_expand, that
+          fits the soft budget. Nodes that score lower than this mean by more than `margin` pay for what does not fit: those
+          that lie within span - 1 blocks of it first, then the lowest;
         - else hide the lowest node below -tau_collapse.
-        Nodes flipped by an edit are not flipped back within `cooldown` refocuses. At fixed scores the summed score of
-        expanded nodes, taken from -tau_collapse, rises with each edit, so that it settles and then changes nothing.
+        With a span of 1 that is the highest block, paid for by the lowest nodes. Nodes flipped by an edit are not flipped
+        back within `cooldown` refocuses. At fixed scores the summed score of expanded nodes, taken from -tau_collapse,
+        rises with each edit (a shared ancestor scores at least the mean), so that it settles and then changes nothing.
         """
         cfg, n_blocks, n_tokens_B = self.cfg, scores_BN1.shape[1], state.n_tokens_B
         nodes = self._nodes(state)
@@ -256,7 +272,7 @@ class GreedyAllocator:
         score_BN = F.pad(score_BN1, (0, sum(nodes.sizes[1:])), value=-torch.inf)
         score_BN = nodes.up(score_BN, torch.amax, torch.maximum)
         order = _Order.of(score_BN, nodes)
-        below_BN1 = torch.searchsorted(score_BN.gather(1, order.order_BN), scores_BN1 - cfg.margin)
+        sorted_BN, length_S = score_BN.gather(1, order.order_BN), torch.arange(1, cfg.span + 1, device=score_BN.device)
 
         over_B1 = -self._free(start_BN, n_tokens_B, cfg.budget)
         forced_BN = order.lowest(start_BN & ~protected_BN, over_B1)
@@ -267,18 +283,28 @@ class GreedyAllocator:
             fixed_BN = nodes.up(open_BN & (protected_BN | cooling_BN), torch.any, torch.logical_or)
             movable_BN, closed_BN = open_BN & ~fixed_BN, exists_BN & ~open_BN
 
-            cost_BN1 = nodes.path_count(closed_BN)
-            price_BN1 = (cost_BN1 - self._free(open_BN, n_tokens_B, cfg.soft_budget)).clamp(min=0)
-            payable_BN1 = price_BN1 <= F.pad(order.running(movable_BN), (1, 0)).gather(1, below_BN1)
-            can_BN1 = closed_BN[:, :n_blocks] & (scores_BN1 > cfg.tau_expand) & payable_BN1
-            can_BN1 = can_BN1 & (nodes.path_count(closed_BN & cooling_BN) == 0)
-            block_B1 = _pick(scores_BN1, cost_BN1, can_BN1)
-            show_B1 = can_BN1.any(1, keepdim=True)
-            opening_BN = nodes.on_path(block_B1) & closed_BN & show_B1
-            paying_BN = order.lowest(movable_BN, price_BN1.gather(1, block_B1)) & show_B1
+            # Show: a choice is a first block and a length, of closed blocks only.
+            fresh_BN = closed_BN & (nodes.lod_N == 1)
+            sum_BC = nodes.over_spans(score_BN.masked_fill(~fresh_BN, 0)).flatten(1)
+            mean_BC = sum_BC / length_S.repeat(n_blocks)
+            cost_BC = nodes.over_spans(closed_BN.long()).flatten(1)
+            price_BC = (cost_BC - self._free(open_BN, n_tokens_B, cfg.soft_budget)).clamp(min=0)
+            below_BC = torch.searchsorted(sorted_BN, mean_BC - cfg.margin)
+            can_BC = (nodes.over_spans(fresh_BN.long()) == length_S).flatten(1) & (mean_BC > cfg.tau_expand)
+            can_BC = can_BC & (nodes.over_spans((closed_BN & cooling_BN).long()) == 0).flatten(1)
+            can_BC = can_BC & (price_BC <= F.pad(order.running(movable_BN), (1, 0)).gather(1, below_BC))
+            choice_B1, show_B1 = _pick(sum_BC, cost_BC, can_BC), can_BC.any(1, keepdim=True)
+            first_B1 = choice_B1 // cfg.span
+            last_B1 = first_B1 + choice_B1 % cfg.span
+            opening_BN = nodes.touching(first_B1, last_B1) & closed_BN & show_B1
+            cheap_BN = movable_BN & (score_BN < mean_BC.gather(1, choice_B1) - cfg.margin) & show_B1
+            near_BN = cheap_BN & nodes.within(first_B1 - cfg.span + 1, last_B1 + cfg.span - 1)
+            price_B1 = price_BC.gather(1, choice_B1)
+            far_price_B1 = price_B1 - near_BN.sum(1, keepdim=True)
+            paying_BN = order.lowest(near_BN, price_B1) | order.lowest(cheap_BN & ~near_BN, far_price_B1)
 
             # Hide: the lowest node, and those ancestors in whose subtree the path alone is expanded.
-            node_B1 = order.lowest(movable_BN, torch.ones_like(block_B1)).long().argmax(1, keepdim=True)
+            node_B1 = order.lowest(movable_BN, torch.ones_like(choice_B1)).long().argmax(1, keepdim=True)
             alone_BN = nodes.up(open_BN.long(), torch.sum, torch.add) == nodes.lod_N - nodes.lod_N[node_B1] + 1
             dull_BN = movable_BN & (score_BN < -cfg.tau_collapse)
             hiding_BN = dull_BN & nodes.on_path(node_B1) & alone_BN & ~show_B1

@@ -7,6 +7,7 @@ are searched too. Blocks without a score count as −1: they are never shown, an
 Edits, thresholds, payment, ties, cooldown and forced collapses are those of `mc.focus_allocator`, and tested against it.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -141,17 +142,20 @@ class PathEdits:
         free = self.free(c.soft_budget)
 
         shows = []
-        for block, score in scores.items():
-            if score <= c.tau_expand or (1, block) in self.expanded:
-                continue
-            closed = [node for node in self.path(block) if node not in self.expanded]
-            price = max(len(closed) - free, 0)
-            payers = sum(best.get(node, UNSCORED) < score - c.margin for node in movable[:price])
-            if payers == price and not any(node in self.changed for node in closed):
-                shows.append((score, -len(closed), block, closed, price))
+        for block in scores:
+            opening, total = [node for node in self.path(block) if node not in self.expanded], 0.0
+            for last in range(block, min(block + c.span, (block // c.block_size + 1) * c.block_size)):
+                if (1, last) in self.expanded or last in self.pruned or not self.exists((1, last)):
+                    break
+                opening, total = [*opening, (1, last)] if last > block else opening, total + scores.get(last, UNSCORED)
+                bar, price = total / (last - block + 1), max(len(opening) - free, 0)
+                cheap = bisect_left(movable, bar - c.margin, key=lambda node: best.get(node, UNSCORED))
+                if bar > c.tau_expand and cheap >= price and not any(node in self.changed for node in opening):
+                    shows.append((total, -len(opening), block, last, opening, movable[:cheap], price))
         if shows:
-            *_, closed, price = max(shows, key=lambda show: show[:3])
-            return closed, movable[:price]
+            _, _, first, last, opening, cheap, price = max(shows, key=lambda show: show[:4])
+            near = range(first - c.span + 1, last + c.span)
+            return opening, sorted(cheap, key=lambda node: not self._covers_only(node, near))[:price]
         if not movable or best.get(movable[0], UNSCORED) >= -c.tau_collapse:
             return [], []
         lowest = movable[0]
@@ -162,6 +166,10 @@ class PathEdits:
                 break
             hiding.append(above)
         return [], hiding
+
+    def _covers_only(self, node: Node, blocks: range) -> bool:
+        first = self._first_block(node)
+        return first in blocks and first + self.cfg.block_size ** (node[0] - 1) - 1 in blocks
 
     def _inside(self, node: Node, above: Node) -> bool:
         return node[0] <= above[0] and node[1] // self.cfg.block_size ** (above[0] - node[0]) == above[1]

@@ -34,10 +34,10 @@ def check_state(allocator: GreedyAllocator, state: FocusState) -> wc.Cut:
     return cut
 
 
-def feasible(k, max_lod, recent, sizes, slack):
+def feasible(k, max_lod, recent, sizes, slack, span=1):
     """A budget that holds every size with one deep block, and `slack` more."""
     for budget in range(1, 4000):
-        cfg = FocusConfig(budget + slack, k, max_lod, recent=recent)
+        cfg = FocusConfig(budget + slack, k, max_lod, recent=recent, span=span)
         try:
             for n in sizes:
                 check_feasible(n, FocusConfig(budget, k, max_lod, recent=recent))
@@ -56,15 +56,15 @@ def raw_blocks(cut: wc.Cut, n_blocks: int) -> torch.Tensor:
 
 cases = st.tuples(
     st.sampled_from([2, 4, 8, 32]), st.integers(1, 3), st.lists(st.sampled_from(SIZES), min_size=1, max_size=3),
-    st.integers(0, 40), st.integers(0, 200), st.integers(0, 2**31),
+    st.integers(0, 40), st.integers(0, 200), st.integers(0, 2**31), st.sampled_from([1, 2, 5]),
 )
 
 
 @quick
 @given(cases)
 def test_allocate_fills_the_budget_and_keeps_every_invariant(case):
-    k, max_lod, sizes, recent, slack, seed = case
-    cfg, n_B, gen = feasible(k, max_lod, recent, sizes, slack), torch.tensor(sizes), torch.Generator().manual_seed(seed)
+    k, max_lod, sizes, recent, slack, seed, span = case
+    cfg, n_B, gen = feasible(k, max_lod, recent, sizes, slack, span), torch.tensor(sizes), torch.Generator().manual_seed(seed)
     allocator, n_blocks = GreedyAllocator(cfg), max(sizes) // k
     logits_BN1 = 10 * torch.randn(len(sizes), n_blocks, generator=gen)
     state = allocator.allocate(logits_BN1, n_B)
@@ -77,10 +77,10 @@ def test_allocate_fills_the_budget_and_keeps_every_invariant(case):
 @quick
 @given(cases)
 def test_refocus_and_growth_keep_every_invariant(case):
-    k, max_lod, sizes, recent, slack, seed = case
+    k, max_lod, sizes, recent, slack, seed, span = case
     gen = torch.Generator().manual_seed(seed)
     steps = [torch.tensor(sizes) + extra for extra in (0, 0, 1, 5, 38, 40)]
-    cfg = feasible(k, max_lod, recent, {n for step in steps for n in step.tolist()}, slack)
+    cfg = feasible(k, max_lod, recent, {n for step in steps for n in step.tolist()}, slack, span)
     allocator, n_blocks = GreedyAllocator(cfg), int(steps[-1].max()) // k
     state = allocator.allocate(torch.randn(len(sizes), n_blocks, generator=gen), steps[0])
     for n_B in steps:
@@ -96,8 +96,8 @@ def test_refocus_and_growth_keep_every_invariant(case):
 @quick
 @given(cases)
 def test_fixed_scores_settle(case):
-    k, max_lod, sizes, recent, slack, seed = case
-    cfg, n_B, gen = feasible(k, max_lod, recent, sizes, slack), torch.tensor(sizes), torch.Generator().manual_seed(seed)
+    k, max_lod, sizes, recent, slack, seed, span = case
+    cfg, n_B, gen = feasible(k, max_lod, recent, sizes, slack, span), torch.tensor(sizes), torch.Generator().manual_seed(seed)
     allocator, n_blocks = GreedyAllocator(cfg), max(sizes) // k
     state = allocator.allocate(torch.randn(len(sizes), n_blocks, generator=gen), n_B)
     scores_BN1 = torch.randn(len(sizes), n_blocks, generator=gen).tanh()
@@ -173,6 +173,26 @@ def test_a_dull_parent_does_not_hide_a_good_grandchild():
     assert shown(allocator, state) == [6]
 
 
+def test_a_bundle_opens_siblings_and_coarsens_what_is_near_as_one_edit():
+    cfg = FocusConfig(budget=16 + 3 * 3, block_size=4, recent=0, span=3, max_edits=1)  # room for three raw blocks
+    allocator, state = start(cfg, 64, b1=1.0, b4=1.0, b10=1.0)
+    scores = flat(-0.9, 16, b1=-0.4, b4=-0.3, b10=-0.3, b5=0.9, b6=0.15, b7=0.3, b8=0.9)
+    state, report = allocator.refocus(state, scores)
+    assert shown(allocator, state) == [5, 6, 7] and [int(x) for x in report[:4]] == [1, 3, 3, 0]  # 6 is dull alone, and 8 no sibling
+    allocator, state = start(FocusConfig(budget=16 + 3 * 3, block_size=4, recent=0, span=2, max_edits=1), 64, b1=1.0, b7=1.0, b10=1.0)
+    state, report = allocator.refocus(state, flat(-0.9, 16, b1=-0.4, b7=-0.2, b10=-0.3, b6=0.3, b5=-0.4))
+    assert shown(allocator, state) == [1, 6, 10] and int(report.edits_B) == 1  # 7 is near, 1 and 10 are lower: the near pay first
+
+
+def test_a_bundle_is_worth_its_mean():
+    cfg = FocusConfig(budget=64, block_size=4, recent=0, span=2, max_edits=1)
+    allocator, state = start(cfg, 64)
+    calm, report = allocator.refocus(state, flat(-0.9, 16, b4=0.19, b5=0.2))
+    assert shown(allocator, calm) == [] and not report.edits_B.any()  # two dull blocks together are dull
+    state, report = allocator.refocus(state, flat(-0.9, 16, b4=0.15, b5=0.3, b6=0.1))
+    assert shown(allocator, state) == [4, 5] and int(report.expands_B) == 2
+
+
 def test_growth_starts_raw_then_is_forced_down_lowest_first_nearest_the_tail():
     cfg = FocusConfig(budget=24, block_size=4, recent=4, cooldown=100)
     allocator = GreedyAllocator(cfg)
@@ -195,9 +215,10 @@ def test_soft_budget_leaves_room_that_appends_may_fill():
     assert wc.entries_used(check_state(allocator, state)).tolist() == [40, 28] and not report.forced_B.any()
 
 
-def test_permuting_the_batch_permutes_the_result():
+@pytest.mark.parametrize("span", [1, 4])
+def test_permuting_the_batch_permutes_the_result(span):
     gen, order, n_B = torch.Generator().manual_seed(0), torch.tensor([2, 0, 3, 1]), torch.tensor([1025, 31, 77, 1023])
-    allocator = GreedyAllocator(feasible(8, 2, 16, n_B.tolist(), 60))
+    allocator = GreedyAllocator(feasible(8, 2, 16, n_B.tolist(), 60, span))
     scores, later = torch.randn(4, 128, generator=gen), torch.randn(4, 128, generator=gen).tanh()
 
     def run(scores, later, n_B):
@@ -259,7 +280,7 @@ def test_infeasible_budgets_are_refused_with_the_numbers():
 
 @pytest.mark.parametrize(
     "bad", [dict(budget=0), dict(block_size=1), dict(max_lod=0), dict(soft_budget=65), dict(recent=-1), dict(margin=-0.1),
-            dict(tau_expand=3.0), dict(max_edits=-1), dict(cooldown=-1)],
+            dict(tau_expand=3.0), dict(max_edits=-1), dict(cooldown=-1), dict(span=0)],
 )
 def test_impossible_settings_are_refused(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
@@ -273,7 +294,7 @@ def test_compiles_once_for_changing_values():
         graphs.append(module)
         return module.forward
 
-    allocator = GreedyAllocator(FocusConfig(budget=60, block_size=8, max_lod=2, recent=8, max_edits=2))
+    allocator = GreedyAllocator(FocusConfig(budget=60, block_size=8, max_lod=2, recent=8, max_edits=2, span=2))
 
     def step(scores, later, n_B):
         state, report = allocator.refocus(allocator.advance(allocator.allocate(scores, n_B), n_B + 3), later)

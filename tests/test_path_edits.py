@@ -41,7 +41,7 @@ def check_cut(edits: PathEdits) -> None:
 def growth(draw):
     K = draw(st.sampled_from([2, 3, 4]))
     config = dict(block_size=K, max_lod=draw(st.integers(1, 3)), recent=draw(st.integers(0, 3)) * K, max_edits=draw(st.integers(0, 4)),
-                  cooldown=draw(st.integers(0, 3)), tau_expand=draw(st.sampled_from([0.0, 0.2])), margin=draw(st.sampled_from([0.0, 0.2])))
+                  cooldown=draw(st.integers(0, 3)), span=draw(st.sampled_from([1, 2, 5])), tau_expand=draw(st.sampled_from([0.0, 0.2])), margin=draw(st.sampled_from([0.0, 0.2])))
     steps = draw(st.lists(st.integers(0, 9), min_size=1, max_size=12))
     return config, steps, draw(st.integers(0, 40)), draw(st.integers(0, 2**31))
 
