@@ -10,7 +10,7 @@ mass of the continuation in the full pass), and greedy search (each block alone,
 Shapes: B rows, T tokens of a row = n + H, N blocks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Callable
 
 import torch
@@ -27,17 +27,17 @@ from nanochat.gpt import GPT, Captured, token_losses
 
 @dataclass(frozen=True)
 class Outcome:
-    """Per row: mean NLL over the continuation's targets [nats], share of them predicted right, entries before it."""
+    """Per row: mean NLL over the continuation's targets [nats], share of them predicted right, entries before it; per target its NLL."""
 
     nll_B: Tensor
     acc_B: Tensor
     entries_B: Tensor
     shown_BN: Tensor | None = None  # bool: blocks whose raw tokens are in the working context
+    nll_BP: Tensor | None = None  # 0 where no target counts
 
     @staticmethod
     def cat(parts: list["Outcome"]) -> "Outcome":
-        names = ("nll_B", "acc_B", "entries_B", "shown_BN")
-        values = {name: [getattr(p, name) for p in parts] for name in names}
+        values = {f.name: [getattr(p, f.name) for p in parts] for f in fields(Outcome)}
         return Outcome(**{name: None if v[0] is None else torch.cat(v) for name, v in values.items()})
 
 
@@ -46,7 +46,8 @@ def judge(gpt: GPT, hidden_BPD: Tensor, targets_BP: Tensor, entries: Tensor | in
     counted = targets_BP >= 0
     right = (logits.argmax(-1) == targets_BP).float()
     entries = torch.as_tensor(entries).expand(len(targets_BP))
-    return Outcome(row_mean(token_losses(logits, targets_BP), counted), row_mean(right, counted), entries, shown)
+    losses = token_losses(logits, targets_BP)
+    return Outcome(row_mean(losses, counted), row_mean(right, counted), entries, shown, losses)
 
 
 @torch.no_grad()
@@ -145,5 +146,4 @@ class FocusComparison:
 def _best(outcomes: list[Outcome]) -> Outcome:
     winner_B = torch.stack([o.nll_B for o in outcomes]).argmin(0)
     pick = torch.arange(len(winner_B), device=winner_B.device)
-    return Outcome(*(torch.stack([getattr(o, name) for o in outcomes])[winner_B, pick]
-                     for name in ("nll_B", "acc_B", "entries_B", "shown_BN")))
+    return Outcome(*(torch.stack([getattr(o, f.name) for o in outcomes])[winner_B, pick] for f in fields(Outcome)))

@@ -32,7 +32,7 @@ def _for_heads(x_BGSE: Tensor, n_head: int) -> Tensor:
     return _precise(x_BGSE if share == 1 else x_BGSE.repeat_interleave(share, 1))
 
 
-def _attention(layer: Captured, rows: slice, queries: slice) -> Tensor:
+def attention_weights(layer: Captured, rows: slice, queries: slice) -> Tensor:
     """Attention weights [B, H, Q, S'] of some queries on the keys up to the last of them."""
     q = _precise(layer.q[rows, :, queries])
     k, Q = _for_heads(layer.k[rows, :, :queries.stop], q.shape[1]), q.shape[2]
@@ -55,7 +55,7 @@ def attention_mass(captured: Sequence[Captured], rows: slice, queries: slice, n_
     """
     total = 0.0
     for layer in captured:
-        weights = _attention(layer, rows, queries)
+        weights = attention_weights(layer, rows, queries)
         weights[..., 0] = 0
         total = total + _per_block(weights.mean(1), n_blocks, block_size)
     return total / len(captured)
@@ -71,7 +71,7 @@ def gate_utility(captured: Sequence[Captured], rows: slice, queries: slice, n_bl
     for layer in captured:
         if layer.y.grad is None:
             raise RuntimeError("gate utility needs the gradient at the attention's output: run backward first")
-        weights = _attention(layer, rows, queries)
+        weights = attention_weights(layer, rows, queries)
         v = _for_heads(layer.v[rows, :, :queries.stop], weights.shape[1])
         d_out, out = _precise(layer.y.grad[rows, :, queries]), _precise(layer.y[rows, :, queries])
         gain = _per_block((weights * (d_out @ v.transpose(-1, -2))).sum(1), n_blocks, block_size)

@@ -14,7 +14,7 @@ Shapes: B rows, S entries, D width, H heads, G kv heads, E head width, V vocabul
 
 import math
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -93,6 +93,9 @@ class Captured(NamedTuple):
     y: Tensor
 
 
+Select = Callable[[int, Tensor, Tensor], Tensor]  # (layer, q [B,H,S,E], k [B,G,M,E]) -> bool [B, 1 or H, S, M]: keys that each query may see
+
+
 @dataclass
 class Context:
     """What every layer of one pass shares."""
@@ -106,6 +109,7 @@ class Context:
     slots: Tensor | None  # [B, S] cache slots of this pass
     capture: list[Captured] | None
     before: Tensor | None = None  # [B, S] cache slots of the entries before these
+    select: Select | None = None
 
 
 def norm(x: Tensor) -> Tensor:
@@ -161,7 +165,11 @@ class Attention(nn.Module):
         if ctx.cache is not None:
             k, v = self._through_cache(k, v, ctx)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.to(q.dtype).transpose(1, 2)
-        y = attend(q, k, v, ctx.masks[window], ctx.key_bias)
+        mask = ctx.masks[window]
+        if ctx.select is not None:
+            chosen = ctx.select(self.layer, q, k)
+            mask = chosen if mask is None else mask & chosen
+        y = attend(q, k, v, mask, ctx.key_bias)
         if ctx.capture is not None:
             if y.requires_grad:
                 y.retain_grad()
@@ -311,14 +319,15 @@ class GPT(nn.Module):
     def hidden(self, idx: Tensor | None, *, inputs_embeds: Tensor | None = None, positions: Tensor | None = None,
                rotary: tuple[Tensor, Tensor] | None = None, linked: Tensor | None = None, key_bias: Tensor | None = None,
                cache: KVCache | None = None, counts: Tensor | None = None, capture: list[Captured] | None = None,
-               lift_windows: bool = False) -> Tensor:
+               lift_windows: bool = False, select: Select | None = None) -> Tensor:
         """Final normed hidden states [B, S, D].
 
         idx [B, S] int64, −1 on entries that are not tokens; may be None when `inputs_embeds` [B, S, D] is given and the model
         has no value embeddings. positions [S] or [B, S] in global tokens (default: 0… or what the cache holds onward), or
         `rotary` = (cos, sin) [B, S, 1, E/2] ready made. linked [B, S] bool: the entry continues the one before it (default: all
         but a row's first). key_bias [B, S] or [B, G, S] logits. cache: read and extended, by `counts` [B] entries a row (default S).
-        capture: gets one `Captured` a layer. lift_windows: L layers see everything however long.
+        capture: gets one `Captured` a layer. lift_windows: L layers see everything however long. select: which keys each query may
+        see, per layer and head, itself causal where the pass is (with a cache or a window its own mask holds too).
         """
         cfg = self.config
         if idx is None and (inputs_embeds is None or cfg.value_embeds):
@@ -337,7 +346,7 @@ class GPT(nn.Module):
             slots, before = cache.slots_for(S)
             follows = before >= 0
             linked, before = follows if linked is None else linked & follows, before.clamp_min(0)
-        ctx = Context(*rotary, linked, key_bias, self._masks(S, cache, slots, lift_windows, x.device), cache, slots, capture, before)
+        ctx = Context(*rotary, linked, key_bias, self._masks(S, cache, slots, lift_windows, x.device), cache, slots, capture, before, select)
         if cfg.smear:
             x = self._smear(x, ctx)
         tokens = None if idx is None else idx.clamp_min(0)
