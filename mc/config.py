@@ -4,6 +4,7 @@ import argparse
 from dataclasses import asdict, dataclass, field, fields
 
 from mc.gaussian_rope import SCHEMES
+from mc.lens_networks import READERS
 from nanochat.common import UserError
 
 POLICIES = ("random", "recency", "lens", "teacher")
@@ -44,6 +45,7 @@ class MCConfig:
     wc_weight: float = setting(0.1, "weight of the working context's next-token loss; far fewer tokens than the LM's, so a noisier gradient")
     kl_weight: float = setting(0.1, "weight of the KL from the full-context distribution")
     # the lens
+    lens: str = setting("bilinear", "LensNet variant: each block by itself, or with a network on top that reads the blocks together", ("bilinear", *READERS))
     teacher: str = setting("gate", "what the lens is taught: gate gradients or attention mass of the full pass", ("gate", "attention"))
     lens_horizon: int = setting(8, "tokens ahead whose need for a block the lens predicts")
     lens_queries: int = setting(256, "last positions of a row that teach the lens")

@@ -105,7 +105,7 @@ class FocusComparison:
             return gumbel(self.rows, self.n_blocks, self.seed, "random focus")
         if policy == "recency":
             return recency_scores(self.n_B, self.n_blocks)
-        return self.mc.lens_logits(self.embeds[:, :self.n], self.n_B)
+        return self.mc.lens_logits(self.embeds[:, :self.n], self.n_B, tree=self.tree)
 
     def teacher_scores(self) -> dict[str, Tensor]:
         """[B, N] gate gradient and attention mass of the continuation's queries in the full pass: they know the answer."""

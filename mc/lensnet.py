@@ -12,6 +12,7 @@ read the hidden states of the full-context pass would have read the answer. All 
 
 trust is a learned number per token, so that a tail of many tokens adds up its evidence and function words stay silent.
 `logits` does this at every position at once (training: hundreds of queries per context), `focus_logits` at the last one (use).
+What a network other than "bilinear" adds to these logits, at few positions: `mc.lens_networks`.
 
 Shapes: B rows, T tokens, N nodes, P keys per node, D width of the base, C key width.
 """
@@ -23,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from mc.lens_networks import Reader
 from nanochat.common import UserError
 from nanochat.gpt import norm
 
@@ -37,7 +39,9 @@ class LensNetConfig:
     n_keys: int = 4
     key_dim: int = 128
     query_width: int = 256
-    tail: int = 32  # tokens whose evidence adds up
+    tail: int = 32  # tokens whose evidence adds up, and whose own blocks are shown anyway
+    network: str = "bilinear"  # or what reads the blocks together, one of mc.lens_networks.READERS
+    max_lod: int = 2  # levels that it reads
 
     def __post_init__(self):
         if self.block_size % self.n_keys:
@@ -73,6 +77,9 @@ class LensNet(nn.Module):
             nn.init.zeros_(self.query_mlp[2].weight)
         nn.init.zeros_(self.trust.weight)
         nn.init.constant_(self.trust.bias, -2.0)  # thirty tokens together start about as sure as four
+        self.reader = None
+        if config.network != "bilinear":
+            self.reader = Reader(config.network, config.d_model, config.block_size, config.max_lod, config.tail)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if (bias := state_dict.pop(prefix + "distance_bias", None)) is not None:  # earlier checkpoints hold the biases themselves

@@ -40,7 +40,7 @@ class MegaContext(nn.Module):
             d_model, config.block_size, config.max_lod, config.gist, config.gist_width, pool=config.gist_pool,
             head=config.gist_head, shared_levels=bool(config.gist_shared)))
         self.lensnet = LensNet(LensNetConfig(d_model, config.block_size, config.lens_keys, config.lens_key_dim,
-                                             tail=config.protected))
+                                             tail=config.protected, network=config.lens, max_lod=config.max_lod))
         self.gist_bias = nn.Parameter(torch.zeros(config.max_lod))
         self.allocator = GreedyAllocator(self.focus_config())
 
@@ -61,13 +61,27 @@ class MegaContext(nn.Module):
         return F.pad(bias, (1, 0))[lod]
 
     @torch.no_grad()
-    def lens_logits(self, embeds_BTD: Tensor, n_B: Tensor, keys_BNPC: Tensor | None = None) -> Tensor:
-        """[B, N] what the lens wants to see of T // K blocks, having read the last tokens before n. keys: theirs, if at hand."""
+    def lens_logits(self, embeds_BTD: Tensor, n_B: Tensor, keys_BNPC: Tensor | None = None, tree: Tree | None = None) -> Tensor:
+        """[B, N] what the lens wants to see of T // K blocks, having read the last tokens before n. keys, tree: theirs, if at hand."""
         lens = self.lensnet
         keys_BNPC = lens.keys(embeds_BTD) if keys_BNPC is None else keys_BNPC
         length = lens.config.tail + LOCAL_MEAN
         index = (n_B[:, None] - length + torch.arange(length, device=n_B.device)).clamp_min(0)
-        return lens.focus_logits(take(embeds_BTD, index), keys_BNPC, n_B)
+        logits_BN = lens.focus_logits(take(embeds_BTD, index), keys_BNPC, n_B)
+        if lens.reader is None:
+            return logits_BN
+        tree = self.build_tree(embeds_BTD) if tree is None else tree
+        return self.reread(logits_BN[:, None], embeds_BTD, n_B[:, None], tree)[:, 0]
+
+    def reread(self, logits_BQN: Tensor, embeds_BTD: Tensor, cursor_BQ: Tensor, tree: Tree) -> Tensor:
+        """[B, Q, N] the logits of the first N blocks at some cursors, after the lens's reader has seen them together."""
+        N, tail = logits_BQN.shape[-1], self.lensnet.config.tail
+        levels = [tree.levels[1][:, :N], *tree.levels[2:]]
+        lod_E = torch.cat([torch.full((x.shape[1],), lod, device=x.device) for lod, x in enumerate(levels, 1)])
+        index_E = torch.cat([torch.arange(x.shape[1], device=x.device) for x in levels])
+        at_BQT = cursor_BQ[..., None] - tail + torch.arange(tail, device=cursor_BQ.device)
+        tail_BQTD = take(embeds_BTD, at_BQT.clamp_min(0).flatten(1)).unflatten(1, at_BQT.shape[1:]) * (at_BQT >= 0)[..., None]
+        return self.lensnet.reader(logits_BQN, tail_BQTD, cursor_BQ, torch.cat(levels, 1), lod_E, index_E)
 
     def param_groups(self, lr_scale: float = 1.0) -> list[dict]:
         """Optimizer groups, as nanochat.optim takes them: "gistnet" (with the gist bias), and "lensnet", its matrices by Muon.

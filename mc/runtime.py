@@ -28,8 +28,9 @@ from mc.diagnostics import gist_statistics, probe, shares_by_lod, spread
 from mc.far_history import draw_far_history, most_entries
 from mc.focus_allocator import check_feasible, utilization
 from mc.keyed_random import gumbel, uniform
+from mc.lens_networks import CURSORS
 from mc.losses import distillation, lens_loss, lens_targets, row_mean
-from mc.mega_context import Tree
+from mc.mega_context import Tree, TreeShape
 from mc.model import Entries, MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
 from mc.teachers import attention_mass, beyond_average, gate_utility, over_horizon
 from mc.working_context import entries_used
@@ -58,6 +59,9 @@ class _Pending(NamedTuple):
     embeds_BTD: Tensor  # detached
     targets_BT: Tensor
     weight: float
+    tree: Tree  # of every `row_stride`-th row, detached
+    rows: Tensor
+    step: int
 
 
 class MCController:
@@ -121,7 +125,12 @@ class MCController:
         per_query = 3 * width * lens.query_width + lens.query_width * c.lens_key_dim + nodes * c.lens_key_dim
         per_query += gpt.config.n_layer * width * T  # the teacher reads attention again
         per_row = c.lens_queries * per_query + nodes * 2 * width * c.lens_key_dim
-        return passes / T + tree + 6 * per_row / T / c.lens_row_stride
+        reader = 0.0
+        if (network := self.model.lensnet.reader) is not None:
+            counts = TreeShape(T, c.block_size, c.max_lod).counts[1:]
+            per_reread = network.flops(CURSORS, counts[0], sum(counts), c.protected)
+            reader = 3 * per_reread / T / math.lcm(c.row_stride, c.lens_row_stride)
+        return passes / T + tree + 6 * per_row / T / c.lens_row_stride + reader
 
     def activation_bytes(self, gpt: GPT, micro_batch: int) -> int:
         """Bytes of float32 that MegaContext adds to a micro-batch, from shapes: the working-context pass, the student's and the
@@ -156,9 +165,9 @@ class MCController:
         metrics["train.loss"] = loss.detach()
         primary = None
         if captured is not None:
-            extra, primary = self._working_context(gpt, tokens, targets, rows, step, embeds, hidden.detach(), captured, metrics, trace)
+            extra, primary, tree = self._working_context(gpt, tokens, targets, rows, step, embeds, hidden.detach(), captured, metrics, trace)
             loss = loss + weight * extra
-            self._pending = _Pending(captured, embeds.detach(), targets, weight)
+            self._pending = _Pending(captured, embeds.detach(), targets, weight, Tree(tree.table_BND.detach(), tree.shape), rows, step)
         return StepResult(loss, metrics, embeds, primary)
 
     def probe(self, gpt: GPT, batch) -> dict[str, Tensor]:
@@ -186,12 +195,13 @@ class MCController:
     # -- the working context -----------------------------------------------------------------------------------------------
 
     def _working_context(self, gpt: GPT, tokens: Tensor, targets: Tensor, rows: Tensor, step: int, embeds: Tensor,
-                         hidden: Tensor, captured: list[Captured], metrics: Metrics, trace: Trace) -> tuple[Tensor, Entries]:
-        """Losses of the working contexts of every `row_stride`-th row, and the entries of each row's best variant."""
+                         hidden: Tensor, captured: list[Captured], metrics: Metrics, trace: Trace) -> tuple[Tensor, Entries, Tree]:
+        """Losses of the working contexts of every `row_stride`-th row, the entries of each row's best variant, and the rows' trees."""
         c, chosen, every_row = self.config, slice(None, None, self.config.row_stride), rows
         tokens, targets, rows, hidden = tokens[chosen], targets[chosen], rows[chosen], hidden[chosen]
         with timed(trace, metrics, "tree"):
             tree, n_R, far = self.model.build_tree(embeds[chosen]), self._splits(rows, step), None
+            trees = tree
             if c.far_tokens:
                 far = draw_far_history(c, self.model.gistnet, embeds, every_row, chosen, n_R, c.variants, self.seed, step)
         with timed(trace, metrics, "score"):
@@ -229,7 +239,7 @@ class MCController:
         best = loss_RV.detach().view(c.variants, -1).argmin(0) * len(n_R) + torch.arange(len(n_R), device=rows.device)
         for i, name in enumerate(POLICIES):
             metrics[f"mc.cuts.best.{name}"] = (policy[best] == i).float().mean()
-        return loss_RV.mean(), Entries(*(x[best] for x in entries))
+        return loss_RV.mean(), Entries(*(x[best] for x in entries)), trees
 
     def _splits(self, rows: Tensor, step: int) -> Tensor:
         """[R] tokens of history before the continuation, a block boundary."""
@@ -258,7 +268,7 @@ class MCController:
         bounds = list(accumulate(c.cut_shares()[p] for p in POLICIES))[:-1]
         policy = sum((draw[:, :1] >= bound).long() for bound in bounds)
         noise = gumbel(key, count, self.seed, "cut", step)
-        by_policy = torch.stack([noise, recency_scores(n, count), self.model.lens_logits(tree.levels[0], n) + noise,
+        by_policy = torch.stack([noise, recency_scores(n, count), self.model.lens_logits(tree.levels[0], n, tree=tree) + noise,
                                  self._teacher_scores(captured, chosen, n, count, len(rows))], 1)
         scores = by_policy.gather(1, policy[..., None].expand(-1, -1, count))[:, 0]
         end = (torch.arange(count, device=rows.device) + 1) * c.block_size
@@ -308,6 +318,9 @@ class MCController:
         lens = self.model.lensnet
         own, logits = lens.logits(embeds, lens.keys(embeds[:, :count * c.block_size]), asked)
         loss = sum(row_mean(lens_loss(x, target, visible), weight).mean() for x in (own, logits))
+        if lens.reader is not None:
+            logits, target, visible, weight = self._reread(pending, asked, logits, target, visible, weight)
+            loss = loss + row_mean(lens_loss(logits, target, visible), weight).mean()
         with torch.no_grad():
             seen = logits.masked_fill(~visible, -torch.inf)
             hit = seen.argmax(-1) == target.argmax(-1)
@@ -317,6 +330,23 @@ class MCController:
             entropy = row_mean(-(target * target.clamp_min(1e-9).log()).sum(-1), weight)
             metrics["mc.lens.teacher_entropy"] = entropy.mean()
         return loss
+
+    def _reread(self, pending: _Pending, asked: slice, *per_query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What teaches the lens's reader: the logits after it, target, visible and weight at few of the queries `asked`.
+
+        Queries are drawn by how much there is to win at them, and then count alike. Rows: those that teach the lens and have a tree.
+        """
+        c = self.config
+        both = math.lcm(c.row_stride, c.lens_row_stride)
+        logits, target, visible, weight = (x[::both // c.lens_row_stride] for x in per_query)
+        rows = pending.rows[::both]
+        noise = gumbel(rows, weight.shape[1], self.seed, "cursors", pending.step)
+        picked = (weight.log() + noise).topk(min(CURSORS, weight.shape[1]), dim=1).indices
+        logits, target, visible, weight = (take(logits, picked), take(target, picked), take(visible, picked), weight.gather(1, picked) > 0)
+        tree = Tree(pending.tree.table_BND[::both // c.row_stride], pending.tree.shape)
+        count, all_blocks = logits.shape[-1], F.pad(logits, (0, tree.shape.counts[1] - logits.shape[-1]))  # the last are read, not rated
+        logits = self.model.reread(all_blocks, pending.embeds_BTD[::both], asked.start + 1 + picked, tree)[..., :count]
+        return logits, target, visible, weight
 
 
 SPANS = {"lm": "mc.lm.forward", "tree": "mc.tree.build", "score": "mc.lens.score", "focus": "mc.focus.apply", "wc": "mc.wc.forward",

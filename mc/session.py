@@ -40,6 +40,7 @@ from mc.focus_allocator import FocusConfig, check_feasible, utilization
 from mc.gaussian_rope import alibi_slopes, entry_rotary
 from mc.history import History, store_format
 from mc.key_search import KeySearch
+from mc.lens_networks import RERANKED, Reader
 from mc.lensnet import LOCAL_MEAN, focus_scores
 from mc.model import MegaContext, load_mega_context
 from mc.paged_cache import NOWHERE, PagedCache, Placement
@@ -513,8 +514,11 @@ class Session:
             also = sorted({index for lod, index in focus.expanded if lod == 1} | set(fresh))
             index_N, logits_N = torch.empty(0, dtype=torch.int64), torch.empty(0)
             if blocks:
+                reader, count = self.pool.mc.lensnet.reader, self.pool.config.candidates
                 with torch.inference_mode():
-                    index_N, logits_N = self.search.top(self._tail(), self.n_tokens, self.pool.config.candidates, torch.tensor(also))
+                    index_N, logits_N = self.search.top(self._tail(), self.n_tokens, count if reader is None else max(count, RERANKED), torch.tensor(also))
+                    if reader is not None:
+                        logits_N = self._reread(reader, index_N, logits_N)
         with timing("allocator"):
             focus.pruned = set(index_N[~self.history.store.has_detail(index_N)].tolist()) if blocks else set()
             logits = dict(zip(index_N.tolist(), logits_N.tolist()))
@@ -543,6 +547,20 @@ class Session:
                 utilization=float(utilization(torch.tensor([self.focus.entries]), n_B, c)), kv_kept=self.kept, kv_recomputed=self.computed, store_reads=self.store_reads)
             self.store_reads = 0
         self.refocus_seconds = 0.0
+
+    def _reread(self, reader: Reader, index_N: Tensor, logits_N: Tensor) -> Tensor:
+        """[N] the logits of blocks after the lens's reader has seen them together, with the nodes above them."""
+        store, c, device = self.history.store, self.pool.focus_config, self.pool.device
+        nodes = {1: index_N}
+        for lod in range(2, c.max_lod + 1):
+            above = (index_N // c.block_size ** (lod - 1)).unique()
+            nodes[lod] = above[above < store.n_nodes(lod)]
+        lod_E = torch.cat([torch.full_like(index, lod) for lod, index in nodes.items()])
+        index_E = torch.cat([*nodes.values()])
+        tail_TD = self._tail()[0, -reader.recent:]
+        cursor_BQ = torch.tensor([[self.n_tokens]], device=device)
+        gists_ED = self.history.gists(lod_E, index_E).to(device)
+        return reader(logits_N.to(device)[None, None], tail_TD[None, None], cursor_BQ, gists_ED[None], lod_E.to(device), index_E.to(device))[0, 0].cpu()
 
     def _shown(self) -> tuple[np.ndarray, np.ndarray]:
         """(lod, index) of all that is shown: the cut, and the tokens since."""

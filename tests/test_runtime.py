@@ -329,7 +329,7 @@ OTHER = dict(
     block_size=8, max_lod=1, gist="mean", gist_width=8, gist_pool=dict(gist="transformer", gist_pool="cls"), gist_head="mlp", gist_shared=0,
     budget=28, recent=12, horizon=4, positions="centre", damping_floor=0.5, lod_axis=1, alibi=1, far_tokens=400, far_entries=dict(far_tokens=400, seed=68, far_entries=28),
     start=0.5, ramp=5, row_stride=2, variants=2, cuts="random:1", targets="raw", split="random", wc_weight=0.5, kl_weight=0.0,
-    teacher="attention", lens_horizon=2, lens_queries=16, lens_row_stride=2, lens_key_dim=8, lens_keys=4, gist_lr=0.5, lens_lr=0.5,
+    lens="slots", teacher="attention", lens_horizon=2, lens_queries=16, lens_row_stride=2, lens_key_dim=8, lens_keys=4, gist_lr=0.5, lens_lr=0.5,
 )  # fmt: skip
 
 

@@ -107,6 +107,7 @@ TABLE_MC: dict[str, tuple[str, list[str]]] = {
     "split": ("random", []),
     "wc_weight": ("0.5", []),
     "kl_weight": ("0", []),
+    "lens": ("perceiver", []),
     "teacher": ("attention", []),
     "lens_horizon": ("4", []),
     "lens_queries": ("24", []),
