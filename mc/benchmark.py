@@ -108,6 +108,18 @@ def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, ste
             if name.startswith("mc.time."):
                 parts[name.removeprefix("mc.time.")].append(value)
 
+    seconds = alternate(vanilla, mega, pairs, steps, device, note, warmed=parts.clear)
+    ratios = seconds[:, 1] / seconds[:, 0]
+    shares = {name: sum(map(float, values)) / (pairs * steps) for name, values in parts.items() if name != "lm"}
+    vanilla_s, mc_s = np.median(seconds, axis=0)
+    if shares:
+        shares["backward and optimizer"] = mc_s - vanilla_s - sum(shares.values())
+    return StepTimes(float(np.median(ratios)), *interval(ratios), float(vanilla_s), float(mc_s), shares)
+
+
+def alternate(first: Step, second: Step, pairs: int, steps: int, device: str, note: Callable[[dict], None] = lambda metrics: None,
+              warmed: Callable[[], None] = lambda: None) -> np.ndarray:
+    """Seconds per step, [pairs, 2], of blocks of steps in turn, after one block of each to warm up (then `warmed` is called)."""
     def timed(step: Step) -> float:
         synchronize(device)
         begin = time.perf_counter()
@@ -116,15 +128,22 @@ def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, ste
         synchronize(device)
         return (time.perf_counter() - begin) / steps
 
-    timed(vanilla), timed(mega)
-    parts.clear()
-    seconds = np.array([[timed(vanilla), timed(mega)] for _ in range(pairs)])
+    timed(first), timed(second)
+    warmed()
+    return np.array([[timed(first), timed(second)] for _ in range(pairs)])
+
+
+class Ratio(NamedTuple):
+    ratio: float  # median over pairs of blocks
+    low: float  # 95 % interval
+    high: float
+
+
+def step_time_ratio(arm: dict, default: dict, tokenizer: Tokenizer, *, pairs: int = 6, steps: int = 2, device: str = "cpu") -> Ratio:
+    """Step of one checkpoint's settings against another's; both are metas of MegaContext checkpoints."""
+    seconds = alternate(*(training_step(meta, tokenizer, with_mc=True, device=device) for meta in (default, arm)), pairs, steps, device)
     ratios = seconds[:, 1] / seconds[:, 0]
-    shares = {name: sum(map(float, values)) / (pairs * steps) for name, values in parts.items() if name != "lm"}
-    vanilla_s, mc_s = np.median(seconds, axis=0)
-    if shares:
-        shares["backward and optimizer"] = mc_s - vanilla_s - sum(shares.values())
-    return StepTimes(float(np.median(ratios)), *interval(ratios), float(vanilla_s), float(mc_s), shares)
+    return Ratio(float(np.median(ratios)), *interval(ratios))
 
 
 def synchronize(device: str) -> None:

@@ -4,8 +4,6 @@
 """
 
 import json
-import shutil
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +12,7 @@ import torch
 
 from mc.benchmark import training_step_times
 from mc.evaluation import FocusComparison, Outcome, plain_outcomes
+from mc.experiment import commit
 from mc.model import MegaContext, load_mega_context
 from mc.report import task_report, write
 from nanochat.common import FlagParser, UserError, base_dir, print0, run_main
@@ -92,12 +91,6 @@ def compare(pair: Pair, tokenizer: Tokenizer, args, task: str) -> dict:
     facts = {"horizon": c.horizon, "recent": c.protected, "block_size": c.block_size, "tokens": meta["tokens"],
              "flops": {"mc": meta["flops"], "vanilla": vanilla_meta["flops"]}, "trained_lods": meta["mc"]["trained_lods"]}
     return task_report(outcomes, history=n, budget=c.budget, with_accuracy=task == "recall", facts=facts)
-
-
-def commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    found = shutil.which("git") and subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return found or "not a git checkout"
 
 
 def make_parser() -> FlagParser:
