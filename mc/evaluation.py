@@ -5,18 +5,21 @@ accuracy on the answers. From one checkpoint: full context, a sliding window of 
 detail is chosen at random, by recency, by the lens, or by an oracle that knows the continuation.
 
 The oracle is, per row, the best on true NLL of: every tested system's cut, the cuts its teachers name (gate gradient and attention
-mass of the continuation in the full pass), and greedy search (each block alone, then each added to the best).
+mass of the continuation in the full pass), every set of blocks where there are few, and greedy search (each block alone, then each added
+to the best).
 
 Shapes: B rows, T tokens of a row = n + H, N blocks.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from itertools import combinations
+from math import comb
 from typing import Callable
 
 import torch
 from torch import Tensor
 
-from mc.focus_allocator import GreedyAllocator
+from mc.focus_allocator import GreedyAllocator, check_feasible
 from mc.keyed_random import gumbel
 from mc.losses import row_mean
 from mc.model import MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
@@ -60,10 +63,20 @@ def plain_outcomes(gpt: GPT, tokens_BT: Tensor, targets_BT: Tensor, n: int, budg
     return {"full": judge(gpt, full, targets, n), "window": judge(gpt, window[:, budget - 1:-1], targets, budget)}
 
 
-class FocusComparison:
-    """Working contexts of one checkpoint on one batch of rows [B, T], T = n + H, n a multiple of the block size."""
+FEW_SETS = 64  # sets of blocks that the oracle tries one and all
 
-    def __init__(self, gpt: GPT, mc: MegaContext, tokens_BT: Tensor, targets_BT: Tensor, n: int, seed: int, rows_B: Tensor):
+
+class FocusComparison:
+    """Working contexts of one checkpoint on one batch of rows [B, T], T = n + H, n a multiple of the block size.
+
+    budget: W in entries, None: as trained. UserError for one that cannot show one block of such a history.
+    """
+
+    def __init__(self, gpt: GPT, mc: MegaContext, tokens_BT: Tensor, targets_BT: Tensor, n: int, seed: int, rows_B: Tensor,
+                 budget: int | None = None):
+        config = mc.focus_config()
+        self.focus_config = config if budget is None else replace(config, budget=budget, soft_budget=budget)
+        check_feasible(n, self.focus_config)
         self.gpt, self.mc, self.tokens, self.targets, self.n = gpt, mc, tokens_BT, targets_BT, n
         self.seed, self.rows = seed, rows_B
         self.K, self.H = mc.config.block_size, tokens_BT.shape[1] - n
@@ -72,7 +85,9 @@ class FocusComparison:
             self.tree = mc.build_tree(self.embeds)  # the continuation is looked up here; cuts lie within [0, n)
         self.n_B = torch.full((len(tokens_BT),), n, device=tokens_BT.device)
         self.n_blocks = n // self.K
-        self.allocator = GreedyAllocator(mc.focus_config())
+        self.free_blocks = self.n_blocks - mc.config.protected // self.K  # those that focus may show or not
+        self.most_shown = min((self.focus_config.budget - mc.config.protected) // self.K, self.free_blocks)
+        self.allocator = GreedyAllocator(self.focus_config)
 
     @torch.no_grad()
     def outcome(self, scores_BN: Tensor) -> Outcome:
@@ -121,26 +136,45 @@ class FocusComparison:
         return {"gate": (gate_utility(captured, every, queries, self.n_blocks, self.K) * counted).sum(1),
                 "attention": (attention_mass(captured, every, queries, self.n_blocks, self.K) * counted).sum(1)}
 
-    def oracle(self, tested: dict[str, Outcome], progress: Callable[[], None] = lambda: None) -> Outcome:
-        """Per row the best on true NLL of everything that was or can be tried; see the module's docstring."""
+    def alone(self, progress: Callable[[], None] = lambda: None) -> list[Outcome]:
+        """What showing each block that is not protected, and no other, would give."""
+        return [self._shown(self._with(None, block), progress) for block in range(self.free_blocks)]
+
+    def oracle(self, tested: dict[str, Outcome], progress: Callable[[], None] = lambda: None, candidates: int | None = None) -> Outcome:
+        """Per row the best on true NLL of everything that was or can be tried; see the module's docstring.
+
+        candidates: after its first round the greedy search tries this many blocks a row, the best of that round; None: all.
+        """
         best = _best([*tested.values(), *(self.outcome(s) for s in self.teacher_scores().values())])
-        protected = self.mc.config.protected // self.K
-        chosen = torch.zeros(len(self.tokens), self.n_blocks, dtype=torch.bool, device=self.tokens.device)
-        blocks = self.n_blocks - protected
-        while int(chosen.sum(1).max()) < (self.mc.config.budget - self.mc.config.protected) // self.K:
-            tried = []
-            for block in range(blocks):
-                shown = chosen.clone()
-                shown[:, block] = True
-                tried.append(self.outcome(torch.where(shown, 0.0, -torch.inf)))
-                progress()
-            round_best = _best(tried)
-            if bool((round_best.nll_B >= best.nll_B).all()) and bool(chosen.any()):
+        chosen, order, count = None, None, self.free_blocks
+        for done in range(self.most_shown):
+            tried = [self._with(chosen, block if order is None else order[:, block]) for block in range(count)]
+            outcomes = [self._shown(blocks, progress) for blocks in tried]
+            nll = torch.stack([o.nll_B for o in outcomes])
+            round_best = _best(outcomes)
+            if done and bool((round_best.nll_B >= best.nll_B).all()):
                 break
             best = _best([best, round_best])
-            winner = torch.stack([t.nll_B for t in tried]).argmin(0)
-            chosen[torch.arange(len(chosen)), winner] = True
+            chosen = torch.stack(tried)[nll.argmin(0), torch.arange(len(self.tokens), device=nll.device)]
+            if order is None and candidates is not None:
+                order, count = nll.argsort(0).T, min(candidates, self.free_blocks)
+        if sum(comb(self.free_blocks, size) for size in range(self.most_shown + 1)) <= FEW_SETS:
+            sets = (blocks for size in range(self.most_shown + 1) for blocks in combinations(range(self.free_blocks), size))
+            best = _best([best, *(self._shown(self._with(None, list(blocks)), progress) for blocks in sets)])
         return best
+
+    def _with(self, chosen_BN: Tensor | None, block: Tensor | int | list[int]) -> Tensor:
+        """bool [B, N]: the chosen blocks and one more, or several; a tensor names one of each row."""
+        shown = torch.zeros(len(self.tokens), self.n_blocks, dtype=torch.bool, device=self.tokens.device) if chosen_BN is None else chosen_BN.clone()
+        if isinstance(block, Tensor):
+            return shown.scatter(1, block[:, None], True)
+        shown[:, block] = True
+        return shown
+
+    def _shown(self, blocks_BN: Tensor, progress: Callable[[], None]) -> Outcome:
+        outcome = self.outcome(torch.where(blocks_BN, 0.0, -torch.inf))
+        progress()
+        return outcome
 
 
 def _best(outcomes: list[Outcome]) -> Outcome:
