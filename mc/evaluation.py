@@ -140,16 +140,18 @@ class FocusComparison:
         """What showing each block that is not protected, and no other, would give."""
         return [self._shown(self._with(None, block), progress) for block in range(self.free_blocks)]
 
-    def oracle(self, tested: dict[str, Outcome], progress: Callable[[], None] = lambda: None, candidates: int | None = None) -> Outcome:
+    def oracle(self, tested: dict[str, Outcome], progress: Callable[[], None] = lambda: None, *, alone: list[Outcome] | None = None,
+               candidates: int | None = None) -> Outcome:
         """Per row the best on true NLL of everything that was or can be tried; see the module's docstring.
 
-        candidates: after its first round the greedy search tries this many blocks a row, the best of that round; None: all.
+        alone: what `alone` gave, if it is at hand. candidates: how many blocks a row the greedy search tries after its first round,
+        the best of that round; None: all.
         """
         best = _best([*tested.values(), *(self.outcome(s) for s in self.teacher_scores().values())])
         chosen, order, count = None, None, self.free_blocks
         for done in range(self.most_shown):
             tried = [self._with(chosen, block if order is None else order[:, block]) for block in range(count)]
-            outcomes = [self._shown(blocks, progress) for blocks in tried]
+            outcomes = alone if alone and not done else [self._shown(blocks, progress) for blocks in tried]
             nll = torch.stack([o.nll_B for o in outcomes])
             round_best = _best(outcomes)
             if done and bool((round_best.nll_B >= best.nll_B).all()):
