@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mc.evaluation import FocusComparison, plain_outcomes
-from mc.focus_measures import CHEATS, SCORES, Contexts, measure, recall_contexts, text_contexts
+from mc.focus_measures import Contexts, measure, recall_contexts, text_contexts
 from mc.model import MegaContext, load_mega_context
 from mc.report import LEAST_GAP, bootstrap
 from nanochat.common import FlagParser, UserError, base_dir, print0, run_main

@@ -1,4 +1,4 @@
-"""compare_focus and mc_bench on tiny checkpoints, and the trainings that quickstart.sh would run: the report's shape, same numbers twice,
+"""compare_focus, eval_focus and mc_bench on tiny checkpoints, and the trainings that quickstart.sh would run: the report's shape, same numbers twice,
 mistakes in one line."""
 
 import json
@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from e2e_commands import ROOT, run, start, tree
 
+from mc.focus_measures import CHEATS, SCORES
 from mc.report import SYSTEMS
 from scripts import base_train, mc_stream
 from scripts.compare_focus import commit, make_parser
+from scripts.eval_focus import LABELS
 
 TINY = ["--depth=1", "--aspect_ratio=16", "--head_dim=16", "--smear=0", "--value_embeds=0", "--device_batch_size=2", "--num_iterations=2",
         "--save_every=1", "--eval_every=0", "--eval_tokens=1", "--log_every=1", "--device=cpu", "--seed=3"]  # fmt: skip
@@ -157,6 +159,51 @@ def test_mc_stream(trained, tmp_path):
 ])  # fmt: skip
 def test_mistakes_of_mc_stream(checkpoint, flags, message, trained, tmp_path):
     done = run(trained, "mc_stream", f"--checkpoint_dir={trained / 'checkpoints' / checkpoint}", *flags, f"--out={tmp_path / 'out'}")
+    assert message in done.error and not (tmp_path / "out").exists()
+
+
+# -- eval_focus ---------------------------------------------------------------------------------------------------------------
+
+
+def eval_focus(base: Path, out: Path, *flags: str):
+    return run(base, "eval_focus", *flags, "--contexts=3", "--batch=2", "--candidates=1", f"--out={out}")
+
+
+def test_eval_focus(trained, tmp_path):
+    """Recall within and beyond the trained length, text at two budgets, two seeds (the same twice): every number of the report is there."""
+    recall, text = (trained / "checkpoints" / f"{task}_mc" for task in TASKS)
+    done = eval_focus(trained, tmp_path, f"--recall_mc={recall},{recall}", "--recall_sizes=8:2,33:8", f"--text_mc={text}", "--text_budgets=40,48").ok()
+    report = json.loads((tmp_path / "focus.json").read_text())
+    assert [(s["name"], s["n"], s["budget"], s["seeds"], s["shown"]) for s in report["settings"]] == [
+        ("recall, 8 blocks at 1/2", 288, 128, 2, 3), ("recall, 33 blocks at 1/8", 1088, 132, 2, 3),
+        ("text (texts), blocks of 8", 120, 40, 1, 4), ("text (texts), blocks of 8", 120, 48, 1, 5)]
+    for s in report["settings"]:
+        systems = s["systems"]
+        assert set(systems) == {*LABELS, "full", "window"}
+        for name, row in systems.items():
+            assert row["entries"] <= (s["n"] if name == "full" else s["budget"]) and 0 < row["nll"]["mean"] < 20
+            assert ("acc" in row) == (s["task"] == "recall") and len(row["nll"]["seeds"]) == s["seeds"]
+            if name in (*SCORES, *CHEATS):
+                assert row["regret"]["mean"] == pytest.approx(row["nll"]["mean"] - systems["oracle"]["nll"]["mean"], abs=1e-6) and row["regret"]["interval"][0] >= 0
+                assert 0 <= row["hit_at_1"]["mean"] <= 1 and -1 <= row["spearman"]["mean"] <= 1
+        if s["seeds"] == 2:
+            assert systems["lens"]["nll"]["seeds"][0] == systems["lens"]["nll"]["seeds"][1]
+    last = json.loads(done.out.splitlines()[-1])
+    lens = [s["systems"]["lens"] for s in report["settings"][:2]]
+    assert last["regret"] == max(row["regret"]["mean"] for row in lens) and last["hit_at_1"] == min(row["hit_at_1"]["mean"] for row in lens)
+    assert last["spearman"] == min(row["spearman"]["mean"] for row in lens) and last["gap_closed_text"] is None, "untrained: no gap to close"
+    assert (tmp_path / "focus.md").read_text() in done.out and last["report"] == str(tmp_path / "focus.json")
+
+
+@pytest.mark.parametrize("flags, message", [
+    ([], "nothing to judge"), (["--recall_mc={recall_vanilla}"], "no MegaContext"), (["--recall_mc={text_mc}"], "not on recall"),
+    (["--recall_mc={recall_mc}", "--recall_sizes=64"], "'64' is not blocks:ratio"), (["--recall_mc={recall_mc}", "--recall_sizes=64:32"], "too small"),
+    (["--text_mc={text_mc}", "--text_budgets=many"], "'many' is no number"), (["--text_mc={text_mc},{recall_mc}"], "one shape"),
+    (["--text_mc={text_mc}", "--contexts=0"], "--contexts"), (["--text_mc={text_mc}", "--contexts=100000"], "the held-out split has"),
+])  # fmt: skip
+def test_mistakes_of_eval_focus(flags, message, trained, tmp_path):
+    places = {p.name: p for p in (trained / "checkpoints").iterdir()}
+    done = run(trained, "eval_focus", *(flag.format(**places) for flag in flags), f"--out={tmp_path / 'out'}")
     assert message in done.error and not (tmp_path / "out").exists()
 
 
