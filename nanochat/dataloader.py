@@ -8,6 +8,7 @@ and the state of a loader is one number. A *source* turns row numbers into token
   PackedRows   rows start with bos, short documents packed to fill them (nanochat's manner)
   RecallSource synthetic key-value recall; NeedleSource its facts hidden in text
   RandomSource uniform random tokens (a floor that no loss may go below)
+  TaskSource   (nanochat.tasks.source) the generated tasks of the evaluation, with many answers per row
 """
 
 from bisect import bisect_right
@@ -19,11 +20,20 @@ import torch
 from nanochat.common import UserError, key_seed
 from nanochat.dataset import open_corpus
 from nanochat.recall import CurriculumSchedule, RecallTask, random_bits
+from nanochat.tasks.source import TaskSource, parse_mix
+from nanochat.tasks.words import Words
 from nanochat.token_cache import TokenCache, open_token_cache
 from nanochat.tokenizer import Tokenizer
 
 
-SYNTHETIC = ("recall", "needle", "random")  # values of --data that are not text: no bits per byte, nothing to pack
+def is_synthetic(data: str) -> bool:
+    """Whether a value of --data is no text: no bits per byte, nothing to pack."""
+    return data in ("recall", "needle", "random") or is_tasks(data)
+
+
+def is_tasks(data: str) -> bool:
+    """Whether a value of --data names generated tasks: "tasks" or "tasks:name,name=share,…"."""
+    return data.partition(":")[0] == "tasks"
 
 
 class Batch(NamedTuple):
@@ -253,9 +263,10 @@ def make_source(
     total_rows: int | None = None,
     needles: int = 4,
 ) -> Source:
-    """The source that the flags name. data: "stdlib", "recall", "needle", "random", or a directory; rows: "long" or "packed".
+    """The source that the flags name. data: "stdlib", "recall", "needle", "random", "tasks[:mix]", or a directory; rows: "long" or "packed".
 
-    recall_task, recall_blocks (without a task), schedule and total_rows are for data="recall": by default the tokenizer's ids, no curriculum.
+    recall_task, recall_blocks (without a task) are for data="recall": by default the tokenizer's ids; schedule and total_rows for that and
+    for tasks: by default no curriculum.
     """
     if data == "recall":
         task = recall_task or RecallTask.for_tokenizer(tokenizer, seed=seed, blocks=recall_blocks)
@@ -263,6 +274,9 @@ def make_source(
     if data == "needle":
         filler = open_token_cache(open_corpus("stdlib"), split, tokenizer).tokens
         return NeedleSource(RecallTask.for_tokenizer(tokenizer, seed=seed), filler, T, split, needles)
+    if is_tasks(data):
+        words = Words.of(tokenizer, open_token_cache(open_corpus("stdlib"), split, tokenizer).tokens)
+        return TaskSource(parse_mix(data.partition(":")[2]), words, T, split, seed, schedule, total_rows)
     if data == "random":
         return RandomSource(tokenizer.vocab_size, T, seed, split)
     if rows not in ("long", "packed"):

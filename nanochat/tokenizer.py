@@ -116,9 +116,9 @@ class Tokenizer:
             raise UserError(f"damaged tokenizer {path} ({type(e).__name__}: {e}); {TRAIN_HINT}") from None
         return tokenizer
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without bos. Special names inside the text are plain text."""
-        return self._encoding.encode_ordinary(text)
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of `text`, without bos. Names of special ids inside the text are plain text unless `special`."""
+        return self._encoding.encode(text, allowed_special="all") if special else self._encoding.encode_ordinary(text)
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 2) -> list[list[int]]:
         return self._encoding.encode_ordinary_batch(list(texts), num_threads=num_threads)
@@ -126,6 +126,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special ids appear by name, broken UTF-8 as U+FFFD."""
         return self._encoding.decode(list(ids))
+
+    def token(self, token_id: int) -> bytes:
+        """The bytes of a BPE id (below `bos_id`)."""
+        return self._tokens[token_id]
 
     def token_bytes(self) -> np.ndarray:
         """int32 [vocab_size]: UTF-8 bytes each id stands for, 0 for special ids (bits per byte = nats / ln 2 / bytes)."""

@@ -4,7 +4,7 @@ import json
 from argparse import SUPPRESS
 
 from nanochat.common import FlagParser, UserError, init_distributed, print0, run_main
-from nanochat.dataloader import SYNTHETIC, Loader, eval_rows, make_source
+from nanochat.dataloader import Loader, eval_rows, is_synthetic, make_source
 from nanochat.evaluation import evaluate
 from nanochat.loading import add_model_flags, model_from_flags
 
@@ -40,7 +40,7 @@ def main() -> None:
     source = make_source(data, args.split, T=T, tokenizer=tokenizer, **chosen)
     rows = eval_rows(source, args.eval_tokens, args.micro_batch * ranks.world_size)
     loader = Loader(source, rows, args.micro_batch, T, ranks.rank, ranks.world_size, ranks.device)
-    token_bytes = None if data in SYNTHETIC else tokenizer.token_bytes()  # those are not text
+    token_bytes = None if is_synthetic(data) else tokenizer.token_bytes()  # those are not text
     result = evaluate(model, iter(loader.next, None), loader.micro_steps, token_bytes)
     bpb = "" if result.bpb is None else f", {result.bpb:.4f} bits/byte"
     print0(f"{data} {args.split}: loss {result.loss:.4f} nats/token{bpb} over {result.targets:,} targets in {rows:,} rows of {T}")

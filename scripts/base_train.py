@@ -25,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # torchrun scri
 
 from nanochat.checkpoint import complete_steps, load_checkpoint, load_mc_state, load_model_state, save_checkpoint, set_rng_state
 from nanochat.common import FlagParser, Ranks, UserError, base_dir, import_optional, init_distributed, parse_optional, print0, run_main, seed_everything
-from nanochat.dataloader import SYNTHETIC, Loader, Source, eval_rows, make_source
+from nanochat.dataloader import Loader, Source, eval_rows, is_synthetic, is_tasks, make_source
 from nanochat.evaluation import evaluate
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, assert_finite, check_groups, global_grad_norm, gpt_param_groups, relative_change
 from nanochat.recall import CurriculumSchedule
 from nanochat.recorder import Recorder, open_recorder
 from nanochat.schedule import batch_lr_scale, lr_multiplier, muon_momentum, weight_decay_multiplier
+from nanochat.tasks.source import most_blocks
 from nanochat.tokenizer import Tokenizer
 from nanochat.tracing import Reading, Trace
 
@@ -59,12 +60,12 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     add("--tie_qk", default=0, help="1: key projections start equal to query projections", **flag)
     add("--rope_fraction", type=float, default=1.0, help="share of each head's dims that is rotated")
     # data
-    add("--data", default="stdlib", help="stdlib (embedded), recall, needle, random, or a directory of parquet, jsonl or text files")
+    add("--data", default="stdlib", help="stdlib (embedded), recall, needle, random, tasks or tasks:NAME,NAME=SHARE,… (generated tasks), or a directory of parquet, jsonl or text files")
     add("--needles", type=int, default=4, help="blocks of facts hidden in the text of each row of --data=needle")
     add("--rows", default="long", choices=("long", "packed"), help="rows within one long document, or packed from several")
     add("--text_column", default="text", help="column of parquet and jsonl files that holds the text")
     add("--recall_blocks", type=int, default=32, help="most blocks of facts that a row of --data=recall stores")
-    add("--recall_grow", type=float, default=0.5, help="share of a recall run over which rows grow to their full number of blocks")
+    add("--recall_grow", type=float, default=0.5, help="share of a run on recall or tasks over which rows grow to their full number of blocks")
     # horizon
     add("--total_batch_size", type=int, default=0, help="tokens per optimizer step over all ranks; 0: by depth")
     add("--device_batch_size", type=int, default=8, help="rows per micro-batch of a rank")
@@ -131,12 +132,12 @@ def check_ranges(args, defaults: dict) -> None:
     for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "grad_clip"):
         if args.freeze_base and getattr(args, name) != defaults[name]:
             raise UserError(f"--{name}={getattr(args, name)} has no effect with --freeze_base=1: it is for training the base")
-    for name, data in (("recall_blocks", "recall"), ("recall_grow", "recall"), ("needles", "needle")):
-        if getattr(args, name) != defaults[name] and args.data != data:
-            raise UserError(f"--{name}={getattr(args, name)} has no effect with --data={args.data}: it is for --data={data}")
-    if args.rows == "packed" and args.data in SYNTHETIC:
+    for name, data in (("recall_blocks", ("recall",)), ("recall_grow", ("recall", "tasks")), ("needles", ("needle",))):
+        if getattr(args, name) != defaults[name] and args.data.partition(":")[0] not in data:
+            raise UserError(f"--{name}={getattr(args, name)} has no effect with --data={args.data}: it is for --data={' or '.join(data)}")
+    if args.rows == "packed" and is_synthetic(args.data):
         raise UserError(f"--rows=packed has no effect with --data={args.data}: it packs documents")
-    if args.text_column != defaults["text_column"] and args.data in ("stdlib", *SYNTHETIC):
+    if args.text_column != defaults["text_column"] and (args.data == "stdlib" or is_synthetic(args.data)):
         raise UserError(f"--text_column={args.text_column} has no effect with --data={args.data}: it is for directories of parquet or jsonl files")
     if not 0 < args.target_tokens_per_param < math.inf:
         raise UserError(f"--target_tokens_per_param={args.target_tokens_per_param} must be positive")
@@ -242,13 +243,14 @@ def main() -> None:
     make = dict(T=plan.T, seed=args.seed, tokenizer=tokenizer, rows=args.rows, text_column=args.text_column, needles=args.needles,
                 recall_blocks=args.recall_blocks)
     curriculum = {}
-    if args.data == "recall":
-        curriculum = dict(schedule=CurriculumSchedule(args.recall_blocks, grow=args.recall_grow, seed=args.seed), total_rows=plan.rows_per_step * plan.num_iterations)
+    if args.data == "recall" or is_tasks(args.data):
+        blocks = args.recall_blocks if args.data == "recall" else most_blocks(plan.T)
+        curriculum = dict(schedule=CurriculumSchedule(blocks, grow=args.recall_grow, seed=args.seed), total_rows=plan.rows_per_step * plan.num_iterations)
     source = make_source(args.data, "train", **make, **curriculum)
     loader = Loader(source, plan.rows_per_step, plan.micro_batch, plan.T, ranks.rank, ranks.world_size, device)
     held_out = make_source(args.data, "val", **make)
     eval_steps = eval_rows(held_out, args.eval_tokens, plan.micro_batch * ranks.world_size) // (plan.micro_batch * ranks.world_size)
-    token_bytes = tokenizer.token_bytes() if args.data not in SYNTHETIC else None
+    token_bytes = tokenizer.token_bytes() if not is_synthetic(args.data) else None
     print0(source.summary)
 
     # Resume

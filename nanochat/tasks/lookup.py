@@ -1,0 +1,208 @@
+"""Tasks whose answers stand somewhere in the context: `name value` facts among others, in text, or in a repeated phrase.
+
+Names are keys. In a fact the value follows its name directly, and so it does in a question: `?name … =name` is continued by the value.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from nanochat.common import UserError
+from nanochat.tasks.context import Context, choose, place
+from nanochat.tasks.words import Words
+
+
+def _background(haystack: str, rng: np.random.Generator, words: Words, m: int) -> np.ndarray:
+    text = words.repeated(m - 1) if haystack == "phrase" else words.running(rng, m - 1)
+    return np.concatenate([[words.bos], text])
+
+
+def _write(tokens: np.ndarray, starts: np.ndarray, before: np.ndarray, bodies: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Write statements `before body after` into tokens [m]: bodies int64 [count, b] at starts [count]; the bodies' places, [count]."""
+    statements = np.concatenate([np.tile(before, (len(starts), 1)), bodies, np.tile(after, (len(starts), 1))], axis=1)
+    tokens[starts[:, None] + np.arange(statements.shape[1])] = statements
+    return starts + len(before)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Facts of a name and `length` values. With `pairs` the context is all facts, else `facts` of them stand in text or a phrase.
+
+    updates: each name gets a value so many times and the last one counts; values: each name has so many, and all are asked for, in
+    the order of their numbers. queries: names in a question, whose facts stand in at most `spread` blocks.
+    """
+
+    one_question: ClassVar[bool] = False
+    haystack: str = "pairs"  # "pairs", "text" or "phrase"
+    facts: int = 0
+    statement: str = ""  # words before a fact in text
+    queries: int = 1
+    spread: int | None = 2
+    length: int = 1
+    updates: int = 1
+    values: int = 1
+    alias: bool = False  # questions call each key by its alias
+    copied: bool = False  # what is asked for are aliases, of which there are many, not values
+    straddle: bool = False  # in text: a fact's name ends a block and its value begins the next; in pairs: only such facts are asked for
+    mark: str = "?"
+
+    def __post_init__(self):
+        if self.haystack not in ("pairs", "text", "phrase") or min(self.queries, self.length, self.updates, self.values) < 1:
+            raise UserError(f"a lookup in {self.haystack!r} with queries={self.queries}, length={self.length}, updates={self.updates}, values={self.values}")
+        if (self.length > 1) + (self.updates > 1) + (self.values > 1) > 1 or (self.haystack == "pairs") != (self.facts == 0):
+            raise UserError("a lookup has long values, or updates, or several values of a name, not two of these; facts are counted in text only")
+        if self.haystack == "pairs" and self.length > 1:
+            raise UserError("facts that make up the whole context are pairs: length=1")
+
+    @property
+    def question_tokens(self) -> int:
+        return 1 + self.queries + 2
+
+    @property
+    def answer_tokens(self) -> int:
+        return self.queries * self.length * self.values + self.queries - 1
+
+    def for_training(self, rng: np.random.Generator, words: Words, m: int) -> tuple["Lookup", int]:
+        copies = self.updates * self.values
+        if self.haystack == "pairs":
+            facts = min((m - 2) // 2 // copies, len(words.keys) // 2)
+            return replace(self, straddle=False), max(1, facts // self.queries)
+        size = len(words.encode(self.statement)) + 2 + self.length
+        facts = max(self.queries, min((m - 1) // (2 * size * copies), 32) >> int(rng.integers(3)))
+        return replace(self, facts=facts, spread=None, straddle=False), facts // self.queries
+
+    def make(self, rng: np.random.Generator, words: Words, m: int, asks: int, block_size: int, depth: float | None = None) -> Context:
+        copies = self.updates * self.values
+        if self.haystack == "pairs":
+            lead = 1 if self.straddle else 2
+            slots = (m - lead) // 2
+            starts, count = lead + 2 * np.arange(slots), min(slots // copies, len(words.keys))
+            if count * copies < slots and count > len(words.keys) // 2:
+                count = len(words.keys) // 2  # the other names fill the rest of the context, again and again
+            at = np.sort(rng.permutation(slots)[: count * copies].reshape(count, copies), axis=1)
+        else:
+            count, before, after = self.facts, words.encode(self.statement), words.encode(".")
+            size = len(before) + 1 + self.length + len(after)
+            starts = place(rng, m, count * copies, size, block_size, depth, len(before) + 1 if self.straddle else None)
+            # statement 0 stands at `depth`: the first fact has it, and for updates as its last, as far as others are earlier
+            at = np.arange(count * copies).reshape(count, copies)
+            at = np.take_along_axis(at, np.argsort(starts[at], axis=1), axis=1)
+        if not count:
+            raise UserError(f"a context of {m} tokens holds no fact; ask for longer rows")
+        if count > len(words.keys):
+            raise UserError(f"{count} facts need as many names, there are {len(words.keys)}")
+        names = rng.permutation(len(words.keys))
+        pool = words.aliases if self.copied else words.values
+        need = self.length * self.values
+        if need > len(pool):
+            raise UserError(f"{need} different values of a name, there are {len(pool)}")
+        drawn = rng.random((count, len(pool))).argsort(axis=1) if need > 1 else rng.integers(len(pool), size=(count, copies))
+        if self.values > 1 or self.length > 1:
+            drawn = drawn[:, :need]
+        given = pool[drawn].reshape(count, copies, self.length)  # [facts, copies, length]
+
+        bodies = np.concatenate([np.broadcast_to(words.keys[names[:count], None, None], (count, copies, 1)), given], axis=2)
+        if self.haystack == "pairs":
+            tokens = np.full(m, words.bos, dtype=np.int64)
+            if m - lead - 2 * slots:
+                tokens[-1] = words.encode(".")[0]
+            spare = names[count:] if count < len(names) else names
+            filled = np.stack([words.keys[rng.choice(spare, slots)], rng.choice(words.values, slots)], axis=1)
+            filled[at.ravel()] = bodies.reshape(-1, 2)
+            tokens[lead : lead + 2 * slots] = filled.ravel()
+            bodies_at = starts
+        else:
+            tokens = _background(self.haystack, rng, words, m)
+            ordered = np.empty((count * copies, 1 + self.length), dtype=np.int64)
+            ordered[at.ravel()] = bodies.reshape(count * copies, -1)
+            bodies_at = _write(tokens, starts, before, ordered, after)
+        fact_at = bodies_at[at]  # [facts, copies]
+
+        askable = np.arange(count)
+        if self.straddle:
+            askable = askable[(fact_at[:, -1] + 1) % block_size == 0]
+        needed = fact_at[:, -1] if self.updates > 1 else fact_at[:, 0]
+        if not len(askable):
+            raise UserError(f"no fact straddles an edge of a block in a context of {m} tokens")
+        spread = None if self.straddle else self.spread  # at most one fact straddles an edge
+        picked = askable[choose(rng, needed[askable], block_size, asks, self.queries, spread, depth, m)]
+        return self._ask(words, names, given, fact_at, picked, tokens)
+
+    def _ask(self, words: Words, names: np.ndarray, given: np.ndarray, fact_at: np.ndarray, picked: np.ndarray, tokens: np.ndarray) -> Context:
+        called = (words.aliases if self.alias else words.keys)[names[picked]]  # [A, queries]
+        if self.updates > 1:
+            right, at = given[picked, -1:], fact_at[picked, -1:]
+        else:
+            right, at = given[picked], fact_at[picked]  # [A, queries, values, length], [A, queries, values]
+        if self.values > 1:
+            right = np.sort(right, axis=2)
+        A, right = len(picked), right.reshape(len(picked), self.queries, -1)
+        answers = np.concatenate([called[:, :, None], right], axis=2).reshape(A, -1)[:, 1:]
+        counted = np.tile(np.arange(right.shape[2] + 1) > 0, self.queries)[1:]
+        asked = np.concatenate([np.broadcast_to(words.encode(self.mark), (A, 1)), called], axis=1)
+        prefix = np.stack([np.broadcast_to(words.encode("=")[0], A), called[:, 0]], axis=1)
+        evidence = (at[..., None] + np.arange(1 + self.length)).reshape(A, -1)
+        return Context(tokens, asked, prefix, answers, np.broadcast_to(counted, answers.shape), evidence, np.zeros(len(tokens), dtype=bool))
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Variable tracking: `name value.`, `name₁ name.`, `name₂ name₁.` …; asked for the last name, the answer walks back to the value.
+
+    With updates > 1 the value is given anew later and the last one counts, and a link comes before all of them: somebody takes an
+    object, then moves. `objects`: the last name is an alias, the others are keys.
+    """
+
+    one_question: ClassVar[bool] = False
+    hops: int = 1
+    chains: int = 4
+    updates: int = 1
+    objects: bool = False
+    statement: str = ""
+    haystack: str = "text"
+    mark: str = "@"
+
+    @property
+    def question_tokens(self) -> int:
+        return 4
+
+    @property
+    def answer_tokens(self) -> int:
+        return self.hops + 1
+
+    @property
+    def statements(self) -> int:
+        return self.hops + self.updates
+
+    def for_training(self, rng: np.random.Generator, words: Words, m: int) -> tuple["Chain", int]:
+        chains = max(1, min((m - 1) // (2 * self.statements * (len(words.encode(self.statement)) + 3)), 16) >> int(rng.integers(3)))
+        return replace(self, chains=chains), chains
+
+    def make(self, rng: np.random.Generator, words: Words, m: int, asks: int, block_size: int, depth: float | None = None) -> Context:
+        if depth is not None:
+            raise UserError(f"the {self.hops + 1} statements of a chain stand in different places: it has no one depth")
+        if self.chains * (self.hops + 1) > len(words.keys):
+            raise UserError(f"{self.chains} chains of {self.hops + 1} names each: there are {len(words.keys)} names")
+        before, after = words.encode(self.statement), words.encode(".")
+        starts = place(rng, m, self.chains * self.statements, len(before) + 2 + len(after), block_size, None, None)
+        starts = np.sort(starts.reshape(self.chains, -1), axis=1)
+        links, told = (slice(self.updates, None), slice(0, self.updates)) if self.updates == 1 else (slice(0, self.hops), slice(self.hops, None))
+        names = words.keys[rng.permutation(len(words.keys))[: self.chains * (self.hops + 1)]].reshape(self.chains, -1)
+        if self.objects:
+            names[:, -1] = words.aliases[rng.permutation(len(words.aliases))[: self.chains]]
+        values = rng.choice(words.values, (self.chains, self.updates))
+        bodies = np.empty((self.chains, self.statements, 2), dtype=np.int64)
+        bodies[:, told, 0], bodies[:, told, 1] = names[:, :1], values
+        bodies[:, links, 0], bodies[:, links, 1] = names[:, 1:], names[:, :-1]
+        tokens = _background(self.haystack, rng, words, m)
+        at = _write(tokens, starts.ravel(), before, bodies.reshape(-1, 2), after).reshape(self.chains, -1)
+        needed = np.concatenate([at[:, links], at[:, told][:, -1:]], axis=1)
+
+        picked = choose(rng, needed[:, 0], block_size, asks, 1, None, None, m)[:, 0]
+        top, mark = names[picked, -1:], np.broadcast_to(words.encode(self.mark), (asks, 1))
+        answers = np.concatenate([names[picked, -2::-1], values[picked, -1:]], axis=1)
+        prefix = np.concatenate([np.broadcast_to(words.encode("="), (asks, 1)), top], axis=1)
+        evidence = (needed[picked][..., None] + np.arange(2)).reshape(asks, -1)
+        return Context(tokens, np.concatenate([mark, top], axis=1), prefix, answers, np.ones_like(answers, dtype=bool), evidence,
+                       np.zeros(m, dtype=bool))
