@@ -65,6 +65,8 @@ class TaskSource:
         asks = (self.T + 1 - blocks * BLOCK) // each
         if 2 * blocks > most_blocks(self.T) or task.one_question:  # asked again, a question is easy: good for a beginning only
             asks = min(asks, most)
+        if asks < 1:
+            raise UserError(f"rows of {self.T} tokens: a context of {blocks * BLOCK} and one question of {name}, {each}, do not fit; use longer rows")
         made = task.make(rng, self._words, self.T + 1 - asks * each, asks, BLOCK)
         questions = np.concatenate([made.asked, made.prefix, made.answers], axis=1)
         counted = np.concatenate([np.zeros((asks, task.question_tokens), dtype=bool), made.counted], axis=1)
