@@ -37,7 +37,7 @@ class Task(Protocol):
     def make(self, rng: np.random.Generator, words: Words, m: int, asks: int, block_size: int, depth: float | None = None) -> Context:
         """A context of m tokens that begins with bos, and `asks` different questions about it, the last one the one to keep.
 
-        depth in [0, 1]: where in the context the answer to the last question lies, as nearly as the task's layout allows.
+        depth in [0, 1]: where in the context the answer to the last question lies (of several facts: one), as nearly as the task's layout allows.
         UserError when they do not fit, or the task knows no such place.
         """
 

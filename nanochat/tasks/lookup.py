@@ -85,7 +85,7 @@ class Lookup:
             count, before, after = self.facts, words.encode(self.statement), words.encode(".")
             size = len(before) + 1 + self.length + len(after)
             starts = place(rng, m, count * copies, size, block_size, depth, len(before) + 1 if self.straddle else None)
-            # statement 0 stands at `depth`: the first fact has it, and for updates as its last, as far as others are earlier
+            # the first statement, at `depth`, is one of the first fact's
             at = np.arange(count * copies).reshape(count, copies)
             at = np.take_along_axis(at, np.argsort(starts[at], axis=1), axis=1)
         if not count:
