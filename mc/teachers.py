@@ -18,7 +18,7 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from nanochat.gpt import Captured
+from nanochat.gpt import GPT, Captured, token_losses
 
 
 def _precise(x: Tensor) -> Tensor:
@@ -78,6 +78,19 @@ def gate_utility(captured: Sequence[Captured], rows: slice, queries: slice, n_bl
         mean = (d_out * out).sum(-1, keepdim=True)
         total = total - gain + (_per_block(weights, n_blocks, block_size) * mean).sum(1)
     return total
+
+
+def continuation_pass(gpt: GPT, tokens_BT: Tensor, targets_BT: Tensor, n: int) -> list[Captured]:
+    """The attention of a full pass over rows [B, T], with the gradient of the losses of the targets after n tokens at every output.
+
+    For `gate_utility` of queries n − 1 … T − 2. The model's parameters get no gradient.
+    """
+    captured: list[Captured] = []
+    with torch.enable_grad():
+        embeds = gpt.embed(tokens_BT).detach().requires_grad_()
+        hidden = gpt.hidden(tokens_BT, inputs_embeds=embeds, capture=captured, lift_windows=True)[:, n - 1:-1]
+        torch.autograd.grad(token_losses(gpt.logits(hidden), targets_BT[:, n - 1:-1]).sum(), embeds)
+    return captured
 
 
 def over_horizon(per_query_BQN: Tensor, horizon: int) -> Tensor:

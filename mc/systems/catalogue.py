@@ -1,16 +1,35 @@
-"""All systems by name."""
+"""All systems by name, and what they read with from a checkpoint."""
 
-from mc.systems import gists, kv, raw, token_drop
+from pathlib import Path
+
+import torch
+
+from mc.model import load_mega_context
+from mc.systems import gists, keep_drop, kv, raw, token_drop
 from mc.systems.interface import Models, System
 from nanochat.common import UserError
+from nanochat.loading import load_model
 
 SYSTEMS: dict[str, type[System]] = {kind.name: kind for kind in (
     raw.FullContext, raw.SlidingWindow, raw.WindowAndSinks, raw.RandomBlocks, raw.BM25Blocks, raw.MeanEmbeddingBlocks, raw.LearnedRetrieverBlocks,
-    token_drop.SurprisalDrop, gists.MeanGists, gists.EvenGists, gists.RecencyGists, gists.RandomGists, gists.LensGists, gists.OracleGists, kv.SnapKV, kv.Quest)}
+    token_drop.SurprisalDrop, keep_drop.LearnedDrop,
+    gists.MeanGists, gists.EvenGists, gists.RecencyGists, gists.RandomGists, gists.LensGists, gists.OracleGists, kv.SnapKV, kv.Quest)}
+
+
+def system_named(name: str) -> type[System]:
+    """UserError for an unknown name."""
+    if name not in SYSTEMS:
+        raise UserError(f"no system {name!r}; there are {', '.join(SYSTEMS)}")
+    return SYSTEMS[name]
 
 
 def make_system(name: str, models: Models, budget: int, seed: int = 0) -> System:
     """UserError for an unknown name, or what the system refuses."""
-    if name not in SYSTEMS:
-        raise UserError(f"no system {name!r}; there are {', '.join(SYSTEMS)}")
-    return SYSTEMS[name](models, budget, seed)
+    return system_named(name)(models, budget, seed)
+
+
+def load_models(checkpoint_dir: Path | str, step: int | str = "latest", keep_drop_file: Path | str = "", device: torch.device | str = "cpu") -> tuple[Models, dict]:
+    """(what the checkpoint holds, with the classifier of `keep_drop_file` if one is named; the checkpoint's meta)."""
+    gpt, meta = load_model(checkpoint_dir, step, device)
+    mc = load_mega_context(checkpoint_dir, meta["step"], meta, gpt.config.n_embd, device) if meta.get("mc") else None
+    return Models(gpt, mc, keep_drop.load_keep_drop(Path(keep_drop_file), device) if keep_drop_file else None), meta

@@ -33,7 +33,7 @@ class Gists(System):
 
     def __init__(self, models: Models, budget: int, seed: int = 0):
         super().__init__(models, budget, seed)
-        self.mc = at_budget(models.mc, budget)
+        self.mc = at_budget(self.models.mc, budget)
 
     def scores(self, history_BN: Tensor, rows_B: Tensor, n_B: Tensor) -> Tensor:
         """[B, C], −inf: never."""
@@ -91,13 +91,14 @@ class MeanGists(RecencyGists):
     name = "mean_gists"
     needs = ()
 
-    def __init__(self, models: Models, budget: int, seed: int = 0):
-        if models.mc is None or models.mc.config.gist != "mean":
-            base = models.mc.config if models.mc else MCConfig()
-            untouched = {name: getattr(MCConfig, name) for name in ("gist_width", "gist_pool", "gist_head", "gist_shared")}
-            mean = MegaContext(replace(base, gist="mean", **untouched), models.gpt.config.n_embd).to(models.gpt.lm_head.weight)
-            models = replace(models, mc=mean.eval())
-        super().__init__(models, budget, seed)
+    @classmethod
+    def prepare(cls, models: Models) -> Models:
+        if models.mc is not None and models.mc.config.gist == "mean":
+            return models
+        base = models.mc.config if models.mc else MCConfig()
+        untouched = {name: getattr(MCConfig, name) for name in ("gist_width", "gist_pool", "gist_head", "gist_shared")}
+        mean = MegaContext(replace(base, gist="mean", **untouched), models.gpt.config.n_embd).to(models.gpt.lm_head.weight)
+        return replace(models, mc=mean.eval())
 
 
 class RandomGists(Gists):
@@ -111,6 +112,7 @@ class LensGists(Gists):
     """Gists, and the raw tokens of the blocks that LensNet wants to see: MegaContext."""
 
     name = "gists_lens"
+    looks = True
 
     def scores(self, history_BN: Tensor, rows_B: Tensor, n_B: Tensor) -> Tensor:
         return self.mc.lens_logits(self.gpt.embed(history_BN), n_B)

@@ -75,9 +75,11 @@ class System:
     name = ""
     needs: tuple[str, ...] = ()  # fields of Models
     arm = ""  # the system whose fine-tuned weights it reads with; "": its own
+    looks = False  # with the lens, which its fine-tuning goes on teaching
 
     def __init__(self, models: Models, budget: int, seed: int = 0):
         """budget: W, entries before the continuation. UserError when a model it needs is missing, or the budget too small."""
+        models = self.prepare(models)
         for need in self.needs:
             if getattr(models, need) is None:
                 raise UserError(f"the system {self.name} needs {NEEDED[need]}")
@@ -86,6 +88,11 @@ class System:
         self.block_size, self.recent = self.config.block_size, self.config.protected
         if budget < self.recent + self.block_size:
             raise UserError(f"a budget of {budget} entries does not hold {self.recent} recent tokens and one block of {self.block_size}; raise it")
+
+    @classmethod
+    def prepare(cls, models: Models) -> Models:
+        """The models as this system uses them; of what is already prepared, the same."""
+        return models
 
     def show(self, history_BN: Tensor, rows_B: Tensor) -> Shown:
         """history int64 [B, n]; rows int64 [B]: numbers that random draws are keyed by."""
@@ -118,7 +125,7 @@ class System:
         return Cost(self.choosing_flops(n) + pass_flops(self.gpt, entries + H - 1, H), kv_bytes(self.gpt, entries))
 
 
-NEEDED = {"mc": "a checkpoint with MegaContext (trained with --mc_enabled=1)", "keep_drop": "a keep/drop classifier (scripts.label_tokens, then scripts.train_keep_drop)"}
+NEEDED = {"mc": "a checkpoint with MegaContext (trained with --mc_enabled=1)", "keep_drop": "a keep/drop classifier (python -m scripts.keep_drop)"}
 
 
 def read_view(gpt: GPT, tokens_BT: Tensor, n: int, view: View) -> tuple[Tensor, Tensor]:

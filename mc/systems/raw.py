@@ -102,6 +102,7 @@ class LearnedRetrieverBlocks(Blocks):
 
     name = "dense_learned"
     needs = ("mc",)
+    looks = True
     prompt = False
 
     def scores(self, history_BN: Tensor, rows_B: Tensor) -> Tensor:
