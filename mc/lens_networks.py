@@ -45,6 +45,11 @@ def silent(n_in: int, n_out: int) -> nn.Linear:
     return layer
 
 
+def scores(score: nn.Linear, h_XNC: Tensor) -> Tensor:
+    """[X, N]. Scaled down: AdamW moves every entry of `score` by its rate at once, a logit by their sum."""
+    return score(norm(h_XNC))[..., 0] / math.sqrt(WIDTH)
+
+
 class Transformer(nn.Module):
     def __init__(self):
         super().__init__()
@@ -55,7 +60,7 @@ class Transformer(nn.Module):
         """h [X, S, C], seen bool [X, S] -> scores [X, count] of the first `count` rows."""
         for layer in self.layers[:-1]:
             h_XSC = layer(h_XSC, h_XSC, seen_XS)
-        return self.score(norm(self.layers[-1](h_XSC[:, :count], h_XSC, seen_XS)))[..., 0]
+        return scores(self.score, self.layers[-1](h_XSC[:, :count], h_XSC, seen_XS))
 
     def flops(self, rows: int, count: int) -> int:
         return sum(layer.flops(rows, rows) for layer in self.layers[:-1]) + self.layers[-1].flops(count, rows) + 2 * count * WIDTH
@@ -72,7 +77,7 @@ class Perceiver(nn.Module):
         """As `Transformer.forward`."""
         latents_XMC = self.gather(spread(self.latents_MC, h_XSC), h_XSC, seen_XS)
         latents_XMC = self.mix(latents_XMC, latents_XMC, None)
-        return self.score(norm(self.give_back(h_XSC[:, :count], latents_XMC, None)))[..., 0]
+        return scores(self.score, self.give_back(h_XSC[:, :count], latents_XMC, None))
 
     def flops(self, rows: int, count: int) -> int:
         return self.gather.flops(LATENTS, rows) + self.mix.flops(LATENTS, LATENTS) + self.give_back.flops(count, LATENTS) + 2 * count * WIDTH

@@ -1,15 +1,19 @@
 """What a study's cells are judged by: functions from a checkpoint directory to measures, one number per held-out context each."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mc.evaluation import FocusComparison, plain_outcomes
-from mc.model import MegaContext, load_mega_context
+from mc.losses import lens_loss, lens_targets, row_mean
+from mc.model import MegaContext, load_mega_context, recency_scores
+from mc.teachers import gate_utility, over_horizon
 from nanochat.common import UserError
 from nanochat.dataloader import make_source
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, Captured, token_losses
 from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
 
@@ -19,6 +23,20 @@ def load(checkpoint_dir: Path) -> tuple[GPT, MegaContext, dict]:
     return gpt, load_mega_context(checkpoint_dir, meta["step"], meta, gpt.config.n_embd), meta
 
 
+def held_out(meta: dict, T: int, contexts: int, batch: int, data: str = "") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of held-out rows: their numbers [B], tokens and targets (−1 where none counts) [B, T]. data: other than the training's."""
+    flags = meta["flags"]
+    source = make_source(data or flags["data"], "val", T=T, seed=flags["seed"], tokenizer=Tokenizer.load(), rows=flags["rows"], text_column=flags["text_column"],
+                         needles=flags["needles"], recall_blocks=flags["recall_blocks"])
+    if (have := source.count_rows(contexts)) < contexts:
+        raise UserError(f"contexts: {contexts}: the held-out split has {have} rows of {T} tokens")
+    for first in range(0, contexts, batch):
+        rows = np.arange(first, min(first + batch, contexts))
+        tokens, mask = source.row_tokens(rows)
+        targets = tokens[:, 1:] if mask is None else np.where(mask[:, 1:], tokens[:, 1:], -1)
+        yield torch.from_numpy(rows), torch.from_numpy(tokens[:, :-1]), torch.from_numpy(targets)
+
+
 def focus(checkpoint_dir: Path, contexts: int = 64, batch: int = 32, oracle: int = 1, data: str = "") -> dict[str, list[float]]:
     """NLL and accuracy of every way to show a history, the last `horizon` tokens of held-out rows judged.
 
@@ -26,20 +44,12 @@ def focus(checkpoint_dir: Path, contexts: int = 64, batch: int = 32, oracle: int
     the lens's first choice is the block that the continuation's gate gradient names. data: other text than the training's.
     """
     gpt, mc, meta = load(checkpoint_dir)
-    flags, c = meta["flags"], mc.config
-    T = gpt.config.sequence_len
+    c, T = mc.config, gpt.config.sequence_len
     n = (T - c.horizon) // c.block_size * c.block_size
-    source = make_source(data or flags["data"], "val", T=T, seed=flags["seed"], tokenizer=Tokenizer.load(), rows=flags["rows"], text_column=flags["text_column"],
-                         needles=flags["needles"], recall_blocks=flags["recall_blocks"])
-    if (have := source.count_rows(contexts)) < contexts:
-        raise UserError(f"contexts: {contexts}: the held-out split has {have} rows of {T} tokens")
     found: dict[str, list] = {}
-    for first in range(0, contexts, batch):
-        rows = np.arange(first, min(first + batch, contexts))
-        tokens, mask = source.row_tokens(rows)
-        targets = torch.from_numpy(tokens[:, 1:] if mask is None else np.where(mask[:, 1:], tokens[:, 1:], -1))[:, :n + c.horizon]
-        tokens = torch.from_numpy(tokens[:, :n + c.horizon])
-        comparison = FocusComparison(gpt, mc, tokens, targets, n, flags["seed"], torch.from_numpy(rows))
+    for rows, tokens, targets in held_out(meta, T, contexts, batch, data):
+        tokens, targets = tokens[:, :n + c.horizon], targets[:, :n + c.horizon]
+        comparison = FocusComparison(gpt, mc, tokens, targets, n, meta["flags"]["seed"], rows)
         scores = {policy: comparison.scores(policy) for policy in ("random", "recency", "lens")}
         shown = {policy: comparison.outcome(s) for policy, s in scores.items()}
         outcomes = plain_outcomes(gpt, tokens, targets, n, c.budget) | shown | {"gist": comparison.at_lod(1)}
@@ -52,3 +62,52 @@ def focus(checkpoint_dir: Path, contexts: int = 64, batch: int = 32, oracle: int
         first_choice = scores["lens"][:, choosable].argmax(1)
         found.setdefault("hit", []).append((first_choice == comparison.teacher_scores()["gate"][:, choosable].argmax(1)).float())
     return {name: torch.cat(parts).double().tolist() for name, parts in found.items()}
+
+
+def lens(checkpoint_dir: Path, contexts: int = 64, batch: int = 16, queries: int = 256, cursors: int = 16, horizon: int = 8, data: str = "") -> dict[str, list[float]]:
+    """`taught` on held-out rows: at `cursors` positions spread over their last `queries`. data: other text than the training's."""
+    gpt, mc, meta = load(checkpoint_dir)
+    T = gpt.config.sequence_len
+    cursor_Q = T - queries + 1 + torch.linspace(0, queries - horizon, cursors).long()
+    found: dict[str, list] = {}
+    for _, tokens, targets in held_out(meta, T, contexts, batch, data):
+        for name, values_B in taught(gpt, mc, tokens, targets, cursor_Q, horizon).items():
+            found.setdefault(name, []).append(values_B)
+    return {name: torch.cat(parts).double().tolist() for name, parts in found.items()}
+
+
+def taught(gpt: GPT, mc: MegaContext, tokens_BT: Tensor, targets_BT: Tensor, cursor_Q: Tensor, horizon: int) -> dict[str, Tensor]:
+    """Measures [B] of the lens at cursors (tokens of history) against the gate gradients of the `horizon` tokens that follow.
+
+    nats_lens: cross-entropy of its distribution over the blocks to the share that each has of what there is to win, nats_even and
+    nats_least those of an even one and of the best possible; hit_lens: whether its first choice wins most. Means over cursors, weighted by
+    what there is to win. won_lens, _best, _recency, _even: first-order gain [nats in `horizon` tokens] of showing as many blocks as the
+    budget holds, chosen so; mean over cursors.
+    """
+    K, recent, T = mc.config.block_size, mc.config.protected, tokens_BT.shape[1]
+    count, most = (T - recent) // K, (mc.config.budget - recent) // K
+    asked = slice(int(cursor_Q.min()) - 1, T)
+    captured: list[Captured] = []
+    embeds_BTD = gpt.embed(tokens_BT).detach().requires_grad_()
+    hidden_BTD = gpt.hidden(tokens_BT, inputs_embeds=embeds_BTD, capture=captured, lift_windows=True)
+    torch.autograd.grad(token_losses(gpt.logits(hidden_BTD), targets_BT).sum(), embeds_BTD)  # leaves the gradient at every attention output
+    utility = gate_utility(captured, slice(None), asked, count, K) * (targets_BT[:, asked] >= 0)[..., None]
+    visible_QN = (torch.arange(count) + 1) * K <= cursor_Q[:, None] - recent
+    utility_BQN = over_horizon(utility, horizon)[:, cursor_Q - 1 - asked.start].masked_fill(~visible_QN, 0)
+    with torch.no_grad():
+        tree, keys = mc.build_tree(embeds_BTD), mc.lensnet.keys(embeds_BTD)
+        at = [cursor.expand(len(tokens_BT)) for cursor in cursor_Q]
+        logits_BQN = torch.stack([mc.lens_logits(embeds_BTD, n_B, keys, tree)[:, :count] for n_B in at], 1)
+    visible_BQN = visible_QN.expand_as(utility_BQN)
+    target_BQN, weight_BQ = lens_targets(utility_BQN, visible_BQN)
+    even_BQN, recent_BQN = torch.zeros_like(logits_BQN), recency_scores(at[0], count)[:, None].expand_as(logits_BQN)
+    seen_BQN, recent_BQN = (x.masked_fill(~visible_BQN, -torch.inf) for x in (logits_BQN, recent_BQN))
+    of_cursors = {
+        "nats_lens": lens_loss(logits_BQN, target_BQN, visible_BQN), "nats_even": lens_loss(even_BQN, target_BQN, visible_BQN),
+        "nats_least": -(target_BQN * target_BQN.clamp_min(1e-12).log()).sum(-1), "hit_lens": (seen_BQN.argmax(-1) == target_BQN.argmax(-1)).float(),
+    }  # fmt: skip
+    won = {name: utility_BQN.gather(-1, scores.topk(most, -1).indices) for name, scores in dict(lens=seen_BQN, best=utility_BQN, recency=recent_BQN).items()}
+    won["best"] = won["best"].clamp_min(0)
+    even_B = (most * utility_BQN.sum(-1) / visible_QN.sum(-1)).mean(1)
+    return ({name: row_mean(x_BQ, weight_BQ) for name, x_BQ in of_cursors.items()}
+            | {f"won_{name}": x_BQk.sum(-1).mean(1) for name, x_BQk in won.items()} | {"won_even": even_B})
