@@ -13,6 +13,7 @@ from pathlib import Path
 from mc.config import MCConfig, to_dict
 from mc.systems.catalogue import SYSTEMS, load_models, system_named
 from mc.systems.finetune import RATES, Recipe, finetune
+from mc.systems.keep_drop import FILE, save_keep_drop
 from mc.systems.rows import add_row_flags, batches_from_flags
 from nanochat.checkpoint import complete_steps, load_model_state, save_checkpoint
 from nanochat.common import FlagParser, UserError, init_distributed, run_main
@@ -49,7 +50,7 @@ def main() -> None:
     args = make_parser().parse_args()
     system_named(args.system)
     ranks = init_distributed(args.device)
-    models, meta = load_models(args.checkpoint_dir, args.step, args.keep_drop, ranks.device)
+    models, meta = load_models(args.checkpoint_dir, args.step, ranks.device, args.keep_drop)
     tokenizer = Tokenizer.load()
     if meta["tokenizer"] != tokenizer.fingerprint:
         raise UserError(f"{args.checkpoint_dir} was trained with tokenizer {meta['tokenizer']}, here is {tokenizer.fingerprint}; restore that one")
@@ -69,7 +70,9 @@ def main() -> None:
     begin, progress = time.time(), Progress(f"fine-tuning {args.system}", args.steps * len(recipe.lr_scales), "steps", every_s=15)
     tuned = finetune(args.system, models, batches, recipe, progress.update)
     facts |= {"lr_scale": tuned.lr_scale, "dev_nll": {str(scale): nll for scale, nll in tuned.dev_nll.items()}, "losses": tuned.losses}
-    mc = tuned.models.mc
+    mc, classifier = tuned.models.mc, tuned.models.keep_drop
+    if classifier and "keep_drop" in system_named(args.system).needs:  # beside the checkpoint, which is complete only when this is there
+        save_keep_drop(args.out / FILE, classifier, facts)
     mc_meta = mc and {**(meta.get("mc") or {"trained_lods": []}), "config": to_dict(mc.config)}
     save_checkpoint(args.out, meta["step"] + args.steps, model=tuned.models.gpt.state_dict(), optimizer_shard={}, mc=mc and mc.state_dict(),
                     meta={**{k: v for k, v in meta.items() if k != "step"}, "mc": mc_meta, "finetuned": facts})

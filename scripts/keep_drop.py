@@ -13,7 +13,7 @@ import torch
 from mc.config import MCConfig
 from mc.importance import TEACHERS, importance, keep_labels, read_labels, read_manifest, write_labels
 from mc.systems.catalogue import load_models
-from mc.systems.keep_drop import KeepDrop, KeepDropConfig, save_keep_drop, train
+from mc.systems.keep_drop import FILE, KeepDrop, KeepDropConfig, save_keep_drop, train
 from mc.systems.rows import add_row_flags, batches_from_flags
 from nanochat.common import FlagParser, UserError, init_distributed, run_main, seed_everything
 from nanochat.dataset import Progress
@@ -44,7 +44,7 @@ def make_parser() -> FlagParser:
 def main() -> None:
     args = make_parser().parse_args()
     begin = time.time()
-    models, meta = load_models(args.checkpoint_dir, args.step, device=init_distributed(args.device).device)
+    models, meta = load_models(args.checkpoint_dir, args.step, init_distributed(args.device).device)
     base = {"base": str(Path(args.checkpoint_dir).resolve()), "base_step": meta["step"]}
     summary = label(args, models, meta, base) if args.command == "label" else teach(args, models, base)
     print(json.dumps({**summary, "seconds": round(time.time() - begin, 1)}))
@@ -79,7 +79,7 @@ def teach(args, models, base: dict) -> dict:
     with torch.no_grad():
         found = [(keep_labels(worth, args.share), keep_labels(model(models.gpt.embed(tokens)).exp(), args.share)) for tokens, worth in held]
     recall = sum(int((label & kept).sum()) for label, kept in found) / max(sum(int(label.sum()) for label, _ in found), 1)
-    file = args.labels / "keep_drop.safetensors"
+    file = args.labels / FILE
     save_keep_drop(file, model, {**facts, "share": args.share, "steps": args.steps, "lr": args.lr, "seed": args.seed})
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; of the tokens to keep in {sum(len(t) for t, _ in held)} held-out rows it keeps {recall:.1%} (by chance {args.share:.1%}); {file}")
     return {"classifier": str(file), "loss": losses[-1], "kept": recall}

@@ -28,8 +28,10 @@ def make_system(name: str, models: Models, budget: int, seed: int = 0) -> System
     return system_named(name)(models, budget, seed)
 
 
-def load_models(checkpoint_dir: Path | str, step: int | str = "latest", keep_drop_file: Path | str = "", device: torch.device | str = "cpu") -> tuple[Models, dict]:
-    """(what the checkpoint holds, with the classifier of `keep_drop_file` if one is named; the checkpoint's meta)."""
+def load_models(checkpoint_dir: Path | str, step: int | str = "latest", device: torch.device | str = "cpu", keep_drop_file: Path | str = "") -> tuple[Models, dict]:
+    """(what the checkpoint holds, its meta). The keep/drop classifier is that of `keep_drop_file`, or else the one beside the checkpoint, if any."""
     gpt, meta = load_model(checkpoint_dir, step, device)
     mc = load_mega_context(checkpoint_dir, meta["step"], meta, gpt.config.n_embd, device) if meta.get("mc") else None
-    return Models(gpt, mc, keep_drop.load_keep_drop(Path(keep_drop_file), device) if keep_drop_file else None), meta
+    beside = Path(checkpoint_dir) / keep_drop.FILE
+    file = Path(keep_drop_file) if keep_drop_file else beside if beside.exists() else None
+    return Models(gpt, mc, keep_drop.load_keep_drop(file, device) if file else None), meta

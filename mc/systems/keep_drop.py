@@ -22,6 +22,9 @@ from nanochat.common import UserError
 from nanochat.gpt import GPT
 
 
+FILE = "keep_drop.safetensors"  # beside the labels that taught it, and beside the weights that read what it keeps
+
+
 @dataclass(frozen=True)
 class KeepDropConfig:
     d_model: int
@@ -104,5 +107,5 @@ def load_keep_drop(path: Path, device: torch.device | str = "cpu") -> KeepDrop:
             model = KeepDrop(KeepDropConfig(**json.loads(file.metadata()["config"])))
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e:
-        raise UserError(f"{path} is no keep/drop classifier ({type(e).__name__}: {str(e).splitlines()[0]}); make one: python -m scripts.label_tokens") from None
+        raise UserError(f"{path} is no keep/drop classifier ({type(e).__name__}: {str(e).splitlines()[0]}); make one: python -m scripts.keep_drop") from None
     return model.to(device).eval()
