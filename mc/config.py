@@ -8,6 +8,8 @@ from mc.lens_networks import READERS
 from nanochat.common import UserError
 
 POLICIES = ("random", "recency", "lens", "teacher")
+DENSE_TEACHERS = ("attention", "gate")  # a distribution over blocks for every query
+TEACHERS = (*DENSE_TEACHERS, "softmax", "counterfactual", "preference")
 
 
 def setting(default, help: str, choices: tuple | None = None):
@@ -46,12 +48,18 @@ class MCConfig:
     kl_weight: float = setting(0.1, "weight of the KL from the full-context distribution")
     # the lens
     lens: str = setting("bilinear", "LensNet variant: each block by itself, or with a network on top that reads the blocks together", ("bilinear", *READERS))
-    teacher: str = setting("gate", "what the lens is taught: gate gradients or attention mass of the full pass", ("gate", "attention"))
+    teacher: str = setting("gate", "what the lens is taught, a kind or kind:weight, …: gate (gradients of the full pass), attention (mass in it), softmax (its logit is a bias in the working context's attention), counterfactual (measured utilities of edits) or preference (the best of --mc_variants)")
     lens_horizon: int = setting(8, "tokens ahead whose need for a block the lens predicts")
     lens_queries: int = setting(256, "last positions of a row that teach the lens")
     lens_row_stride: int = setting(1, "every how many rows teach the lens")
     lens_key_dim: int = setting(128, "width of a lens key")
     lens_keys: int = setting(4, "lens keys per block")
+    lens_edits: int = setting(8, "edits measured in every row that has a working context, for --mc_teacher=counterfactual")
+    lens_rank: float = setting(0.0, "weight of the ranking term: the dense teacher's best block leads the lens's best others by a margin")
+    lens_zero_sum: float = setting(0.0, "weight of the zero-sum term: squared mean logit over the visible blocks")
+    lens_illegal: float = setting(0.0, "weight of the illegality term: probability on protected blocks, which are raw anyway")
+    lens_kl: float = setting(0.0, "weight of the KL from the lens's earlier distribution, that of an exponential mean of its weights")
+    lens_normalize: int = setting(0, "1: utilities in standard deviations over the candidates of a query; 0: in nats", (0, 1))
     # optimization
     gist_lr: float = setting(4e-3, "learning rate of GistNet and the gists' logit bias (AdamW), scaled with the batch like the base's")
     lens_lr: float = setting(0.06, "learning rate of LensNet (Muon; half for its scalars), scaled with the batch like the base's")
@@ -62,16 +70,26 @@ class MCConfig:
             if choices and getattr(self, f.name) not in choices:
                 raise UserError(f"--mc_{f.name}={getattr(self, f.name)}: use one of {', '.join(map(str, choices))}")
         self.cut_shares()
+        teachers = self.teacher_weights()
         low = dict(block_size=2, max_lod=1, horizon=1, row_stride=1, variants=1, lens_horizon=1, lens_row_stride=1, budget=1,
-                   recent=0, far_tokens=0, far_entries=1, ramp=0)
+                   recent=0, far_tokens=0, far_entries=1, ramp=0, lens_edits=2)
         for name, least in low.items():
             if getattr(self, name) < least:
                 raise UserError(f"--mc_{name}={getattr(self, name)} must be at least {least}")
-        for name, least in dict(wc_weight=0, kl_weight=0, gist_lr=1e-12, lens_lr=1e-12).items():
+        for name, least in dict(wc_weight=0, kl_weight=0, gist_lr=1e-12, lens_lr=1e-12, lens_rank=0, lens_zero_sum=0, lens_illegal=0, lens_kl=0).items():
             if not least <= getattr(self, name) < float("inf"):
                 raise UserError(f"--mc_{name}={getattr(self, name)} must be a finite number, {'at least 0' if not least else 'above 0'}")
         if not self.wc_weight and not self.kl_weight:
             raise UserError("--mc_wc_weight=0 with --mc_kl_weight=0 trains nothing on the working context; raise one")
+        if teachers["preference"] and self.variants < 2:
+            raise UserError(f"--mc_teacher={self.teacher} prefers one of several variants; raise --mc_variants above {self.variants}")
+        if self.lens_edits != MCConfig.lens_edits and not teachers["counterfactual"]:
+            raise UserError(f"--mc_lens_edits={self.lens_edits} has no effect without --mc_teacher=counterfactual")
+        dense = any(teachers[kind] for kind in DENSE_TEACHERS)
+        if self.lens_rank and not dense:
+            raise UserError(f"--mc_lens_rank={self.lens_rank} ranks by a dense teacher, {' or '.join(DENSE_TEACHERS)}, not by --mc_teacher={self.teacher}")
+        if self.lens_normalize and not dense and not teachers["counterfactual"]:
+            raise UserError(f"--mc_lens_normalize=1 has no effect with --mc_teacher={self.teacher}")
         if not 0 <= self.start < 1:
             raise UserError(f"--mc_start={self.start} must be in [0, 1)")
         if not 0 <= self.damping_floor <= 1:
@@ -98,16 +116,30 @@ class MCConfig:
 
     def cut_shares(self) -> dict[str, float]:
         """Probability of each policy, in the order of POLICIES."""
-        shares = dict.fromkeys(POLICIES, 0.0)
-        for part in self.cuts.split(","):
-            name, _, share = part.partition(":")
-            try:
-                shares[name.strip()] = shares.get(name.strip(), 0) + float(share)
-            except ValueError:
-                raise UserError(f"--mc_cuts={self.cuts}: {part!r} is not policy:share") from None
+        shares = _mixture("cuts", self.cuts, POLICIES, "policy:share")
         if set(shares) != set(POLICIES) or min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
             raise UserError(f"--mc_cuts={self.cuts}: shares of {', '.join(POLICIES)} must be ≥ 0 and sum to 1")
         return shares
+
+    def teacher_weights(self) -> dict[str, float]:
+        """Weight of each kind of target in the lens's loss, in the order of TEACHERS. A kind that is named alone weighs 1."""
+        alone = self.teacher.strip() in TEACHERS
+        weights = _mixture("teacher", f"{self.teacher}:1" if alone else self.teacher, TEACHERS, "a kind or kind:weight")
+        if set(weights) != set(TEACHERS) or not all(0 <= w < float("inf") for w in weights.values()) or not any(weights.values()):
+            raise UserError(f"--mc_teacher={self.teacher}: name at least one of {', '.join(TEACHERS)}, with weights above 0")
+        return weights
+
+
+def _mixture(flag: str, text: str, names: tuple[str, ...], form: str) -> dict[str, float]:
+    """"name:number, …" as numbers by name, 0 for names left out; UserError for what is no number. Names are not checked."""
+    numbers = dict.fromkeys(names, 0.0)
+    for part in text.split(","):
+        name, _, number = part.partition(":")
+        try:
+            numbers[name.strip()] = numbers.get(name.strip(), 0) + float(number)
+        except ValueError:
+            raise UserError(f"--mc_{flag}={text}: {part!r} is not {form}") from None
+    return numbers
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -114,6 +114,7 @@ class FocusComparison:
         read = read_rows(entries, self.K, self.H, 1)
         return judge(self.gpt, take(hidden, read.slot_BP), self.targets.gather(1, read.token_BP), entries.used_B, shown_BN)
 
+    @torch.no_grad()
     def scores(self, policy: str) -> Tensor:
         """[B, N] of "random", "recency" or "lens"."""
         if policy == "random":

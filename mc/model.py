@@ -7,6 +7,7 @@ rule serves raw tokens and gists alike. Rows are packed to the left and padded a
 Shapes: B rows, W capacity of the cut, M = W + H − 1 entries of the pass, D width, T tokens of the row, P rows read.
 """
 
+import copy
 import hashlib
 import math
 from pathlib import Path
@@ -29,6 +30,8 @@ from nanochat.checkpoint import load_mc_state
 from nanochat.common import UserError
 from nanochat.gpt import GPT
 
+EARLIER = 0.9  # share of itself that the earlier lens keeps at a step: it is about ten steps old
+
 
 class MegaContext(nn.Module):
     """GistNet, LensNet and the logit bias of gists: everything that MegaContext adds to a base of width d_model."""
@@ -41,6 +44,7 @@ class MegaContext(nn.Module):
             head=config.gist_head, shared_levels=bool(config.gist_shared)))
         self.lensnet = LensNet(LensNetConfig(d_model, config.block_size, config.lens_keys, config.lens_key_dim,
                                              tail=config.protected, network=config.lens, max_lod=config.max_lod))
+        self.earlier_lens = copy.deepcopy(self.lensnet).requires_grad_(False) if config.lens_kl else None
         self.gist_bias = nn.Parameter(torch.zeros(config.max_lod))
         self.allocator = GreedyAllocator(self.focus_config())
 
@@ -60,28 +64,38 @@ class MegaContext(nn.Module):
         bias = torch.sigmoid(self.gist_bias) * levels * math.log(self.config.block_size)
         return F.pad(bias, (1, 0))[lod]
 
-    @torch.no_grad()
     def lens_logits(self, embeds_BTD: Tensor, n_B: Tensor, keys_BNPC: Tensor | None = None, tree: Tree | None = None) -> Tensor:
         """[B, N] what the lens wants to see of T // K blocks, having read the last tokens before n. keys, tree: theirs, if at hand."""
+        logits_BN = self.bilinear_logits(embeds_BTD, n_B, keys_BNPC)
+        if self.lensnet.reader is None:
+            return logits_BN
+        tree = self.build_tree(embeds_BTD) if tree is None else tree
+        return self.reread(self.lensnet, logits_BN[:, None], embeds_BTD, n_B[:, None], tree)[:, 0]
+
+    def bilinear_logits(self, embeds_BTD: Tensor, n_B: Tensor, keys_BNPC: Tensor | None = None) -> Tensor:
+        """[B, N] as `lens_logits`, before the lens's reader if it has one."""
         lens = self.lensnet
         keys_BNPC = lens.keys(embeds_BTD) if keys_BNPC is None else keys_BNPC
         length = lens.config.tail + LOCAL_MEAN
         index = (n_B[:, None] - length + torch.arange(length, device=n_B.device)).clamp_min(0)
-        logits_BN = lens.focus_logits(take(embeds_BTD, index), keys_BNPC, n_B)
-        if lens.reader is None:
-            return logits_BN
-        tree = self.build_tree(embeds_BTD) if tree is None else tree
-        return self.reread(logits_BN[:, None], embeds_BTD, n_B[:, None], tree)[:, 0]
+        return lens.focus_logits(take(embeds_BTD, index), keys_BNPC, n_B)
 
-    def reread(self, logits_BQN: Tensor, embeds_BTD: Tensor, cursor_BQ: Tensor, tree: Tree) -> Tensor:
+    @staticmethod
+    def reread(lens: LensNet, logits_BQN: Tensor, embeds_BTD: Tensor, cursor_BQ: Tensor, tree: Tree) -> Tensor:
         """[B, Q, N] the logits of the first N blocks at some cursors, after the lens's reader has seen them together."""
-        N, tail = logits_BQN.shape[-1], self.lensnet.config.tail
+        N, tail = logits_BQN.shape[-1], lens.config.tail
         levels = [tree.levels[1][:, :N], *tree.levels[2:]]
         lod_E = torch.cat([torch.full((x.shape[1],), lod, device=x.device) for lod, x in enumerate(levels, 1)])
         index_E = torch.cat([torch.arange(x.shape[1], device=x.device) for x in levels])
         at_BQT = cursor_BQ[..., None] - tail + torch.arange(tail, device=cursor_BQ.device)
         tail_BQTD = take(embeds_BTD, at_BQT.clamp_min(0).flatten(1)).unflatten(1, at_BQT.shape[1:]) * (at_BQT >= 0)[..., None]
-        return self.lensnet.reader(logits_BQN, tail_BQTD, cursor_BQ, torch.cat(levels, 1), lod_E, index_E)
+        return lens.reader(logits_BQN, tail_BQTD, cursor_BQ, torch.cat(levels, 1), lod_E, index_E)
+
+    @torch.no_grad()
+    def follow_lens(self) -> None:
+        """Move the earlier lens a step towards the lens: an exponential mean of its weights, once per optimizer step."""
+        for mean, now in zip(self.earlier_lens.parameters(), self.lensnet.parameters()):
+            mean.lerp_(now, 1 - EARLIER)
 
     def param_groups(self, lr_scale: float = 1.0) -> list[dict]:
         """Optimizer groups, as nanochat.optim takes them: "gistnet" (with the gist bias), and "lensnet", its matrices by Muon.
@@ -134,11 +148,15 @@ def with_continuation(cut: Cut, n_tokens_B: Tensor, count: int) -> Entries:
     return Entries(lod, index.masked_fill(~valid, 0), valid, used_B)
 
 
-def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entries: Entries, far: FarHistory | None = None) -> Tensor:
-    """Hidden states [B, M, D] of a working context with its continuation. tokens [B, T] int64: what the tree was built on."""
+def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entries: Entries, far: FarHistory | None = None,
+                focus_BM: Tensor | None = None) -> Tensor:
+    """Hidden states [B, M, D] of a working context with its continuation. tokens [B, T] int64: what the tree was built on.
+
+    focus: logits that the entries get on top of `MegaContext.key_bias`.
+    """
     lod, index, valid, _ = entries
     M, K, config = lod.shape[1], mc.config.block_size, mc.config
-    vectors = tree.gather(lod, index, valid)
+    vectors, focus = tree.gather(lod, index, valid), focus_BM
     length = (K ** lod) * valid
     start = index * K ** lod
     ids = torch.where((lod == 0) & valid, tokens_BT.gather(1, torch.where(lod == 0, index, 0)), -1)
@@ -150,11 +168,12 @@ def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entrie
         order = start.masked_fill(~valid, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
         start, length, lod, valid, ids = (x.gather(1, order) for x in (start, length, lod, valid, ids))
         vectors = take(torch.cat([vectors, far.vectors_BFD], 1), order)
+        focus = None if focus is None else F.pad(focus, (0, far_valid.shape[1])).gather(1, order)
     raw = valid & (lod == 0)
     linked = raw & F.pad(raw, (1, 0))[:, :-1] & (start == F.pad(start, (1, 0))[:, :-1] + 1)
     rotary = entry_rotary(gpt, start, length, scheme=config.positions, floor=config.damping_floor,
                           lod_axis=bool(config.lod_axis), lod_BW=lod)
-    bias = mc.key_bias(lod)
+    bias = mc.key_bias(lod) if focus is None else mc.key_bias(lod) + focus
     if config.alibi:
         bias = bias[:, None] + alibi_bias(start, length, entries.index_BM.amax(1), gpt.config.n_head)
     hidden = gpt.hidden(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=bias)

@@ -24,15 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mc.config import POLICIES, MCConfig, to_dict
-from mc.diagnostics import gist_statistics, probe, shares_by_lod, spread
+from mc.counterfactual import draw_edits, edit_utilities, room
+from mc.diagnostics import gist_statistics, probe, shares_by_lod
 from mc.far_history import draw_far_history, most_entries
 from mc.focus_allocator import check_feasible, utilization
 from mc.keyed_random import gumbel, uniform
 from mc.lens_networks import CURSORS
-from mc.losses import distillation, lens_loss, lens_targets, row_mean
+from mc.lens_objectives import Edits, Lesson, Variants, cursor_logits, lens_objective, softmax_bias, summed_gradient, variant_cost, visible_blocks
+from mc.losses import distillation, row_mean
 from mc.mega_context import Tree, TreeShape
 from mc.model import Entries, MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
-from mc.teachers import attention_mass, beyond_average, gate_utility, over_horizon
+from mc.teachers import attention_mass
 from mc.working_context import entries_used
 from nanochat.common import UserError
 from nanochat.gpt import GPT, Captured, token_losses
@@ -53,15 +55,10 @@ class StepResult(NamedTuple):
 
 
 class _Pending(NamedTuple):
-    """What the lens needs once the backward pass has run."""
+    """What the lens learns once the backward pass has run."""
 
-    captured: list[Captured]
-    embeds_BTD: Tensor  # detached
-    targets_BT: Tensor
+    lesson: Lesson
     weight: float
-    tree: Tree  # of every `row_stride`-th row, detached
-    rows: Tensor
-    step: int
 
 
 class MCController:
@@ -94,6 +91,7 @@ class MCController:
         check_feasible(history, self.model.focus_config())
         self.start_step = int(config.start * num_iterations)
         self._pending: _Pending | None = None
+        self._followed = -1  # the step before which the earlier lens moved last
 
     # -- the training loop's interface ------------------------------------------------------------------------------------
 
@@ -118,7 +116,8 @@ class MCController:
         c, T = self.config, self.T
         entries = c.budget + c.horizon - 1 + self._far_entries
         read = c.protected + c.horizon - 1 if c.targets == "tail" else entries
-        passes = (gpt.flops_per_token(entries, read) * entries + 2 * read * gpt.lm_head.weight.numel()) * c.variants / c.row_stride
+        edits = (1 + c.lens_edits) / 3 if c.teacher_weights()["counterfactual"] else 0  # forward only
+        passes = (gpt.flops_per_token(entries, read) * entries + 2 * read * gpt.lm_head.weight.numel()) * (c.variants + edits) / c.row_stride
         tree = 3 * self.model.gistnet.flops_per_token() / c.row_stride
         lens = self.model.lensnet.config
         nodes, width = T // c.block_size * c.lens_keys, gpt.config.n_embd
@@ -156,6 +155,9 @@ class MCController:
         weight = ramp(step, self.start_step, self.config.ramp)
         metrics: Metrics = {}
         captured: list[Captured] | None = [] if self.active(step) else None
+        if captured is not None and self.config.lens_kl and step != self._followed:  # once a step, before it: the same when resumed
+            self.model.follow_lens()
+            self._followed = step
         with timed(trace, metrics, "lm"):
             embeds = gpt.embed(tokens)
             if "gate" in self.config.teacher and not embeds.requires_grad:
@@ -165,9 +167,9 @@ class MCController:
         metrics["train.loss"] = loss.detach()
         primary = None
         if captured is not None:
-            extra, primary, tree = self._working_context(gpt, tokens, targets, rows, step, embeds, hidden.detach(), captured, metrics, trace)
+            extra, primary, lesson = self._working_context(gpt, tokens, targets, rows, step, embeds, hidden.detach(), captured, metrics, trace)
             loss = loss + weight * extra
-            self._pending = _Pending(captured, embeds.detach(), targets, weight, Tree(tree.table_BND.detach(), tree.shape), rows, step)
+            self._pending = _Pending(lesson, weight)
         return StepResult(loss, metrics, embeds, primary)
 
     def probe(self, gpt: GPT, batch) -> dict[str, Tensor]:
@@ -187,32 +189,35 @@ class MCController:
             return {}
         pending, self._pending = self._pending, None
         metrics: Metrics = {}
-        with timed(trace or Trace("mc.step", pending.embeds_BTD.device), metrics, "lens"):
-            loss = self._lens_loss(pending, metrics)
-            (pending.weight * loss / accumulation).backward()
-        return metrics
+        with timed(trace or Trace("mc.step", pending.lesson.embeds_BTD.device), metrics, "lens"):
+            loss, found = lens_objective(self.model, pending.lesson)
+            if loss is not None:
+                (pending.weight * loss / accumulation).backward()
+        return metrics | found
 
     # -- the working context -----------------------------------------------------------------------------------------------
 
     def _working_context(self, gpt: GPT, tokens: Tensor, targets: Tensor, rows: Tensor, step: int, embeds: Tensor,
-                         hidden: Tensor, captured: list[Captured], metrics: Metrics, trace: Trace) -> tuple[Tensor, Entries, Tree]:
-        """Losses of the working contexts of every `row_stride`-th row, the entries of each row's best variant, and the rows' trees."""
-        c, chosen, every_row = self.config, slice(None, None, self.config.row_stride), rows
+                         hidden: Tensor, captured: list[Captured], metrics: Metrics, trace: Trace) -> tuple[Tensor, Entries, Lesson]:
+        """Losses of the working contexts of every `row_stride`-th row, the entries of each row's best variant, and what all of it teaches the lens."""
+        c, chosen, every_row, every_target = self.config, slice(None, None, self.config.row_stride), rows, targets
         tokens, targets, rows, hidden = tokens[chosen], targets[chosen], rows[chosen], hidden[chosen]
         with timed(trace, metrics, "tree"):
             tree, n_R, far = self.model.build_tree(embeds[chosen]), self._splits(rows, step), None
-            trees = tree
+            trees = Tree(tree.table_BND.detach(), tree.shape)
             if c.far_tokens:
                 far = draw_far_history(c, self.model.gistnet, embeds, every_row, chosen, n_R, c.variants, self.seed, step)
         with timed(trace, metrics, "score"):
+            row = (trees, tokens, targets, rows, n_R)
             tree, tokens, targets, rows, hidden, n_RV, variant = self._variants(tree, tokens, targets, rows, hidden, n_R)
             scores, policy = self._scores(tree, captured, chosen, rows, variant, n_RV, step, metrics)
         with timed(trace, metrics, "focus"):
-            cut, _ = self.model.allocator.cut(self.model.allocator.allocate(scores, n_RV))
+            state = self.model.allocator.allocate(scores, n_RV)
+            cut, _ = self.model.allocator.cut(state)
             entries = with_continuation(cut, n_RV, c.horizon - 1)
             trace.event("mc.wc.snapshot", row=rows[0], tokens=n_RV[0], lods=torch.where(cut.valid_BW, cut.lod_BW, -1)[0])
         with timed(trace, metrics, "wc"):
-            out = run_entries(gpt, self.model, tree, tokens, entries, far)
+            out = run_entries(gpt, self.model, tree, tokens, entries, far, self._focus_bias(tree, n_RV, entries))
             if c.targets == "tail":
                 read = read_rows(entries, c.block_size, c.protected + c.horizon - 1, c.protected)
             else:
@@ -230,6 +235,7 @@ class MCController:
                 kl = row_mean(distillation(logits, teacher), counted)
                 loss_RV = loss_RV + c.kl_weight * kl
                 metrics["mc.loss.kl"] = kl.detach().mean()
+            edits = self._measured_edits(gpt, *row, step)
         ahead = counted & (token >= n_RV[:, None] - 1)
         delta = row_mean((nll - full).detach(), ahead)
         metrics["mc.loss.wc"] = row_mean(nll.detach(), ahead).mean()
@@ -239,7 +245,9 @@ class MCController:
         best = loss_RV.detach().view(c.variants, -1).argmin(0) * len(n_R) + torch.arange(len(n_R), device=rows.device)
         for i, name in enumerate(POLICIES):
             metrics[f"mc.cuts.best.{name}"] = (policy[best] == i).float().mean()
-        return loss_RV.mean(), Entries(*(x[best] for x in entries)), trees
+        variants = self._judged_variants(n_R, state.expanded[0], loss_RV.detach())
+        lesson = Lesson(captured, embeds.detach(), every_target, every_row, trees, edits, variants, (self.seed, step))
+        return loss_RV.mean(), Entries(*(x[best] for x in entries)), lesson
 
     def _splits(self, rows: Tensor, step: int) -> Tensor:
         """[R] tokens of history before the continuation, a block boundary."""
@@ -296,57 +304,38 @@ class MCController:
         mass = attention_mass(captured, chosen, last, seen, self.config.block_size).sum(1)
         return F.pad(mass, (0, count - seen)).repeat(self.config.variants, 1)  # what lies beyond any history is never shown
 
-    # -- the lens ----------------------------------------------------------------------------------------------------------
+    # -- what the working context teaches the lens ---------------------------------------------------------------------------
 
-    def _lens_loss(self, pending: _Pending, metrics: dict[str, Tensor]) -> Tensor:
-        c, T = self.config, self.T
-        chosen = slice(None, None, c.lens_row_stride)
-        queries = slice(T - c.lens_queries, T)
-        embeds, targets = pending.embeds_BTD[chosen], pending.targets_BT[chosen, queries]
-        count = (T - c.protected) // c.block_size
-        teacher = gate_utility if c.teacher == "gate" else attention_mass
-        signal = teacher(pending.captured, chosen, queries, count, c.block_size)
-        signal = signal * (targets >= 0).unsqueeze(-1)
-        signal = over_horizon(signal, c.lens_horizon)
-        asked = slice(T - c.lens_queries, T - c.lens_horizon + 1)
-        end = (torch.arange(count, device=embeds.device) + 1) * c.block_size
-        cursor = torch.arange(asked.start + 1, asked.stop + 1, device=embeds.device)
-        visible = (end <= cursor[:, None] - c.protected).expand(len(embeds), -1, -1)
-        if c.teacher == "attention":
-            signal = beyond_average(signal, visible)
-        target, weight = lens_targets(signal, visible)
-        lens = self.model.lensnet
-        own, logits = lens.logits(embeds, lens.keys(embeds[:, :count * c.block_size]), asked)
-        loss = sum(row_mean(lens_loss(x, target, visible), weight).mean() for x in (own, logits))
-        if lens.reader is not None:
-            logits, target, visible, weight = self._reread(pending, asked, logits, target, visible, weight)
-            loss = loss + row_mean(lens_loss(logits, target, visible), weight).mean()
-        with torch.no_grad():
-            seen = logits.masked_fill(~visible, -torch.inf)
-            hit = seen.argmax(-1) == target.argmax(-1)
-            metrics["mc.loss.lens"] = loss.detach()
-            metrics["mc.lens.hit"] = row_mean(hit, weight).mean()
-            metrics["mc.lens.spread"] = spread(logits, visible)
-            entropy = row_mean(-(target * target.clamp_min(1e-9).log()).sum(-1), weight)
-            metrics["mc.lens.teacher_entropy"] = entropy.mean()
-        return loss
-
-    def _reread(self, pending: _Pending, asked: slice, *per_query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What teaches the lens's reader: the logits after it, target, visible and weight at few of the queries `asked`.
-
-        Queries are drawn by how much there is to win at them, and then count alike. Rows: those that teach the lens and have a tree.
-        """
+    def _focus_bias(self, tree: Tree, n: Tensor, entries: Entries) -> Tensor | None:
+        """[RV, M] logits of entries by the lens, for the softmax target."""
         c = self.config
-        both = math.lcm(c.row_stride, c.lens_row_stride)
-        logits, target, visible, weight = (x[::both // c.lens_row_stride] for x in per_query)
-        rows = pending.rows[::both]
-        noise = gumbel(rows, weight.shape[1], self.seed, "cursors", pending.step)
-        picked = (weight.log() + noise).topk(min(CURSORS, weight.shape[1]), dim=1).indices
-        logits, target, visible, weight = (take(logits, picked), take(target, picked), take(visible, picked), weight.gather(1, picked) > 0)
-        tree = Tree(pending.tree.table_BND[::both // c.row_stride], pending.tree.shape)
-        count, all_blocks = logits.shape[-1], F.pad(logits, (0, tree.shape.counts[1] - logits.shape[-1]))  # the last are read, not rated
-        logits = self.model.reread(all_blocks, pending.embeds_BTD[::both], asked.start + 1 + picked, tree)[..., :count]
-        return logits, target, visible, weight
+        if not (weight := c.teacher_weights()["softmax"]):
+            return None
+        logits = summed_gradient(cursor_logits(self.model, Tree(tree.table_BND.detach(), tree.shape), n))
+        return softmax_bias(logits, visible_blocks(n, logits.shape[1], c.block_size, c.protected), entries, c.block_size, weight)
+
+    @torch.no_grad()
+    def _measured_edits(self, gpt: GPT, tree: Tree, tokens: Tensor, targets: Tensor, rows: Tensor, n: Tensor, step: int) -> Edits | None:
+        """Edits of a cut of every row that has a working context, measured, for the counterfactual target."""
+        c = self.config
+        if not c.teacher_weights()["counterfactual"]:
+            return None
+        logits = self.model.lens_logits(tree.levels[0], n, tree=tree)
+        editable = visible_blocks(n, logits.shape[1], c.block_size, c.protected)
+        most = room(self.history, self.model.focus_config())
+        shown, block, drawn = draw_edits(logits, editable, most, c.lens_edits, rows, self.seed, step)
+        utility, _, possible = edit_utilities(gpt, self.model, tree, tokens, targets, n, shown, block)
+        return Edits(n, block, utility, drawn & possible)
+
+    def _judged_variants(self, n: Tensor, shown: Tensor, loss: Tensor) -> Variants | None:
+        """The variants of every row with what they cost, for the preference target. shown [RV, N], loss [RV]."""
+        c = self.config
+        if not c.teacher_weights()["preference"]:
+            return None
+        visible = visible_blocks(n, shown.shape[1], c.block_size, c.protected)
+        recency = self.model.allocator.allocate(recency_scores(n, shown.shape[1]), n).expanded[0] & visible
+        shown = shown.unflatten(0, (c.variants, len(n))).transpose(0, 1) & visible[:, None]
+        return Variants(n, shown, variant_cost(loss.view(c.variants, -1).T, shown, recency))
 
 
 SPANS = {"lm": "mc.lm.forward", "tree": "mc.tree.build", "score": "mc.lens.score", "focus": "mc.focus.apply", "wc": "mc.wc.forward",

@@ -180,7 +180,7 @@ def test_rows_are_taught_that_have_a_tree_and_a_teacher(strides, monkeypatch):
     gpt, batch, seen = tiny_base(), tiny_batch(), []
     mc = tiny_mc(gpt, lens="transformer", **strides)
     reread = mc.model.reread
-    monkeypatch.setattr(mc.model, "reread", lambda *a: seen.append((a[2], reread(*a))) or seen[-1][1])
+    monkeypatch.setattr(mc.model, "reread", lambda *a: seen.append((a[3], reread(*a))) or seen[-1][1])
     step(mc, gpt, batch)
     cursor_BQ, logits_BQN = seen[-1]
     rows = slice(None, None, max(strides.values()))

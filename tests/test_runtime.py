@@ -67,16 +67,65 @@ def test_the_working_context_teaches_base_gistnet_and_gist_bias_but_not_the_lens
     assert got["1.gist_bias"].all()
 
 
-def test_the_lens_loss_teaches_the_lens_alone():
+EVERYTHING = dict(teacher="attention:0.5,gate:0.5,softmax:1,counterfactual:1,preference:1", variants=2, lens_edits=4, lens_rank=0.5, lens_zero_sum=0.1,
+                  lens_illegal=0.2, lens_kl=0.3, lens_normalize=1)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [{}, *({"teacher": kind, "variants": 2} for kind in ("attention", "counterfactual", "preference")),
+                                    *({f"lens_{term}": 1.0} for term in ("rank", "zero_sum", "illegal", "kl")), EVERYTHING, EVERYTHING | {"lens": "slots"}])
+def test_the_lens_loss_teaches_the_lens_alone(config):
+    """Whatever the target, its gradient reaches every weight of the lens and nothing else (C11)."""
     gpt = tiny_base()
-    mc = tiny_mc(gpt)
+    mc = tiny_mc(gpt, **config)
     mc.training_step(gpt, tiny_batch(), 0).loss.backward()
     before = gradients(gpt, mc.model)
     mc.lens_step()
     after = gradients(gpt, mc.model)
-    assert set(after) - set(before) == {n for n in names(gpt, mc.model) if "lensnet" in n}
-    assert all(torch.equal(after[name], before[name]) for name in before)
+    lens = {n for n in names(gpt, mc.model) if "lensnet" in n}
+    assert {n for n in lens if not torch.equal(after[n], before.get(n, torch.zeros(())))} == lens
+    assert set(after) - lens == set(before) - lens and all(torch.equal(after[name], before[name]) for name in set(before) - lens)
     assert mc.lens_step() == {}, "a lens step without a pass behind it"
+
+
+def test_the_softmax_target_teaches_the_lens_from_the_working_context():
+    """The one target whose gradient comes with the backward pass: as large as its weight says, and the base gets no other through the lens."""
+    found = {}
+    for weight in (0.5, 1.0):
+        gpt = tiny_base()
+        mc = tiny_mc(gpt, teacher=f"softmax:{weight}", cuts="random:1")
+        mc.training_step(gpt, tiny_batch(), 0).loss.backward()
+        found[weight] = gradients(gpt, mc.model)
+        assert set(found[weight]) == names(gpt, mc.model)
+        assert set(mc.lens_step()) == {"mc.time.lens"} and gradients(gpt, mc.model).keys() == found[weight].keys()
+    for name, gradient in found[1.0].items():
+        torch.testing.assert_close(gradient, (2 if "lensnet" in name else 1) * found[0.5][name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_named_teacher_weighs_one_and_weights_scale_its_loss():
+    gpt = tiny_base()
+    losses = {text: step(tiny_mc(gpt, teacher=text), gpt, tiny_batch()).metrics["mc.loss.lens"]
+              for text in ("gate", "gate:1", "attention", "gate:0.5,attention:2")}
+    assert losses["gate"] == losses["gate:1"]
+    torch.testing.assert_close(losses["gate:0.5,attention:2"], 0.5 * losses["gate"] + 2 * losses["attention"])
+
+
+@pytest.mark.parametrize("text, message", [
+    ("gaet", "is not a kind"), ("gaet:1", "name at least one of"), ("gate:0", "name at least one of"), ("gate:x", "is not a kind"), ("gate:-1,attention:2", "weights above 0"),
+    ("gate:inf", "weights above 0"), ("", "is not a kind"), ("preference", "raise --mc_variants"),
+])  # fmt: skip
+def test_teachers_that_do_not_exist_are_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        MCConfig(teacher=text)
+
+
+def test_the_earlier_lens_follows_once_a_step_and_is_saved():
+    gpt = tiny_base()
+    mc = tiny_mc(gpt, lens_kl=1.0)
+    now, before = mc.model.lensnet.key.weight.detach().clone(), mc.model.earlier_lens.key.weight.detach().clone()
+    for at in (0, 0, 1):
+        step(mc, gpt, tiny_batch(), at)
+    torch.testing.assert_close(mc.model.earlier_lens.key.weight, now + 0.9**2 * (before - now))
+    assert {"lensnet.key.weight", "earlier_lens.key.weight"} <= set(mc.state_dict())
 
 
 @pytest.mark.parametrize("teacher", ["gate", "attention"])
@@ -203,7 +252,7 @@ def test_the_primary_variant_of_a_row_is_its_best(monkeypatch):
     gpt, batch, seen = tiny_base(), tiny_batch(), []
     mc = tiny_mc(gpt, variants=4, kl_weight=0.0)
 
-    def listening(gpt, model, tree, tokens, entries, placed):
+    def listening(gpt, model, tree, tokens, entries, placed, focus):
         seen.append((tokens, entries, run_entries(gpt, model, tree, tokens, entries, placed)))
         return seen[-1][2]
 
@@ -224,7 +273,7 @@ def test_the_primary_variant_of_a_row_is_its_best(monkeypatch):
 # Rows on their own
 
 
-@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random"}, {"teacher": "attention"}])
+@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random"}, {"teacher": "attention"}, EVERYTHING | {"split": "random"}])
 def test_micro_batches_add_up_to_the_batch(config):
     gpt = tiny_base()
     mc = tiny_mc(gpt, **config)
@@ -233,7 +282,7 @@ def test_micro_batches_add_up_to_the_batch(config):
     clear(gpt, mc.model)
     halves = [step(mc, gpt, tiny_batch(rows), accumulation=2) for rows in ((0, 1), (2, 3))]
     got = gradients(gpt, mc.model)
-    assert got.keys() == expected.keys() == names(gpt, mc.model)
+    assert got.keys() == expected.keys() == {n for n in names(gpt, mc.model) if "earlier" not in n}
     for name in expected:
         torch.testing.assert_close(got[name], expected[name], rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
     torch.testing.assert_close((halves[0].loss + halves[1].loss) / 2, whole.loss)
@@ -243,7 +292,7 @@ def test_micro_batches_add_up_to_the_batch(config):
         assert torch.equal(x, torch.cat(parts))
 
 
-@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random"}])
+@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random"}, EVERYTHING | {"lens": "perceiver"}])
 def test_permuting_the_batch_permutes_the_results(config):
     gpt = tiny_base()
     mc = tiny_mc(gpt, **config)
@@ -329,7 +378,7 @@ OTHER = dict(
     block_size=8, max_lod=1, gist="mean", gist_width=8, gist_pool=dict(gist="transformer", gist_pool="cls"), gist_head="mlp", gist_shared=0,
     budget=28, recent=12, horizon=4, positions="centre", damping_floor=0.5, lod_axis=1, alibi=1, far_tokens=400, far_entries=dict(far_tokens=400, seed=68, far_entries=28),
     start=0.5, ramp=5, row_stride=2, variants=2, cuts="random:1", targets="raw", split="random", wc_weight=0.5, kl_weight=0.0,
-    lens="slots", teacher="attention", lens_horizon=2, lens_queries=16, lens_row_stride=2, lens_key_dim=8, lens_keys=4, gist_lr=0.5, lens_lr=0.5,
+    lens="slots", teacher="attention", lens_edits=dict(teacher="counterfactual", lens_edits=3), lens_rank=1.0, lens_zero_sum=1.0, lens_illegal=1.0, lens_kl=1.0, lens_normalize=1, lens_horizon=2, lens_queries=16, lens_row_stride=2, lens_key_dim=8, lens_keys=4, gist_lr=0.5, lens_lr=0.5,
 )  # fmt: skip
 
 
@@ -365,6 +414,9 @@ def test_every_setting_changes_something(name):
     ({"gist_pool": "cls"}, {}, "needs the variant"),
     ({"gist": "mean", "gist_width": 16}, {}, "gist_width has no effect"),
     ({"gist": "mean", "gist_shared": 0}, {}, "gist_shared has no effect"),
+    ({"lens_edits": 4}, {}, "lens_edits=4 has no effect"),
+    ({"lens_rank": 1.0, "teacher": "counterfactual"}, {}, "ranks by a dense teacher"),
+    ({"lens_normalize": 1, "teacher": "softmax"}, {}, "lens_normalize=1 has no effect"),
 ])  # fmt: skip
 def test_settings_that_cannot_work_together_are_refused(config, gpt, message):
     T = gpt.get("T", 64)
@@ -419,7 +471,8 @@ def watched(gpt, mc, batch, at) -> Watch:
     return watch
 
 
-@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random", "far_tokens": 400, "teacher": "attention"}, {"alibi": 1, "lod_axis": 1}])
+@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random", "far_tokens": 400, "teacher": "attention"}, {"alibi": 1, "lod_axis": 1},
+                                    EVERYTHING | {"far_tokens": 400, "alibi": 1}])
 def test_a_step_never_waits_for_the_device_and_has_static_shapes(config):
     gpt = tiny_base(dtype=torch.float32, rope_fraction=0.5, n_kv_head=4)
     one = watched(gpt, tiny_mc(gpt, **config), tiny_batch(), 0)

@@ -1,0 +1,311 @@
+"""What the lens learns from: polarity of every target on a planted block, each loss against a loop over its definition, whom it reaches."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mc.config import DENSE_TEACHERS, TEACHERS
+from mc.counterfactual import draw_edits, edit_utilities, room
+from mc.focus_allocator import FocusConfig, GreedyAllocator
+from mc.lens_objectives import (BIAS_LIMIT, EDIT_PRICE, MARGIN, RIVALS, bradley_terry, dense_parts, edit_loss, illegal_term, policy_term, rank_term,
+                                softmax_bias, standardized, utility_order, variant_cost, variant_loss, visible_blocks, zero_sum_term)  # fmt: skip
+from mc.model import Entries, read_rows, run_entries, take, with_continuation
+from mc.working_context import from_expanded
+from nanochat.dataloader import Batch
+from nanochat.gpt import GPT, GPTConfig, token_losses
+from tiny_mc import H, K, N, R, T, VOCAB, step, tiny_base, tiny_batch, tiny_mc
+
+torch.set_num_threads(1)
+BLOCKS, EDITABLE = T // K, (N - R) // K
+ASKER, ANSWER = 1, 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Polarity: one block holds what the continuation asks for
+
+
+def asking_base() -> GPT:
+    """One layer without positions: ASKER attends to ANSWER, every other token to everything alike; what is attended to is predicted."""
+    gpt = GPT(GPTConfig(T, VOCAB, 1, 1, 1, 64, value_embeds=False, smear=False, resid_scalars=False, backout=False, rope_fraction=0.0)).double()
+    layer = gpt.transformer.h[0]
+    with torch.no_grad():
+        gpt.transformer.wte.weight.copy_(torch.eye(64))
+        gpt.lm_head.weight.copy_(torch.eye(64))
+        for matrix in (layer.attn.c_k, layer.attn.c_v, layer.attn.c_proj):
+            matrix.weight.copy_(torch.eye(64))
+        layer.mlp.c_proj.weight.zero_()
+        layer.attn.c_q.weight.zero_()[[ANSWER, *range(VOCAB, 64)], ASKER] = 1  # the unused dims keep its attention from being sure
+    return gpt
+
+
+def planted_batch(block: int) -> Batch:
+    tokens = 3 + torch.arange(4 * T).view(4, T) * 7 % (VOCAB - 3)
+    tokens[:, block * K:(block + 1) * K:2] = ANSWER
+    tokens[:, N - 1] = ASKER
+    targets = torch.full_like(tokens, -1)
+    targets[:, N - 1] = ANSWER
+    return Batch(tokens, targets, torch.arange(4), 4)
+
+
+CASES = [(kind, {}) for kind in TEACHERS]
+CASES += [(kind, {"lens_normalize": 1}) for kind in (*DENSE_TEACHERS, "counterfactual")] + [(kind, {"lens_rank": 1.0}) for kind in DENSE_TEACHERS]
+
+
+@pytest.mark.parametrize("block", [0, 5, EDITABLE - 1])
+@pytest.mark.parametrize("kind, more", CASES, ids=str)
+def test_every_target_wants_the_planted_block_most(kind, block, more, monkeypatch):
+    """Utility = NLL before − NLL after, positive where detail helps: a step along −gradient raises the planted block above every other."""
+    gpt = asking_base()
+    settings = {"counterfactual": {"lens_edits": EDITABLE}, "preference": {"variants": 12}, "softmax": {"cuts": "teacher:1"}}
+    mc = tiny_mc(gpt, gist="mean", teacher=kind, lens_horizon=1, **{"cuts": "random:1", **settings.get(kind, {}), **more})
+    logits = torch.zeros(BLOCKS, dtype=torch.float64, requires_grad=True)
+    monkeypatch.setattr(mc.model, "bilinear_logits", lambda embeds, n, keys=None: logits.expand(len(embeds), -1))
+    monkeypatch.setattr(mc.model.lensnet, "keys", lambda embeds: embeds.shape[1] // K)
+    monkeypatch.setattr(mc.model.lensnet, "logits", lambda embeds, count, asked: 2 * (logits[:count].expand(len(embeds), asked.stop - asked.start, -1),))
+    for at in range(3):
+        step(mc, gpt, planted_batch(block), at)
+    gradient = logits.grad
+    assert gradient.argmin() == block and gradient[block] < 0
+    assert gradient[block] < gradient[torch.arange(BLOCKS) != block].min() - 1e-9
+
+
+def test_measured_utility_is_positive_where_detail_helps_whether_shown_or_hidden():
+    gpt, batch = asking_base(), planted_batch(3)
+    mc = tiny_mc(gpt, gist="mean")
+    tree, n = mc.model.build_tree(gpt.embed(batch.inputs)), torch.full((4,), N)
+    shown = torch.zeros(4, BLOCKS, dtype=torch.bool)
+    shown[2:, 3] = True
+    utility, nll, valid = edit_utilities(gpt, mc.model, tree, batch.inputs, batch.targets, n, shown, torch.tensor([3, 7]).expand(4, 2))
+    assert valid.all() and (utility[:, 0] > 0.05).all() and (utility[:, 1] < 1e-9).all()
+    torch.testing.assert_close(utility[:2, 0], utility[2:, 0])
+    torch.testing.assert_close(nll[:2] - nll[2:], utility[:2, 0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measured edits
+
+
+@pytest.mark.parametrize("max_lod", [1, 2, 3])
+def test_measured_utilities_are_those_of_cuts_run_one_by_one(max_lod):
+    gpt, batch, n = tiny_base(), tiny_batch(), torch.tensor([N, N, 44, 52])
+    mc = tiny_mc(gpt, max_lod=max_lod)
+    tree = mc.model.build_tree(gpt.embed(batch.inputs))
+    editable = visible_blocks(n, BLOCKS, K, R)
+    most = room(N, mc.model.focus_config())
+    shown, block, drawn = draw_edits(torch.zeros(4, BLOCKS), editable, most, 5, batch.rows, 0, 1)
+    utility, nll, possible = edit_utilities(gpt, mc.model, tree, batch.inputs, batch.targets, n, shown, block)
+    assert (drawn & possible).sum() > 10
+
+    def one(r: int, blocks: set[int]) -> float:
+        scores = torch.full((1, BLOCKS), -torch.inf)
+        scores[0, sorted(blocks)] = 0
+        allocator = GreedyAllocator(mc.model.focus_config())
+        row = slice(r, r + 1)
+        entries = with_continuation(allocator.cut(allocator.allocate(scores, n[row]))[0], n[row], H - 1)
+        with torch.no_grad():
+            out = run_entries(gpt, mc.model, mc.model.build_tree(gpt.embed(batch.inputs[row])), batch.inputs[row], entries)
+            read = read_rows(entries, K, H, 1)
+            wanted = batch.targets[row].gather(1, read.token_BP)
+            return (token_losses(gpt.logits(take(out, read.slot_BP)), wanted).sum() / (wanted >= 0).sum()).item()
+
+    for r, e in itertools.product(range(4), range(5)):
+        base, edited = set(shown[r].nonzero()[:, 0].tolist()), int(block[r, e])
+        assert nll[r].item() == pytest.approx(one(r, base), abs=1e-10)
+        if possible[r, e]:
+            expected = one(r, base - {edited}) - one(r, base | {edited})
+            assert utility[r, e].item() == pytest.approx(expected, abs=1e-10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 6), st.integers(0, 99), st.data())
+def test_drawn_edits_are_legal(n_blocks, count, most, seed, data):
+    editable = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=n_blocks, max_size=n_blocks), min_size=2, max_size=2)))
+    rows = torch.tensor([3, 10**9])
+    shown, block, valid = draw_edits(torch.randn(2, n_blocks), editable, most, count, rows, seed)
+    assert block.shape == valid.shape == (2, min(count, n_blocks)) and not (shown & ~editable).any() and (shown.sum(1) < most).all()
+    for r in range(2):
+        chosen = block[r][valid[r]].tolist()
+        assert len(set(chosen)) == len(chosen) and editable[r, chosen].all() and len(chosen) <= editable[r].sum()
+
+
+def test_half_of_the_edits_are_what_the_lens_wants():
+    logits = torch.zeros(50, 32)
+    logits[:, [4, 9]] = 20
+    _, block, valid = draw_edits(logits, torch.ones(50, 32, dtype=torch.bool), 3, 4, torch.arange(50), 0)
+    assert valid.all() and all({4, 9} == set(row[:2]) for row in block.tolist())
+    assert len(block[:, 2:].unique()) > 25
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 8), st.integers(1, 3), st.integers(1, 400), st.integers(1, 200), st.integers(0, 3), st.integers(0, 10**6))
+def test_room_is_what_surely_fits(k, max_lod, n, budget, recent, seed):
+    cfg = FocusConfig(budget, k, max_lod, recent=recent * k)
+    blocks, most = n // k, room(n, FocusConfig(budget, k, max_lod, recent=recent * k))
+    open_to = max(n - recent * k, 0) // k
+    order = torch.randperm(open_to, generator=torch.Generator().manual_seed(seed))[:most]
+    if not len(order):
+        return
+    scores = torch.full((1, blocks), -torch.inf)
+    scores[0, order] = 0.0
+    state = GreedyAllocator(cfg).allocate(scores, torch.tensor([n]))
+    assert state.expanded[0][0, order].all() and from_expanded(state.expanded, torch.tensor([n]), k, budget)[1].all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Each loss against its definition, in a loop
+
+
+def randoms(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+VISIBLE = torch.ones(3, 7, 12, dtype=torch.bool).tril(4)  # the first queries see few
+VISIBLE[1, 2] = False
+VISIBLE[2, 3] = torch.arange(12) == 4
+
+
+def loop(function):
+    """[3, 7] of a function of (row, query, visible blocks)."""
+    return torch.tensor([[function(b, q, VISIBLE[b, q].nonzero()[:, 0].tolist()) for q in range(7)] for b in range(3)], dtype=torch.float64)
+
+
+def check(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert expected.abs().sum() > 0
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_standardized():
+    x = randoms(3, 7, 12)
+    got = standardized(x, VISIBLE)
+    for b, q in itertools.product(range(3), range(7)):
+        seen = VISIBLE[b, q].nonzero()[:, 0]
+        if len(seen) > 1:
+            torch.testing.assert_close(got[b, q, seen], (x[b, q, seen] - x[b, q, seen].mean()) / x[b, q, seen].std(correction=0))
+        else:
+            assert not got[b, q].any()
+
+
+def test_utility_order():
+    logits, utility, valid = randoms(3, 7), randoms(3, 7, seed=1), torch.ones(3, 7, dtype=torch.bool)
+    valid[1, 2:5], valid[2, 1:], utility[0, 3] = False, False, utility[0, 4]
+    expected = []
+    for b in range(3):
+        pairs = list(itertools.combinations(valid[b].nonzero()[:, 0].tolist(), 2))
+        lost = 0.0
+        for i, j in pairs:
+            winner, loser = (i, j) if utility[b, i] > utility[b, j] else (j, i)
+            lost += (utility[b, winner] - utility[b, loser]).item() * math.log1p(math.exp((logits[b, loser] - logits[b, winner]).item()))
+        expected.append(lost / max(len(pairs), 1))
+    check(utility_order(logits, utility, valid), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_bradley_terry_and_the_price_of_edits():
+    logits, loss = randoms(2, 6), randoms(2, 4, seed=2)
+    shown = randoms(2, 4, 6, seed=3) > 0
+    recency = torch.tensor([[False] * 4 + [True] * 2] * 2)
+    visible = torch.tensor([[True] * 6, [True] * 5 + [False]])
+    cost, expected = variant_cost(loss, shown, recency), []
+    for b in range(2):
+        seen = visible[b].nonzero()[:, 0].tolist()
+        centred = {i: (logits[b, i] - logits[b, seen].mean()).item() for i in seen}
+        strengths, costs = [], []
+        for v in range(4):
+            now, then = ({i for i in range(6) if x[i]} for x in (shown[b, v], recency[b]))
+            costs.append(loss[b, v].item() + EDIT_PRICE * max(len(now - then), len(then - now)))
+            strengths.append(sum(centred[i] for i in now if i in centred))
+        best = costs.index(min(costs))
+        expected.append(sum(math.log1p(math.exp(strengths[v] - strengths[best])) for v in range(4) if v != best) / 3)
+        torch.testing.assert_close(cost[b], torch.tensor(costs, dtype=torch.float64))
+    check(bradley_terry(logits, visible, shown, cost), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_among_variants_that_are_as_good_the_cheapest_edit_path_wins():
+    recency = torch.tensor([[False, False, False, True, True]])
+    shown = torch.tensor([[[True, True, False, False, False], [True, False, False, False, True], [True, False, True, False, False]]])
+    assert variant_cost(torch.zeros(1, 3), shown, recency).argmin() == 1
+    assert variant_cost(torch.tensor([[0.0, 0.1, 0.1]]), shown, recency).argmin() == 0, "a price, not a rule"
+
+
+def test_rank_term():
+    logits, target = 3 * randoms(3, 7, 12), randoms(3, 7, 12, seed=1).clamp_min(0)
+
+    def one(b, q, seen):
+        if len(seen) < 2:
+            return 0.0
+        best = max(seen, key=lambda i: target[b, q, i])
+        rivals = sorted((logits[b, q, i].item() for i in seen if i != best), reverse=True)[:RIVALS]
+        return sum(max(MARGIN - logits[b, q, best].item() + x, 0) for x in rivals) / len(rivals)
+
+    check(rank_term(logits, target, VISIBLE), loop(one))
+
+
+def test_zero_sum_term():
+    logits = randoms(3, 7, 12)
+    check(zero_sum_term(logits, VISIBLE), loop(lambda b, q, seen: (sum(logits[b, q, i].item() for i in seen) / max(len(seen), 1)) ** 2))
+
+
+def test_illegal_term():
+    logits, illegal = randoms(3, 7, 12), ~VISIBLE & (randoms(3, 7, 12, seed=1) > 0)
+
+    def one(b, q, seen):
+        legal, banned = (sum(math.exp(logits[b, q, i].item()) for i in where) for where in (seen, illegal[b, q].nonzero()[:, 0].tolist()))
+        return -math.log(legal / (legal + banned)) if seen else 0.0
+
+    check(illegal_term(logits, VISIBLE, illegal), loop(one))
+
+
+def test_policy_term():
+    now, earlier = randoms(3, 7, 12), randoms(3, 7, 12, seed=1)
+
+    def one(b, q, seen):
+        p, o = ([math.exp(x[b, q, i].item()) for i in seen] for x in (now, earlier))
+        return sum(y / sum(o) * math.log(y / sum(o) / (x / sum(p))) for x, y in zip(p, o))
+
+    check(policy_term(now, earlier, VISIBLE), loop(one))
+
+
+def test_softmax_bias_is_on_raw_tokens_of_visible_blocks_and_scales_its_gradient():
+    logits = (5 * randoms(1, 6)).requires_grad_()
+    visible = torch.tensor([[True] * 4 + [False] * 2])
+    lod, index = torch.tensor([[1, 0, 0, 0, 0, 0, 0]]), torch.tensor([[0, 4, 5, 14, 17, 99, 0]])
+    valid = torch.tensor([[True] * 6 + [False]])
+    entries = Entries(lod, index, valid, torch.tensor([5]))
+    bias = softmax_bias(logits, visible, entries, 4, 0.5)
+    centred = logits[0] - logits[0, :4].mean()
+    squashed = centred / (1 + centred.abs() / BIAS_LIMIT)
+    expected = torch.stack([squashed[1], squashed[1], squashed[3]])
+    torch.testing.assert_close(bias[0, 1:4], expected)
+    assert not bias[0, [0, 4, 5, 6]].any() and bias.abs().max() < BIAS_LIMIT
+    (got,), (whole,) = torch.autograd.grad(bias.sum(), logits, retain_graph=True), torch.autograd.grad(expected.sum(), logits)
+    torch.testing.assert_close(got, 0.5 * whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whom it reaches
+
+
+def test_each_part_reaches_the_lens_alone():
+    """Every target and term by itself: a gradient in each weight of the lens, none elsewhere (trap 6)."""
+    gpt = tiny_base()
+    mc = tiny_mc(gpt, teacher="attention:1,gate:1,counterfactual:1,preference:1", variants=3, lens_rank=1.0, lens_zero_sum=1.0, lens_illegal=1.0, lens_kl=1.0)
+    mc.training_step(gpt, tiny_batch(), 0).loss.backward()
+    lesson = mc._pending.lesson
+    parts, _ = dense_parts(mc.model, lesson, mc.config.teacher_weights())
+    assert [name for name, _, _ in parts] == ["attention", "rank", "gate", "rank", "zero_sum", "illegal", "kl"]
+    alone = [(name, part) for name, _, part in parts]
+    alone += [("counterfactual", edit_loss(mc.model, lesson.tree, lesson.edits).sum()), ("preference", variant_loss(mc.model, lesson.tree, lesson.variants).sum())]
+    everything = [*gpt.named_parameters(), *mc.model.named_parameters()]
+    for name, part in alone:
+        for p in (p for _, p in everything):
+            p.grad = None
+        part.backward(retain_graph=True)
+        reached = {n for n, p in everything if p.grad is not None and p.grad.any()}
+        wanted = {n for n, _ in everything if n.startswith("lensnet")}
+        if name in ("attention", "gate", "rank"):
+            assert reached == wanted, name
+        else:  # a constant shift by distance may cancel
+            assert wanted - {"lensnet.distance_steps"} <= reached <= wanted, name
