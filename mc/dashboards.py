@@ -245,8 +245,9 @@ TRAINING = Dashboard("mc-training", "MegaContext: training", "Vanilla and MegaCo
               Line(Value("train.loss"), "LM"), Line(Value("mc.loss.wc"), "working context")),
         panel("Held-out bits per byte", "Independent of the vocabulary. Healthy: falls; flat while the training loss falls is overfitting.", Value("val.bpb")),
         panel("Distillation", "KL from the full-context distribution to the working context's. Healthy: falls.", Value("mc.loss.kl")),
-        panel("Lens loss", "Cross-entropy against the teacher, twice (own vote and tail), and the teacher's entropy. Healthy: the loss falls towards twice the entropy; "
-              "flat from the first steps means that the lens learns nothing.", Line(Value("mc.loss.lens"), "loss"), Line(Value("mc.lens.teacher_entropy"), "entropy")),
+        panel("Lens loss", "The whole, each target and term before it is weighted, and the teacher's entropy. A dense teacher's part is a cross-entropy, twice (own vote and tail). "
+              "Healthy: the loss falls, such a part towards twice the entropy; flat from the first steps means that the lens learns nothing.",
+              Line(Value("mc.loss.lens"), "loss"), Line(Value("mc.loss.lens_part", by="part")), Line(Value("mc.lens.teacher_entropy"), "entropy")),
         panel("Gradient norms", "Of base, GistNet and LensNet. Healthy: steady, no jumps, never 0: a network at 0 is in no graph.",
               Line(Value("train.grad_norm"), "base"), Line(Value("mc.grad_norm", by="network")), zero=True),
         panel("Updates", "What a step changes in a network, relative to its size. Healthy: follows the learning rate; 0 is a network that no optimizer moves.",
