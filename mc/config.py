@@ -4,6 +4,8 @@ import argparse
 from dataclasses import asdict, dataclass, field, fields
 
 from mc.gaussian_rope import SCHEMES
+from mc.gistnet import GISTS
+from mc.gistnet import VARIANTS as GIST_VARIANTS
 from mc.lens_networks import READERS
 from nanochat.common import UserError
 
@@ -21,7 +23,8 @@ class MCConfig:
     # the tree and its gists
     block_size: int = setting(32, "tokens per LOD1 gist, and gists per gist of the next level")
     max_lod: int = setting(2, "highest level of the tree that is built and shown")
-    gist: str = setting("slots", "GistNet variant", ("mean", "transformer", "slots", "binding"))
+    gist: str = setting("slots", "GistNet variant", GIST_VARIANTS)
+    gists_per_block: int = setting(1, "vectors that GistNet makes of a block, an entry each; sessions and far histories need 1", GISTS)
     gist_width: int = setting(64, "internal width of GistNet")
     gist_pool: str = setting("mean", "pooling of --mc_gist=transformer", ("mean", "query", "cls"))
     gist_head: str = setting("linear", "GistNet's head", ("linear", "mlp"))
@@ -100,6 +103,8 @@ class MCConfig:
             raise UserError(f"--mc_lens_queries={self.lens_queries} must exceed --mc_lens_horizon={self.lens_horizon}")
         if 0 < self.far_tokens < self.block_size:
             raise UserError(f"--mc_far_tokens={self.far_tokens} is less than a block of {self.block_size}")
+        if self.far_tokens and self.gists_per_block > 1:
+            raise UserError(f"--mc_far_tokens={self.far_tokens} holds one gist per node, and --mc_gists_per_block={self.gists_per_block}; use 1")
         if not self.far_tokens and self.far_entries != MCConfig.far_entries:
             raise UserError(f"--mc_far_entries={self.far_entries} has no effect with --mc_far_tokens=0")
         if self.damping_floor != MCConfig.damping_floor and self.positions != "gaussian":

@@ -52,7 +52,8 @@ def shares_by_lod(cut: Cut, n_B: Tensor, max_lod: int) -> Metrics:
     metrics: Metrics = {"mc.focus.compression": (n_B / used_B).mean()}
     for lod in range(max_lod + 1):
         mine_BW = cut.valid_BW & (cut.lod_BW == lod)
-        metrics[Labelled("mc.focus.entry_share", lod=lod)] = (mine_BW.sum(1) / used_B).mean()
+        entries_B = mine_BW.sum(1) * (cut.n_gists if lod else 1)
+        metrics[Labelled("mc.focus.entry_share", lod=lod)] = (entries_B / used_B).mean()
         metrics[Labelled("mc.focus.token_share", lod=lod)] = ((length_BW * mine_BW).sum(1) / n_B).mean()
     return metrics
 
@@ -236,7 +237,7 @@ def _bands(focus: FocusComparison, full: Outcome) -> Metrics:
     for band, ratio in BANDS.items():
         budget = focus.n // ratio
         head = (focus.n - cfg.recent) // focus.K * focus.K
-        if tiling(head, focus.K, cfg.max_lod) + focus.n - head > budget:
+        if tiling(head, focus.K, cfg.max_lod, cfg.n_gists) + focus.n - head > budget:
             continue
         focus.allocator = GreedyAllocator(replace(cfg, budget=budget, soft_budget=budget))
         metrics[Labelled("mc.val.band_delta_nll", band=band)] = (focus.outcome(scores).nll_B - full.nll_B).mean()

@@ -103,15 +103,16 @@ class FocusComparison:
         nothing = torch.full((len(self.tokens), self.n_blocks), -torch.inf, device=self.tokens.device)
         coarsest = self.allocator.allocate(nothing, self.n_B).expanded
         expanded = [open_BN | (level > lod) for level, open_BN in enumerate(coarsest, 1)]
-        capacity = self.n // self.K**lod + self.K * self.mc.config.max_lod + self.mc.config.protected
-        cut, fits = from_expanded(expanded, self.n_B, self.K, capacity)
+        c = self.mc.config
+        capacity = (self.n // self.K**lod + self.K * c.max_lod) * c.gists_per_block + c.protected
+        cut, fits = from_expanded(expanded, self.n_B, self.K, capacity, c.gists_per_block)
         assert bool(fits.all()), "capacity of an even cut"
         return self._judge(cut, expanded[0])
 
     def _judge(self, cut: Cut, shown_BN: Tensor) -> Outcome:
         entries = with_continuation(cut, self.n_B, self.H - 1)
         hidden = run_entries(self.gpt, self.mc, self.tree, self.tokens, entries)
-        read = read_rows(entries, self.K, self.H, 1)
+        read = read_rows(entries, self.K, self.H, 1, self.mc.config.gists_per_block)
         return judge(self.gpt, take(hidden, read.slot_BP), self.targets.gather(1, read.token_BP), entries.used_B, shown_BN)
 
     @torch.no_grad()

@@ -1,8 +1,9 @@
 """Which spans of the history deserve their detail: a knapsack on the tree, solved greedily and in batch.
 
 A state says which nodes are expanded; the cut follows from it (`working_context.from_expanded`). Expanding a node adds
-K - 1 entries, so entries = tiling(n) + (K - 1) * (number of expanded nodes): the whole budget is counting. Expanded
-nodes are closed upward (an expanded node's existing ancestors are expanded); every edit keeps that.
+K - 1 entries (with G gists per node K - G at LOD1 and (K - 1) * G above), so entries = tiling(n) + what the expanded nodes
+added: the whole budget is counting. Expanded nodes are closed upward (an expanded node's existing ancestors are expanded);
+every edit keeps that.
 
 An edit is a *path edit*. Showing a block expands it and its closed ancestors, and includes the collapses that pay for
 them; hiding a node collapses it and those ancestors that are left with nothing expanded and are dull too. With a span
@@ -11,7 +12,7 @@ above 1 showing is a *bundle*: one decision opens adjacent blocks and coarsens w
 Only blocks (LOD1) have scores of their own. A node's score is the best of its subtree, both ways: it is worth
 expanding if any block below it is, and siblings that pull in different directions keep their parent expanded, since
 it can be collapsed only when nothing below it is expanded, at the score of the best of them. Hence a node never sorts
-before an expanded descendant, and "collapse the m lowest" is a prefix of one sorted list: no search, no loop.
+before an expanded descendant, and "collapse the lowest that pay for it" is a prefix of one sorted list: no search, no loop.
 
 Nodes of all levels lie in one axis, level after level: [LOD1 | LOD2 | …]. Every operation acts on [B, N] at once;
 the only Python loops are over levels and over the (static) number of edits.
@@ -19,6 +20,7 @@ the only Python loops are over levels and over the (static) number of edits.
 Shapes: B rows, N nodes of all levels, N1 blocks (LOD1 nodes), L levels, S lengths of a span in blocks. Counts are int64.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Callable, NamedTuple
 
@@ -47,6 +49,7 @@ class FocusConfig:
     margin: float = 0.20  # what pays for a block scores lower than it by more than this
     max_edits: int = 4  # N_diff, path edits per refocus
     cooldown: int = 2  # refocuses during which an edit is not reversed
+    n_gists: int = 1  # G, entries of a node above LOD0
     span: int = 1  # S, adjacent blocks that one edit may show
 
     def __post_init__(self):
@@ -54,27 +57,33 @@ class FocusConfig:
             object.__setattr__(self, "soft_budget", self.budget)
         if self.recent is None:
             object.__setattr__(self, "recent", min(128, self.budget // 4))
-        least = dict(budget=1, block_size=2, max_lod=1, soft_budget=1, recent=0, max_edits=0, cooldown=0, span=1)
+        least = dict(budget=1, block_size=2, max_lod=1, soft_budget=1, recent=0, max_edits=0, cooldown=0, n_gists=1, span=1)
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise UserError(f"focus {name}={getattr(self, name)} must be at least {low}")
         for name in ("tau_expand", "tau_collapse", "margin"):
             if not 0 <= getattr(self, name) <= 2:
                 raise UserError(f"focus {name}={getattr(self, name)} must lie in [0, 2], scores being in [-1, 1]")
+        if self.n_gists >= self.block_size:
+            raise UserError(f"focus n_gists={self.n_gists} must be less than block_size={self.block_size}")
         if self.soft_budget > self.budget:
             raise UserError(f"focus soft_budget={self.soft_budget} exceeds budget={self.budget}; lower it")
+
+    def price(self, lod: int) -> int:
+        """Entries that expanding a node of this level adds."""
+        return self.block_size * (self.n_gists if lod > 1 else 1) - self.n_gists
 
 
 def entries_needed(n_tokens: int, cfg: FocusConfig, deep_blocks: int = 1) -> tuple[int, int, int]:
     """Entries for the tiling, for `deep_blocks` blocks shown raw, and for the tail: the budget must hold their sum.
 
     The tail is what `recent` protects, rounded out to whole blocks. What lies before it takes tiling(before) entries,
-    and a block shown raw under h levels of gists (K - 1) * h more, h counting the levels that exist there.
+    and a block shown raw what opening one node of each level that exists there adds.
     """
     k = cfg.block_size
     before = max(n_tokens - cfg.recent, 0) // k * k
-    levels = sum(k**lod <= before for lod in range(1, cfg.max_lod + 1))
-    return tiling(before, k, cfg.max_lod), (k - 1) * levels * deep_blocks, n_tokens - before
+    deep = sum(cfg.price(lod) for lod in range(1, cfg.max_lod + 1) if k**lod <= before)
+    return tiling(before, k, cfg.max_lod, cfg.n_gists), deep * deep_blocks, n_tokens - before
 
 
 def check_feasible(n_tokens: int, cfg: FocusConfig, deep_blocks: int = 1) -> None:
@@ -121,6 +130,8 @@ class _Nodes(NamedTuple):
     blocks_N: Tensor  # number of blocks, K**(lod-1)
     path_NSL: Tensor  # [N1, S, L]: what a span from a block on is made of, step by step: the block's own node and ancestors, then
     # one sibling after the other; N (one past the end) where there is none
+    price_N: Tensor  # entries that expanding it adds
+    below_N: Tensor  # entries that expanding one node of each level below it adds
 
     @staticmethod
     def of(n_blocks: int, cfg: FocusConfig, device: torch.device) -> "_Nodes":
@@ -128,15 +139,18 @@ class _Nodes(NamedTuple):
         widths = [cfg.block_size**level for level in range(cfg.max_lod)]
         sizes = [n_blocks // width for width in widths]
         sibling_NS = block_N[:, None] % cfg.block_size + step_S < cfg.block_size
-        lods, firsts, blocks, path = [], [], [], []
+        lods, firsts, blocks, path, prices, below = [], [], [], [], [], []
         for level, (width, size) in enumerate(zip(widths, sizes)):
             lods.append(torch.full((size,), level + 1, device=device))
             blocks.append(torch.full((size,), width, device=device))
             firsts.append(block_N[:size] * width)
+            prices.append(torch.full((size,), cfg.price(level + 1), device=device))
+            below.append(torch.full((size,), sum(map(cfg.price, range(1, level + 1))), device=device))
             node_NS = (block_N[:, None] + step_S) // width
             there_NS = (node_NS < size) & (sibling_NS if level == 0 else step_S == 0)
             path.append(torch.where(there_NS, sum(sizes[:level]) + node_NS, sum(sizes)))
-        return _Nodes(cfg.block_size, sizes, *map(torch.cat, (lods, firsts, blocks)), torch.stack(path, -1))
+        joined = map(torch.cat, (lods, firsts, blocks))
+        return _Nodes(cfg.block_size, sizes, *joined, torch.stack(path, -1), *map(torch.cat, (prices, below)))
 
     def up(self, x_BN: Tensor, reduce: Callable, join: Callable) -> Tensor:
         """Every node's value joined with those of its whole subtree."""
@@ -165,41 +179,55 @@ class _Nodes(NamedTuple):
 
     def path_count(self, mask_BN: Tensor) -> Tensor:
         """How many of each block's own node and ancestors are masked, int64 [B, N1]."""
-        return F.pad(mask_BN.long(), (0, 1))[:, self.path_NSL[:, 0]].sum(-1)
+        return self._over_path(mask_BN.long())
+
+    def path_price(self, closed_BN: Tensor) -> Tensor:
+        """Entries that showing each block adds, int64 [B, N1]."""
+        return self._over_path(closed_BN * self.price_N)
+
+    def _over_path(self, x_BN: Tensor) -> Tensor:
+        return F.pad(x_BN, (0, 1))[:, self.path_NSL[:, 0]].sum(-1)
 
 
 class _Order(NamedTuple):
     """Nodes from the lowest score up; at equal scores the nearest to the tail first, descendants before ancestors."""
 
     order_BN: Tensor
+    price_BN: Tensor  # of the nodes, in this order
 
     @staticmethod
     def of(score_BN: Tensor, nodes: _Nodes) -> "_Order":
         late_N = (nodes.lod_N - nodes.first_N * (len(nodes.sizes) + 1)).argsort()
-        return _Order(late_N[score_BN[:, late_N].argsort(dim=1, stable=True)])
+        order_BN = late_N[score_BN[:, late_N].argsort(dim=1, stable=True)]
+        return _Order(order_BN, nodes.price_N[order_BN])
 
     def running(self, mask_BN: Tensor) -> Tensor:
-        """Masked nodes up to each place of the order, int64 [B, N]."""
-        return mask_BN.gather(1, self.order_BN).long().cumsum(1)
+        """Entries that collapsing the masked nodes up to each place of the order frees, int64 [B, N]."""
+        return (mask_BN.gather(1, self.order_BN) * self.price_BN).cumsum(1)
 
-    def lowest(self, mask_BN: Tensor, count_B1: Tensor) -> Tensor:
-        """The first `count` masked nodes, bool [B, N]."""
-        rank_BN = torch.zeros_like(self.order_BN).scatter(1, self.order_BN, self.running(mask_BN))
-        return mask_BN & (rank_BN <= count_B1)
+    def lowest(self, mask_BN: Tensor, entries_B1: Tensor) -> Tensor:
+        """The first masked nodes, as many as it takes to free `entries`, bool [B, N]."""
+        before_BN = self.running(mask_BN) - self.price_BN
+        return mask_BN & (torch.zeros_like(before_BN).scatter(1, self.order_BN, before_BN) < entries_B1)
 
 
-def _pick(score_BC: Tensor, nodes_BC: Tensor, can_BC: Tensor) -> Tensor:
+def _pick(score_BC: Tensor, cost_BC: Tensor, can_BC: Tensor) -> Tensor:
     """The allowed choice of highest score; ties: the cheapest, then the last, which is the nearest to the tail. int64 [B, 1]."""
     best_B1 = score_BC.masked_fill(~can_BC, -torch.inf).amax(1, keepdim=True)
     choices = score_BC.shape[1]
-    tie_BC = torch.arange(choices, device=score_BC.device) - nodes_BC * choices
+    tie_BC = torch.arange(choices, device=score_BC.device) - cost_BC * choices
     return tie_BC.masked_fill(~can_BC | (score_BC != best_B1), NEVER).argmax(1, keepdim=True)
 
 
 def utilization(entries_B: Tensor, n_tokens_B: Tensor, cfg: FocusConfig) -> Tensor:
-    """Entries used / the largest count reachable within the budget (a full, calm context reads 1). float32 [B]."""
-    least_B = tiling(n_tokens_B, cfg.block_size, cfg.max_lod)
-    most_B = least_B + (cfg.budget - least_B) // (cfg.block_size - 1) * (cfg.block_size - 1)
+    """Entries used / the largest count reachable within the budget (a full, calm context reads 1). float32 [B].
+
+    Where prices differ by level (several gists per node, two levels or more) that count is taken from above: the largest that any
+    mixture of the prices could reach.
+    """
+    least_B = tiling(n_tokens_B, cfg.block_size, cfg.max_lod, cfg.n_gists)
+    step = math.gcd(*(cfg.price(lod) for lod in range(1, cfg.max_lod + 1)))
+    most_B = least_B + (cfg.budget - least_B) // step * step
     return entries_B / torch.minimum(most_B, n_tokens_B).clamp(min=1)
 
 
@@ -216,9 +244,9 @@ class GreedyAllocator:
         """Afresh from the coarsest cut: show blocks, best first, while the soft budget has room.
 
         scores_BN1: float, one per block; blocks beyond `n_tokens_B // K` are ignored, -inf (or NaN) is never shown.
-        By default scores are only compared, so that unbounded logits and any sign will do; cost (K - 1 per node to
-        expand) decides what fits, and ties (then the tail's nearest). With `per_cost` scores are utilities that add
-        up, in nats say: they are ranked per node to expand, and blocks with utility <= 0 are not shown. Where no path
+        By default scores are only compared, so that unbounded logits and any sign will do; cost (entries that showing it
+        adds) decides what fits, and ties (then the tail's nearest). With `per_cost` scores are utilities that add
+        up, in nats say: they are ranked per entry, and blocks with utility <= 0 are not shown. Where no path
         fits any more, the best block's is opened from the top as far as it does: the budget is used up while blocks
         are left to show. Recent tokens are protected throughout.
         """
@@ -226,14 +254,14 @@ class GreedyAllocator:
         nodes = _Nodes.of(n_blocks, cfg, scores_BN1.device)
         exists_BN, open_BN = self._exists_protected(nodes, n_tokens_B)
         wanted_BN1 = exists_BN[:, :n_blocks] & (scores_BN1 > (0.0 if per_cost else -torch.inf))
-        for _ in range(min(max(cfg.soft_budget - cfg.recent, 0) // (cfg.block_size - 1), sum(nodes.sizes))):
-            free_B1 = self._free(open_BN, n_tokens_B, cfg.soft_budget)
-            cost_BN1 = nodes.path_count(exists_BN & ~open_BN)
+        for _ in range(min(max(cfg.soft_budget - cfg.recent, 0) // cfg.price(1), sum(nodes.sizes))):
+            free_B1 = self._free(nodes, open_BN, n_tokens_B, cfg.soft_budget)
+            cost_BN1 = nodes.path_price(exists_BN & ~open_BN)
             can_BN1 = wanted_BN1 & (cost_BN1 > 0)
             fits_BN1 = can_BN1 & (cost_BN1 <= free_B1)
             can_BN1 = torch.where(fits_BN1.any(1, keepdim=True), fits_BN1, can_BN1)
             block_B1 = _pick(scores_BN1 / cost_BN1 if per_cost else scores_BN1, cost_BN1, can_BN1)
-            top_BN = nodes.lod_N > cost_BN1.gather(1, block_B1) - free_B1  # a path's closed nodes are its lowest
+            top_BN = nodes.below_N >= cost_BN1.gather(1, block_B1) - free_B1  # a path's closed nodes are its lowest
             open_BN = open_BN | nodes.on_path(block_B1) & exists_BN & top_BN & can_BN1.any(1, keepdim=True)
         expanded = open_BN.split(nodes.sizes, 1)
         never = tuple(torch.full_like(x, NEVER, dtype=torch.int64) for x in expanded)
@@ -260,7 +288,8 @@ class GreedyAllocator:
         - else hide the lowest node below -tau_collapse.
         With a span of 1 that is the highest block, paid for by the lowest nodes. Nodes flipped by an edit are not flipped
         back within `cooldown` refocuses. At fixed scores the summed score of expanded nodes, taken from -tau_collapse,
-        rises with each edit (a shared ancestor scores at least the mean), so that it settles and then changes nothing.
+        rises with each edit (a shared ancestor scores at least the mean), so that it settles and then changes nothing; where
+        prices differ by level (several gists per node) many cheap nodes may pay for a dear one, and it may not.
         """
         cfg, n_blocks, n_tokens_B = self.cfg, scores_BN1.shape[1], state.n_tokens_B
         nodes = self._nodes(state)
@@ -274,7 +303,7 @@ class GreedyAllocator:
         order = _Order.of(score_BN, nodes)
         sorted_BN, length_S = score_BN.gather(1, order.order_BN), torch.arange(1, cfg.span + 1, device=score_BN.device)
 
-        over_B1 = -self._free(start_BN, n_tokens_B, cfg.budget)
+        over_B1 = -self._free(nodes, start_BN, n_tokens_B, cfg.budget)
         forced_BN = order.lowest(start_BN & ~protected_BN, over_B1)
         open_BN = start_BN & ~forced_BN
         expands_B, collapses_B, edits_B = (torch.zeros_like(n_tokens_B) for _ in range(3))
@@ -287,8 +316,8 @@ class GreedyAllocator:
             fresh_BN = closed_BN & (nodes.lod_N == 1)
             sum_BC = nodes.over_spans(score_BN.masked_fill(~fresh_BN, 0)).flatten(1)
             mean_BC = sum_BC / length_S.repeat(n_blocks)
-            cost_BC = nodes.over_spans(closed_BN.long()).flatten(1)
-            price_BC = (cost_BC - self._free(open_BN, n_tokens_B, cfg.soft_budget)).clamp(min=0)
+            cost_BC = nodes.over_spans(closed_BN * nodes.price_N).flatten(1)
+            price_BC = (cost_BC - self._free(nodes, open_BN, n_tokens_B, cfg.soft_budget)).clamp(min=0)
             below_BC = torch.searchsorted(sorted_BN, mean_BC - cfg.margin)
             can_BC = (nodes.over_spans(fresh_BN.long()) == length_S).flatten(1) & (mean_BC > cfg.tau_expand)
             can_BC = can_BC & (nodes.over_spans((closed_BN & cooling_BN).long()) == 0).flatten(1)
@@ -300,7 +329,7 @@ class GreedyAllocator:
             cheap_BN = movable_BN & (score_BN < mean_BC.gather(1, choice_B1) - cfg.margin) & show_B1
             near_BN = cheap_BN & nodes.within(first_B1 - cfg.span + 1, last_B1 + cfg.span - 1)
             price_B1 = price_BC.gather(1, choice_B1)
-            far_price_B1 = price_B1 - near_BN.sum(1, keepdim=True)
+            far_price_B1 = price_B1 - (near_BN * nodes.price_N).sum(1, keepdim=True)
             paying_BN = order.lowest(near_BN, price_B1) | order.lowest(cheap_BN & ~near_BN, far_price_B1)
 
             # Hide: the lowest node, and those ancestors in whose subtree the path alone is expanded.
@@ -319,13 +348,13 @@ class GreedyAllocator:
         closed_BN = exists_BN & ~open_BN
         shown_BN1 = nodes.path_count(closed_BN) == closed_BN[:, :n_blocks]  # raw or LOD1: no ancestor is closed
         shown_B = (shown_BN1 & exists_BN[:, :n_blocks]).sum(1).clamp(min=1)
-        entries_B = tiling(n_tokens_B, cfg.block_size, cfg.max_lod) + (cfg.block_size - 1) * open_BN.sum(1)
+        entries_B = cfg.budget - self._free(nodes, open_BN, n_tokens_B, cfg.budget)[:, 0]
         swap_rate_B, used_B = (expands_B + collapses_B) / shown_B, utilization(entries_B, n_tokens_B, cfg)
         return state, FocusReport(edits_B, expands_B, collapses_B, forced_BN.sum(1), swap_rate_B, used_B)
 
     def cut(self, state: FocusState) -> tuple[Cut, Tensor]:
         """The state's cut within the hard budget, and fits_B (False, and the row empty, where it exceeds it)."""
-        return from_expanded(state.expanded, state.n_tokens_B, self.cfg.block_size, self.cfg.budget)
+        return from_expanded(state.expanded, state.n_tokens_B, self.cfg.block_size, self.cfg.budget, self.cfg.n_gists)
 
     def _nodes(self, state: FocusState) -> _Nodes:
         return _Nodes.of(state.expanded[0].shape[1], self.cfg, state.n_tokens_B.device)
@@ -336,7 +365,8 @@ class GreedyAllocator:
         exists_BN = end_N <= n_tokens_B[:, None]
         return exists_BN, exists_BN & (end_N > n_tokens_B[:, None] - self.cfg.recent)
 
-    def _free(self, open_BN: Tensor, n_tokens_B: Tensor, budget: int) -> Tensor:
-        """How many more nodes may be expanded within `budget` entries; negative when over it. int64 [B, 1]."""
-        k = self.cfg.block_size
-        return ((budget - tiling(n_tokens_B, k, self.cfg.max_lod)) // (k - 1) - open_BN.sum(1))[:, None]
+    def _free(self, nodes: _Nodes, open_BN: Tensor, n_tokens_B: Tensor, budget: int) -> Tensor:
+        """How many of `budget` entries are left; negative when over it. int64 [B, 1]."""
+        cfg = self.cfg
+        least_B = tiling(n_tokens_B, cfg.block_size, cfg.max_lod, cfg.n_gists)
+        return (budget - least_B - (open_BN * nodes.price_N).sum(1))[:, None]

@@ -69,10 +69,14 @@ class GistNetConfig:
         if self.block_size < 2 or self.max_lod < 1 or self.n_layer < 1:
             given = f"{self.block_size}, {self.max_lod}, {self.n_layer}"
             raise UserError(f"gistnet needs block_size ≥ 2, max_lod ≥ 1 and n_layer ≥ 1; got {given}")
-        if self.block_size % self.n_gists:
-            raise UserError(f"a block of {self.block_size} does not divide into {self.n_gists} gists")
+        if self.block_size % self.n_gists or self.block_size == self.n_gists:
+            raise UserError(f"a block of {self.block_size} does not divide into {self.n_gists} gists of several entries each")
         if not 0 < self.width <= MAX_WIDTH or self.n_head < 1 or self.width % self.n_head:
             raise UserError(f"gistnet width {self.width} must be at most {MAX_WIDTH} and divide into its {self.n_head} heads")
+
+    def entries(self, lod: int) -> int:
+        """Entries of a block at this level: tokens, or the gists of its nodes."""
+        return self.block_size * (self.n_gists if lod > 1 else 1)
 
 
 def linear(n_in: int, n_out: int) -> nn.Linear:
@@ -194,10 +198,11 @@ def spread(query_GC: Tensor, like_NKC: Tensor) -> Tensor:
 class Summary(nn.Module):
     """What a gist has beyond the mean: into the narrow width, summarize, and back out through a head that starts at zero."""
 
-    def __init__(self, config: GistNetConfig, n_levels: int):
+    def __init__(self, config: GistNetConfig, n_levels: int, size: int):
+        """For n_levels levels and blocks of at most `size` entries."""
         super().__init__()
         self.embed = linear(config.d_model, config.width)
-        self.position_KC = nn.Parameter(POSITION_STD * torch.randn(config.block_size, config.width))
+        self.position_KC = nn.Parameter(POSITION_STD * torch.randn(size, config.width))
         self.level_LC = nn.Parameter(torch.zeros(n_levels, config.width))  # with one level: the bias of `embed`
         self.body = {"transformer": Transformer, "slots": Slots, "binding": Binding}[config.variant](config)
         hidden = MLP_RATIO * config.width if config.head == "mlp" else config.width
@@ -224,13 +229,13 @@ class GistNet(nn.Module):
         super().__init__()
         self.config = config
         shared = config.shared_levels
-        copies = 0 if config.variant == "mean" else 1 if shared else config.max_lod
-        self.summaries = nn.ModuleList(Summary(config, config.max_lod if shared else 1) for _ in range(copies))
+        lods = () if config.variant == "mean" else (config.max_lod,) if shared else range(1, config.max_lod + 1)
+        self.summaries = nn.ModuleList(Summary(config, config.max_lod if shared else 1, config.entries(lod)) for lod in lods)
 
     def forward(self, x_NKD: Tensor, mask_NK: Tensor | None, lod: int) -> Tensor:
         """The gists of N blocks.
 
-        x_NKD: float, entries of rms 1 (normed token embeddings, or gists of the level below); K ≤ block_size.
+        x_NKD: float, entries of rms 1 (normed token embeddings, or gists of the level below); K ≤ config.entries(lod).
         mask_NK: bool, True where an entry is valid; None: everywhere. What stands in an invalid entry, even NaN, has no
             effect and gets no gradient: a block with holes at its end gives what the shorter block gives.
         lod: level of the gists to make, 1 … max_lod.
@@ -239,26 +244,26 @@ class GistNet(nn.Module):
         Raises ValueError when a shape or lod does not fit the config.
         """
         config = self.config
-        if x_NKD.ndim != 3 or not 0 < x_NKD.shape[1] <= config.block_size or x_NKD.shape[2] != config.d_model:
-            raise ValueError(f"blocks {tuple(x_NKD.shape)}: expected [N, at most {config.block_size}, {config.d_model}]")
         if not 1 <= lod <= config.max_lod:
             raise ValueError(f"lod {lod}: this GistNet makes LOD1 … LOD{config.max_lod}")
+        if x_NKD.ndim != 3 or not 0 < x_NKD.shape[1] <= config.entries(lod) or x_NKD.shape[2] != config.d_model:
+            raise ValueError(f"blocks {tuple(x_NKD.shape)}: expected [N, at most {config.entries(lod)}, {config.d_model}]")
         if mask_NK is not None:
             if mask_NK.shape != x_NKD.shape[:2] or mask_NK.dtype != torch.bool:
                 raise ValueError(f"mask {tuple(mask_NK.shape)} {mask_NK.dtype}: expected bool {tuple(x_NKD.shape[:2])}")
             x_NKD = x_NKD.masked_fill(~mask_NK[..., None], 0)
-        share_NGK = self._shares(mask_NK, x_NKD)
+        share_NGK = self._shares(mask_NK, x_NKD, config.entries(lod))
         gist_NGD = share_NGK @ x_NKD
         for summary in self.summaries[:1] if config.shared_levels else self.summaries[lod - 1 : lod]:
             gist_NGD = gist_NGD + summary(x_NKD, mask_NK, share_NGK, lod - 1 if config.shared_levels else 0)
         gist_NGD = norm(gist_NGD).to(x_NKD.dtype)
         return gist_NGD if mask_NK is None else gist_NGD * mask_NK.any(1)[:, None, None]
 
-    def _shares(self, mask_NK: Tensor | None, x_NKD: Tensor) -> Tensor:
-        """Weights of the mean of each part of a block: [N or 1, G, K], rows summing to 1 (0 where nothing is valid)."""
+    def _shares(self, mask_NK: Tensor | None, x_NKD: Tensor, size: int) -> Tensor:
+        """Weights of the mean of each part of a block of `size`: [N or 1, G, K], rows summing to 1 (0 where nothing is valid)."""
         K, G = x_NKD.shape[1], self.config.n_gists
         valid_NK = mask_NK if mask_NK is not None else torch.ones(1, K, dtype=torch.bool, device=x_NKD.device)
-        part_K = torch.arange(K, device=x_NKD.device) // (self.config.block_size // G)
+        part_K = torch.arange(K, device=x_NKD.device) // (size // G)
         mine_NGK = valid_NK[:, None] & (part_K == torch.arange(G, device=x_NKD.device)[:, None])
         mine_NGK = torch.where(mine_NGK.any(-1, keepdim=True), mine_NGK, valid_NK[:, None]).to(x_NKD.dtype)
         return mine_NGK / mine_NGK.sum(-1, keepdim=True).clamp(min=1)
@@ -268,6 +273,9 @@ class GistNet(nn.Module):
 
         Level l has one block per K^l tokens. Backward costs twice as much again.
         """
-        K, G, D = self.config.block_size, self.config.n_gists, self.config.d_model
-        block = 2 * G * K * D + (self.summaries[0].flops(K, G) if len(self.summaries) else 0)
-        return sum(block / K**lod for lod in range(1, self.config.max_lod + 1))
+        c = self.config
+
+        def block(size: int) -> int:
+            return 2 * c.n_gists * size * c.d_model + (self.summaries[0].flops(size, c.n_gists) if len(self.summaries) else 0)
+
+        return sum(block(c.entries(lod)) / c.block_size**lod for lod in range(1, c.max_lod + 1))

@@ -22,8 +22,16 @@ MAX_BLOCKS = 512  # blocks that are handed to GistNet at a time: 350 MB at the q
 BATCH_BLOCKS = 4096  # blocks of a commit, where a long history is filled
 
 
+def check_sessions(mc: MegaContext) -> None:
+    """UserError for a model that only training and evaluation can show: a stored node is one vector."""
+    if mc.config.gists_per_block > 1:
+        raise UserError(f"the model was trained with --mc_gists_per_block={mc.config.gists_per_block}, and a stored history has one gist per node; "
+                        "use one trained with 1, or evaluate it with full rows")
+
+
 def store_format(gpt: GPT, mc: MegaContext, dtype: torch.dtype | None = None) -> StoreFormat:
-    """What a store must be to hold the nodes of these networks; dtype: of gists and keys, default the model's."""
+    """What a store must be to hold the nodes of these networks; dtype: of gists and keys, default the model's. UserError where none can."""
+    check_sessions(mc)
     c = mc.config
     return StoreFormat(c.block_size, gpt.config.n_embd, c.lens_keys, c.lens_key_dim, dtype or gpt.lm_head.weight.dtype,
                        fingerprint(gpt, mc))

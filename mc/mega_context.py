@@ -1,13 +1,15 @@
 """The MegaContext tree: the whole history as a pyramid of gists.
 
 LOD0 is the tokens' embeddings. Node (lod, index) covers tokens [index·K^lod, (index+1)·K^lod) and is made by GistNet from its K
-children, never from the tokens again. It exists only when complete; what is left over stays LOD0.
+children, never from the tokens again. It exists only when complete; what is left over stays LOD0. Its gist is one vector, or G of
+them (`--mc_gists_per_block`): each is an entry of its own and stands for the g-th of G equal parts of the node's span, from whose
+mean it starts, though it has read all of the block.
 
 `TreeShape` is the arithmetic: integers only, so that a working context can be chosen and edited without touching a vector.
 `build_tree` makes the tree of a batch with gradients, for training, and reads many nodes in one call, `gather`. The tree of a
 session grows on top of a store: `mc.history`.
 
-Shapes: B rows, T tokens, D width, K block size, N nodes, W entries to read, L levels.
+Shapes: B rows, T tokens, D width, K block size, G gists per node, N nodes, W entries to read, L levels.
 """
 
 from collections.abc import Callable
@@ -17,17 +19,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-GistFn = Callable[[Tensor, Tensor | None, int], Tensor]  # a GistNet: (x_NKD, mask_NK, lod) -> [N, 1, D]
+GistFn = Callable[[Tensor, Tensor | None, int], Tensor]  # a GistNet: (x_NKD, mask_NK, lod) -> [N, G, D]
 Integers = TypeVar("Integers", int, Tensor)  # a Python int, or an integer tensor of any shape
 
 
-def tiling(n_tokens: Integers, block_size: int, max_lod: int) -> Integers:
-    """The least number of entries that tile n_tokens with nodes up to max_lod: the digit sum of n_tokens in base block_size,
-    with everything above digit max_lod counted in nodes of that level."""
-    entries = n_tokens // block_size**max_lod
-    for lod in range(max_lod):
-        entries = entries + n_tokens // block_size**lod % block_size
-    return entries
+def tiling(n_tokens: Integers, block_size: int, max_lod: int, n_gists: int = 1) -> Integers:
+    """The least number of entries that tile n_tokens with nodes up to max_lod, each of n_gists < block_size entries above LOD0: with
+    one, the digit sum of n_tokens in base block_size, everything above digit max_lod counted in nodes of that level."""
+    nodes = n_tokens // block_size**max_lod if max_lod else 0
+    for lod in range(1, max_lod):
+        nodes = nodes + n_tokens // block_size**lod % block_size
+    return nodes * n_gists + (n_tokens % block_size if max_lod else n_tokens)
 
 
 @dataclass(frozen=True)
@@ -93,18 +95,17 @@ class TreeShape:
         return lod - 1, index * self.block_size
 
 
-def _gists(gistnet: GistFn, children_BTD: Tensor, block_size: int, lod: int) -> Tensor:
-    """The gists [B, c, D] of the c complete blocks that stand at the start of children [B, T, D].
+def _gists(gistnet: GistFn, children_BTD: Tensor, size: int, lod: int, n_gists: int) -> Tensor:
+    """The gists [B, c·G, D] of the c complete blocks of `size` vectors that stand at the start of children [B, T, D].
 
-    Raises ValueError when GistNet gives several vectors per block: a node of the tree is one entry.
+    Raises ValueError when GistNet does not give n_gists vectors per block.
     """
     B, T, D = children_BTD.shape
-    count = T // block_size
-    blocks_NKD = children_BTD[:, : count * block_size].reshape(B * count, block_size, D)
-    gist_NGD = gistnet(blocks_NKD, None, lod)
-    if gist_NGD.shape != (B * count, 1, D):
-        raise ValueError(f"gists {tuple(gist_NGD.shape)}: the tree holds one vector per node; use a GistNet with n_gists=1")
-    return gist_NGD.reshape(B, count, D)
+    count = T // size
+    gist_NGD = gistnet(children_BTD[:, : count * size].reshape(B * count, size, D), None, lod)
+    if gist_NGD.shape != (B * count, n_gists, D):
+        raise ValueError(f"gists {tuple(gist_NGD.shape)}: the tree holds {n_gists} per node; use a GistNet with n_gists={n_gists}")
+    return gist_NGD.reshape(B, count * n_gists, D)
 
 
 def _take(table_BND: Tensor, row_BW: Tensor) -> Tensor:
@@ -116,16 +117,19 @@ def _take(table_BND: Tensor, row_BW: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Tree:
-    """The tree of a batch of rows. `table_BND` holds [LOD0 | LOD1 | …]; rows of nodes that do not exist are zero."""
+    """The tree of a batch of rows. `table_BND` holds [LOD0 | LOD1 | …], the n_gists vectors of a node side by side; rows of nodes that
+    do not exist are zero."""
 
     table_BND: Tensor
     shape: TreeShape  # of the longest row
     lengths_B: Tensor | None = None  # tokens of each row; None: all of them
+    n_gists: int = 1
 
     @property
     def levels(self) -> list[Tensor]:
-        """Views [B, N_lod, D] into the table, LOD0 first."""
-        return list(self.table_BND.split(self.shape.counts, 1))
+        """Views [B, N_lod · (1 or G), D] into the table, LOD0 first."""
+        tokens, *nodes = self.shape.counts
+        return list(self.table_BND.split([tokens, *(count * self.n_gists for count in nodes)], 1))
 
     def exists(self, lod_BW: Tensor, index_BW: Tensor) -> Tensor:
         """Whether each node (integer tensors [B, W]) is complete in its own row: bool [B, W]."""
@@ -136,14 +140,19 @@ class Tree:
         return exists_BW & (start_BW + length_BW <= self.lengths_B[:, None])
 
     def gather(self, lod_BW: Tensor, index_BW: Tensor, valid_BW: Tensor) -> Tensor:
-        """The vectors of nodes, with gradients: one gather.
+        """The vectors of entries, with gradients: one gather.
 
-        lod_BW, index_BW: integers [B, W]; valid_BW: bool [B, W], False where an entry is padding.
+        lod_BW, index_BW: integers [B, W], above LOD0 index = node · n_gists + which of its gists; valid_BW: bool [B, W], False where an
+        entry is padding.
         Returns [B, W, D]: zeros where not valid, NaN where a valid entry names a node that does not exist. The NaN reaches
         the loss, whose finite check stops the run, without this method waiting for the device.
         """
-        exists_BW = self.exists(lod_BW, index_BW)
-        row_BW = torch.where(exists_BW & valid_BW, self.shape.node_row(lod_BW, index_BW), 0)
+        gist_BW = torch.where(lod_BW > 0, index_BW % self.n_gists, 0)
+        node_BW = torch.where(lod_BW > 0, index_BW // self.n_gists, index_BW)
+        exists_BW = self.exists(lod_BW, node_BW)
+        row_BW = self.shape.node_row(lod_BW, node_BW)
+        row_BW = torch.where(lod_BW > 0, row_BW + (row_BW - self.shape.n_tokens) * (self.n_gists - 1) + gist_BW, row_BW)
+        row_BW = torch.where(exists_BW & valid_BW, row_BW, 0)
         return _mark(_take(self.table_BND, row_BW), valid_BW, exists_BW)
 
 
@@ -153,26 +162,28 @@ def _mark(entries_BWD: Tensor, valid_BW: Tensor, exists_BW: Tensor) -> Tensor:
     return entries_BWD.masked_fill(~valid_BW[..., None], 0)
 
 
-def build_tree(embeds_BTD: Tensor, gistnet: GistFn, block_size: int, max_lod: int, lengths_B: Tensor | None = None) -> Tree:
+def build_tree(embeds_BTD: Tensor, gistnet: GistFn, block_size: int, max_lod: int, lengths_B: Tensor | None = None,
+               n_gists: int = 1) -> Tree:
     """The tree of a batch, with gradients to the embeddings and to GistNet.
 
     embeds_BTD: normed token embeddings [B, T, D], computed once by the caller; rows start at a block boundary.
     gistnet: called once per level that has a node, on all blocks of all rows.
     lengths_B: tokens of each row [B], integers ≤ T, None: T. A node that is not complete in its row is zero and does not exist;
         nothing of it, nor of the padding, gets a gradient.
-    Raises ValueError for a GistNet with several vectors per block.
+    n_gists: vectors per node that GistNet makes. Above LOD1 it reads block_size · n_gists of them.
+    Raises ValueError for a GistNet that makes another number.
     """
     shape = TreeShape(embeds_BTD.shape[1], block_size, max_lod)
 
     def keep(level_BND: Tensor, lod: int) -> Tensor:
         if lengths_B is None:
             return level_BND
-        complete_B = lengths_B // block_size**lod
+        complete_B = lengths_B // block_size**lod * (n_gists if lod else 1)
         gone_BN = torch.arange(level_BND.shape[1], device=level_BND.device) >= complete_B[:, None]
         return level_BND.masked_fill(gone_BN[..., None], 0)
 
     levels = [keep(embeds_BTD, 0)]
     for lod, count in enumerate(shape.counts):
         if lod and count:
-            levels.append(keep(_gists(gistnet, levels[-1], block_size, lod), lod))
-    return Tree(torch.cat(levels, 1), shape, lengths_B)
+            levels.append(keep(_gists(gistnet, levels[-1], block_size * (n_gists if lod > 1 else 1), lod, n_gists), lod))
+    return Tree(torch.cat(levels, 1), shape, lengths_B, n_gists)

@@ -25,7 +25,7 @@ from mc.gaussian_rope import alibi_bias, entry_rotary
 from mc.gistnet import GistNet, GistNetConfig
 from mc.lensnet import LOCAL_MEAN, LensNet, LensNetConfig
 from mc.mega_context import Tree, build_tree
-from mc.working_context import Cut, entries_used
+from mc.working_context import Cut, by_entry, entries_used, width
 from nanochat.checkpoint import load_mc_state
 from nanochat.common import UserError
 from nanochat.gpt import GPT
@@ -41,7 +41,7 @@ class MegaContext(nn.Module):
         self.config = config
         self.gistnet = GistNet(GistNetConfig(
             d_model, config.block_size, config.max_lod, config.gist, config.gist_width, pool=config.gist_pool,
-            head=config.gist_head, shared_levels=bool(config.gist_shared)))
+            head=config.gist_head, n_gists=config.gists_per_block, shared_levels=bool(config.gist_shared)))
         self.lensnet = LensNet(LensNetConfig(d_model, config.block_size, config.lens_keys, config.lens_key_dim,
                                              tail=config.protected, network=config.lens, max_lod=config.max_lod))
         self.earlier_lens = copy.deepcopy(self.lensnet).requires_grad_(False) if config.lens_kl else None
@@ -50,18 +50,19 @@ class MegaContext(nn.Module):
 
     def focus_config(self) -> FocusConfig:
         c = self.config
-        return FocusConfig(c.budget, c.block_size, c.max_lod, recent=c.protected)
+        return FocusConfig(c.budget, c.block_size, c.max_lod, recent=c.protected, n_gists=c.gists_per_block)
 
     def build_tree(self, embeds_BTD: Tensor) -> Tree:
-        return build_tree(embeds_BTD, self.gistnet, self.config.block_size, self.config.max_lod)
+        c = self.config
+        return build_tree(embeds_BTD, self.gistnet, c.block_size, c.max_lod, n_gists=c.gists_per_block)
 
     def key_bias(self, lod: Tensor) -> Tensor:
         """Logit bias of entries by LOD: 0 for raw tokens, learned in (0, log width) for gists, starting half way.
 
-        One gist competes with the K^lod tokens it stands for in one softmax.
+        One gist competes with the K^lod tokens it stands for (with G gists per block, K^lod / G) in one softmax.
         """
         levels = torch.arange(1, self.config.max_lod + 1, device=lod.device)
-        bias = torch.sigmoid(self.gist_bias) * levels * math.log(self.config.block_size)
+        bias = torch.sigmoid(self.gist_bias) * (levels * math.log(self.config.block_size) - math.log(self.config.gists_per_block))
         return F.pad(bias, (1, 0))[lod]
 
     def lens_logits(self, embeds_BTD: Tensor, n_B: Tensor, keys_BNPC: Tensor | None = None, tree: Tree | None = None) -> Tensor:
@@ -128,7 +129,7 @@ def fingerprint(gpt: GPT, mc: MegaContext) -> str:
 
 
 class Entries(NamedTuple):
-    """What a working-context pass shows. Padding at the end: lod 0, index 0, valid False."""
+    """What a working-context pass shows, as `by_entry` numbers it. Padding at the end: lod 0, index 0, valid False."""
 
     lod_BM: Tensor
     index_BM: Tensor
@@ -138,13 +139,13 @@ class Entries(NamedTuple):
 
 def with_continuation(cut: Cut, n_tokens_B: Tensor, count: int) -> Entries:
     """Append `count` raw tokens n, n+1, … right behind each row's cut."""
-    used_B = entries_used(cut)
-    slot = torch.arange(cut.lod_BW.shape[1] + count, device=used_B.device)
+    used_B, (lod_BW, index_BW, _) = entries_used(cut), by_entry(cut)
+    slot = torch.arange(lod_BW.shape[1] + count, device=used_B.device)
     after = slot - used_B[:, None]
     is_cut, valid = after < 0, after < count
-    pick = slot.clamp_max(cut.lod_BW.shape[1] - 1).expand_as(after)
-    lod = torch.where(is_cut, cut.lod_BW.gather(1, pick), 0)
-    index = torch.where(is_cut, cut.index_BW.gather(1, pick), n_tokens_B[:, None] + after)
+    pick = slot.clamp_max(lod_BW.shape[1] - 1).expand_as(after)
+    lod = torch.where(is_cut, lod_BW.gather(1, pick), 0)
+    index = torch.where(is_cut, index_BW.gather(1, pick), n_tokens_B[:, None] + after)
     return Entries(lod, index.masked_fill(~valid, 0), valid, used_B)
 
 
@@ -155,10 +156,10 @@ def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entrie
     focus: logits that the entries get on top of `MegaContext.key_bias`.
     """
     lod, index, valid, _ = entries
-    M, K, config = lod.shape[1], mc.config.block_size, mc.config
-    vectors, focus = tree.gather(lod, index, valid), focus_BM
-    length = (K ** lod) * valid
-    start = index * K ** lod
+    M, config, focus = lod.shape[1], mc.config, focus_BM
+    vectors = tree.gather(lod, index, valid)
+    each = width(lod, config.block_size, config.gists_per_block)
+    length, start = each * valid, index * each
     ids = torch.where((lod == 0) & valid, tokens_BT.gather(1, torch.where(lod == 0, index, 0)), -1)
     if far is not None:  # in the order of their places: the row's own entries first, as stored, for those who stand at the same token
         start, far_start, far_length = place(start, far)
@@ -188,12 +189,12 @@ class Rows(NamedTuple):
     valid_BP: Tensor
 
 
-def read_rows(entries: Entries, block_size: int, count: int, before: int) -> Rows:
+def read_rows(entries: Entries, block_size: int, count: int, before: int, n_gists: int = 1) -> Rows:
     """`before` entries up to the cut's last one, then what follows, `count` in all; valid where they are raw tokens."""
     wanted = entries.used_B[:, None] - before + torch.arange(count, device=entries.used_B.device)
     slot = wanted.clamp(0, entries.lod_BM.shape[1] - 1)
     lod, index, valid = (x.gather(1, slot) for x in (entries.lod_BM, entries.index_BM, entries.valid_BM))
-    return Rows(slot, (index + 1) * block_size ** lod - 1, valid & (lod == 0) & (slot == wanted))
+    return Rows(slot, (index + 1) * width(lod, block_size, n_gists) - 1, valid & (lod == 0) & (slot == wanted))
 
 
 def take(x_BMD: Tensor, slot_BP: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ Shapes: B rows, R rows with a working context (V variants of each: RV), T tokens
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -219,9 +220,9 @@ class MCController:
         with timed(trace, metrics, "wc"):
             out = run_entries(gpt, self.model, tree, tokens, entries, far, self._focus_bias(tree, n_RV, entries))
             if c.targets == "tail":
-                read = read_rows(entries, c.block_size, c.protected + c.horizon - 1, c.protected)
+                read = read_rows(entries, c.block_size, c.protected + c.horizon - 1, c.protected, c.gists_per_block)
             else:
-                read = read_rows(entries, c.block_size, entries.lod_BM.shape[1], c.budget)
+                read = read_rows(entries, c.block_size, entries.lod_BM.shape[1], c.budget, c.gists_per_block)
             token = read.token_BP.clamp_max(self.T - 1)
             wanted = targets.gather(1, token)
             counted = read.valid_BP & (wanted >= 0)
@@ -264,7 +265,7 @@ class MCController:
         if V == 1:
             return tree, tokens, targets, rows, hidden, n, variant
         again = [x.repeat(V, *[1] * (x.ndim - 1)) for x in (tree.table_BND, tokens, targets, rows, hidden, n)]
-        return Tree(again[0], tree.shape), *again[1:], variant
+        return replace(tree, table_BND=again[0]), *again[1:], variant
 
     @torch.no_grad()
     def _scores(self, tree: Tree, captured: list[Captured], chosen: slice, rows: Tensor, variant: Tensor, n: Tensor, step: int,

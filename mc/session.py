@@ -38,7 +38,7 @@ from mc.catalog import Catalog
 from mc.config import setting
 from mc.focus_allocator import FocusConfig, check_feasible, utilization
 from mc.gaussian_rope import alibi_slopes, entry_rotary
-from mc.history import History, store_format
+from mc.history import History, check_sessions, store_format
 from mc.key_search import KeySearch
 from mc.lens_networks import RERANKED, Reader
 from mc.lensnet import LOCAL_MEAN, focus_scores
@@ -164,6 +164,7 @@ class SessionPool:
 
     def __init__(self, gpt: GPT, mc: MegaContext, config: SessionConfig = SessionConfig(), *, trained_lods: Sequence[int], max_sessions: int = 1,
                  recorder: Recorder | None = None):
+        check_sessions(mc)
         c = mc.config
         self.gpt, self.mc, self.config, self.max_sessions = gpt.eval(), mc.eval(), config, max_sessions
         self.device, self.dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype

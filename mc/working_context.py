@@ -8,6 +8,9 @@ operations of static shape, whatever the batch: no loop over rows or entries, no
 All edits share one primitive, `_emit`: say how many entries each source yields, and the output slots find their
 source in the running sum of these counts.
 
+A node above LOD0 is one entry, or `n_gists` of them: its vectors, side by side. A cut lists nodes; its capacity counts entries, and
+`by_entry` is where the nodes become entries.
+
 Shapes: B rows, W slots (the capacity), L levels of gists, N_l nodes at level l, N1 = N_1 blocks, S sources of an
 edit, N rows of an embedding table, D its width. Integers are int64. "Empty row": no valid entry.
 """
@@ -20,12 +23,13 @@ from torch import Tensor
 
 
 class Cut(NamedTuple):
-    """Entries in time order, left-packed; padding (valid False, lod 0, index 0) only at the end of a row."""
+    """Nodes in time order, left-packed; padding (valid False, lod 0, index 0) only at the end of a row."""
 
     lod_BW: Tensor  # int64
     index_BW: Tensor  # int64, index of the node within its level
     valid_BW: Tensor  # bool
     block_size: int
+    n_gists: int = 1  # entries of a node above LOD0
 
 
 def _emit(count_BS: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -42,8 +46,8 @@ def _emit(count_BS: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tens
     return source_BW, offset_BW, (slot_BW < end_BS[:, -1:]) & fits_B[:, None], fits_B
 
 
-def _cut(lod_BW: Tensor, index_BW: Tensor, valid_BW: Tensor, block_size: int) -> Cut:
-    return Cut(lod_BW.masked_fill(~valid_BW, 0), index_BW.masked_fill(~valid_BW, 0), valid_BW, block_size)
+def _cut(lod_BW: Tensor, index_BW: Tensor, valid_BW: Tensor, block_size: int, n_gists: int = 1) -> Cut:
+    return Cut(lod_BW.masked_fill(~valid_BW, 0), index_BW.masked_fill(~valid_BW, 0), valid_BW, block_size, n_gists)
 
 
 def _rows(n_tokens: int | Tensor) -> Tensor:
@@ -66,9 +70,29 @@ def centre_and_width(cut: Cut) -> tuple[Tensor, Tensor]:
     return start_BW + (length_BW - 1).clamp(min=0).double() / 2, length_BW
 
 
+def _per_node(lod: Tensor, n_gists: int) -> Tensor:
+    return torch.where(lod > 0, n_gists, 1)
+
+
 def entries_used(cut: Cut) -> Tensor:
-    """Number of valid entries per row, int64 [B]."""
-    return cut.valid_BW.sum(1)
+    """Number of entries per row, int64 [B]."""
+    return (cut.valid_BW * _per_node(cut.lod_BW, cut.n_gists)).sum(1)
+
+
+def width(lod: Tensor, block_size: int, n_gists: int) -> Tensor:
+    """Tokens that an entry stands for: its equal part of its node's span."""
+    return block_size**lod // _per_node(lod, n_gists)
+
+
+def by_entry(cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries in time order: lod_BW, index_BW, valid_BW. Above LOD0 index = node · n_gists + which of its gists, so that entry
+    (lod, index) stands for the tokens from index · width(lod). The capacity holds them, or the row comes back empty."""
+    if cut.n_gists == 1:
+        return cut.lod_BW, cut.index_BW, cut.valid_BW
+    source_BW, gist_BW, valid_BW, _ = _emit(cut.valid_BW * _per_node(cut.lod_BW, cut.n_gists), cut.lod_BW.shape[1])
+    lod_BW, index_BW = (x.gather(1, source_BW) for x in (cut.lod_BW, cut.index_BW))
+    index_BW = index_BW * _per_node(lod_BW, cut.n_gists) + gist_BW
+    return lod_BW.masked_fill(~valid_BW, 0), index_BW.masked_fill(~valid_BW, 0), valid_BW
 
 
 def to_tensor(cut: Cut, table_BND: Tensor, offsets: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -107,13 +131,14 @@ def finest(n_tokens: int | Tensor, block_size: int, capacity: int) -> Cut:
 
 
 def from_expanded(
-    expanded: Sequence[Tensor], n_tokens_B: Tensor, block_size: int, capacity: int
+    expanded: Sequence[Tensor], n_tokens_B: Tensor, block_size: int, capacity: int, n_gists: int = 1
 ) -> tuple[Cut, Tensor]:
     """The cut of a tree some of whose nodes are expanded. Returns the cut and fits_B (bool).
 
     expanded: one bool [B, N_l] per level l = 1 … L, with N_l = N1 // K**(l-1). A node is shown iff all its existing
     ancestors are expanded and it is not; a node that does not exist (incomplete, above L, or beyond the N1 blocks)
     counts as expanded; tokens are never expanded. A row that needs more than `capacity` entries is empty, fits False.
+    n_gists: entries of a node.
 
     Works on blocks, not tokens: slot j stands for block j, the slot after the last one for whatever follows.
     """
@@ -133,10 +158,11 @@ def from_expanded(
         lod_BS = torch.where(closed_BS, lod, lod_BS)
         count_BS = torch.where(closed_BS, (block_S % blocks == 0).long(), count_BS)
         hidden_BS = hidden_BS | closed_BS
-    source_BW, offset_BW, valid_BW, fits_B = _emit(count_BS, capacity)
+    source_BW, offset_BW, valid_BW, _ = _emit(count_BS, capacity)
+    fits_B = (count_BS * _per_node(lod_BS, n_gists)).sum(1) <= capacity
     lod_BW = lod_BS.gather(1, source_BW)
     token_BW = source_BW * block_size + offset_BW
-    return _cut(lod_BW, token_BW // block_size**lod_BW, valid_BW, block_size), fits_B
+    return _cut(lod_BW, token_BW // block_size**lod_BW, valid_BW & fits_B[:, None], block_size, n_gists), fits_B
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,12 +193,13 @@ def expand(cut: Cut, mask_BW: Tensor) -> tuple[Cut, Tensor]:
     """
     k, capacity = cut.block_size, cut.lod_BW.shape[1]
     mask_BW = mask_BW & legal_expand(cut)
-    applied_B = entries_used(cut) + (k - 1) * mask_BW.sum(1) <= capacity
+    more_BW = k * _per_node(cut.lod_BW - 1, cut.n_gists) - cut.n_gists
+    applied_B = entries_used(cut) + (more_BW * mask_BW).sum(1) <= capacity
     mask_BW = mask_BW & applied_B[:, None]
     source_BW, offset_BW, valid_BW, _ = _emit(torch.where(mask_BW, k, cut.valid_BW.long()), capacity)
     lod_BW, index_BW, mask_BW = (x.gather(1, source_BW) for x in (cut.lod_BW, cut.index_BW, mask_BW))
     index_BW = torch.where(mask_BW, index_BW * k + offset_BW, index_BW)
-    return _cut(lod_BW - mask_BW.long(), index_BW, valid_BW, k), applied_B
+    return _cut(lod_BW - mask_BW.long(), index_BW, valid_BW, k, cut.n_gists), applied_B
 
 
 def collapse(cut: Cut, mask_BW: Tensor, max_lod: int) -> Cut:
@@ -186,7 +213,7 @@ def collapse(cut: Cut, mask_BW: Tensor, max_lod: int) -> Cut:
     in_group_BW = marks_BW > F.pad(marks_BW, (k, 0))[:, :capacity]
     source_BW, _, valid_BW, _ = _emit((cut.valid_BW & (mask_BW | ~in_group_BW)).long(), capacity)
     lod_BW, index_BW, mask_BW = (x.gather(1, source_BW) for x in (cut.lod_BW, cut.index_BW, mask_BW))
-    return _cut(lod_BW + mask_BW.long(), torch.where(mask_BW, index_BW // k, index_BW), valid_BW, k)
+    return _cut(lod_BW + mask_BW.long(), torch.where(mask_BW, index_BW // k, index_BW), valid_BW, k, cut.n_gists)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,7 +232,8 @@ def check(cut: Cut, n_tokens_B: Tensor, capacity: int, max_lod: int | None = Non
     rows = zip(cut.lod_BW.tolist(), cut.index_BW.tolist(), cut.valid_BW.tolist(), n_tokens_B.tolist(), strict=True)
     for b, (lods, indices, valid, n) in enumerate(rows):
         used = sum(valid)
-        assert used <= capacity, f"row {b}: {used} entries exceed the budget of {capacity}"
+        entries = sum(cut.n_gists if lod else 1 for lod in lods[:used])
+        assert entries <= capacity, f"row {b}: {entries} entries exceed the budget of {capacity}"
         assert all(valid[:used]), f"row {b}: padding before an entry"
         assert not any(lods[used:]) and not any(indices[used:]), f"row {b}: padding is not (0, 0)"
         time = 0

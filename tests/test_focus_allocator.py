@@ -34,13 +34,13 @@ def check_state(allocator: GreedyAllocator, state: FocusState) -> wc.Cut:
     return cut
 
 
-def feasible(k, max_lod, recent, sizes, slack, span=1):
+def feasible(k, max_lod, recent, sizes, slack, span=1, n_gists=1):
     """A budget that holds every size with one deep block, and `slack` more."""
     for budget in range(1, 4000):
-        cfg = FocusConfig(budget + slack, k, max_lod, recent=recent, span=span)
+        cfg = FocusConfig(budget + slack, k, max_lod, recent=recent, span=span, n_gists=n_gists)
         try:
             for n in sizes:
-                check_feasible(n, FocusConfig(budget, k, max_lod, recent=recent))
+                check_feasible(n, FocusConfig(budget, k, max_lod, recent=recent, n_gists=n_gists))
             return cfg
         except UserError:
             continue
@@ -58,29 +58,35 @@ cases = st.tuples(
     st.sampled_from([2, 4, 8, 32]), st.integers(1, 3), st.lists(st.sampled_from(SIZES), min_size=1, max_size=3),
     st.integers(0, 40), st.integers(0, 200), st.integers(0, 2**31), st.sampled_from([1, 2, 5]),
 )
+gists = st.sampled_from([1, 1, 2, 3])  # entries of a node; as many as a block has tokens are refused
 
 
 @quick
-@given(cases)
-def test_allocate_fills_the_budget_and_keeps_every_invariant(case):
+@given(cases, gists)
+def test_allocate_fills_the_budget_and_keeps_every_invariant(case, n_gists):
     k, max_lod, sizes, recent, slack, seed, span = case
-    cfg, n_B, gen = feasible(k, max_lod, recent, sizes, slack, span), torch.tensor(sizes), torch.Generator().manual_seed(seed)
+    cfg = feasible(k, max_lod, recent, sizes, slack, span, min(n_gists, k - 1))
+    n_B, gen = torch.tensor(sizes), torch.Generator().manual_seed(seed)
     allocator, n_blocks = GreedyAllocator(cfg), max(sizes) // k
     logits_BN1 = 10 * torch.randn(len(sizes), n_blocks, generator=gen)
     state = allocator.allocate(logits_BN1, n_B)
     cut = check_state(allocator, state)
-    assert torch.equal(utilization(wc.entries_used(cut), n_B, cfg), torch.ones(len(sizes)))
+    used_B = wc.entries_used(cut)
+    cheapest_B = torch.where(cut.lod_BW > 0, k * torch.where(cut.lod_BW > 1, cfg.n_gists, 1) - cfg.n_gists, 2**31).amin(1)
+    assert (used_B + cheapest_B > cfg.budget).all(), "what could be opened does not fit"
+    share_B = utilization(used_B, n_B, cfg)
+    assert (share_B <= 1).all() and (max_lod > 1 < cfg.n_gists or torch.equal(share_B, torch.ones(len(sizes))))
     for raw_N1, logits_N1, n in zip(raw_blocks(cut, n_blocks), logits_BN1, sizes):  # feasible: the best block is raw
         assert n < k or raw_N1[logits_N1[: n // k].argmax()]
 
 
 @quick
-@given(cases)
-def test_refocus_and_growth_keep_every_invariant(case):
+@given(cases, gists)
+def test_refocus_and_growth_keep_every_invariant(case, n_gists):
     k, max_lod, sizes, recent, slack, seed, span = case
     gen = torch.Generator().manual_seed(seed)
     steps = [torch.tensor(sizes) + extra for extra in (0, 0, 1, 5, 38, 40)]
-    cfg = feasible(k, max_lod, recent, {n for step in steps for n in step.tolist()}, slack, span)
+    cfg = feasible(k, max_lod, recent, {n for step in steps for n in step.tolist()}, slack, span, min(n_gists, k - 1))
     allocator, n_blocks = GreedyAllocator(cfg), int(steps[-1].max()) // k
     state = allocator.allocate(torch.randn(len(sizes), n_blocks, generator=gen), steps[0])
     for n_B in steps:
@@ -278,8 +284,19 @@ def test_infeasible_budgets_are_refused_with_the_numbers():
     assert FocusConfig(budget=4096).recent == 128 and FocusConfig(budget=100).recent == 25
 
 
+@quick
+@given(st.sampled_from([3, 4, 8]), st.integers(1, 3), st.integers(1, 90), gists, st.integers(0, 2**31))
+def test_opening_a_node_adds_its_price(k, max_lod, n, n_gists, seed):
+    """Against the cut itself: entries of any state = the tiling + the prices of the expanded nodes."""
+    cfg, gen = FocusConfig(n + 1, k, max_lod, recent=0, n_gists=n_gists if n_gists < k else 1), torch.Generator().manual_seed(seed)
+    allocator = GreedyAllocator(cfg)
+    state = allocator.allocate(torch.randn(1, n // k, generator=gen).masked_fill(torch.rand(1, n // k, generator=gen) < 0.5, -torch.inf), torch.tensor([n]))
+    price = sum(cfg.price(lod) * int(open_BN.sum()) for lod, open_BN in enumerate(state.expanded, 1))
+    assert int(wc.entries_used(allocator.cut(state)[0])) == tiling(n, k, max_lod, cfg.n_gists) + price
+
+
 @pytest.mark.parametrize(
-    "bad", [dict(budget=0), dict(block_size=1), dict(max_lod=0), dict(soft_budget=65), dict(recent=-1), dict(margin=-0.1),
+    "bad", [dict(budget=0), dict(n_gists=32), dict(n_gists=0), dict(block_size=1), dict(max_lod=0), dict(soft_budget=65), dict(recent=-1), dict(margin=-0.1),
             dict(tau_expand=3.0), dict(max_edits=-1), dict(cooldown=-1), dict(span=0)],
 )
 def test_impossible_settings_are_refused(bad):

@@ -43,8 +43,8 @@ def make(options: dict, n_gists: int = 1, moved: bool = True) -> GistNet:
     return net
 
 
-def blocks(n: int, seed: int = 1) -> torch.Tensor:
-    x = torch.randn(n, K, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def blocks(n: int, seed: int = 1, size: int = K) -> torch.Tensor:
+    x = torch.randn(n, size, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return x / x.square().mean(-1, keepdim=True).sqrt()
 
 
@@ -72,7 +72,7 @@ def slow_gists(net: GistNet, block: list[tuple[int, torch.Tensor]], lod: int) ->
     config, G = net.config, net.config.n_gists
     if not block:
         return torch.zeros(G, D, dtype=torch.float64)
-    parts = [[i for i, (position, _) in enumerate(block) if position * G // K == g] or range(len(block)) for g in range(G)]
+    parts = [[i for i, (position, _) in enumerate(block) if position * G // config.entries(lod) == g] or range(len(block)) for g in range(G)]
 
     def average(vectors: list, part) -> torch.Tensor:
         return sum(vectors[i] for i in part) / len(part)
@@ -109,14 +109,15 @@ def slow_gists(net: GistNet, block: list[tuple[int, torch.Tensor]], lod: int) ->
 @variants
 def test_equals_slow_reference_under_any_mask(options, n_gists):
     """C3: a masked block gives what its valid entries alone give; what stands in the holes, even NaN, is never read."""
-    net, x = make(options, n_gists), blocks(6)
-    mask = torch.rand(6, K, generator=torch.Generator().manual_seed(2)) < 0.6
-    mask[0], mask[1], mask[2] = True, False, torch.arange(K) < 3
-    holed = x.masked_fill(~mask[..., None], torch.nan)
     for lod in (1, 3):
+        net = make(options, n_gists)
+        size = net.config.entries(lod)
+        x, mask = blocks(6, size=size), torch.rand(6, size, generator=torch.Generator().manual_seed(2)) < 0.6
+        mask[0], mask[1], mask[2] = True, False, torch.arange(size) < 3
+        holed = x.masked_fill(~mask[..., None], torch.nan)
         got = net(holed, mask, lod)
         for n in range(6):
-            want = slow_gists(net, [(k, x[n, k]) for k in range(K) if mask[n, k]], lod)
+            want = slow_gists(net, [(k, x[n, k]) for k in range(size) if mask[n, k]], lod)
             torch.testing.assert_close(got[n], want, rtol=0, atol=1e-12)
         torch.testing.assert_close(net(x, None, lod), net(x, torch.ones_like(mask), lod), rtol=0, atol=1e-12)
 
@@ -146,11 +147,12 @@ def test_every_entry_changes_every_gist_it_may(options, n_gists):
 @gists
 @variants
 def test_gradient_reaches_every_parameter_and_entry(options, n_gists):
-    net, x = make(options, n_gists), blocks(5).requires_grad_()
-    mask = torch.ones(5, K, dtype=torch.bool)
+    net, x = make(options, n_gists), blocks(5, size=K * n_gists).requires_grad_()
+    mask = torch.ones(5, K * n_gists, dtype=torch.bool)
     mask[3, 2:], mask[4] = False, False
     probe = torch.randn(5, n_gists, D, dtype=torch.float64)
-    sum((net(x, mask, lod) * probe).sum() for lod in (1, 2, 3)).backward()
+    sizes = {lod: net.config.entries(lod) for lod in (1, 2, 3)}
+    sum((net(x[:, :size], mask[:, :size], lod) * probe).sum() for lod, size in sizes.items()).backward()
     for name, p in net.named_parameters():
         row_grads = p.grad.abs().amax(-1)  # a ReLU unit may rest on so few blocks; a position, level or query may not
         assert (row_grads.min() if name.endswith("C") else row_grads.max()) > 0, name
@@ -234,10 +236,11 @@ def test_low_precision_stays_near(dtype, autocast):
 @variants
 def test_flops_are_those_of_the_shapes(options, n_gists):
     """Trap 12: against torch's own count of the products that really run (its SDPA, written out)."""
-    net, x = make(options, n_gists), blocks(4)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        net(x, None, 1)
-    per_token = counter.get_total_flops() / 4 * sum(1 / K**lod for lod in (1, 2, 3))
+    net, per_token = make(options, n_gists), 0.0
+    for lod in (1, 2, 3):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            net(blocks(4, size=net.config.entries(lod)), None, lod)
+        per_token += counter.get_total_flops() / 4 / K**lod
     assert net.flops_per_token() == pytest.approx(per_token, rel=1e-12)
 
 
@@ -245,7 +248,7 @@ def test_flops_are_those_of_the_shapes(options, n_gists):
     "bad",
     [
         dict(variant="max"), dict(variant="transformer", pool="last"), dict(pool="cls"), dict(variant="mean", head="mlp"),
-        dict(n_gists=3), dict(block_size=6, n_gists=4), dict(width=1024), dict(width=30, n_head=4),
+        dict(n_gists=3), dict(block_size=6, n_gists=4), dict(block_size=2, n_gists=2), dict(width=1024), dict(width=30, n_head=4),
         dict(max_lod=0), dict(block_size=1), dict(n_layer=0),
     ],
 )  # fmt: skip

@@ -180,3 +180,19 @@ def test_outcomes_are_joined_row_by_row():
     both = Outcome.cat([a, b])
     assert both.nll_B.tolist() == [2, 2, 3, 3, 3] and both.shown_BN.shape == (5, 5)
     assert Outcome.cat([Outcome(a.nll_B, a.acc_B, a.entries_B)] * 2).shown_BN is None
+
+
+@pytest.mark.parametrize("n_gists", [1, 2])
+@torch.no_grad()
+def test_a_history_at_one_lod_costs_its_gists(n_gists):
+    """C5: G entries per node; what has no such node, and the protected tail, are raw."""
+    gpt, batch = tiny_base(), tiny_batch()
+    mc = tiny_mc(gpt, gists_per_block=n_gists, budget=40).model
+    focus = FocusComparison(gpt, mc, batch.inputs, batch.targets, N, 0, batch.rows)
+    protected = mc.config.protected
+    outcomes = {lod: focus.at_lod(lod) for lod in (0, 1, 2)}
+    blocks = (N - protected) // K
+    entries = {0: N, 1: n_gists * blocks + protected, 2: n_gists * (blocks // K + blocks % K) + protected}
+    assert {lod: set(o.entries_B.tolist()) for lod, o in outcomes.items()} == {lod: {e} for lod, e in entries.items()}
+    torch.testing.assert_close(outcomes[0].nll_B, plain_outcomes(gpt, batch.inputs, batch.targets, N, W)["full"].nll_B, rtol=0, atol=1e-12)
+    assert not torch.isclose(outcomes[1].nll_B, outcomes[2].nll_B).any()

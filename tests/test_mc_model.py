@@ -78,11 +78,11 @@ def test_key_bias_lies_between_nothing_and_the_log_of_the_width():
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), n=st.lists(st.integers(W // K, N // K), min_size=4, max_size=4))
+@given(seed=st.integers(0, 10**6), n=st.lists(st.integers(W // K, N // K), min_size=4, max_size=4), G=st.sampled_from([1, 2]))
 @torch.no_grad()
-def test_each_entry_is_its_own_nodes_gist(seed, n):
+def test_each_entry_is_its_own_nodes_gist(seed, n, G):
     gpt = tiny_base()
-    mc = mega(gpt)
+    mc = mega(gpt, gists_per_block=G, budget=W + 8 * (G - 1))
     embeds, n = gpt.embed(tokens), K * torch.tensor(n)
     entries = random_entries(mc, seed, n)
     vectors = mc.build_tree(embeds).gather(*entries[:3])
@@ -90,8 +90,10 @@ def test_each_entry_is_its_own_nodes_gist(seed, n):
     def gist(b: int, lod: int, index: int) -> torch.Tensor:
         if lod == 0:
             return embeds[b, index]
-        children = torch.stack([gist(b, lod - 1, K * index + i) for i in range(K)])
-        return mc.gistnet(children[None], None, lod)[0, 0]
+        node, i = divmod(index, G)
+        below = K * (G if lod > 1 else 1)
+        children = torch.stack([gist(b, lod - 1, below * node + j) for j in range(below)])
+        return mc.gistnet(children[None], None, lod)[0, i]
 
     for b in range(4):
         covered = 0
@@ -100,8 +102,9 @@ def test_each_entry_is_its_own_nodes_gist(seed, n):
                 assert not vectors[b, w].any()
                 continue
             lod, index = int(entries.lod_BM[b, w]), int(entries.index_BM[b, w])
-            assert index * K**lod == covered
-            covered += K**lod
+            width = K**lod // G if lod else 1
+            assert index * width == covered
+            covered += width
             torch.testing.assert_close(vectors[b, w], gist(b, lod, index), rtol=0, atol=1e-12)
         assert covered == n[b] + H - 1
 

@@ -39,7 +39,7 @@ def naive_node(x_TD: torch.Tensor, net, K: int, lod: int, index: int) -> torch.T
     if lod == 0:
         return x_TD[index]
     children = torch.stack([naive_node(x_TD, net, K, lod - 1, index * K + k) for k in range(K)])
-    return net(children[None], None, lod)[0, 0]
+    return net(children[None].flatten(1, -2), None, lod)[0].squeeze(0)
 
 
 def all_nodes(shape: TreeShape) -> list[tuple[int, int]]:
@@ -81,14 +81,14 @@ def test_shape_against_brute_force(shape):
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.integers(0, 300), st.sampled_from([2, 3, 8]), st.integers(0, 4))
-def test_tiling_is_the_least_number_of_entries(n, K, L):
+@given(st.integers(0, 300), st.sampled_from([2, 3, 8]), st.integers(0, 4), st.sampled_from([1, 2, 4]))
+def test_tiling_is_the_least_number_of_entries(n, K, L, G):
     """Against dynamic programming over aligned nodes."""
-    least = [0]
+    least, G = [0], min(G, K - 1)
     for end in range(1, n + 1):
-        least.append(1 + min(least[end - K**lod] for lod in range(L + 1) if end % K**lod == 0))
-    assert tiling(n, K, L) == least[n] == TreeShape(n, K, L).min_entries
-    assert tiling(torch.arange(n + 1), K, L).tolist() == least
+        least.append(min((G if lod else 1) + least[end - K**lod] for lod in range(L + 1) if end % K**lod == 0))
+    assert tiling(n, K, L, G) == least[n] and (G > 1 or least[n] == TreeShape(n, K, L).min_entries)
+    assert tiling(torch.arange(n + 1), K, L, G).tolist() == least
 
 
 def test_tiling_with_enough_levels_is_the_digit_sum():
@@ -189,6 +189,24 @@ def test_permuting_rows_permutes_the_tree():
     )
 
 
-def test_several_gists_per_node_are_refused():
+@pytest.mark.parametrize("lengths", [None, [77, 50, 3]])
+def test_a_node_of_several_gists_is_the_naive_recursion(lengths):
+    """C5: two vectors side by side per node; above LOD1 GistNet reads all of the children's."""
+    K, T, G, net = 4, 77, 2, make(4, n_gists=2)
+    x = embeds(3, T)
+    tree = build_tree(x, net, K, 3, lengths and torch.tensor(lengths), n_gists=G)
+    assert [level.shape[1] for level in tree.levels] == [77, 38, 8, 2]
+    for b, n in enumerate(lengths or [T] * 3):
+        nodes = all_nodes(TreeShape(n, K, 3))
+        entries = [(lod, index * (G if lod else 1) + g) for lod, index in nodes for g in range(G if lod else 1)]
+        lod, index = nodes_tensor(entries, 3)
+        got = tree.gather(lod, index, torch.ones_like(lod, dtype=torch.bool))[b]
+        want = torch.cat([naive_node(x[b], net, K, *node).reshape(-1, D) for node in nodes])
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    beyond = torch.tensor([[1, 38 if lengths is None else 24]] * 3).T[:, :, None]
+    assert tree.gather(beyond[0], beyond[1], torch.ones(3, 1, dtype=torch.bool))[1:].isnan().all()
+
+
+def test_another_number_of_gists_is_refused():
     with pytest.raises(ValueError, match="n_gists=1"):
         build_tree(embeds(1, 8), make(4, n_gists=2), 4, 1)

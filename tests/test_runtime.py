@@ -195,7 +195,7 @@ def planted(shift: int) -> GPT:
     return gpt
 
 
-@pytest.mark.parametrize("config", [{}, {"targets": "raw"}, {"split": "random"}, {"targets": "raw", "split": "random", "variants": 2}, {"far_tokens": 400, "far_entries": 40}])
+@pytest.mark.parametrize("config", [{}, {"targets": "raw"}, {"split": "random"}, {"targets": "raw", "split": "random", "variants": 2}, {"gists_per_block": 2, "budget": 36}, {"far_tokens": 400, "far_entries": 40}])
 def test_an_entry_is_trained_on_the_token_after_it(config):
     """Where each token is the one before it plus one, a model of successors has nothing to learn, one that copies everything."""
     rows = torch.arange(4)
@@ -208,7 +208,7 @@ def test_an_entry_is_trained_on_the_token_after_it(config):
         assert abs(successor["mc.delta_nll"]) < 1e-9 and abs(copier["mc.delta_nll"]) < 1e-9
 
 
-@pytest.mark.parametrize("config", [{}, {"split": "random"}, {"targets": "raw"}, {"row_stride": 2}, {"horizon": 7}])
+@pytest.mark.parametrize("config", [{}, {"split": "random"}, {"targets": "raw"}, {"row_stride": 2}, {"horizon": 7}, {"gists_per_block": 2, "targets": "raw", "budget": 36}])
 @torch.no_grad()
 def test_delta_nll_compares_the_same_tokens_under_two_contexts(config):
     gpt, batch = tiny_base(), tiny_batch()
@@ -292,7 +292,7 @@ def test_micro_batches_add_up_to_the_batch(config):
         assert torch.equal(x, torch.cat(parts))
 
 
-@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random"}, EVERYTHING | {"lens": "perceiver"}])
+@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random"}, EVERYTHING | {"lens": "perceiver"}, {"gists_per_block": 2, "budget": 36}])
 def test_permuting_the_batch_permutes_the_results(config):
     gpt = tiny_base()
     mc = tiny_mc(gpt, **config)
@@ -375,7 +375,7 @@ def fingerprint(**config) -> tuple:
 plain = cache(fingerprint)
 
 OTHER = dict(
-    block_size=8, max_lod=1, gist="mean", gist_width=8, gist_pool=dict(gist="transformer", gist_pool="cls"), gist_head="mlp", gist_shared=0,
+    block_size=8, max_lod=1, gist="mean", gists_per_block=2, gist_width=8, gist_pool=dict(gist="transformer", gist_pool="cls"), gist_head="mlp", gist_shared=0,
     budget=28, recent=12, horizon=4, positions="centre", damping_floor=0.5, lod_axis=1, alibi=1, far_tokens=400, far_entries=dict(far_tokens=400, seed=68, far_entries=28),
     start=0.5, ramp=5, row_stride=2, variants=2, cuts="random:1", targets="raw", split="random", wc_weight=0.5, kl_weight=0.0,
     lens="slots", teacher="attention", lens_edits=dict(teacher="counterfactual", lens_edits=3), lens_rank=1.0, lens_zero_sum=1.0, lens_illegal=1.0, lens_kl=1.0, lens_normalize=1, lens_horizon=2, lens_queries=16, lens_row_stride=2, lens_key_dim=8, lens_keys=4, gist_lr=0.5, lens_lr=0.5,
@@ -412,6 +412,9 @@ def test_every_setting_changes_something(name):
     ({"lens_keys": 3}, {}, "3 lens keys"),
     ({"gist": "mean", "gist_head": "mlp"}, {}, "no head"),
     ({"gist_pool": "cls"}, {}, "needs the variant"),
+    ({"gists_per_block": 4}, {}, "does not divide into 4 gists"),
+    ({"gists_per_block": 2, "far_tokens": 400, "far_entries": 40}, {}, "one gist per node"),
+    ({"gists_per_block": 3}, {}, "use one of 1, 2, 4"),
     ({"gist": "mean", "gist_width": 16}, {}, "gist_width has no effect"),
     ({"gist": "mean", "gist_shared": 0}, {}, "gist_shared has no effect"),
     ({"lens_edits": 4}, {}, "lens_edits=4 has no effect"),

@@ -456,6 +456,11 @@ def test_refusals():
     assert "own pool" in unchanged(session, lambda: tiny_pool().generate([session], 1))
 
 
+def test_a_model_of_several_gists_per_node_has_no_sessions():
+    with pytest.raises(UserError, match="one gist per node"):
+        tiny_pool(mc_config=dict(gists_per_block=2))
+
+
 def test_a_history_is_refused_before_it_outgrows_the_budget():
     """At every length that is let through the budget holds; the first that is not is named."""
     pool = tiny_pool(budget=36)

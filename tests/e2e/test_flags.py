@@ -85,6 +85,7 @@ TABLE_MC: dict[str, tuple[str, list[str]]] = {
     "block_size": ("4", []),
     "max_lod": ("2", ["--max_seq_len=128", "--total_batch_size=256", "--mc_budget=40"]),
     "gist": ("transformer", []),
+    "gists_per_block": ("2", []),
     "gist_width": ("32", []),
     "gist_pool": ("query", ["--mc_gist=transformer"]),
     "gist_head": ("mlp", []),
