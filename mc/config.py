@@ -105,6 +105,8 @@ class MCConfig:
             raise UserError(f"--mc_far_tokens={self.far_tokens} is less than a block of {self.block_size}")
         if self.far_tokens and self.gists_per_block > 1:
             raise UserError(f"--mc_far_tokens={self.far_tokens} holds one gist per node, and --mc_gists_per_block={self.gists_per_block}; use 1")
+        if self.lens != "bilinear" and self.gists_per_block > 1:
+            raise UserError(f"--mc_lens={self.lens} reads one gist per node, and --mc_gists_per_block={self.gists_per_block}; use --mc_lens=bilinear")
         if not self.far_tokens and self.far_entries != MCConfig.far_entries:
             raise UserError(f"--mc_far_entries={self.far_entries} has no effect with --mc_far_tokens=0")
         if self.damping_floor != MCConfig.damping_floor and self.positions != "gaussian":

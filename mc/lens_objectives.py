@@ -288,7 +288,7 @@ def _reread(model: MegaContext, lens: LensNet, lesson: Lesson, logits_BQN: Tenso
     """[B, Q, N] after the reader of a lens, of the rows that teach the lens and have a tree."""
     c = model.config
     both = math.lcm(c.row_stride, c.lens_row_stride)
-    tree, count = Tree(lesson.tree.table_BND[::both // c.row_stride], lesson.tree.shape), logits_BQN.shape[-1]
+    tree, count = lesson.tree.with_table(lesson.tree.table_BND[::both // c.row_stride]), logits_BQN.shape[-1]
     every_block = F.pad(logits_BQN, (0, tree.shape.counts[1] - count))  # the last are read, not rated
     return model.reread(lens, every_block, lesson.embeds_BTD[::both], cursor_BQ, tree)[..., :count]
 

@@ -13,7 +13,7 @@ Shapes: B rows, T tokens, D width, K block size, G gists per node, N nodes, W en
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -130,6 +130,10 @@ class Tree:
         """Views [B, N_lod · (1 or G), D] into the table, LOD0 first."""
         tokens, *nodes = self.shape.counts
         return list(self.table_BND.split([tokens, *(count * self.n_gists for count in nodes)], 1))
+
+    def with_table(self, table_BND: Tensor) -> "Tree":
+        """The same nodes of other rows, or other vectors."""
+        return replace(self, table_BND=table_BND)
 
     def exists(self, lod_BW: Tensor, index_BW: Tensor) -> Tensor:
         """Whether each node (integer tensors [B, W]) is complete in its own row: bool [B, W]."""

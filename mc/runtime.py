@@ -16,7 +16,6 @@ Shapes: B rows, R rows with a working context (V variants of each: RV), T tokens
 
 import math
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -205,7 +204,7 @@ class MCController:
         tokens, targets, rows, hidden = tokens[chosen], targets[chosen], rows[chosen], hidden[chosen]
         with timed(trace, metrics, "tree"):
             tree, n_R, far = self.model.build_tree(embeds[chosen]), self._splits(rows, step), None
-            trees = Tree(tree.table_BND.detach(), tree.shape)
+            trees = tree.with_table(tree.table_BND.detach())
             if c.far_tokens:
                 far = draw_far_history(c, self.model.gistnet, embeds, every_row, chosen, n_R, c.variants, self.seed, step)
         with timed(trace, metrics, "score"):
@@ -265,7 +264,7 @@ class MCController:
         if V == 1:
             return tree, tokens, targets, rows, hidden, n, variant
         again = [x.repeat(V, *[1] * (x.ndim - 1)) for x in (tree.table_BND, tokens, targets, rows, hidden, n)]
-        return replace(tree, table_BND=again[0]), *again[1:], variant
+        return tree.with_table(again[0]), *again[1:], variant
 
     @torch.no_grad()
     def _scores(self, tree: Tree, captured: list[Captured], chosen: slice, rows: Tensor, variant: Tensor, n: Tensor, step: int,
@@ -312,7 +311,7 @@ class MCController:
         c = self.config
         if not (weight := c.teacher_weights()["softmax"]):
             return None
-        logits = summed_gradient(cursor_logits(self.model, Tree(tree.table_BND.detach(), tree.shape), n))
+        logits = summed_gradient(cursor_logits(self.model, tree.with_table(tree.table_BND.detach()), n))
         return softmax_bias(logits, visible_blocks(n, logits.shape[1], c.block_size, c.protected), entries, c.block_size, weight)
 
     @torch.no_grad()

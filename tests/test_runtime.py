@@ -414,6 +414,7 @@ def test_every_setting_changes_something(name):
     ({"gist_pool": "cls"}, {}, "needs the variant"),
     ({"gists_per_block": 4}, {}, "does not divide into 4 gists"),
     ({"gists_per_block": 2, "far_tokens": 400, "far_entries": 40}, {}, "one gist per node"),
+    ({"gists_per_block": 2, "lens": "slots"}, {}, "reads one gist per node"),
     ({"gists_per_block": 3}, {}, "use one of 1, 2, 4"),
     ({"gist": "mean", "gist_width": 16}, {}, "gist_width has no effect"),
     ({"gist": "mean", "gist_shared": 0}, {}, "gist_shared has no effect"),

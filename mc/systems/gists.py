@@ -52,7 +52,7 @@ class Gists(System):
         tree = self.mc.build_tree(self.gpt.embed(tokens_BT))  # the continuation is looked up here; cuts lie within [0, n)
         entries = with_continuation(shown, n_B, H - 1)
         hidden = run_entries(self.gpt, self.mc, tree, tokens_BT, entries)
-        return take(hidden, read_rows(entries, self.block_size, H, 1).slot_BP), entries.used_B
+        return take(hidden, read_rows(entries, self.block_size, H, 1, self.mc.config.gists_per_block).slot_BP), entries.used_B
 
     def choosing_flops(self, n: int) -> float:
         return self.mc.gistnet.flops_per_token() * n
@@ -70,7 +70,7 @@ class EvenGists(Gists):
         nothing = torch.full((len(history_BN), n // c.block_size), -torch.inf, device=history_BN.device)
         coarsest = self.mc.allocator.allocate(nothing, n_B).expanded
         for lod in range(c.max_lod + 1):
-            cut, fits = from_expanded([open_BN | (level > lod) for level, open_BN in enumerate(coarsest, 1)], n_B, c.block_size, self.budget)
+            cut, fits = from_expanded([open_BN | (level > lod) for level, open_BN in enumerate(coarsest, 1)], n_B, c.block_size, self.budget, c.gists_per_block)
             if bool(fits.all()):  # all rows have n tokens: it fits in all or in none
                 return cut
         raise AssertionError("the coarsest cut is feasible")
