@@ -127,9 +127,9 @@ class Tokenizer:
         """Text of `ids`; special ids appear by name, broken UTF-8 as U+FFFD."""
         return self._encoding.decode(list(ids))
 
-    def token(self, token_id: int) -> bytes:
-        """The bytes of a BPE id (below `bos_id`)."""
-        return self._tokens[token_id]
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Bytes of `ids`; special ids appear by name."""
+        return self._encoding.decode_bytes(list(ids))
 
     def token_bytes(self) -> np.ndarray:
         """int32 [vocab_size]: UTF-8 bytes each id stands for, 0 for special ids (bits per byte = nats / ln 2 / bytes)."""

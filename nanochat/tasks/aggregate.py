@@ -4,7 +4,7 @@ One context has one question; in training, a share of the context's own tokens c
 the row's and what is asked for follows from it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -13,7 +13,7 @@ from nanochat.common import UserError
 from nanochat.tasks.context import Context
 from nanochat.tasks.words import Words
 
-LEARNABLE = 1 / 32  # share of a context's tokens that count in training: answers, here and in other rows, must not drown among a thousand words
+LEARNABLE = 1 / 8  # share of a context's tokens that count in training: answers, here and in other rows, must not drown among a thousand words
 
 
 def zipf_counts(total: int, kinds: int, power: float, top: int) -> np.ndarray:
@@ -39,9 +39,6 @@ class _Aggregate:
     one_question: ClassVar[bool] = True
     question_tokens: ClassVar[int] = 2
 
-    def for_training(self, rng: np.random.Generator, words: Words, m: int):
-        return self, 1
-
     def _check(self, asks: int, depth: float | None) -> None:
         if asks != 1 or depth is not None:
             raise UserError(f"{type(self).__name__} asks one question about the whole context, which has no depth: asked for {asks} at {depth}")
@@ -52,11 +49,14 @@ class Frequent(_Aggregate):
     """RULER's frequent words: counts fall as a power of the rank; the answer is the most frequent ones, most frequent first."""
 
     top: int = 3
-    power: float = 0.5
+    power: float = 1.0
 
     @property
     def answer_tokens(self) -> int:
         return self.top
+
+    def for_training(self, rng: np.random.Generator, words: Words, m: int) -> tuple["Frequent", int]:
+        return replace(self, power=self.power * 2 ** rng.uniform(0, 1.5)), 1  # where differences are large, to count is learned sooner
 
     def make(self, rng: np.random.Generator, words: Words, m: int, asks: int, block_size: int, depth: float | None = None) -> Context:
         self._check(asks, depth)
@@ -74,11 +74,14 @@ class Common(_Aggregate):
     """RULER's common words: `top` words occur `ratio` times as often as any other; the answer is those, in the order of their numbers."""
 
     top: int = 3
-    ratio: float = 2.0
+    ratio: float = 3.0
 
     @property
     def answer_tokens(self) -> int:
         return self.top
+
+    def for_training(self, rng: np.random.Generator, words: Words, m: int) -> tuple["Common", int]:
+        return replace(self, ratio=self.ratio * 2 ** rng.uniform(0, 2)), 1
 
     def make(self, rng: np.random.Generator, words: Words, m: int, asks: int, block_size: int, depth: float | None = None) -> Context:
         self._check(asks, depth)
@@ -109,6 +112,9 @@ class Topic(_Aggregate):
     @property
     def answer_tokens(self) -> int:
         return self.words_ahead or 1
+
+    def for_training(self, rng: np.random.Generator, words: Words, m: int) -> tuple["Topic", int]:
+        return replace(self, power=self.power * 2 ** rng.uniform(0, 1.5)), 1
 
     def make(self, rng: np.random.Generator, words: Words, m: int, asks: int, block_size: int, depth: float | None = None) -> Context:
         self._check(asks, depth)

@@ -29,7 +29,7 @@ class Words:
     def of(cls, tokenizer: Tokenizer, corpus: np.ndarray) -> "Words":
         """corpus: int [N] ids of running text; only its whole words are used, in their order. UserError if there are too few."""
         whole = np.zeros(tokenizer.vocab_size, dtype=bool)
-        words = [i for i in range(tokenizer.bos_id) if WORD.fullmatch(tokenizer.token(i))]
+        words = [i for i in range(tokenizer.bos_id) if WORD.fullmatch(tokenizer.decode_bytes([i]))]
         whole[words] = True
         text = np.asarray(corpus, dtype=np.int64)
         text = text[whole[text]]
