@@ -15,7 +15,7 @@ from nanochat.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Example:
-    """`references`: what a right answer contains, each worth the same (RULER's scoring); by default the answer itself."""
+    """`references`: what a right answer contains, each worth the same; with `any_reference` one of them suffices (RULER's `part`)."""
 
     context: str
     question: str
@@ -27,11 +27,16 @@ class Example:
     depth: float | None = None  # where in the context the first token that is needed stands, in [0, 1); None: no such place
     references: tuple[str, ...] = ()
     evidence: tuple[int, ...] = ()  # places in the history of the tokens that the answer depends on; none: on all of it, or not known
+    any_reference: bool = False
     tags: tuple[str, ...] = ()  # what else is known of it, e.g. the kind of document
 
     def evidence_blocks(self, block_size: int) -> tuple[int, ...]:
         """Numbers of the blocks that hold the evidence, ascending."""
         return tuple(sorted({place // block_size for place in self.evidence}))
+
+    def score(self, prediction: str) -> float:
+        """RULER's score of a generated answer, in [0, 1]."""
+        return ruler_score(prediction, self.references or (self.answer,), self.any_reference)
 
     def kvpress(self) -> dict:
         """The row of a kvpress data set, with our extra columns behind its five."""

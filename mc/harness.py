@@ -1,0 +1,36 @@
+"""A model with MegaContext under the lm-evaluation-harness: every request is a session, whose history has no limit and is not cut."""
+
+from typing import Sequence
+
+from torch import Tensor
+
+from mc.session import SessionPool
+from nanochat.harness import HarnessLM
+from nanochat.tokenizer import Tokenizer
+
+
+class SessionLM(HarnessLM):
+    """`pool`: with room for one session."""
+
+    def __init__(self, pool: SessionPool, tokenizer: Tokenizer, seed: int = 0):
+        super().__init__(tokenizer, seed)
+        self.pool = pool
+
+    def _open(self, context: Sequence[int]):
+        session = self.pool.open(seed=self.seed)
+        session.begin(context)
+        return session
+
+    def score(self, context: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        session = self._open(context)
+        try:
+            return session.score(tokens)
+        finally:
+            session.close()
+
+    def continuation(self, context: Sequence[int], max_tokens: int, temperature: float):
+        session = self._open(context)
+        try:
+            yield from session.generate(max_tokens, temperature=temperature)
+        finally:
+            session.close()

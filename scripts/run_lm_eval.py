@@ -1,0 +1,91 @@
+"""Run tasks of EleutherAI's lm-evaluation-harness on a checkpoint: python -m scripts.run_lm_eval --checkpoint_dir=DIR --tasks=NAME --include_path=DIR
+
+    … --mc_enabled=1        every request in a session with MegaContext, whose context is never cut
+
+Tasks are the harness's own (they fetch their data) or YAML files in --include_path, whose data files may be local.
+Needs the extra lm-eval: pip install "megacontext[lm-eval]".
+"""
+
+import json
+import logging
+from pathlib import Path
+
+from nanochat.common import FlagParser, UserError, base_dir, import_optional, init_distributed, parse_optional, run_main
+from nanochat.loading import add_model_flags, model_from_flags
+
+
+def make_parser(with_mc: bool = True) -> FlagParser:
+    parser = FlagParser(prog="python -m scripts.run_lm_eval", description=__doc__.split(":")[0])
+    add_model_flags(parser)
+    parser.add_argument("--tasks", required=True, help="names of tasks or groups, with commas between")
+    parser.add_argument("--include_path", type=Path, help="folder of further tasks in YAML; their relative data files are found from the current folder")
+    parser.add_argument("--limit", type=int, default=0, help="documents per task; 0: all")
+    parser.add_argument("--num_fewshot", type=int, default=-1, help="examples before each question; -1: as the task says")
+    parser.add_argument("--max_length", type=int, default=0, help="window in tokens, behind which a longer context is cut; 0: the training length; without MegaContext only")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of few-shot examples and of sampling, where a task samples")
+    parser.add_argument("--mc_enabled", type=int, choices=(0, 1), default=0, help="1: sessions with MegaContext, whose context is never cut")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file of the results; default $NANOCHAT_BASE_DIR/evals/lm_eval.json")
+    if with_mc:
+        import_optional("mc", "session").add_flags(parser)
+    return parser
+
+
+def import_harness():
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ModuleNotFoundError as e:
+        raise UserError(f'scripts.run_lm_eval needs the package {e.name}, which is not installed; run: pip install "megacontext[lm-eval]"') from None
+    return lm_eval.simple_evaluate, TaskManager
+
+
+def build_lm(args):
+    """The checkpoint as the harness sees it, and what to say about contexts that were cut."""
+    ranks = init_distributed(args.device)
+    model, tokenizer, meta = model_from_flags(args, ranks.device)
+    if not args.mc_enabled:
+        from nanochat.harness import PlainLM
+
+        return PlainLM(model, tokenizer, args.max_length, args.seed)
+    if args.max_length:
+        raise UserError(f"--max_length={args.max_length} has no effect with --mc_enabled=1: a session's context is never cut")
+    if not meta.get("mc"):
+        raise UserError("--mc_enabled=1 needs a checkpoint that was trained with --mc_enabled=1")
+    sessions, harness = import_optional("mc", "session"), import_optional("mc", "harness")
+    return harness.SessionLM(sessions.open_pool(model, meta, args.checkpoint_dir, sessions.from_flags(args)), tokenizer, args.seed)
+
+
+def main() -> None:
+    _, args = parse_optional(make_parser, "mc")
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if args.include_path and not args.include_path.is_dir():
+        raise UserError(f"--include_path={args.include_path}: no such folder")
+    if args.limit < 0 or args.num_fewshot < -1 or args.seed < 0:
+        raise UserError("--limit and --seed are at least 0, --num_fewshot at least -1")
+    simple_evaluate, TaskManager = import_harness()
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    managers = (TaskManager(include_path=str(args.include_path) if args.include_path else None, include_defaults=defaults)
+                for defaults in (False, True) if defaults or args.include_path)  # the harness's thousands take seconds to index
+    manager = next((m for m in managers if set(names) <= set(m.all_tasks)), None)
+    if manager is None or not names:
+        raise UserError(f"--tasks={args.tasks}: not all of these are tasks of the harness or of --include_path={args.include_path}")
+    lm = build_lm(args)
+    found = simple_evaluate(lm, tasks=names, limit=args.limit or None, num_fewshot=None if args.num_fewshot < 0 else args.num_fewshot, task_manager=manager,
+                            log_samples=False, bootstrap_iters=1000, random_seed=args.seed, numpy_random_seed=args.seed, torch_random_seed=args.seed,
+                            fewshot_random_seed=args.seed)
+    cut = getattr(lm, "cut", 0)
+    if cut:
+        print(f"note: {cut} requests were longer than the window of {lm.max_length} tokens and lost their beginning; --mc_enabled=1 keeps it")
+    results = {task: {key: value for key, value in scores.items() if key != "sample_len" and isinstance(value, (int, float))} for task, scores in found["results"].items()}
+    samples = {task: counts["effective"] for task, counts in found["n-samples"].items()}
+    out = args.out or base_dir() / "evals" / "lm_eval.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"results": results, "documents": samples, "cut": cut, "checkpoint": str(args.checkpoint_dir or args.nanochat_checkpoint),
+                               "mc": bool(args.mc_enabled), "flags": {k: str(v) for k, v in vars(args).items()}}, indent=1))
+    for task, scores in results.items():
+        print(f"{task}: " + ", ".join(f"{key.removesuffix(',none')} {value:.4f}" for key, value in scores.items()))
+    print(json.dumps({"results": results, "documents": samples, "cut": cut, "out": str(out)}))
+
+
+if __name__ == "__main__":
+    run_main(main)
