@@ -58,6 +58,8 @@ def build_lm(args):
 def main() -> None:
     _, args = parse_optional(make_parser, "mc")
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--tasks={args.tasks} names no task")
     if args.include_path and not args.include_path.is_dir():
         raise UserError(f"--include_path={args.include_path}: no such folder")
     if args.limit < 0 or args.num_fewshot < -1 or args.seed < 0:
@@ -67,7 +69,7 @@ def main() -> None:
     managers = (TaskManager(include_path=str(args.include_path) if args.include_path else None, include_defaults=defaults)
                 for defaults in (False, True) if defaults or args.include_path)  # the harness's thousands take seconds to index
     manager = next((m for m in managers if set(names) <= set(m.all_tasks)), None)
-    if manager is None or not names:
+    if manager is None:
         raise UserError(f"--tasks={args.tasks}: not all of these are tasks of the harness or of --include_path={args.include_path}")
     lm = build_lm(args)
     found = simple_evaluate(lm, tasks=names, limit=args.limit or None, num_fewshot=None if args.num_fewshot < 0 else args.num_fewshot, task_manager=manager,

@@ -1,16 +1,20 @@
 """The lm-evaluation-harness on our checkpoints, with a task defined by local YAML and local data; generated tasks as files."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from e2e_commands import run
 from test_tasks import LINES, TOKENIZER
 
+from nanochat.common import UserError
 from nanochat.tasks.catalogue import task_rows
 from nanochat.tasks.external import load_examples
 from nanochat.tasks.schema import Example
 from nanochat.tasks.words import Words
+from scripts import run_lm_eval
 
 TASKS = {
     "made_choice": "output_type: multiple_choice\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{label}}'\ntarget_delimiter: ''\nmetric_list: [{metric: acc}]",
@@ -24,7 +28,7 @@ def folder(tmp_path):
     """YAML of three tasks, one per kind of request, on one file of five documents, one of them longer than the window."""
     path = tmp_path / "tasks"
     path.mkdir()
-    docs = [{"text": "def main(" + "argument, " * n + "self", "choices": [" self", "):", " ???"], "label": n % 3} for n in (1, 2, 3, 4, 80)]
+    docs = [{"text": "def main(" + "argument, " * n + "self", "choices": [" self", "):", " ???"], "label": n % 3} for n in (1, 2, 3, 4, 45)]
     (path / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     for name, body in TASKS.items():
         (path / f"{name}.yaml").write_text(f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: '{path}/docs.jsonl'}}\ntest_split: test\n"
@@ -50,9 +54,24 @@ def test_what_the_user_got_wrong_is_said_in_a_line(reference, folder):
     pytest.importorskip("lm_eval")
     base = reference["vanilla"]
     flags = [f"--checkpoint_dir={base}/checkpoints/t", f"--include_path={folder}"]
-    assert "no_such_task" in run(base, "run_lm_eval", *flags, "--tasks=no_such_task").error
+    assert "names no task" in run(base, "run_lm_eval", *flags, "--tasks=,").error
     assert "was trained with --mc_enabled=1" in run(base, "run_lm_eval", *flags, "--tasks=made_choice", "--mc_enabled=1").error
     assert "no such folder" in run(base, "run_lm_eval", flags[0], "--tasks=x", f"--include_path={folder}/no").error
+
+
+def test_an_unknown_task_is_looked_for_among_the_harness_own(monkeypatch, tmp_path):
+    """With a manager that is quick: the harness's index of its own thousands takes most of a minute."""
+    asked = []
+
+    def manager(include_path, include_defaults):
+        asked.append((include_path, include_defaults))
+        return SimpleNamespace(all_tasks=["mine", *["theirs"] * include_defaults])
+
+    monkeypatch.setattr(run_lm_eval, "import_harness", lambda: (None, manager))
+    monkeypatch.setattr(sys, "argv", ["run_lm_eval", "--checkpoint_dir=x", f"--include_path={tmp_path}", "--tasks=mine,no_such_task"])
+    with pytest.raises(UserError, match="--tasks=mine,no_such_task: not all of these"):
+        run_lm_eval.main()
+    assert asked == [(str(tmp_path), False), (str(tmp_path), True)]
 
 
 def test_generated_tasks_as_files_in_kvpress_schema(tmp_path):
