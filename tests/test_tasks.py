@@ -105,7 +105,7 @@ def check_evidence(e: Example, tokens, targets, n: int):
 
 
 @given(st.sampled_from([n for n in TASKS if not TASKS[n].one_question and not hasattr(TASKS[n], "hops")]), st.floats(0, 1), st.integers(0, 2**40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_the_answer_lies_where_it_is_asked_for(name, depth, row):
     e = task_rows(name, WORDS, "val", [row], 1056, depth=depth).examples[0]
     assert e.answer == solve(e)

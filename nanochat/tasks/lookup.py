@@ -123,6 +123,8 @@ class Lookup:
         if self.straddle:
             askable = askable[(fact_at[:, -1] + 1) % block_size == 0]
         needed = fact_at[:, -1] if self.updates > 1 else fact_at[:, 0]
+        if self.values > 1 and depth is not None:  # whichever of its values is nearest
+            needed = np.take_along_axis(fact_at, np.abs(fact_at - depth * m).argmin(1)[:, None], axis=1)[:, 0]
         if not len(askable):
             raise UserError(f"no fact straddles an edge of a block in a context of {m} tokens")
         spread = None if self.straddle else self.spread  # at most one fact straddles an edge
