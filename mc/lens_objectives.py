@@ -187,7 +187,7 @@ def lens_objective(model: MegaContext, lesson: Lesson) -> tuple[Tensor | None, d
         dense, metrics = dense_parts(model, lesson, weights)
         parts += dense
     if lesson.edits is not None:
-        parts.append(("counterfactual", weights["counterfactual"], edit_loss(model, lesson.tree, lesson.edits).mean()))
+        parts.append(("counterfactual", weights["counterfactual"], edit_loss(model, lesson.tree, lesson.edits, bool(c.lens_normalize)).mean()))
     if lesson.variants is not None:
         parts.append(("preference", weights["preference"], variant_loss(model, lesson.tree, lesson.variants).mean()))
     if not parts:
@@ -211,10 +211,17 @@ def summed_gradient(logits: tuple[Tensor, ...]) -> Tensor:
     return logits[-1] + sum(x - x.detach() for x in logits[:-1])
 
 
-def edit_loss(model: MegaContext, tree: Tree, edits: Edits) -> Tensor:
-    """[B] `utility_order` of the lens's logits at the end of each row's history."""
-    utility_BE = standardized(edits.utility_BE, edits.valid_BE) if model.config.lens_normalize else edits.utility_BE
-    return sum(utility_order(x.gather(1, edits.block_BE), utility_BE, edits.valid_BE) for x in cursor_logits(model, tree, edits.n_B))
+def edit_loss(model: MegaContext, tree: Tree, edits: Edits, normalize: bool) -> Tensor:
+    """[B] `utility_order` of the lens's logits at the end of each row's history, and the mean of that of each tail token's own vote:
+    the evidence that adds up to a logit is taught one by one too."""
+    n_B, block_BE, utility_BE, valid_BE = edits
+    utility_BE = standardized(utility_BE, valid_BE) if normalize else utility_BE
+    loss_B = sum(utility_order(x.gather(1, block_BE), utility_BE, valid_BE) for x in cursor_logits(model, tree, n_B))
+    own_BTN = model.tail_votes(tree.levels[0], n_B)
+    each = own_BTN.shape[1]
+    own_BTE = own_BTN.gather(2, block_BE[:, None].expand(-1, each, -1))
+    own_BT = utility_order(own_BTE.flatten(0, 1), *(x.repeat_interleave(each, 0) for x in (utility_BE, valid_BE))).view(-1, each)
+    return loss_B + own_BT.mean(1)
 
 
 def variant_loss(model: MegaContext, tree: Tree, variants: Variants) -> Tensor:

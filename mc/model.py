@@ -75,11 +75,20 @@ class MegaContext(nn.Module):
 
     def bilinear_logits(self, embeds_BTD: Tensor, n_B: Tensor, keys_BNPC: Tensor | None = None) -> Tensor:
         """[B, N] as `lens_logits`, before the lens's reader if it has one."""
+        keys_BNPC = self.lensnet.keys(embeds_BTD) if keys_BNPC is None else keys_BNPC
+        return self.lensnet.focus_logits(self._tail(embeds_BTD, n_B), keys_BNPC, n_B)
+
+    def tail_votes(self, embeds_BTD: Tensor, n_B: Tensor) -> Tensor:
+        """[B, tail, N] what each of the last tokens before n votes for by itself."""
         lens = self.lensnet
-        keys_BNPC = lens.keys(embeds_BTD) if keys_BNPC is None else keys_BNPC
-        length = lens.config.tail + LOCAL_MEAN
-        index = (n_B[:, None] - length + torch.arange(length, device=n_B.device)).clamp_min(0)
-        return lens.focus_logits(take(embeds_BTD, index), keys_BNPC, n_B)
+        queries, _ = lens.queries(self._tail(embeds_BTD, n_B))
+        return lens.votes(queries, lens.keys(embeds_BTD))[:, -lens.config.tail:]
+
+    def _tail(self, embeds_BTD: Tensor, n_B: Tensor) -> Tensor:
+        """[B, tail + LOCAL_MEAN, D] the last tokens before n."""
+        length = self.lensnet.config.tail + LOCAL_MEAN
+        index = n_B[:, None] - length + torch.arange(length, device=n_B.device)
+        return take(embeds_BTD, index.clamp_min(0))
 
     @staticmethod
     def reread(lens: LensNet, logits_BQN: Tensor, embeds_BTD: Tensor, cursor_BQ: Tensor, tree: Tree) -> Tensor:

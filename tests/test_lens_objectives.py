@@ -64,6 +64,7 @@ def test_every_target_wants_the_planted_block_most(kind, block, more, monkeypatc
     mc = tiny_mc(gpt, gist="mean", teacher=kind, lens_horizon=1, **{"cuts": "random:1", **settings.get(kind, {}), **more})
     logits = torch.zeros(BLOCKS, dtype=torch.float64, requires_grad=True)
     monkeypatch.setattr(mc.model, "bilinear_logits", lambda embeds, n, keys=None: logits.expand(len(embeds), -1))
+    monkeypatch.setattr(mc.model, "tail_votes", lambda embeds, n: logits.expand(len(embeds), R, -1))
     monkeypatch.setattr(mc.model.lensnet, "keys", lambda embeds: embeds.shape[1] // K)
     monkeypatch.setattr(mc.model.lensnet, "logits", lambda embeds, count, asked: 2 * (logits[:count].expand(len(embeds), asked.stop - asked.start, -1),))
     for at in range(3):
@@ -297,7 +298,7 @@ def test_each_part_reaches_the_lens_alone():
     parts, _ = dense_parts(mc.model, lesson, mc.config.teacher_weights())
     assert [name for name, _, _ in parts] == ["attention", "rank", "gate", "rank", "zero_sum", "illegal", "kl"]
     alone = [(name, part) for name, _, part in parts]
-    alone += [("counterfactual", edit_loss(mc.model, lesson.tree, lesson.edits).sum()), ("preference", variant_loss(mc.model, lesson.tree, lesson.variants).sum())]
+    alone += [("counterfactual", edit_loss(mc.model, lesson.tree, lesson.edits, False).sum()), ("preference", variant_loss(mc.model, lesson.tree, lesson.variants).sum())]
     everything = [*gpt.named_parameters(), *mc.model.named_parameters()]
     for name, part in alone:
         for p in (p for _, p in everything):
