@@ -23,9 +23,9 @@ from mc.focus_allocator import GreedyAllocator, check_feasible
 from mc.keyed_random import gumbel
 from mc.losses import row_mean
 from mc.model import MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
-from mc.teachers import attention_mass, gate_utility
+from mc.teachers import attention_mass, continuation_pass, gate_utility
 from mc.working_context import Cut, from_expanded
-from nanochat.gpt import GPT, Captured, token_losses
+from nanochat.gpt import GPT, token_losses
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,8 @@ class FocusComparison:
 
     def teacher_scores(self) -> dict[str, Tensor]:
         """[B, N] gate gradient and attention mass of the continuation's queries in the full pass: they know the answer."""
-        captured: list[Captured] = []
         queries = slice(self.n - 1, self.n + self.H - 1)
-        with torch.enable_grad():
-            embeds = self.embeds.clone().requires_grad_()
-            hidden = self.gpt.hidden(self.tokens, inputs_embeds=embeds, capture=captured, lift_windows=True)[:, queries]
-            losses = token_losses(self.gpt.logits(hidden), self.targets[:, queries])
-            torch.autograd.grad(losses.sum(), embeds)  # leaves the gradient at every attention output
+        captured = continuation_pass(self.gpt, self.tokens, self.targets, self.n)
         counted = (self.targets[:, queries] >= 0).unsqueeze(-1)
         every = slice(None)
         return {"gate": (gate_utility(captured, every, queries, self.n_blocks, self.K) * counted).sum(1),

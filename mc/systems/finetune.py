@@ -15,12 +15,12 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from mc.losses import lens_loss, lens_targets, row_mean
+from mc.lens_objectives import Lesson, lens_objective
 from mc.systems.catalogue import system_named
 from mc.systems.gists import Gists
 from mc.systems.interface import Models, System
 from mc.systems.rows import Batches, Rows
-from mc.teachers import attention_mass, beyond_average, continuation_pass, gate_utility, over_horizon
+from mc.teachers import continuation_pass
 from nanochat.common import UserError
 from nanochat.gpt import mean_loss, token_losses
 from nanochat.optim import MuonAdamW, assert_finite, gpt_param_groups
@@ -100,7 +100,7 @@ def train(systems: list[System], batches: Batches, recipe: Recipe, lr_scale: flo
         assert_finite(loss, step)
         loss.backward()
         if system.looks:
-            teach_lens(system, rows)
+            teach_lens(system, rows, step)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * lr_multiplier(step, recipe.steps, warmup_steps=WARMUP, warmdown_ratio=WARMDOWN)
             if group["kind"] == "muon":
@@ -112,20 +112,17 @@ def train(systems: list[System], batches: Batches, recipe: Recipe, lr_scale: flo
     return losses
 
 
-def teach_lens(system: System, rows: Rows) -> None:
+def teach_lens(system: System, rows: Rows, step: int) -> None:
     """Adds to the lens's gradients: its labels, from the full pass over the same rows, for the queries whose targets count."""
-    tokens, targets, n, _ = rows
-    mc, c, T = system.models.mc, system.models.mc.config, tokens.shape[1]
+    tokens, targets, n, numbers = rows
+    mc, T = system.models.mc, tokens.shape[1]
+    if mc.config.lens_queries > T - mc.config.protected - mc.config.block_size:
+        raise UserError(f"rows of {T} tokens leave no history before the {mc.config.lens_queries} queries that teach this lens; use a longer history")
     captured = continuation_pass(system.gpt, tokens, targets, n)
-    count, queries = n // c.block_size, slice(max(n - 1, T - c.lens_queries), T)
-    signal = (gate_utility if c.teacher == "gate" else attention_mass)(captured, slice(None), queries, count, c.block_size)
-    signal = over_horizon(signal * (targets[:, queries] >= 0).unsqueeze(-1), min(c.lens_horizon, T - queries.start))
-    asked = slice(queries.start, queries.start + signal.shape[1])
-    end = (torch.arange(count, device=tokens.device) + 1) * c.block_size
-    cursor = torch.arange(asked.start + 1, asked.stop + 1, device=tokens.device)
-    visible = (end <= cursor[:, None] - c.protected).expand(len(tokens), -1, -1)
-    target, weight = lens_targets(beyond_average(signal, visible) if c.teacher == "attention" else signal, visible)
+    asked = targets.masked_fill(torch.arange(T, device=tokens.device) < n - 1, -1)
     with torch.no_grad():
         embeds = system.gpt.embed(tokens)
-    own, logits = mc.lensnet.logits(embeds, mc.lensnet.keys(embeds[:, :count * c.block_size]), asked)
-    sum(row_mean(lens_loss(x, target, visible), weight).mean() for x in (own, logits)).backward()
+        tree = mc.build_tree(embeds[::mc.config.row_stride])
+    loss, _ = lens_objective(mc, Lesson(captured, embeds, asked, numbers, tree, None, None, (system.seed, step)))
+    if loss is not None:
+        loss.backward()
