@@ -24,7 +24,6 @@ Everything but the softmax target is computed after the backward pass and reache
 Shapes: B rows, T tokens, D width, Q queries, N blocks, E edits, V variants, M entries.
 """
 
-import math
 from typing import Callable, NamedTuple, Sequence
 
 import torch
@@ -248,9 +247,11 @@ def dense_parts(model: MegaContext, lesson: Lesson, weights: dict[str, float]) -
     each = lambda x: x  # noqa: E731
     last, seen, at = logits, visible, cursor
     if lens.reader is not None:
-        each = _few(c, lesson, taught[kinds[-1]][1] if kinds else visible.any(-1).to(logits.dtype))
+        each = _few(lesson, lesson.rows_B[::c.lens_row_stride], taught[kinds[-1]][1] if kinds else visible.any(-1).to(logits.dtype))
         last, seen, at = (each(x) for x in (logits, visible, cursor))
-        last = _reread(model, lens, lesson, last, at)
+        with torch.no_grad():
+            tree = model.build_tree(embeds)
+        last = _reread(model, lens, last, embeds, at, tree)
     parts, metrics = [], {"mc.lens.spread": spread(last.detach(), seen)}
     for kind, (target, weight) in taught.items():
         loss = sum(row_mean(lens_loss(x, target, visible), weight).mean() for x in (own, logits))
@@ -276,28 +277,23 @@ def dense_parts(model: MegaContext, lesson: Lesson, weights: dict[str, float]) -
         with torch.no_grad():
             before = model.earlier_lens
             earlier = each(before.logits(embeds, before.keys(embeds[:, :count * c.block_size]), asked)[1])
-            earlier = earlier if lens.reader is None else _reread(model, before, lesson, earlier, at)
+            earlier = earlier if lens.reader is None else _reread(model, before, earlier, embeds, at, tree)
         parts.append(("kl", c.lens_kl, row_mean(policy_term(last, earlier, seen), some).mean()))
     return parts, metrics
 
 
-def _few(c: MCConfig, lesson: Lesson, weight_BQ: Tensor) -> Callable[[Tensor], Tensor]:
-    """Chooses, of anything [B, Q, …] about the rows that teach the lens, the rows that have a tree too and few of their queries,
-    drawn by their weight."""
-    rows = slice(None, None, math.lcm(c.row_stride, c.lens_row_stride) // c.lens_row_stride)
-    weight_BQ = weight_BQ[rows]
-    noise = gumbel(lesson.rows_B[::math.lcm(c.row_stride, c.lens_row_stride)], weight_BQ.shape[1], lesson.key[0], "cursors", lesson.key[1])
+def _few(lesson: Lesson, rows_B: Tensor, weight_BQ: Tensor) -> Callable[[Tensor], Tensor]:
+    """Chooses, of anything [B, Q, …], few of the queries of each row (global number `rows_B`), drawn by their weight."""
+    seed, step = lesson.key
+    noise = gumbel(rows_B, weight_BQ.shape[1], seed, "cursors", step)
     picked = (weight_BQ.log() + noise).topk(min(CURSORS, weight_BQ.shape[1]), dim=1).indices
-    return lambda x: x[rows].gather(1, picked) if x.ndim == 2 else take(x[rows], picked)
+    return lambda x: x.gather(1, picked) if x.ndim == 2 else take(x, picked)
 
 
-def _reread(model: MegaContext, lens: LensNet, lesson: Lesson, logits_BQN: Tensor, cursor_BQ: Tensor) -> Tensor:
-    """[B, Q, N] after the reader of a lens, of the rows that teach the lens and have a tree."""
-    c = model.config
-    both = math.lcm(c.row_stride, c.lens_row_stride)
-    tree, count = lesson.tree.with_table(lesson.tree.table_BND[::both // c.row_stride]), logits_BQN.shape[-1]
-    every_block = F.pad(logits_BQN, (0, tree.shape.counts[1] - count))  # the last are read, not rated
-    return model.reread(lens, every_block, lesson.embeds_BTD[::both], cursor_BQ, tree)[..., :count]
+def _reread(model: MegaContext, lens: LensNet, logits_BQN: Tensor, embeds_BTD: Tensor, cursor_BQ: Tensor, tree: Tree) -> Tensor:
+    """[B, Q, N] after the reader of a lens."""
+    every_block = F.pad(logits_BQN, (0, tree.shape.counts[1] - logits_BQN.shape[-1]))  # the last are read, not rated
+    return model.reread(lens, every_block, embeds_BTD, cursor_BQ, tree)[..., :logits_BQN.shape[-1]]
 
 
 def _dense_target(kind: str, c: MCConfig, lesson: Lesson, count: int, visible_BQN: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ between micro-batches. Before `start` a step is the vanilla step.
 Shapes: B rows, R rows with a working context (V variants of each: RV), T tokens, D width, N blocks, P positions read, Q queries.
 """
 
-import math
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -128,7 +127,7 @@ class MCController:
         if (network := self.model.lensnet.reader) is not None:
             counts = TreeShape(T, c.block_size, c.max_lod).counts[1:]
             per_reread = network.flops(CURSORS, counts[0], sum(counts), c.protected)
-            reader = 3 * per_reread / T / math.lcm(c.row_stride, c.lens_row_stride)
+            reader = (3 * per_reread / T + self.model.gistnet.flops_per_token()) / c.lens_row_stride  # on gists of its own rows
         return passes / T + tree + 6 * per_row / T / c.lens_row_stride + reader
 
     def activation_bytes(self, gpt: GPT, micro_batch: int) -> int:

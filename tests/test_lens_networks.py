@@ -175,15 +175,15 @@ def test_the_bilinear_part_learns_as_it_does_alone(kind):
 
 
 @pytest.mark.parametrize("strides", [dict(row_stride=2), dict(lens_row_stride=2), dict(row_stride=2, lens_row_stride=4)])
-def test_rows_are_taught_that_have_a_tree_and_a_teacher(strides, monkeypatch):
-    """With any strides its logits are those of use at the same row and cursor."""
+def test_what_is_taught_are_the_logits_of_use(strides, monkeypatch):
+    """At the same row and cursor, with any strides."""
     gpt, batch, seen = tiny_base(), tiny_batch(), []
     mc = tiny_mc(gpt, lens="transformer", **strides)
     reread = mc.model.reread
     monkeypatch.setattr(mc.model, "reread", lambda *a: seen.append((a[3], reread(*a))) or seen[-1][1])
     step(mc, gpt, batch)
     cursor_BQ, logits_BQN = seen[-1]
-    rows = slice(None, None, max(strides.values()))
+    rows = slice(None, None, mc.config.lens_row_stride)
     assert logits_BQN.shape[:2] == (4 // rows.step, min(CURSORS, mc.config.lens_queries))
     for q in range(cursor_BQ.shape[1]):
         used = mc.model.lens_logits(gpt.embed(batch.inputs)[rows], cursor_BQ[:, q])
@@ -196,7 +196,7 @@ def test_the_controllers_flops_count_it():
     gpt = tiny_base()
     alone, read = (tiny_mc(gpt, lens=lens) for lens in ("bilinear", "perceiver"))
     added = (read.flops_per_token(gpt) - alone.flops_per_token(gpt)) * 64
-    assert added == pytest.approx(3 * read.model.lensnet.reader.flops(CURSORS, 16, 16 + 4, 8), rel=1e-9)
+    assert added == pytest.approx(3 * read.model.lensnet.reader.flops(CURSORS, 16, 16 + 4, 8) + 64 * read.model.gistnet.flops_per_token(), rel=1e-9)
     assert added > 3 * CURSORS * 16 * WIDTH**2
 
 
