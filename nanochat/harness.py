@@ -1,8 +1,8 @@
 """Our models under EleutherAI's lm-evaluation-harness: its three questions, answered by a GPT with its own window.
 
-A context longer than the model's training window keeps its last tokens, as the harness expects of a model with a bounded context, and how many
-requests that cut is counted. Names of special ids in a task's text are those ids, so that our generated tasks can be asked as well.
-Needs the package lm_eval, so it is imported only by `scripts.run_lm_eval`.
+A context longer than the model's training window keeps its last tokens, as the harness expects of a model with a bounded context,
+and how many requests that cut is counted. Names of special ids in a task's text are those ids, so that our generated tasks can be
+asked as well. Needs the package lm_eval, so it is imported only by `scripts.run_lm_eval`.
 """
 
 from typing import Sequence
@@ -81,7 +81,9 @@ class HarnessLM(LM):
     def answer(self, context: str, options: dict) -> str:
         """Generated text up to the first of options["until"], or to bos."""
         if unknown := sorted(set(options) - GENERATION_OPTIONS):
-            raise UserError(f"generation_kwargs with {unknown[0]}={options[unknown[0]]!r}: this adapter knows {', '.join(sorted(GENERATION_OPTIONS))}")
+            raise UserError(
+                f"generation_kwargs with {unknown[0]}={options[unknown[0]]!r}: this adapter knows {', '.join(sorted(GENERATION_OPTIONS))}"
+            )
         until = options.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
         temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
@@ -116,7 +118,10 @@ class PlainLM(HarnessLM):
     def score(self, context: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """As `HarnessLM.score`; of context and tokens the last max_length + 1 count. UserError when the tokens alone are more."""
         if len(tokens) > self.max_length:
-            raise UserError(f"a continuation of {len(tokens)} tokens does not fit the window of {self.max_length}; raise --max_length or use --mc_enabled=1")
+            raise UserError(
+                f"a continuation of {len(tokens)} tokens does not fit the window of {self.max_length}; "
+                "raise --max_length or use --mc_enabled=1"
+            )
         row = [*context, *tokens]
         self.cut += len(row) - 1 > self.max_length
         ids = torch.tensor([row[:-1][-self.max_length :]], device=self.engine.device)
@@ -130,7 +135,9 @@ class PlainLM(HarnessLM):
     def continuation(self, context: Sequence[int], max_tokens: int, temperature: float):
         room = self.max_length - max_tokens
         if room < 1:
-            raise UserError(f"max_gen_toks={max_tokens} leaves nothing of the window of {self.max_length}; raise --max_length or use --mc_enabled=1")
+            raise UserError(
+                f"max_gen_toks={max_tokens} leaves nothing of the window of {self.max_length}; raise --max_length or use --mc_enabled=1"
+            )
         self.cut += len(context) > room
         for (token,) in self.engine.generate([list(context[-room:])], max_tokens, temperature=temperature, seed=self.seed):
             yield token

@@ -1,5 +1,6 @@
-"""Run tasks of EleutherAI's lm-evaluation-harness on a checkpoint: python -m scripts.run_lm_eval --checkpoint_dir=DIR --tasks=NAME --include_path=DIR
+"""Run tasks of EleutherAI's lm-evaluation-harness on a checkpoint.
 
+    python -m scripts.run_lm_eval --checkpoint_dir=DIR --tasks=NAME --include_path=DIR
     … --mc_enabled=1        every request in a session with MegaContext, whose context is never cut
 
 Tasks are the harness's own (they fetch their data) or YAML files in --include_path, whose data files may be local.
@@ -15,15 +16,24 @@ from nanochat.loading import add_model_flags, model_from_flags
 
 
 def make_parser(with_mc: bool = True) -> FlagParser:
-    parser = FlagParser(prog="python -m scripts.run_lm_eval", description=__doc__.split(":")[0])
+    parser = FlagParser(prog="python -m scripts.run_lm_eval", description=__doc__.split("\n\n")[0])
     add_model_flags(parser)
     parser.add_argument("--tasks", required=True, help="names of tasks or groups, with commas between")
-    parser.add_argument("--include_path", type=Path, help="folder of further tasks in YAML; their relative data files are found from the current folder")
+    parser.add_argument(
+        "--include_path", type=Path, help="folder of further tasks in YAML; their relative data files are found from the current folder"
+    )
     parser.add_argument("--limit", type=int, default=0, help="documents per task; 0: all")
     parser.add_argument("--num_fewshot", type=int, default=-1, help="examples before each question; -1: as the task says")
-    parser.add_argument("--max_length", type=int, default=0, help="window in tokens, behind which a longer context is cut; 0: the training length; without MegaContext only")
+    parser.add_argument(
+        "--max_length",
+        type=int,
+        default=0,
+        help="window in tokens, behind which a longer context is cut; 0: the training length; without MegaContext only",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of few-shot examples and of sampling, where a task samples")
-    parser.add_argument("--mc_enabled", type=int, choices=(0, 1), default=0, help="1: sessions with MegaContext, whose context is never cut")
+    parser.add_argument(
+        "--mc_enabled", type=int, choices=(0, 1), default=0, help="1: sessions with MegaContext, whose context is never cut"
+    )
     parser.add_argument("--out", type=Path, default=None, help="JSON file of the results; default $NANOCHAT_BASE_DIR/evals/lm_eval.json")
     if with_mc:
         import_optional("mc", "session").add_flags(parser)
@@ -35,7 +45,9 @@ def import_harness():
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as e:
-        raise UserError(f'scripts.run_lm_eval needs the package {e.name}, which is not installed; run: pip install "megacontext[lm-eval]"') from None
+        raise UserError(
+            f'scripts.run_lm_eval needs the package {e.name}, which is not installed; run: pip install "megacontext[lm-eval]"'
+        ) from None
     return lm_eval.simple_evaluate, TaskManager
 
 
@@ -66,24 +78,53 @@ def main() -> None:
         raise UserError("--limit and --seed are at least 0, --num_fewshot at least -1")
     simple_evaluate, TaskManager = import_harness()
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    managers = (TaskManager(include_path=str(args.include_path) if args.include_path else None, include_defaults=defaults)
-                for defaults in (False, True) if defaults or args.include_path)  # the harness's thousands take seconds to index
+    managers = (
+        TaskManager(include_path=str(args.include_path) if args.include_path else None, include_defaults=defaults)
+        for defaults in (False, True)
+        if defaults or args.include_path
+    )  # the harness's thousands take seconds to index
     manager = next((m for m in managers if set(names) <= set(m.all_tasks)), None)
     if manager is None:
         raise UserError(f"--tasks={args.tasks}: not all of these are tasks of the harness or of --include_path={args.include_path}")
     lm = build_lm(args)
-    found = simple_evaluate(lm, tasks=names, limit=args.limit or None, num_fewshot=None if args.num_fewshot < 0 else args.num_fewshot, task_manager=manager,
-                            log_samples=False, bootstrap_iters=1000, random_seed=args.seed, numpy_random_seed=args.seed, torch_random_seed=args.seed,
-                            fewshot_random_seed=args.seed)
+    found = simple_evaluate(
+        lm,
+        tasks=names,
+        limit=args.limit or None,
+        num_fewshot=None if args.num_fewshot < 0 else args.num_fewshot,
+        task_manager=manager,
+        log_samples=False,
+        bootstrap_iters=1000,
+        random_seed=args.seed,
+        numpy_random_seed=args.seed,
+        torch_random_seed=args.seed,
+        fewshot_random_seed=args.seed,
+    )
     cut = getattr(lm, "cut", 0)
     if cut:
-        print(f"note: {cut} requests were longer than the window of {lm.max_length} tokens and lost their beginning; --mc_enabled=1 keeps it")
-    results = {task: {key: value for key, value in scores.items() if key != "sample_len" and isinstance(value, (int, float))} for task, scores in found["results"].items()}
+        print(
+            f"note: {cut} requests were longer than the window of {lm.max_length} tokens and lost their beginning; --mc_enabled=1 keeps it"
+        )
+    results = {
+        task: {key: value for key, value in scores.items() if key != "sample_len" and isinstance(value, (int, float))}
+        for task, scores in found["results"].items()
+    }
     samples = {task: counts["effective"] for task, counts in found["n-samples"].items()}
     out = args.out or base_dir() / "evals" / "lm_eval.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"results": results, "documents": samples, "cut": cut, "checkpoint": str(args.checkpoint_dir or args.nanochat_checkpoint),
-                               "mc": bool(args.mc_enabled), "flags": {k: str(v) for k, v in vars(args).items()}}, indent=1))
+    out.write_text(
+        json.dumps(
+            {
+                "results": results,
+                "documents": samples,
+                "cut": cut,
+                "checkpoint": str(args.checkpoint_dir or args.nanochat_checkpoint),
+                "mc": bool(args.mc_enabled),
+                "flags": {k: str(v) for k, v in vars(args).items()},
+            },
+            indent=1,
+        )
+    )
     for task, scores in results.items():
         print(f"{task}: " + ", ".join(f"{key.removesuffix(',none')} {value:.4f}" for key, value in scores.items()))
     print(json.dumps({"results": results, "documents": samples, "cut": cut, "out": str(out)}))

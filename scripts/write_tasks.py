@@ -1,6 +1,8 @@
-"""Write generated tasks as jsonl in the schema of kvpress, for other libraries, or for run_lm_eval: python -m scripts.write_tasks --tasks=mqar,passkey --length=1056 --out=DIR
+"""Write generated tasks as jsonl in the schema of kvpress, for other libraries, or for run_lm_eval.
 
-One file a task, <task>_<length>.jsonl: context, question, answer_prefix, answer, max_new_tokens, then ours (references, depth, evidence, …).
+    python -m scripts.write_tasks --tasks=mqar,passkey --length=1056 --out=DIR
+
+One file a task, <task>_<length>.jsonl: context, question, answer_prefix, answer, max_new_tokens, then our own fields.
 Reserved words appear by name (<|key_3|>), as the tokenizer that is there encodes them.
 """
 
@@ -18,7 +20,7 @@ from nanochat.tokenizer import Tokenizer
 
 
 def make_parser() -> FlagParser:
-    parser = FlagParser(prog="python -m scripts.write_tasks", description=__doc__.split(":")[0])
+    parser = FlagParser(prog="python -m scripts.write_tasks", description=__doc__.split("\n\n")[0])
     parser.add_argument("--tasks", default="", help=f"names with commas between; default all: {', '.join(TASKS)}")
     parser.add_argument("--length", type=int, default=1056, help="tokens of each history, question included; a multiple of --block_size")
     parser.add_argument("--count", type=int, default=100, help="examples per task")
@@ -26,7 +28,9 @@ def make_parser() -> FlagParser:
     parser.add_argument("--block_size", type=int, default=32, help="tokens of a block, over which answers are spread")
     parser.add_argument("--split", default="val", choices=("train", "val"), help="rows and text of which split")
     parser.add_argument("--seed", type=int, default=0, help="of the rows")
-    parser.add_argument("--data", default="stdlib", help="text that facts are hidden in: stdlib, or a directory of parquet, jsonl or text files")
+    parser.add_argument(
+        "--data", default="stdlib", help="text that facts are hidden in: stdlib, or a directory of parquet, jsonl or text files"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the files")
     return parser
 
@@ -38,8 +42,19 @@ def main() -> None:
         raise UserError(f"--count={args.count}, --seed={args.seed}, --block_size={args.block_size}: at least 1, 0 and 2")
     tokenizer = Tokenizer.load()
     words = Words.of(tokenizer, open_token_cache(open_corpus(args.data), args.split, tokenizer).tokens)
-    made = {name: task_rows(name, words, args.split, np.arange(args.count), args.length, seed=args.seed, block_size=args.block_size,
-                            depth=None if args.depth == -1 else args.depth).examples for name in names}  # fmt: skip
+    made = {
+        name: task_rows(
+            name,
+            words,
+            args.split,
+            np.arange(args.count),
+            args.length,
+            seed=args.seed,
+            block_size=args.block_size,
+            depth=None if args.depth == -1 else args.depth,
+        ).examples
+        for name in names
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     for name, examples in made.items():
         path = args.out / f"{name}_{args.length}.jsonl"

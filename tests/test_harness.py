@@ -38,10 +38,14 @@ def ids(text: str) -> list[int]:
     return TOKENIZER.encode(text, special=True)
 
 
-@pytest.mark.parametrize("context, continuation", [("the fox", " ran"), ("", "a"), ("the fox ", "ran"), ("<|key_1|>", "<|value_2|>"), ("Zoë", "’s")])
+@pytest.mark.parametrize(
+    "context, continuation", [("the fox", " ran"), ("", "a"), ("the fox ", "ran"), ("<|key_1|>", "<|value_2|>"), ("Zoë", "’s")]
+)
 def test_likelihood_of_a_continuation(context, continuation):
     lm = PlainLM(GPT, TOKENIZER)
-    expected = slow_likelihood([TOKENIZER.bos_id, *ids(context + continuation)], len(ids(context + continuation)) - len(ids(context.rstrip(" "))))
+    expected = slow_likelihood(
+        [TOKENIZER.bos_id, *ids(context + continuation)], len(ids(context + continuation)) - len(ids(context.rstrip(" ")))
+    )
     ((nats, greedy),) = lm.loglikelihood(requests("loglikelihood", (context, continuation)))
     assert nats == pytest.approx(expected[0], abs=1e-9) and greedy == expected[1] and lm.cut == 0
     likeliest = TOKENIZER.decode([int(GPT(torch.tensor([[TOKENIZER.bos_id, *ids("x")]]))[0, -1, :128].argmax())])
@@ -107,9 +111,11 @@ def test_sessions_answer_beyond_any_window():
     assert nats == pytest.approx(float(logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None]).sum()), abs=1e-9)
     assert greedy == bool((logits.argmax(-1) == torch.tensor(tokens)).all())
     short = lm.loglikelihood(requests("loglikelihood", ("the fox", " ran")))[0][0]
-    assert short == pytest.approx(PlainLM(GPT, TOKENIZER).loglikelihood(requests("loglikelihood", ("the fox", " ran")))[0][0], abs=1e-6), "nothing is far"
+    assert short == pytest.approx(PlainLM(GPT, TOKENIZER).loglikelihood(requests("loglikelihood", ("the fox", " ran")))[0][0], abs=1e-6), (
+        "nothing is far"
+    )
     assert lm.loglikelihood_rolling(requests("loglikelihood_rolling", (context,)))[0] < 0
-    text, = lm.generate_until(requests("generate_until", (context, {"until": [], "max_gen_toks": 6})))
+    (text,) = lm.generate_until(requests("generate_until", (context, {"until": [], "max_gen_toks": 6})))
     session = pool.open()
     session.begin([TOKENIZER.bos_id, *ids(context)])
     made = list(session.generate(6, temperature=0))

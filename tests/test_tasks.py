@@ -15,8 +15,11 @@ from nanochat.tasks.source import TaskSource, most_blocks, parse_mix
 from nanochat.tasks.words import Words
 from nanochat.tokenizer import Reserved, Tokenizer
 
-LINES = ["the quick brown fox jumps over the lazy dog and then it was there", "one more line of some words for a small tokenizer",
-         "it is the end of the line and the start of another one"]
+LINES = [
+    "the quick brown fox jumps over the lazy dog and then it was there",
+    "one more line of some words for a small tokenizer",
+    "it is the end of the line and the start of another one",
+]
 TOKENIZER = Tokenizer.train(LINES * 20, 330, Reserved(512, 512, 32))
 WORDS = Words.of(TOKENIZER, np.array([i for line in LINES * 40 for i in TOKENIZER.encode(" " + line)]))
 NAME = re.compile(r"<\|(key|alias)_(\d+)\|>")
@@ -83,7 +86,9 @@ def test_the_text_alone_gives_the_answer(name):
         H = TASKS[name].answer_tokens
         assert batch.tokens.shape == batch.targets.shape == (5, n + H) and batch.tokens.dtype == batch.targets.dtype == np.int64
         for tokens, targets, e in zip(batch.tokens, batch.targets, batch.examples):
-            assert TOKENIZER.encode(e.context + e.question + e.answer_prefix + e.answer, special=True) == tokens.tolist(), "text and tokens are one"
+            assert TOKENIZER.encode(e.context + e.question + e.answer_prefix + e.answer, special=True) == tokens.tolist(), (
+                "text and tokens are one"
+            )
             assert TOKENIZER.decode(tokens[:n]) == e.context + e.question + e.answer_prefix and tokens[0] == TOKENIZER.bos_id
             if name != "topic_lm":
                 assert e.answer == solve(e)
@@ -100,11 +105,17 @@ def check_evidence(e: Example, tokens, targets, n: int):
         assert e.evidence == () and e.depth is None
         return
     assert list(e.evidence) == sorted(set(e.evidence)) and e.evidence[-1] < n - TASKS[e.task].question_tokens
-    assert set(targets[targets >= 0].tolist()) <= set(tokens[list(e.evidence)].tolist()), "every token that is asked for stands in the evidence"
+    assert set(targets[targets >= 0].tolist()) <= set(tokens[list(e.evidence)].tolist()), (
+        "every token that is asked for stands in the evidence"
+    )
     assert e.depth == e.evidence[0] / (n - TASKS[e.task].question_tokens)
 
 
-@given(st.sampled_from([n for n in TASKS if not TASKS[n].one_question and not hasattr(TASKS[n], "hops")]), st.floats(0, 1), st.integers(0, 2**40))
+@given(
+    st.sampled_from([n for n in TASKS if not TASKS[n].one_question and not hasattr(TASKS[n], "hops")]),
+    st.floats(0, 1),
+    st.integers(0, 2**40),
+)
 @settings(max_examples=60, deadline=None)
 def test_the_answer_lies_where_it_is_asked_for(name, depth, row):
     e = task_rows(name, WORDS, "val", [row], 1056, depth=depth).examples[0]
@@ -123,7 +134,9 @@ def test_facts_may_straddle_the_edge_of_a_block(name, block_size):
         first = [place for place in e.evidence if place - 1 not in e.evidence]
         assert first and all((place + 1) % block_size == 0 for place in first), "the name ends a block, its value begins the next"
     plain = task_rows("mqar", WORDS, "val", np.arange(6), 640, block_size=block_size).examples
-    assert all(place % block_size != block_size - 1 or place - 1 in e.evidence for e in plain for place in e.evidence), "and do not by default"
+    assert all(place % block_size != block_size - 1 or place - 1 in e.evidence for e in plain for place in e.evidence), (
+        "and do not by default"
+    )
 
 
 def test_long_histories_repeat_names_that_are_not_asked_for():
@@ -145,7 +158,10 @@ def test_rows_depend_on_seed_split_task_and_row_alone(name):
 
 def test_splits_are_disjoint():
     for name in TASKS:
-        made = {split: {row.tobytes() for row in task_rows(name, WORDS, split, np.arange(40), 608 if "topic" in name else 352).tokens} for split in ("train", "val")}
+        made = {
+            split: {row.tobytes() for row in task_rows(name, WORDS, split, np.arange(40), 608 if "topic" in name else 352).tokens}
+            for split in ("train", "val")
+        }
         assert len(made["train"]) == len(made["val"]) == 40 and not made["train"] & made["val"]
 
 
@@ -187,12 +203,21 @@ def test_the_mix_is_kept_and_named():
 
 
 def test_what_cannot_be_made_is_refused_in_one_line():
-    for call in (lambda: task_rows("mqar", WORDS, "val", [0], 100), lambda: task_rows("none", WORDS, "val", [0], 96), lambda: task_rows("vt1", WORDS, "val", [0], 1056, depth=0.5),
-                 lambda: task_rows("frequent", WORDS, "val", [0], 1056, depth=0.5), lambda: task_rows("frequent", WORDS, "val", [0], 32),
-                 lambda: task_rows("niah_single", WORDS, "val", [0], 96, facts=40), lambda: task_rows("mqar", WORDS, "val", [0], 1056, depth=2.0),
-                 lambda: task_rows("mqar", WORDS, "val", [0], 1056, colour=1), lambda: task_rows("copy", WORDS, "val", [0], 1056, horizon=8),
-                 lambda: task_rows("passkey", WORDS, "val", [0], 1056, values=2),
-                 lambda: Words.of(TOKENIZER, np.array([1, 2])), lambda: TaskSource({"mqar": 1.0}, WORDS, 40, "val", 1), lambda: batch_of([], TOKENIZER, 8)):  # fmt: skip
+    for call in (
+        lambda: task_rows("mqar", WORDS, "val", [0], 100),
+        lambda: task_rows("none", WORDS, "val", [0], 96),
+        lambda: task_rows("vt1", WORDS, "val", [0], 1056, depth=0.5),
+        lambda: task_rows("frequent", WORDS, "val", [0], 1056, depth=0.5),
+        lambda: task_rows("frequent", WORDS, "val", [0], 32),
+        lambda: task_rows("niah_single", WORDS, "val", [0], 96, facts=40),
+        lambda: task_rows("mqar", WORDS, "val", [0], 1056, depth=2.0),
+        lambda: task_rows("mqar", WORDS, "val", [0], 1056, colour=1),
+        lambda: task_rows("copy", WORDS, "val", [0], 1056, horizon=8),
+        lambda: task_rows("passkey", WORDS, "val", [0], 1056, values=2),
+        lambda: Words.of(TOKENIZER, np.array([1, 2])),
+        lambda: TaskSource({"mqar": 1.0}, WORDS, 40, "val", 1),
+        lambda: batch_of([], TOKENIZER, 8),
+    ):
         with pytest.raises(UserError) as caught:
             call()
         assert "\n" not in str(caught.value)

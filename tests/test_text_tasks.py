@@ -21,7 +21,17 @@ def test_distance_is_to_the_last_time(rows):
 
 def test_buckets_have_the_edges_they_are_named_for():
     distance = np.array([0, 1, 127, 128, 511, 512, 2047, 2048, 10**7])
-    assert [BUCKETS[i] for i in bucket_of(distance)] == ["never", "<128", "<128", "128-511", "128-511", "512-2047", "512-2047", ">=2048", ">=2048"]
+    assert [BUCKETS[i] for i in bucket_of(distance)] == [
+        "never",
+        "<128",
+        "<128",
+        "128-511",
+        "128-511",
+        "512-2047",
+        "512-2047",
+        ">=2048",
+        ">=2048",
+    ]
 
 
 @pytest.fixture
@@ -31,8 +41,16 @@ def corpus(tmp_path, monkeypatch):
     folder.mkdir()
     import pyarrow as pa
     import pyarrow.parquet as pq
+
     for split, name in (("a-train", "t"), ("b-val", "v")):
-        rows = [{"text": f"{name}{i} " + " ".join(f"word{j * j % 97}{name}{i}" for j in range(50)), "source": f"{name}{i}", "kind": "dialogue" if i % 2 else "narrative"} for i in range(6)]
+        rows = [
+            {
+                "text": f"{name}{i} " + " ".join(f"word{j * j % 97}{name}{i}" for j in range(50)),
+                "source": f"{name}{i}",
+                "kind": "dialogue" if i % 2 else "narrative",
+            }
+            for i in range(6)
+        ]
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
     return folder
 
@@ -45,7 +63,9 @@ def test_rows_of_text_are_pieces_of_one_document_with_its_kind(corpus):
     assert (batch.targets[:, :63] == -1).all() and (batch.targets[:, 63:-1] == batch.tokens[:, 64:]).all()
     for row, e in zip(batch.tokens, batch.examples):
         kind, source = e.tags
-        assert e.context + e.answer == BYTES.decode(row) and kind == ("dialogue" if int(source[1:]) % 2 else "narrative") and source[0] == "v"
+        assert (
+            e.context + e.answer == BYTES.decode(row) and kind == ("dialogue" if int(source[1:]) % 2 else "narrative") and source[0] == "v"
+        )
     again = TextRows(str(corpus), "val", BYTES, 64, 9).batch([3])
     assert (again.tokens[0] == batch.tokens[3]).all()
     buckets = judged_buckets(batch)
@@ -80,7 +100,24 @@ def f(x):
 
 
 def test_layout_is_told_line_by_line():
-    expected = ["heading", "running", "blank", "list", "list", "table", "markup", "speech", "speech", "quote", "fence", "code", "fence", "code", "code", "blank"]
+    expected = [
+        "heading",
+        "running",
+        "blank",
+        "list",
+        "list",
+        "table",
+        "markup",
+        "speech",
+        "speech",
+        "quote",
+        "fence",
+        "code",
+        "fence",
+        "code",
+        "code",
+        "blank",
+    ]
     data = TEXT.encode()
     found = layout(data)
     assert [tag for _, tag in found] == expected and set(expected) == set(LAYOUT)

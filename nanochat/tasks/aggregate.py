@@ -13,7 +13,9 @@ from nanochat.common import UserError
 from nanochat.tasks.context import Context
 from nanochat.tasks.words import Words
 
-LEARNABLE = 1 / 4  # share of a context's tokens that count in training: answers, here and in other rows, must not drown among a thousand words
+LEARNABLE = (
+    1 / 4
+)  # share of a context's tokens that count in training: answers, here and in other rows, must not drown among a thousand words
 
 
 def zipf_counts(total: int, kinds: int, power: float, top: int) -> np.ndarray:
@@ -29,8 +31,15 @@ def zipf_counts(total: int, kinds: int, power: float, top: int) -> np.ndarray:
 def _one_question(words: Words, tokens: np.ndarray, rng: np.random.Generator, mark: str, answer: np.ndarray) -> Context:
     learnable = rng.random(len(tokens)) < LEARNABLE
     learnable[0] = False
-    return Context(tokens, words.encode(mark)[None], words.encode("=")[None], answer[None], np.ones((1, len(answer)), dtype=bool),
-                   np.zeros((1, 0), dtype=np.int64), learnable)
+    return Context(
+        tokens,
+        words.encode(mark)[None],
+        words.encode("=")[None],
+        answer[None],
+        np.ones((1, len(answer)), dtype=bool),
+        np.zeros((1, 0), dtype=np.int64),
+        learnable,
+    )
 
 
 class _Aggregate:
@@ -41,7 +50,9 @@ class _Aggregate:
 
     def _check(self, asks: int, depth: float | None) -> None:
         if asks != 1 or depth is not None:
-            raise UserError(f"{type(self).__name__} asks one question about the whole context, which has no depth: asked for {asks} at {depth}")
+            raise UserError(
+                f"{type(self).__name__} asks one question about the whole context, which has no depth: asked for {asks} at {depth}"
+            )
 
 
 @dataclass(frozen=True)
@@ -101,8 +112,8 @@ class Common(_Aggregate):
 class Topic(_Aggregate):
     """Latent topics: the words of a block belong to the block's topic, which one of `topics` most blocks share is asked for.
 
-    Topic z is a range of the keys. With `words_ahead` the answer is so many words instead, each of a topic drawn as the blocks' are: what they
-    are is chance, but how likely each topic is must be read off all blocks (language modelling: NLL is what counts).
+    Topic z is a range of the keys. With `words_ahead` the answer is so many words instead, each of a topic drawn as the blocks' are: what
+    they are is chance, but how likely each topic is must be read off all blocks (language modelling: NLL is what counts).
     """
 
     topics: int = 8
@@ -123,7 +134,9 @@ class Topic(_Aggregate):
         counts = zipf_counts(blocks, kinds, self.power, 1)
         ranked = rng.permutation(self.topics)[:kinds]
         topic_of_block = rng.permutation(np.repeat(ranked, counts))
-        last = int(np.flatnonzero(topic_of_block == ranked[0])[0])  # the last block may be short: it is of the first topic, so that it stays the first
+        last = int(
+            np.flatnonzero(topic_of_block == ranked[0])[0]
+        )  # the last block may be short: it is of the first topic, so that it stays the first
         topic_of_block[[last, -1]] = topic_of_block[[-1, last]]
         topic = np.repeat(topic_of_block, block_size)[:m]
         tokens = words.keys[topic * each + rng.integers(each, size=m)]

@@ -44,14 +44,26 @@ def task_named(name: str, **options) -> Task:
     return replace(task, **options)
 
 
-def make_context(task: Task, name: str, words: Words, split: str, row: int, m: int, asks: int, seed: int, block_size: int,
-                 depth: float | None = None) -> Context:
+def make_context(
+    task: Task, name: str, words: Words, split: str, row: int, m: int, asks: int, seed: int, block_size: int, depth: float | None = None
+) -> Context:
     rng = np.random.default_rng(key_seed(seed, "tasks", name, split, int(row)))
     return task.make(rng, words, m, asks, block_size, depth)
 
 
-def task_rows(name: str, words: Words, split: str, rows: Sequence[int] | np.ndarray, n: int, *, seed: int = 0, block_size: int = 32,
-              depth: float | None = None, horizon: int = 0, **options) -> TaskBatch:
+def task_rows(
+    name: str,
+    words: Words,
+    split: str,
+    rows: Sequence[int] | np.ndarray,
+    n: int,
+    *,
+    seed: int = 0,
+    block_size: int = 32,
+    depth: float | None = None,
+    horizon: int = 0,
+    **options,
+) -> TaskBatch:
     """Rows of one task with a history of exactly n tokens, one question each; `rows` are row numbers.
 
     depth in [0, 1] where the answer lies (None: anywhere); horizon: tokens after n, at least the answer's (0: as many); options: fields
@@ -60,8 +72,10 @@ def task_rows(name: str, words: Words, split: str, rows: Sequence[int] | np.ndar
     task = task_named(name, **options)
     horizon = horizon or task.answer_tokens
     if n % block_size or horizon < task.answer_tokens or (depth is not None and not 0 <= depth <= 1):
-        raise UserError(f"rows of {name} with n={n}, horizon={horizon}, depth={depth}: n is a multiple of the block ({block_size}), the answer takes "
-                        f"{task.answer_tokens} tokens, depth is in [0, 1]")
+        raise UserError(
+            f"rows of {name} with n={n}, horizon={horizon}, depth={depth}: n is a multiple of the block ({block_size}), the answer takes "
+            f"{task.answer_tokens} tokens, depth is in [0, 1]"
+        )
     m = n - task.question_tokens
     if m < 2:
         raise UserError(f"a history of n={n} tokens has no room for a question of {task.question_tokens} and a context")
@@ -74,6 +88,18 @@ def task_rows(name: str, words: Words, split: str, rows: Sequence[int] | np.ndar
         targets[i, n - 1 : n - 1 + len(answer)] = np.where(counted, answer, -1)
         text = words.tokenizer.decode
         evidence = tuple(sorted(made.evidence[-1].tolist()))
-        examples.append(Example(text(made.tokens), text(made.asked[-1]), text(made.prefix[-1]), text(answer), len(answer), name, n,
-                                evidence[0] / m if evidence else None, tuple(text([t]) for t in answer[counted]), evidence))
+        examples.append(
+            Example(
+                text(made.tokens),
+                text(made.asked[-1]),
+                text(made.prefix[-1]),
+                text(answer),
+                len(answer),
+                name,
+                n,
+                evidence[0] / m if evidence else None,
+                tuple(text([t]) for t in answer[counted]),
+                evidence,
+            )
+        )
     return TaskBatch(tokens, targets, n, examples)

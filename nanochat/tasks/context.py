@@ -37,8 +37,8 @@ class Task(Protocol):
     def make(self, rng: np.random.Generator, words: Words, m: int, asks: int, block_size: int, depth: float | None = None) -> Context:
         """A context of m tokens that begins with bos, and `asks` different questions about it, the last one the one to keep.
 
-        depth in [0, 1]: where in the context the answer to the last question lies (of several facts: one), as nearly as the task's layout allows.
-        UserError when they do not fit, or the task knows no such place.
+        depth in [0, 1]: where in the context the answer to the last question lies (of several facts: one), as nearly as the task's layout
+        allows. UserError when they do not fit, or the task knows no such place.
         """
 
     def for_training(self, rng: np.random.Generator, words: Words, m: int) -> tuple["Task", int]:
@@ -72,8 +72,9 @@ def place(rng: np.random.Generator, m: int, count: int, size: int, block_size: i
     return 1 + cuts + rank * size
 
 
-def choose(rng: np.random.Generator, places: np.ndarray, block_size: int, asks: int, queries: int, spread: int | None, depth: float | None,
-           m: int) -> np.ndarray:
+def choose(
+    rng: np.random.Generator, places: np.ndarray, block_size: int, asks: int, queries: int, spread: int | None, depth: float | None, m: int
+) -> np.ndarray:
     """int64 [asks, queries]: which facts each question is about; fact f stands at places[f]. None is asked for twice before each was once.
 
     `spread`: the facts of EPISODE questions in a row lie in at most so many blocks (None: anywhere). depth: the last question is about
@@ -88,7 +89,9 @@ def choose(rng: np.random.Generator, places: np.ndarray, block_size: int, asks: 
     return np.concatenate(rounds)[:asks][::-1]
 
 
-def _round(rng: np.random.Generator, places: np.ndarray, block_size: int, queries: int, spread: int | None, depth: float | None, m: int) -> np.ndarray:
+def _round(
+    rng: np.random.Generator, places: np.ndarray, block_size: int, queries: int, spread: int | None, depth: float | None, m: int
+) -> np.ndarray:
     """int64 [most questions, queries]: every fact at most once, the first question first; see `choose`."""
     facts = len(places)
     far = np.abs(places - depth * m) if depth is not None else rng.random(facts)

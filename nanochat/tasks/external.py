@@ -112,8 +112,15 @@ def _most(row: dict, default: int) -> int:
 
 def _kvpress(row: dict, name: str) -> Example:
     references = _texts(row, "references", "answers", "answer")
-    return Example(_text(row, "context"), _text(row, "question"), _text(row, "answer_prefix", default=""), _text(row, "answer", default=references[0]),
-                   _most(row, 64), _text(row, "task", default=name), references=references)
+    return Example(
+        _text(row, "context"),
+        _text(row, "question"),
+        _text(row, "answer_prefix", default=""),
+        _text(row, "answer", default=references[0]),
+        _most(row, 64),
+        _text(row, "task", default=name),
+        references=references,
+    )
 
 
 def _ruler(row: dict, name: str) -> Example:
@@ -121,14 +128,31 @@ def _ruler(row: dict, name: str) -> Example:
     references = _texts(row, "outputs")
     part = "qa" in task.lower().replace("-", "_").split("_")
     prefix = _text(row, "answer_prefix", default="")
-    return Example(_text(row, "input"), "", prefix, " " + (references[0] if part else ", ".join(references)), _most(row, 128), task,
-                   references=references, any_reference=part)
+    return Example(
+        _text(row, "input"),
+        "",
+        prefix,
+        " " + (references[0] if part else ", ".join(references)),
+        _most(row, 128),
+        task,
+        references=references,
+        any_reference=part,
+    )
 
 
 def _longbench(row: dict, name: str) -> Example:
     references = _texts(row, "answers")
-    return Example(_text(row, "context"), "\n\n" + _text(row, "input"), "\n", references[0], _most(row, 64), _text(row, "dataset", default=name),
-                   references=references, any_reference=True, tags=(_text(row, "language", default=""),))
+    return Example(
+        _text(row, "context"),
+        "\n\n" + _text(row, "input"),
+        "\n",
+        references[0],
+        _most(row, 64),
+        _text(row, "dataset", default=name),
+        references=references,
+        any_reference=True,
+        tags=(_text(row, "language", default=""),),
+    )
 
 
 def _passages(value: object) -> str:
@@ -144,7 +168,16 @@ def _passages(value: object) -> str:
 
 
 def _question(context: str, question: str, references: tuple[str, ...], row: dict, task: str) -> Example:
-    return Example(context + "\n\n", f"Question: {question.strip()}\n", "Answer:", " " + references[0], _most(row, 32), task, references=references, any_reference=True)
+    return Example(
+        context + "\n\n",
+        f"Question: {question.strip()}\n",
+        "Answer:",
+        " " + references[0],
+        _most(row, 32),
+        task,
+        references=references,
+        any_reference=True,
+    )
 
 
 def _nq(row: dict, name: str) -> Example:
@@ -181,16 +214,32 @@ def _triviaqa(row: dict, name: str) -> Example:
         if isinstance(row.get(source), dict):
             passages += row[source].get(field) or []
     if not passages:
-        raise _Unfit("it has no evidence: 'context', 'entity_pages.wiki_context' or 'search_results.search_context'; join the evidence files into one of these")
+        raise _Unfit(
+            "it has no evidence: 'context', 'entity_pages.wiki_context' or 'search_results.search_context'; "
+            "join the evidence files into one of these"
+        )
     return _question(_passages(passages), _text(row, "question", "Question"), tuple(dict.fromkeys([value, *aliases])), row, "triviaqa")
 
 
 def _humaneval(row: dict, name: str) -> Example:
     solution = _text(row, "canonical_solution")
-    return Example(_text(row, "context", default=""), _text(row, "prompt"), "", solution, _most(row, 512), "humaneval", references=(solution,),
-                   tags=(_text(row, "task_id", default=""), _text(row, "entry_point", default="")))
+    return Example(
+        _text(row, "context", default=""),
+        _text(row, "prompt"),
+        "",
+        solution,
+        _most(row, 512),
+        "humaneval",
+        references=(solution,),
+        tags=(_text(row, "task_id", default=""), _text(row, "entry_point", default="")),
+    )
 
 
 FORMATS: dict[str, Callable[[dict, str], Example]] = {
-    "kvpress": _kvpress, "ruler": _ruler, "longbench": _longbench, "nq": _nq, "triviaqa": _triviaqa, "humaneval": _humaneval,
-}  # fmt: skip
+    "kvpress": _kvpress,
+    "ruler": _ruler,
+    "longbench": _longbench,
+    "nq": _nq,
+    "triviaqa": _triviaqa,
+    "humaneval": _humaneval,
+}

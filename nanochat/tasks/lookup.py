@@ -49,9 +49,14 @@ class Lookup:
 
     def __post_init__(self):
         if self.haystack not in ("pairs", "text", "phrase") or min(self.queries, self.length, self.updates, self.values) < 1:
-            raise UserError(f"a lookup in {self.haystack!r} with queries={self.queries}, length={self.length}, updates={self.updates}, values={self.values}")
+            raise UserError(
+                f"a lookup in {self.haystack!r} with queries={self.queries}, length={self.length}, updates={self.updates}, "
+                f"values={self.values}"
+            )
         if (self.length > 1) + (self.updates > 1) + (self.values > 1) > 1 or (self.haystack == "pairs") != (self.facts == 0):
-            raise UserError("a lookup has long values, or updates, or several values of a name, not two of these; facts are counted in text only")
+            raise UserError(
+                "a lookup has long values, or updates, or several values of a name, not two of these; facts are counted in text only"
+            )
         if self.haystack == "pairs" and self.length > 1:
             raise UserError("facts that make up the whole context are pairs: length=1")
 
@@ -73,65 +78,72 @@ class Lookup:
         return replace(self, facts=facts, spread=None, straddle=False), facts // self.queries
 
     def make(self, rng: np.random.Generator, words: Words, m: int, asks: int, block_size: int, depth: float | None = None) -> Context:
-        copies = self.updates * self.values
-        if self.haystack == "pairs":
-            lead = 1 if self.straddle else 2
-            slots = (m - lead) // 2
-            starts, count = lead + 2 * np.arange(slots), min(slots // copies, len(words.keys))
-            if count * copies < slots and count > len(words.keys) // 2:
-                count = len(words.keys) // 2  # the other names fill the rest of the context, again and again
-            at = np.sort(rng.permutation(slots)[: count * copies].reshape(count, copies), axis=1)
-        else:
-            count, before, after = self.facts, words.encode(self.statement), words.encode(".")
-            size = len(before) + 1 + self.length + len(after)
-            starts = place(rng, m, count * copies, size, block_size, depth, len(before) + 1 if self.straddle else None)
-            # the first statement, at `depth`, is one of the first fact's
-            at = np.arange(count * copies).reshape(count, copies)
-            at = np.take_along_axis(at, np.argsort(starts[at], axis=1), axis=1)
-        if not count:
-            raise UserError(f"a context of {m} tokens holds no fact; ask for longer rows")
-        if count > len(words.keys):
-            raise UserError(f"{count} facts need as many names, there are {len(words.keys)}")
+        starts, at = self._places(rng, words, m, block_size, depth)
+        if len(at) > len(words.keys) or not len(at):
+            raise UserError(f"a context of {m} tokens with {len(at)} facts: at least one, and at most the {len(words.keys)} names")
         names = rng.permutation(len(words.keys))
-        pool = words.aliases if self.copied else words.values
-        need = self.length * self.values
-        if need > len(pool):
-            raise UserError(f"{need} different values of a name, there are {len(pool)}")
-        drawn = rng.random((count, len(pool))).argsort(axis=1) if need > 1 else rng.integers(len(pool), size=(count, copies))
-        if self.values > 1 or self.length > 1:
-            drawn = drawn[:, :need]
-        given = pool[drawn].reshape(count, copies, self.length)  # [facts, copies, length]
-
-        bodies = np.concatenate([np.broadcast_to(words.keys[names[:count], None, None], (count, copies, 1)), given], axis=2)
-        if self.haystack == "pairs":
-            tokens = np.full(m, words.bos, dtype=np.int64)
-            if m - lead - 2 * slots:
-                tokens[-1] = words.encode(".")[0]
-            spare = names[count:] if count < len(names) else names
-            filled = np.stack([words.keys[rng.choice(spare, slots)], rng.choice(words.values, slots)], axis=1)
-            filled[at.ravel()] = bodies.reshape(-1, 2)
-            tokens[lead : lead + 2 * slots] = filled.ravel()
-            bodies_at = starts
-        else:
-            tokens = _background(self.haystack, rng, words, m)
-            ordered = np.empty((count * copies, 1 + self.length), dtype=np.int64)
-            ordered[at.ravel()] = bodies.reshape(count * copies, -1)
-            bodies_at = _write(tokens, starts, before, ordered, after)
-        fact_at = bodies_at[at]  # [facts, copies]
-
-        askable = np.arange(count)
+        given = self._given(rng, words, len(at))
+        tokens, fact_at = self._written(rng, words, m, starts, at, names, given)
+        askable = np.arange(len(at))
         if self.straddle:
             askable = askable[(fact_at[:, -1] + 1) % block_size == 0]
+            if not len(askable):
+                raise UserError(f"no fact straddles an edge of a block in a context of {m} tokens")
         needed = fact_at[:, -1] if self.updates > 1 else fact_at[:, 0]
         if self.values > 1 and depth is not None:  # whichever of its values is nearest
             needed = np.take_along_axis(fact_at, np.abs(fact_at - depth * m).argmin(1)[:, None], axis=1)[:, 0]
-        if not len(askable):
-            raise UserError(f"no fact straddles an edge of a block in a context of {m} tokens")
         spread = None if self.straddle else self.spread  # at most one fact straddles an edge
         picked = askable[choose(rng, needed[askable], block_size, asks, self.queries, spread, depth, m)]
         return self._ask(words, names, given, fact_at, picked, tokens)
 
-    def _ask(self, words: Words, names: np.ndarray, given: np.ndarray, fact_at: np.ndarray, picked: np.ndarray, tokens: np.ndarray) -> Context:
+    def _places(
+        self, rng: np.random.Generator, words: Words, m: int, block_size: int, depth: float | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Where statements begin, int64 [S] (pairs: in order), and which of them are each fact's, int64 [facts, copies] in their order."""
+        copies = self.updates * self.values
+        if self.haystack == "pairs":
+            starts = np.arange(1 if self.straddle else 2, m - 1, 2)
+            count = min(len(starts) // copies, len(words.keys))
+            if count * copies < len(starts) and count > len(words.keys) // 2:
+                count = len(words.keys) // 2  # the other names fill the rest of the context, again and again
+            return starts, np.sort(rng.permutation(len(starts))[: count * copies].reshape(count, copies), axis=1)
+        before = len(words.encode(self.statement))
+        size = before + 1 + self.length + len(words.encode("."))
+        starts = place(rng, m, self.facts * copies, size, block_size, depth, before + 1 if self.straddle else None)
+        at = np.arange(self.facts * copies).reshape(self.facts, copies)  # the first statement, at `depth`, is one of the first fact's
+        return starts, np.take_along_axis(at, np.argsort(starts[at], axis=1), axis=1)
+
+    def _given(self, rng: np.random.Generator, words: Words, count: int) -> np.ndarray:
+        """int64 [facts, copies, length]: what is said of each fact's name, all of it different but for updates."""
+        pool, need = words.aliases if self.copied else words.values, self.length * self.values
+        if need > len(pool):
+            raise UserError(f"{need} different values of a name, there are {len(pool)}")
+        copies = self.updates * self.values
+        drawn = rng.random((count, len(pool))).argsort(axis=1)[:, :need] if need > 1 else rng.integers(len(pool), size=(count, copies))
+        return pool[drawn].reshape(count, copies, self.length)
+
+    def _written(
+        self, rng: np.random.Generator, words: Words, m: int, starts: np.ndarray, at: np.ndarray, names: np.ndarray, given: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The context, int64 [m], and where each fact's name stands in it, int64 [facts, copies]."""
+        called = np.broadcast_to(words.keys[names[: len(at)], None, None], (*at.shape, 1))
+        bodies = np.concatenate([called, given], axis=2).reshape(at.size, -1)
+        if self.haystack == "pairs":
+            tokens = np.full(m, words.bos, dtype=np.int64)
+            if starts[-1] + 2 < m:
+                tokens[-1] = words.encode(".")[0]
+            spare = names[len(at) :] if len(at) < len(names) else names
+            pairs = np.stack([words.keys[rng.choice(spare, len(starts))], rng.choice(words.values, len(starts))], axis=1)
+            pairs[at.ravel()] = bodies
+            tokens[starts[0] : starts[-1] + 2] = pairs.ravel()
+            return tokens, starts[at]
+        tokens, ordered = _background(self.haystack, rng, words, m), np.empty_like(bodies)
+        ordered[at.ravel()] = bodies
+        return tokens, _write(tokens, starts, words.encode(self.statement), ordered, words.encode("."))[at]
+
+    def _ask(
+        self, words: Words, names: np.ndarray, given: np.ndarray, fact_at: np.ndarray, picked: np.ndarray, tokens: np.ndarray
+    ) -> Context:
         called = (words.aliases if self.alias else words.keys)[names[picked]]  # [A, queries]
         if self.updates > 1:
             right, at = given[picked, -1:], fact_at[picked, -1:]
@@ -189,7 +201,9 @@ class Chain:
         before, after = words.encode(self.statement), words.encode(".")
         starts = place(rng, m, self.chains * self.statements, len(before) + 2 + len(after), block_size, None, None)
         starts = np.sort(starts.reshape(self.chains, -1), axis=1)
-        links, told = (slice(self.updates, None), slice(0, self.updates)) if self.updates == 1 else (slice(0, self.hops), slice(self.hops, None))
+        links, told = (
+            (slice(self.updates, None), slice(0, self.updates)) if self.updates == 1 else (slice(0, self.hops), slice(self.hops, None))
+        )
         names = words.keys[rng.permutation(len(words.keys))[: self.chains * (self.hops + 1)]].reshape(self.chains, -1)
         if self.objects:
             names[:, -1] = words.aliases[rng.permutation(len(words.aliases))[: self.chains]]
@@ -206,5 +220,12 @@ class Chain:
         answers = np.concatenate([names[picked, -2::-1], values[picked, -1:]], axis=1)
         prefix = np.concatenate([np.broadcast_to(words.encode("="), (asks, 1)), top], axis=1)
         evidence = (needed[picked][..., None] + np.arange(2)).reshape(asks, -1)
-        return Context(tokens, np.concatenate([mark, top], axis=1), prefix, answers, np.ones_like(answers, dtype=bool), evidence,
-                       np.zeros(m, dtype=bool))
+        return Context(
+            tokens,
+            np.concatenate([mark, top], axis=1),
+            prefix,
+            answers,
+            np.ones_like(answers, dtype=bool),
+            evidence,
+            np.zeros(m, dtype=bool),
+        )

@@ -1,8 +1,8 @@
 """Training rows of the tasks: one context, then one question and answer after another to the end of the row.
 
 Recall forms only where a row has many answers, and sooner on short contexts: the length of the context follows a curriculum,
-what it leaves is filled with questions, which repeat themselves only behind short contexts. Answers count as targets (not the names that they repeat from their question); of contexts
-whose words are distributed in a way that is the row's own, a share of the words as well.
+what it leaves is filled with questions, which repeat themselves only behind short contexts. Answers count as targets (not the names
+that they repeat from their question); of contexts whose words are distributed in a way that is the row's own, a share of the words as well.
 """
 
 import numpy as np
@@ -39,16 +39,27 @@ def most_blocks(T: int) -> int:
 class TaskSource:
     """Rows of T + 1 tokens of a mix of tasks. With `total_rows` (all rows of the run) contexts grow by `schedule`, else all are full."""
 
-    def __init__(self, mix: dict[str, float], words: Words, T: int, split: str, seed: int,
-                 schedule: CurriculumSchedule | None = None, total_rows: int | None = None):
+    def __init__(
+        self,
+        mix: dict[str, float],
+        words: Words,
+        T: int,
+        split: str,
+        seed: int,
+        schedule: CurriculumSchedule | None = None,
+        total_rows: int | None = None,
+    ):
         if (schedule is None) != (total_rows is None):
             raise ValueError("a curriculum needs the number of rows of the run, and the reverse")
         self.T, self._words, self._split, self._seed, self._schedule, self._total = T, words, split, seed, schedule, total_rows
         self._names, self._ends = list(mix), np.cumsum(list(mix.values()))
         for name in mix:
             self._row(0, name)  # refuses a T that is too short
-        self.fingerprint = f"tasks-{key_seed(repr([(n, TASKS[n], mix[n]) for n in mix]), T, split, seed, len(words.text), repr(schedule), total_rows):016x}"
-        self.summary = f"{split}: rows of {T} tokens of {len(mix)} tasks ({', '.join(mix)}), contexts of up to {most_blocks(T)} blocks of {BLOCK}"
+        tasks = repr([(name, TASKS[name], share) for name, share in mix.items()])
+        self.fingerprint = f"tasks-{key_seed(tasks, T, split, seed, len(words.text), repr(schedule), total_rows):016x}"
+        self.summary = (
+            f"{split}: rows of {T} tokens of {len(mix)} tasks ({', '.join(mix)}), contexts of up to {most_blocks(T)} blocks of {BLOCK}"
+        )
 
     def task_of(self, row: int) -> str:
         draw = np.random.default_rng(key_seed(self._seed, "task of row", self._split, int(row))).random()
@@ -66,7 +77,9 @@ class TaskSource:
         if 2 * blocks > most_blocks(self.T) or task.one_question:  # asked again, a question is easy: good for a beginning only
             asks = min(asks, most)
         if asks < 1:
-            raise UserError(f"rows of {self.T} tokens: a context of {blocks * BLOCK} and one question of {name}, {each}, do not fit; use longer rows")
+            raise UserError(
+                f"rows of {self.T} tokens: a context of {blocks * BLOCK} and one question of {name}, {each}, do not fit; use longer rows"
+            )
         made = task.make(rng, self._words, self.T + 1 - asks * each, asks, BLOCK)
         questions = np.concatenate([made.asked, made.prefix, made.answers], axis=1)
         counted = np.concatenate([np.zeros((asks, task.question_tokens), dtype=bool), made.counted], axis=1)

@@ -19,11 +19,16 @@ BUCKETS = ("never", "<128", "128-511", "512-2047", ">=2048")
 _EDGES = np.array([1, 128, 512, 2048])
 LAYOUT = ("blank", "fence", "heading", "list", "table", "markup", "quote", "speech", "code", "running")
 _LINES = {
-    "blank": r"\s*$", "fence": r"\s*(```|~~~)", "heading": r"#{1,6} |={3,}\s*$|-{3,}\s*$|<h[1-6]\b|(CHAPTER|PART|SECTION)\b",
-    "list": r"\s*([-*•+]|\d{1,3}[.)])\s", "table": r"\s*\|.*\||.*\t.*\t|\s*<t[hrd]\b", "markup": r"\s*</?\w+[^>]*>", "quote": r"\s*>",
+    "blank": r"\s*$",
+    "fence": r"\s*(```|~~~)",
+    "heading": r"#{1,6} |={3,}\s*$|-{3,}\s*$|<h[1-6]\b|(CHAPTER|PART|SECTION)\b",
+    "list": r"\s*([-*•+]|\d{1,3}[.)])\s",
+    "table": r"\s*\|.*\||.*\t.*\t|\s*<t[hrd]\b",
+    "markup": r"\s*</?\w+[^>]*>",
+    "quote": r"\s*>",
     "speech": r"\s*[\"“‘—]|[A-Z][\w .]{0,24}:\s",
     "code": r"( {4}|\t)\S|\s*(def|class|import|from|return|if|for|while|with|else|try|except|raise|@|//|#include)\b.*[:;(){}=]?\s*$",
-}  # fmt: skip
+}
 _TAGS = [(tag, re.compile(_LINES[tag])) for tag in LAYOUT if tag in _LINES]
 
 

@@ -34,10 +34,14 @@ class Words:
         text = np.asarray(corpus, dtype=np.int64)
         text = text[whole[text]]
         if len(words) < 8 or len(text) < 8:
-            raise UserError(f"tasks need text of whole words: the tokenizer has {len(words)} that are one token, the text {len(text)}; at least 8 each")
+            raise UserError(
+                f"tasks need text of whole words: the tokenizer has {len(words)} that are one token, the text {len(text)}; at least 8 each"
+            )
         if not (len(tokenizer.key_ids) >= 64 and len(tokenizer.alias_ids) == len(tokenizer.key_ids) and len(tokenizer.value_ids) >= 16):
-            raise UserError(f"tasks need at least 64 reserved keys, as many aliases, and 16 values; the tokenizer has {len(tokenizer.key_ids)}, "
-                            f"{len(tokenizer.alias_ids)} and {len(tokenizer.value_ids)}")
+            raise UserError(
+                f"tasks need at least 64 reserved keys, as many aliases, and 16 values; the tokenizer has {len(tokenizer.key_ids)}, "
+                f"{len(tokenizer.alias_ids)} and {len(tokenizer.value_ids)}"
+            )
         return cls(tokenizer, text, np.array(words[:16], dtype=np.int64))
 
     @property

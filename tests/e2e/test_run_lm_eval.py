@@ -17,9 +17,18 @@ from nanochat.tasks.words import Words
 from scripts import run_lm_eval
 
 TASKS = {
-    "made_choice": "output_type: multiple_choice\ndoc_to_choice: '{{choices}}'\ndoc_to_target: '{{label}}'\ntarget_delimiter: ''\nmetric_list: [{metric: acc}]",
-    "made_document": "output_type: loglikelihood_rolling\ndoc_to_target: '{{text}}'\nmetric_list: [{metric: word_perplexity}]",
-    "made_answer": "output_type: generate_until\ndoc_to_target: ' x'\ngeneration_kwargs: {until: [\"\\n\"], max_gen_toks: 3}\nmetric_list: [{metric: exact_match}]",
+    "made_choice": """output_type: multiple_choice
+doc_to_choice: '{{choices}}'
+doc_to_target: '{{label}}'
+target_delimiter: ''
+metric_list: [{metric: acc}]""",
+    "made_document": """output_type: loglikelihood_rolling
+doc_to_target: '{{text}}'
+metric_list: [{metric: word_perplexity}]""",
+    "made_answer": """output_type: generate_until
+doc_to_target: ' x'
+generation_kwargs: {until: ["!"], max_gen_toks: 3}
+metric_list: [{metric: exact_match}]""",
 }
 
 
@@ -31,8 +40,10 @@ def folder(tmp_path):
     docs = [{"text": "def main(" + "argument, " * n + "self", "choices": [" self", "):", " ???"], "label": n % 3} for n in (1, 2, 3, 4, 45)]
     (path / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     for name, body in TASKS.items():
-        (path / f"{name}.yaml").write_text(f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: '{path}/docs.jsonl'}}\ntest_split: test\n"
-                                           f"doc_to_text: '{{{{text}}}}'\n{body}\nmetadata: {{version: 1}}\n")
+        (path / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: '{path}/docs.jsonl'}}\ntest_split: test\n"
+            f"doc_to_text: '{{{{text}}}}'\n{body}\nmetadata: {{version: 1}}\n"
+        )
     return path
 
 
@@ -40,8 +51,18 @@ def folder(tmp_path):
 def test_local_tasks_run_on_a_checkpoint(reference, folder, tmp_path, kind):
     pytest.importorskip("lm_eval")
     base, flags = reference[kind], ["--mc_enabled=1"] if kind == "mc" else []
-    done = run(base, "run_lm_eval", f"--checkpoint_dir={base}/checkpoints/t", f"--tasks={','.join(TASKS)}", f"--include_path={folder}", "--device=cpu",
-               f"--out={tmp_path}/found.json", *flags, HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="1").ok()
+    done = run(
+        base,
+        "run_lm_eval",
+        f"--checkpoint_dir={base}/checkpoints/t",
+        f"--tasks={','.join(TASKS)}",
+        f"--include_path={folder}",
+        "--device=cpu",
+        f"--out={tmp_path}/found.json",
+        *flags,
+        HF_HOME=str(tmp_path / "hf"),
+        HF_HUB_OFFLINE="1",
+    ).ok()
     summary, found = json.loads(done.out.splitlines()[-1]), json.loads((tmp_path / "found.json").read_text())
     assert summary["results"] == found["results"] and found["documents"] == dict.fromkeys(TASKS, 5) and found["mc"] == (kind == "mc")
     assert 0 <= found["results"]["made_choice"]["acc,none"] <= 1 and found["results"]["made_answer"]["exact_match,none"] == 0
@@ -88,6 +109,8 @@ def test_generated_tasks_as_files_in_kvpress_schema(tmp_path):
     assert set(rows[0]) == set(Example.__dataclass_fields__)
     words = Words.of(TOKENIZER, np.array([i for line in LINES for i in TOKENIZER.encode(" " + line)]))
     made = task_rows("mqar", words, "val", range(3), 352).examples
-    assert [(e.context, e.references) for e in load_examples(out / "mqar_352.jsonl", "kvpress")] == [(e.context, e.references) for e in made]
+    assert [(e.context, e.references) for e in load_examples(out / "mqar_352.jsonl", "kvpress")] == [
+        (e.context, e.references) for e in made
+    ]
     assert "no task 'none'" in run(base, "write_tasks", *flags, "--tasks=none").error
     assert "n is a multiple of the block" in run(base, "write_tasks", *flags, "--length=350").error
