@@ -27,6 +27,7 @@ from nanochat.optim import MuonAdamW, assert_finite, gpt_param_groups
 from nanochat.schedule import lr_multiplier, muon_momentum
 
 WARMUP, WARMDOWN = 5, 0.7  # steps; share of the steps
+TEACHING = 4  # every how many rows teach the lens: a full pass costs as much as many working contexts
 RATES = ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")
 
 
@@ -113,9 +114,9 @@ def train(systems: list[System], batches: Batches, recipe: Recipe, lr_scale: flo
 
 
 def teach_lens(system: System, rows: Rows, step: int) -> None:
-    """Adds to the lens's gradients: its labels, from the full pass over the same rows, for the queries whose targets count."""
-    tokens, targets, n, numbers = rows
-    mc, T = system.models.mc, tokens.shape[1]
+    """Adds to the lens's gradients: its labels, from the full pass over some of the rows, for the queries whose targets count."""
+    tokens, targets, numbers = (x[::TEACHING] for x in (rows.tokens_BT, rows.targets_BT, rows.rows_B))
+    n, mc, T = rows.n, system.models.mc, tokens.shape[1]
     if mc.config.lens_queries > T - mc.config.protected - mc.config.block_size:
         raise UserError(f"rows of {T} tokens leave no history before the {mc.config.lens_queries} queries that teach this lens; use a longer history")
     captured = continuation_pass(system.gpt, tokens, targets, n)
