@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mc.config import MCConfig
 from mc.evaluation import FocusComparison, plain_outcomes
 from mc.losses import lens_loss, lens_targets, row_mean
 from mc.model import MegaContext, load_mega_context, recency_scores
@@ -77,27 +78,42 @@ def lens(checkpoint_dir: Path, contexts: int = 64, batch: int = 16, queries: int
 
 
 def taught(gpt: GPT, mc: MegaContext, tokens_BT: Tensor, targets_BT: Tensor, cursor_Q: Tensor, horizon: int) -> dict[str, Tensor]:
-    """Measures [B] of the lens at cursors (tokens of history) against the gate gradients of the `horizon` tokens that follow.
+    """`lens_measures` against the gate gradients of the `horizon` tokens that follow each cursor (tokens of history)."""
+    return lens_measures(gpt, mc, tokens_BT, cursor_Q, utilities(gpt, mc.config, tokens_BT, targets_BT, cursor_Q, horizon))
 
-    nats_lens: cross-entropy of its distribution over the blocks to the share that each has of what there is to win, nats_even and
-    nats_least those of an even one and of the best possible; hit_lens: whether its first choice wins most. Means over cursors, weighted by
-    what there is to win. won_lens, _best, _recency, _even: first-order gain [nats in `horizon` tokens] of showing as many blocks as the
-    budget holds, chosen so; mean over cursors.
-    """
-    K, recent, T = mc.config.block_size, mc.config.protected, tokens_BT.shape[1]
-    count, most = (T - recent) // K, (mc.config.budget - recent) // K
-    asked = slice(int(cursor_Q.min()) - 1, T)
+
+def rated(c: MCConfig, T: int, cursor_Q: Tensor) -> Tensor:
+    """bool [Q, N]: of the blocks that rows of T tokens may rate, those that a cursor does."""
+    return (torch.arange((T - c.protected) // c.block_size) + 1) * c.block_size <= cursor_Q[:, None] - c.protected
+
+
+def utilities(gpt: GPT, c: MCConfig, tokens_BT: Tensor, targets_BT: Tensor, cursor_Q: Tensor, horizon: int) -> Tensor:
+    """[B, Q, N] gate utility of blocks [nats] for the `horizon` tokens after each cursor; 0 for those it does not rate."""
+    visible_QN = rated(c, tokens_BT.shape[1], cursor_Q)
+    asked = slice(int(cursor_Q.min()) - 1, tokens_BT.shape[1])
     captured: list[Captured] = []
     embeds_BTD = gpt.embed(tokens_BT).detach().requires_grad_()
     hidden_BTD = gpt.hidden(tokens_BT, inputs_embeds=embeds_BTD, capture=captured, lift_windows=True)
     torch.autograd.grad(token_losses(gpt.logits(hidden_BTD), targets_BT).sum(), embeds_BTD)  # leaves the gradient at every attention output
-    utility = gate_utility(captured, slice(None), asked, count, K) * (targets_BT[:, asked] >= 0)[..., None]
-    visible_QN = (torch.arange(count) + 1) * K <= cursor_Q[:, None] - recent
-    utility_BQN = over_horizon(utility, horizon)[:, cursor_Q - 1 - asked.start].masked_fill(~visible_QN, 0)
-    with torch.no_grad():
-        tree, keys = mc.build_tree(embeds_BTD), mc.lensnet.keys(embeds_BTD)
-        at = [cursor.expand(len(tokens_BT)) for cursor in cursor_Q]
-        logits_BQN = torch.stack([mc.lens_logits(embeds_BTD, n_B, keys, tree)[:, :count] for n_B in at], 1)
+    utility = gate_utility(captured, slice(None), asked, visible_QN.shape[1], c.block_size) * (targets_BT[:, asked] >= 0)[..., None]
+    return over_horizon(utility, horizon)[:, cursor_Q - 1 - asked.start].masked_fill(~visible_QN, 0)
+
+
+@torch.no_grad()
+def lens_measures(gpt: GPT, mc: MegaContext, tokens_BT: Tensor, cursor_Q: Tensor, utility_BQN: Tensor) -> dict[str, Tensor]:
+    """Measures [B] of a lens at cursors, given what blocks are worth there.
+
+    nats_lens: cross-entropy of its distribution over the blocks to the share that each has of what there is to win, nats_even and
+    nats_least those of an even one and of the best possible; hit_lens: whether its first choice wins most. Means over cursors, weighted by
+    what there is to win. won_lens, _best, _recency, _even: first-order gain [nats in the horizon] of showing as many blocks as the
+    budget holds, chosen so; mean over cursors.
+    """
+    c, count = mc.config, utility_BQN.shape[-1]
+    most, visible_QN = (c.budget - c.protected) // c.block_size, rated(c, tokens_BT.shape[1], cursor_Q)
+    embeds_BTD = gpt.embed(tokens_BT)
+    tree, keys = mc.build_tree(embeds_BTD), mc.lensnet.keys(embeds_BTD)
+    at = [cursor.expand(len(tokens_BT)) for cursor in cursor_Q]
+    logits_BQN = torch.stack([mc.lens_logits(embeds_BTD, n_B, keys, tree)[:, :count] for n_B in at], 1)
     visible_BQN = visible_QN.expand_as(utility_BQN)
     target_BQN, weight_BQ = lens_targets(utility_BQN, visible_BQN)
     even_BQN, recent_BQN = torch.zeros_like(logits_BQN), recency_scores(at[0], count)[:, None].expand_as(logits_BQN)
