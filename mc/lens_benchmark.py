@@ -1,18 +1,20 @@
 """Every kind of LensNet taught side by side on one base, and judged on held-out rows.
 
-The base stands still. Each micro-batch's LM pass and its backward run once, as a vanilla step runs them, and teach all lenses; all start
-alike but for what is theirs. Gists are masked means. Times are ratios within the run: what teaching a lens takes over the pass.
+The base stands still. Each micro-batch's LM pass and its backward run once, as a vanilla step runs them, and teach all lenses, which
+start alike but for what is theirs. Gists are those of an untrained GistNet, masked means. Times are ratios within the run: what teaching
+a lens takes, over the pass. Settings: those of the checkpoint's MegaContext, or the defaults where it has none.
 """
 
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from mc.config import MCConfig
+from mc.config import MCConfig, from_dict
 from mc.lens_networks import READERS
 from mc.lens_objectives import Lesson, lens_objective
 from mc.measures import held_out, lens_measures, utilities
@@ -32,7 +34,7 @@ KINDS = ("bilinear", *READERS)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="checkpoint directory of the base, with MegaContext or without, which is not used")
+    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="checkpoint directory of the base")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
     parser.add_argument("--teacher", default="gate", choices=("gate", "attention"), help="what teaches the lenses, as --mc_teacher")
     parser.add_argument("--horizon", type=int, default=8, help="tokens ahead whose need for a block is taught and judged, as --mc_lens_horizon")
@@ -79,8 +81,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.checkpoint_dir} was trained with tokenizer {meta['tokenizer']}, here is {tokenizer.fingerprint}; restore that one")
     loader = training_loader(meta)
     scale = batch_lr_scale(flags["device_batch_size"] * T)
-    config = {kind: MCConfig(lens=kind, gist="mean", teacher=args.teacher, lens_horizon=args.horizon) for kind in KINDS}
-    pupils = {kind: Pupil(c, gpt, flags["seed"]) for kind, c in config.items()}
+    settings = replace(from_dict(meta["mc"]["config"]) if meta.get("mc") else MCConfig(), teacher=args.teacher, lens_horizon=args.horizon)
+    pupils = {kind: Pupil(replace(settings, lens=kind), gpt, flags["seed"]) for kind in KINDS}
     pass_seconds, progress = 0.0, Progress("teaching", args.steps, "steps", every_s=15)
     for step in range(args.steps):
         batch, captured, begin = loader.next(), list[Captured](), time.perf_counter()
@@ -108,11 +110,11 @@ def run(args: argparse.Namespace) -> None:
 
 def judge(gpt: GPT, models: dict[str, MegaContext], meta: dict, args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """kind -> measure -> one number per held-out row."""
-    T, queries = gpt.config.sequence_len, MCConfig.lens_queries
-    cursor_Q = T - queries + 1 + torch.linspace(0, queries - args.horizon, 16).long()
+    c, T = next(iter(models.values())).config, gpt.config.sequence_len
+    cursor_Q = T - c.lens_queries + 1 + torch.linspace(0, c.lens_queries - args.horizon, 16).long()
     found: dict[str, dict[str, list[float]]] = {kind: {} for kind in models}
     for _, tokens, targets in held_out(meta, T, args.contexts, 8):
-        utility_BQN = utilities(gpt, next(iter(models.values())).config, tokens, targets, cursor_Q, args.horizon)
+        utility_BQN = utilities(gpt, c, tokens, targets, cursor_Q, args.horizon)
         for kind, model in models.items():
             for name, values_B in lens_measures(gpt, model, tokens, cursor_Q, utility_BQN).items():
                 found[kind].setdefault(name, []).extend(values_B.tolist())

@@ -132,6 +132,18 @@ def test_mc_bench(trained):
     assert f"step time MC / vanilla {found['ratio']:.3f} [" in done.out.splitlines()[0]
 
 
+def test_mc_bench_lens(trained):
+    """All kinds judged on the same rows: what does not depend on the lens is the same, what does is not."""
+    done = run(trained, "mc_bench", "lens", f"--checkpoint_dir={trained / 'checkpoints' / 'text_mc'}", "--steps=2", "--contexts=3", "--horizon=4").ok()
+    found = json.loads(done.out.splitlines()[-1])["lenses"]
+    assert list(found) == ["bilinear", "transformer", "perceiver", "slots"] and len({row["nats_lens"] for row in found.values()}) == 4
+    for kind, row in found.items():
+        assert {name: row[name] for name in ("nats_even", "nats_least", "won_best", "won_recency")}.items() <= found["bilinear"].items()
+        assert row["nats_least"] <= row["nats_lens"] and row["won_lens"] <= row["won_best"] and row["of_the_pass"] > 0
+        assert row["nats_lens_gain"][0] == pytest.approx(row["nats_lens"] - found["bilinear"]["nats_lens"])
+        assert f"{kind:12s} {row['nats_lens']:.4f} nats" in done.out
+
+
 def test_mc_stream(trained, tmp_path):
     """The tiny recall model knows nothing, and the numbers say so; every part of the report is there."""
     checkpoints = trained / "checkpoints"
