@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mc.experiment import Bootstrap, Formula, bootstrap_p, digest, holm, interval, read_yaml, t_test
+from mc.experiment import Formula, bootstrap, bootstrap_p, digest, holm, interval, read_yaml, t_test
 from nanochat.common import UserError
 
 DEFAULT = "default"
@@ -44,11 +44,11 @@ class Study:
     def flags(self, arm: str, seed: int) -> dict[str, str]:
         """base_train's, but for the seed."""
         changed = {name: value for name, value in self.arms[arm].items() if not name.startswith(OPTION)}
-        return {name: _filled(value, seed) for name, value in (self.base | changed).items()}
+        return {name: filled(value, seed) for name, value in (self.base | changed).items()}
 
     def options(self, arm: str, seed: int) -> dict:
         changed = {name.removeprefix(OPTION): value for name, value in self.arms[arm].items() if name.startswith(OPTION)}
-        return {name: _filled(value, seed) if isinstance(value, str) and name != "command" else value for name, value in (self.evaluate | changed).items()}
+        return {name: filled(value, seed) if isinstance(value, str) and name != "command" else value for name, value in (self.evaluate | changed).items()}
 
     def cell(self, arm: str, seed: int) -> dict:
         """What its numbers depend on, and the key of that."""
@@ -58,7 +58,8 @@ class Study:
                 "evaluate": options, "model_tag": f"ablate_{self.name}_{trained}"}
 
 
-def _filled(value, seed: int) -> str:
+def filled(value, seed: int) -> str:
+    """A flag's value as text: {seed} and $VARIABLES put in, true and false as 1 and 0."""
     text = str(int(value) if isinstance(value, bool) else value).replace("{seed}", str(seed))
     return os.path.expandvars(text)
 
@@ -81,6 +82,21 @@ def read_study(path: Path) -> Study:
         raise UserError(f"{path}: {DEFAULT!r} names the arm that changes nothing, and seeds belong into `seeds`")
     report = {str(name): Formula(str(text)) for name, text in (found.get("report") or {}).items()}
     return Study(path.stem, found["question"], {DEFAULT: {}} | changes, found["base"], seeds, evaluate, report, found.get("step_time"))
+
+
+def step_time_cells(study: Study, arms: list[str]) -> list[dict]:
+    """One per arm whose training differs from the default's, on the first seed: a step's time does not depend on it."""
+    seed, timing = study.seeds[0], {"pairs": 6, "steps": 2} | (study.step_time or {})
+    against = study.cell(DEFAULT, seed)["model_tag"]
+    cells = [study.cell(arm, seed) | timing | {"against": against} for arm in arms]
+    return [cell | {"key": f"time-{digest({k: cell[k] for k in ('model_tag', 'against', 'pairs', 'steps')})}", "name": f"{cell['arm']}, step time"}
+            for cell in cells if cell["model_tag"] != against]
+
+
+def study_results(study: Study, done: dict[str, dict], seeds: list[int]) -> tuple[dict[tuple[str, int], dict], dict[str, dict]]:
+    """((arm, seed) -> record, arm -> step time) of what was run. done: key -> record."""
+    records = {(arm, seed): done[key] for arm in study.arms for seed in seeds if (key := study.cell(arm, seed)["key"]) in done}
+    return records, {cell["arm"]: done[cell["key"]]["results"] for cell in step_time_cells(study, list(study.arms)) if cell["key"] in done}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,7 +148,7 @@ def _estimate(formula: Formula, sides: list[list[dict]]) -> tuple[float, tuple[f
     if C == 1:
         per_seed = [formula({name: x[:, 0] for name, x in side.items()}) for side in measures]
         return value, *t_test(per_seed[0] - (per_seed[1] if len(sides) == 2 else 0))
-    draws = Bootstrap(S, C)
+    draws = bootstrap(S, C)
     drawn = [formula({name: draws.means(x) for name, x in side.items()}) for side in measures]
     difference = drawn[0] - (drawn[1] if len(sides) == 2 else 0)
     return value, interval(difference), bootstrap_p(difference)

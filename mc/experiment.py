@@ -28,6 +28,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,7 @@ class Records:
 # Running
 
 _context = multiprocessing.get_context("forkserver")
+PRELOADED = ["torch", "matplotlib.pyplot", "scripts.base_train", "scripts.finetune_system", "scripts.keep_drop", "mc.suite_report", "mc.measures"]  # imported once, not by every cell
 
 
 def find_function(name: str) -> Callable:
@@ -135,7 +137,7 @@ def find_function(name: str) -> Callable:
         raise UserError(f"there is no function {name}: {e}") from None
 
 
-def _run_cell(cell: dict, work: str, records: Records, log: Path, errors) -> None:
+def _run_cell(cell: dict, work: str, records: Records, log: Path, again: bool, errors) -> None:
     """In a process of its own, output into `log`. Dies with the runner, and does nothing if another runner was faster."""
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     with open(log, "a") as out:
@@ -143,7 +145,7 @@ def _run_cell(cell: dict, work: str, records: Records, log: Path, errors) -> Non
             os.dup2(out.fileno(), stream)
     try:
         with locked(log):
-            if cell["key"] not in records.read():
+            if again or cell["key"] not in records.read():
                 begin = time.time()
                 results = find_function(work)(cell)
                 records.append({**cell, "results": results, "seconds": round(time.time() - begin, 2), "commit": commit(), "environment": environment(),
@@ -155,23 +157,23 @@ def _run_cell(cell: dict, work: str, records: Records, log: Path, errors) -> Non
         errors.send(f"{type(e).__name__}: {e}")
 
 
-def run_cells(cells: list[dict], work: str, records: Records, *, what: str, jobs: int = 1) -> None:
-    """Run the cells whose key has no record yet, `jobs` at a time. Each is {"key", "name", …} and is handed whole to `work`, the function
+def run_cells(cells: list[dict], work: str, records: Records, *, what: str, jobs: int = 1, again: bool = False) -> None:
+    """Run the cells whose key has no record yet (`again`: all), `jobs` at a time. Each is {"key", "name", …} and is handed whole to `work`, the function
     "module:name" that gives its results.
 
     A cell that fails does not stop the others; then UserError names the first one's error and log.
     """
-    done = records.read()
+    done = {} if again else records.read()
     waiting = [cell for cell in cells if cell["key"] not in done]
     logs = records.path.parent / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    _context.set_forkserver_preload(["torch", "matplotlib", "scripts.base_train", "mc.evaluation", "mc.runtime"])  # imported once, not by every cell
+    _context.set_forkserver_preload(PRELOADED)
     print0(f"{what}: {len(cells)} cells, {len(cells) - len(waiting)} of them done before")
     running, failures, begin, finished, total = [], [], time.monotonic(), 0, len(waiting)
     while waiting or running:
         while waiting and len(running) < jobs:
             cell, (receiver, sender) = waiting.pop(0), _context.Pipe(duplex=False)
-            process = _context.Process(target=_run_cell, args=(cell, work, records, logs / f"{cell['key']}.log", sender), daemon=True)
+            process = _context.Process(target=_run_cell, args=(cell, work, records, logs / f"{cell['key']}.log", again, sender), daemon=True)
             process.start()
             sender.close()
             running.append((cell, process, receiver))
@@ -217,6 +219,9 @@ class Bootstrap:
         total = lambda values: ((self.seeds_DS @ values) * self.documents_DC).sum(1)
         with np.errstate(invalid="ignore", divide="ignore"):
             return total(np.where(there, x_SC, 0.0)) / total(there.astype(float))
+
+
+bootstrap = lru_cache(maxsize=16)(Bootstrap)
 
 
 def interval(draws_D: np.ndarray) -> tuple[float, float]:

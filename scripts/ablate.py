@@ -11,11 +11,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
-from mc.ablation import DEFAULT, Study, plot, read_study, table
+from mc.ablation import DEFAULT, Study, plot, read_study, step_time_cells, study_results, table
 from mc.benchmark import step_time_ratio
 from mc.config import from_flags
-from mc.experiment import ROOT, Records, digest, find_function, run_cells, whole_numbers
+from mc.experiment import ROOT, Records, find_function, run_cells, whole_numbers
 from nanochat.checkpoint import load_model_state
 from nanochat.common import FlagParser, UserError, base_dir, run_main
 from nanochat.tokenizer import Tokenizer
@@ -29,10 +30,14 @@ def train(flags: dict[str, str], seed: int, tag: str) -> Path:
         _, meta = load_model_state(directory)
         if meta["step"] == meta["num_iterations"]:
             return directory
-    own = {"save_every": "50", "keep_last": "1"} | flags | {"resume": "1", "model_tag": tag, "seed": str(seed)}
-    sys.argv = ["base_train", *(f"--{name}={value}" for name, value in own.items())]
-    base_train.main()
+    call(base_train, {"save_every": "50", "keep_last": "1"} | flags | {"resume": "1", "model_tag": tag, "seed": str(seed)})
     return directory
+
+
+def call(script: ModuleType, flags: dict, *commands: str) -> None:
+    """A script's main in this process, with these flags behind its sub-command."""
+    sys.argv = [script.__name__, *commands, *(f"--{name}={value}" for name, value in flags.items())]
+    script.main()
 
 
 def evaluate(directory: Path, options: dict) -> dict[str, list[float] | float]:
@@ -40,7 +45,11 @@ def evaluate(directory: Path, options: dict) -> dict[str, list[float] | float]:
     options = dict(options)
     if "function" in options:
         return find_function(options.pop("function"))(directory, **options)
-    command = options.pop("command").format(checkpoint=shlex.quote(str(directory)), **options)
+    return run_command(options.pop("command").format(checkpoint=shlex.quote(str(directory)), **options))
+
+
+def run_command(command: str) -> dict:
+    """The JSON object that a command prints last, without what is no number or list or object."""
     program, *arguments = shlex.split(command)
     done = subprocess.run([sys.executable if program == "python" else program, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     sys.stdout.write(done.stdout)
@@ -50,7 +59,7 @@ def evaluate(directory: Path, options: dict) -> dict[str, list[float] | float]:
         found = json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):
         raise UserError(f"{command}: its last line is no JSON object") from None
-    return {name: value for name, value in found.items() if isinstance(value, int | float | list)}
+    return {name: value for name, value in found.items() if isinstance(value, int | float | list | dict)}
 
 
 def run_cell(cell: dict) -> dict:
@@ -75,15 +84,6 @@ def check_study(study: Study, path: Path) -> None:
             find_function(function)
     if study.step_time is not None and not (isinstance(study.step_time, dict) and set(study.step_time) <= {"pairs", "steps"}):
         raise UserError(f"{path}: step_time is a mapping of pairs and steps")
-
-
-def step_time_cells(study: Study, arms: list[str]) -> list[dict]:
-    """One per arm whose training differs from the default's, on the first seed: a step's time does not depend on it."""
-    seed, timing = study.seeds[0], {"pairs": 6, "steps": 2} | (study.step_time or {})
-    against = study.cell(DEFAULT, seed)["model_tag"]
-    cells = [study.cell(arm, seed) | timing | {"against": against} for arm in arms]
-    return [cell | {"key": f"time-{digest({k: cell[k] for k in ('model_tag', 'against', 'pairs', 'steps')})}", "name": f"{cell['arm']}, step time"}
-            for cell in cells if cell["model_tag"] != against]
 
 
 def make_parser() -> FlagParser:
@@ -115,9 +115,7 @@ def main() -> None:
     if timings:
         run_cells(timings, "scripts.ablate:run_step_time", records, what=f"{study.name}: step times")
 
-    done = records.read()
-    everything = {(arm, seed): done[key] for arm in study.arms for seed in sorted({*study.seeds, *seeds}) if (key := study.cell(arm, seed)["key"]) in done}
-    times = {cell["arm"]: done[cell["key"]]["results"] for cell in step_time_cells(study, list(study.arms)) if cell["key"] in done}
+    everything, times = study_results(study, records.read(), sorted({*study.seeds, *seeds}))
     text, found = table(study, everything, times)
     (out / "report.md").write_text(text)
     plot(found, out / "plot.png")

@@ -1,0 +1,264 @@
+"""Run a suite of benchmarks: systems × tasks × lengths × budgets × seeds at equal entries, with tables, tests and plots.
+
+    python -m scripts.run_benchmarks quick | paper | SUITE.yaml
+    python -m scripts.run_benchmarks --rerun=RESULTS.jsonl:LINE      one cell again, from its record alone
+
+What a suite is: `mc/suite.py`. It trains what it needs, then judges cell after cell; a run that was stopped goes on. Under $NANOCHAT_BASE_DIR/evals/DATE/SUITE
+it writes results.jsonl (a record per cell: configuration, commit, environment, one number per document, cost), report.md and plots.
+"""
+
+import json
+import shlex
+import time
+from datetime import date
+from functools import cache, lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from mc.ablation import read_study, study_results
+from mc.experiment import ROOT, Records, commit, digest, environment, run_cells, whole_numbers
+from mc.suite import Suite, judge_cell, read_suite
+from mc.suite_report import write_report
+from mc.systems.catalogue import SYSTEMS, load_models
+from mc.systems.interface import Models
+from mc.systems.keep_drop import FILE
+from nanochat.checkpoint import complete_steps, load_model_state
+from nanochat.common import FlagParser, UserError, base_dir, print0, run_main
+from nanochat.dataset import Progress, open_corpus
+from nanochat.tasks.catalogue import task_rows
+from nanochat.tasks.schema import TaskBatch
+from nanochat.tasks.text import TextRows
+from nanochat.tasks.words import Words
+from nanochat.token_cache import open_token_cache
+from nanochat.tokenizer import Tokenizer
+from scripts import finetune_system, keep_drop, tok_train
+from scripts.ablate import call, run_command, train
+
+SUITES = ROOT / "runs" / "benchmarks"
+NEEDS_CLASSIFIER = "drop_learned"
+TEXT_HORIZON = 64  # tokens of text that are judged
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: of a model and a seed, and of each system fine-tuned from it
+
+
+def base_folder(model: dict) -> Path:
+    return base_dir() / "checkpoints" / model["tag"]
+
+
+def classifier_folder(model: dict) -> Path:
+    return base_dir() / "checkpoints" / f"{model['tag']}_keep_drop_{digest(model['keep_drop'])}"
+
+
+def arm_folder(model: dict, system: str) -> Path:
+    """The checkpoint that a system reads with."""
+    if not model["finetune"]:
+        return base_folder(model)
+    recipe = {"finetune": model["finetune"], "keep_drop": model["keep_drop"] if system == NEEDS_CLASSIFIER else None}
+    return base_dir() / "checkpoints" / f"{model['tag']}_{SYSTEMS[system].arm or system}_{digest(recipe)}"
+
+
+def make_base(model: dict) -> None:
+    train(model["flags"], model["seed"], model["tag"])
+
+
+def make_classifier(model: dict) -> None:
+    base, labels = base_folder(model), classifier_folder(model)
+    if not (labels / FILE).exists():
+        call(keep_drop, {"checkpoint_dir": base, "labels": labels, **model["keep_drop"].get("label", {})}, "label")
+        call(keep_drop, {"checkpoint_dir": base, "labels": labels, **model["keep_drop"].get("train", {})}, "train")
+
+
+def make_arm(model: dict, system: str) -> None:
+    system = SYSTEMS[system].arm or system
+    folder, classifier = arm_folder(model, system), {"keep_drop": classifier_folder(model) / FILE} if system == NEEDS_CLASSIFIER else {}
+    if not complete_steps(folder):
+        call(finetune_system, {"system": system, "checkpoint_dir": base_folder(model), "out": folder, **classifier, **model["finetune"]})
+
+
+def prepare(cell: dict) -> dict:
+    """A cell of preparation: what its checkpoint needs, each only where it is not there yet."""
+    model, system = cell["model"], cell["system"]
+    make_base(model)
+    if system == NEEDS_CLASSIFIER:
+        make_classifier(model)
+    if system and model["finetune"]:
+        make_arm(model, system)
+    return {"checkpoint": str(arm_folder(model, system) if system else base_folder(model))}
+
+
+def preparations(cells: list[dict]) -> list[list[dict]]:
+    """Bases, then fine-tuned arms: each once, and only where it is not there."""
+    bases, arms = {}, {}
+    for cell in cells:
+        model, system = cell["model"], cell["system"]
+        bases[model["tag"]] = {"key": f"base-{digest(model)}", "name": f"training {model['tag']}", "model": model, "system": "", "seed": model["seed"]}
+        if model["finetune"]:
+            arm = SYSTEMS[system].arm or system
+            arms[arm_folder(model, system)] = {"key": f"arm-{digest({'model': model, 'arm': arm})}", "name": f"fine-tuning {model['tag']} for {arm}", "model": model,
+                                               "system": arm, "seed": model["seed"]}
+    return [[cell for cell in bases.values() if not is_trained(base_folder(cell["model"]))],
+            [cell for folder, cell in arms.items() if not complete_steps(folder)]]
+
+
+def is_trained(folder: Path) -> bool:
+    if not (folder.is_dir() and complete_steps(folder)):
+        return False
+    meta = load_model_state(folder)[1]
+    return meta["step"] == meta["num_iterations"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cells
+
+
+@cache
+def words() -> Words:
+    tokenizer = Tokenizer.load()
+    return Words.of(tokenizer, open_token_cache(open_corpus("stdlib"), "val", tokenizer).tokens)
+
+
+@cache
+def texts(data: str, n: int) -> TextRows:
+    return TextRows(data, "val", Tokenizer.load(), n, TEXT_HORIZON)
+
+
+@lru_cache(maxsize=256)
+def make_batch(task: str, text: str | None, length: int, block_size: int, first: int, last: int) -> TaskBatch:
+    """Documents first … last − 1 of a task: every system's, so they are made once."""
+    rows = np.arange(first, last)
+    return texts(text, length).batch(rows) if text else task_rows(task, words(), "val", rows, length, block_size=block_size)
+
+
+@lru_cache(maxsize=1)
+def models_of(folder: Path) -> Models:
+    return load_models(folder)[0]
+
+
+def judge(cell: dict) -> dict:
+    """A cell's record."""
+    begin = time.time()
+    own = models_of(arm_folder(cell["model"], cell["system"]))
+    results = judge_cell(cell, own, partial(make_batch, cell["task"], cell["text"], cell["length"], own.mc.config.block_size))
+    return {**cell, "results": results, "total_seconds": round(time.time() - begin, 2), "commit": commit(), "environment": environment(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
+
+
+def rerun(where: str) -> None:
+    """One cell again, from its record alone; exit code 1 unless every number is the same."""
+    path, _, line = where.rpartition(":")
+    try:
+        recorded = json.loads(Path(path).read_text().splitlines()[int(line) - 1])
+        cell = {name: recorded[name] for name in ("key", "name", "model", "system", "task", "length", "budget", "seed", "documents", "batch", "text")}
+    except (OSError, ValueError, IndexError, KeyError, TypeError) as e:
+        raise UserError(f"--rerun={where}: no record of a cell there ({type(e).__name__}: {e}); name RESULTS.jsonl:LINE") from None
+    prepare(cell)
+    found, was = judge(cell)["results"], recorded["results"]
+    same = all(found[name] == was[name] for name in found if name != "seconds")
+    summary = {"cell": cell["name"], "nll": float(np.mean(found["nll"])), "recorded_nll": float(np.mean(was["nll"])), "acc": float(np.mean(found["acc"])),
+               "recorded_acc": float(np.mean(was["acc"])), "largest_difference_nll": float(np.abs(np.subtract(found["nll"], was["nll"])).max()), "same": same}
+    print(json.dumps(summary), flush=True)
+    if not same:
+        raise SystemExit(1)
+
+
+def make_tokenizer(cell: dict) -> dict:
+    call(tok_train, {"data": cell["data"]})
+    return {}
+
+
+def run_suite(suite: Suite, seeds: list[int], records: Records, jobs: int) -> None:
+    cells, made = suite.cells(seeds), Records(records.path.with_name("checkpoints.jsonl"))
+    if not (base_dir() / "tokenizer" / "tokenizer.json").exists():
+        print0(f"{suite.name}: no tokenizer in {base_dir()}: one is trained on the embedded corpus, as the quickstart does")
+        run_cells([{"key": "tokenizer", "name": "tokenizer", "data": "stdlib"}], "scripts.run_benchmarks:make_tokenizer", made, what=suite.name, again=True)
+    for preparation in preparations(cells):
+        if preparation:
+            run_cells(preparation, "scripts.run_benchmarks:prepare", made, what=suite.name, jobs=jobs, again=True)
+    done = records.read()
+    waiting = [cell for cell in cells if cell["key"] not in done]
+    print0(f"{suite.name}: {len(cells)} cells, {len(cells) - len(waiting)} of them done before")
+    waiting.sort(key=lambda cell: (cell["seed"], str(arm_folder(cell["model"], cell["system"]))))  # each checkpoint is loaded once
+    progress = Progress(suite.name, len(waiting), "cells", every_s=10)
+    for i, cell in enumerate(waiting, 1):
+        records.append(judge(cell))
+        progress.update(i)
+
+
+def measure_cost(cell: dict) -> dict:
+    return run_command(cell["command"].format(checkpoint=shlex.quote(str(base_folder(cell["model"])))))
+
+
+def cost_cells(suite: Suite) -> dict[str, dict]:
+    """name -> cell: what the suite has measured by mc_bench, on the first seed's checkpoints."""
+    found = {}
+    for name, entry in suite.cost.items():
+        model = suite.model(entry["model"], suite.seeds[0])
+        cell = {"model": model, "command": entry["command"], "seed": model["seed"]}
+        found[name] = {"key": f"cost-{digest(cell)}", "name": f"cost: {name}", **cell}
+    return found
+
+
+def report(suite: Suite, seeds: list[int], records: Records) -> str:
+    done, out = records.read(), records.path.parent
+    own = [done[cell["key"]] for cell in suite.cells(seeds) if cell["key"] in done]
+    costs = {name: done[cell["key"]]["results"] for name, cell in cost_cells(suite).items() if cell["key"] in done}
+    trained = {name: load_model_state(base_folder(suite.model(name, seeds[0])))[1]["model_config"]["sequence_len"] for name in suite.models}
+    logs = {name: tuple(base_dir() / "runs" / run / "metrics.jsonl" for run in pair) for name, pair in suite.overlay.items()}
+    for name in [name for name, pair in logs.items() if not all(path.exists() for path in pair)]:
+        print0(f"note: no training logs {' and '.join(map(str, logs.pop(name)))}: the overlay of {name} is left out (the quickstart makes them)")
+    studies = []
+    for name in suite.ablations:
+        study = read_study(ROOT / name)
+        path = base_dir() / "ablations" / study.name / "results.jsonl"
+        found = study_results(study, Records(path).read(), study.seeds)
+        if found[0]:
+            studies.append((study, *found))
+        else:
+            print0(f"note: no results of {name} in {path}: it is left out (python -m scripts.ablate {name})")
+    return write_report(suite, own, out, costs=costs, trained=trained, overlay=logs, studies=studies)
+
+
+def results_folder(suite: Suite) -> Path:
+    """The newest of the suite's folders under evals/DATE, today's if there is none."""
+    there = sorted((base_dir() / "evals").glob(f"????-??-??/{suite.name}"))
+    return there[-1] if there else base_dir() / "evals" / date.today().isoformat() / suite.name
+
+
+def make_parser() -> FlagParser:
+    parser = FlagParser(prog="python -m scripts.run_benchmarks", description=__doc__.split("\n\n")[0])
+    parser.add_argument("suite", nargs="?", default="", help="quick, paper, or the YAML file of a suite")
+    parser.add_argument("--rerun", default="", help="instead: RESULTS.jsonl:LINE, one cell again from its record, exit code 1 if a number differs")
+    parser.add_argument("--seeds", default="", help="seeds to run, like 1,2; default the suite's")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings and fine-tunings at a time, each a process; cells are judged one after the other")
+    parser.add_argument("--report", type=int, default=0, choices=(0, 1), help="1: only write the report on the cells that were run")
+    parser.add_argument("--out", type=Path, default=None, help="folder of the results; default the newest $NANOCHAT_BASE_DIR/evals/DATE/SUITE, today's if there is none")
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    if bool(args.suite) == bool(args.rerun):
+        raise UserError("name one of: a suite (quick, paper, or a YAML file), or --rerun=RESULTS.jsonl:LINE")
+    if args.jobs < 1:
+        raise UserError(f"--jobs={args.jobs}: at least 1")
+    if args.rerun:
+        return rerun(args.rerun)
+    path = SUITES / f"{args.suite}.yaml"
+    suite = read_suite(path if path.exists() else Path(args.suite))
+    seeds = whole_numbers(args.seeds, "--seeds") if args.seeds else suite.seeds
+    out = args.out or results_folder(suite)
+    records = Records(out / "results.jsonl")
+    if not args.report:
+        run_suite(suite, seeds, records, args.jobs)
+        run_cells(list(cost_cells(suite).values()), "scripts.run_benchmarks:measure_cost", records, what=f"{suite.name}: cost")
+    elif not records.path.exists():
+        raise UserError(f"--report=1, but there are no results in {out}")
+    text = report(suite, seeds, records)
+    print(text, flush=True)
+    print(json.dumps({"report": str(out / "report.md"), "results": str(records.path), "cells": len(records.read())}))
+
+
+if __name__ == "__main__":
+    run_main(main)
