@@ -17,14 +17,23 @@ def _mix(z: Tensor) -> Tensor:
     return z
 
 
-def uniform(rows_B: Tensor, count: int, *key: int | str) -> Tensor:
-    """[B, count] float32 in [0, 1): a function of each global row number and `key`."""
+def uniform_at(rows_B: Tensor, index_BI: Tensor, *key: int | str) -> Tensor:
+    """[B, I] float32 in [0, 1): a function of each global row number, each index (int64 ≥ 0; also [I], for all rows) and `key`."""
     base = _mix(rows_B.long() * _GOLDEN + key_seed(*key))
-    steps = torch.arange(1, count + 1, device=rows_B.device)
-    bits = _mix(base[:, None] + steps * _GOLDEN)
+    bits = _mix(base[:, None] + (index_BI + 1) * _GOLDEN)
     return ((bits >> 40) & ((1 << 24) - 1)).float() / (1 << 24)
+
+
+def gumbel_at(rows_B: Tensor, index_BI: Tensor, *key: int | str) -> Tensor:
+    """[B, I] standard Gumbel noise, as `uniform_at`."""
+    return -torch.log(-torch.log(uniform_at(rows_B, index_BI, *key).clamp(1e-7, 1 - 1e-7)))
+
+
+def uniform(rows_B: Tensor, count: int, *key: int | str) -> Tensor:
+    """[B, count] float32 in [0, 1): `uniform_at` 0 … count − 1."""
+    return uniform_at(rows_B, torch.arange(count, device=rows_B.device), *key)
 
 
 def gumbel(rows_B: Tensor, count: int, *key: int | str) -> Tensor:
     """[B, count] standard Gumbel noise."""
-    return -torch.log(-torch.log(uniform(rows_B, count, *key).clamp(1e-7, 1 - 1e-7)))
+    return gumbel_at(rows_B, torch.arange(count, device=rows_B.device), *key)

@@ -37,11 +37,12 @@ from torch import Tensor
 from mc.catalog import Catalog
 from mc.config import setting
 from mc.focus_allocator import FocusConfig, check_feasible, utilization
+from mc.focus_price import Allocator, next_shift, room
 from mc.gaussian_rope import alibi_slopes, entry_rotary
 from mc.history import History, check_sessions, store_format
 from mc.key_search import KeySearch
 from mc.lens_networks import RERANKED, Reader
-from mc.lensnet import LOCAL_MEAN, focus_scores
+from mc.lensnet import LOCAL_MEAN
 from mc.model import MegaContext, load_mega_context
 from mc.paged_cache import NOWHERE, PagedCache, Placement
 from mc.path_edits import Edits, PathEdits
@@ -52,7 +53,7 @@ from nanochat.engine import check_sampling, sample
 from nanochat.gpt import GPT
 from nanochat.recorder import Recorder
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class SessionConfig:
     kv_policy: str = setting("exact", "after an edit: run everything behind it again, or (approximate) the new entries only", ("exact", "approximate"))
     untrained: str = setting("refuse", "levels of gists that were not trained: refuse histories that need them, or show and report them", ("refuse", "report"))
     candidates: int = setting(32, "blocks that the search of the history proposes at a refocus")
+    allocator: str = setting("greedy", "how detail is chosen: greedy; bundle:BLOCKS, one edit shows up to so many adjacent blocks; stochastic:TEMPERATURE, with noise; threshold:a,b,c, a learned price")
+    price: str = setting("market", "price of an entry: what just fits the budget, or (adaptive) falling from there until the budget is used", ("market", "adaptive"))
     max_edits: int = setting(4, "path edits per refocus")
     cooldown: int = setting(2, "refocuses during which an edit is not reversed")
     tau_expand: float = setting(0.2, "a block is shown above this score")
@@ -77,6 +80,7 @@ class SessionConfig:
         for name, least in dict(budget=0, interval=0, candidates=1).items():
             if getattr(self, name) < least:
                 raise UserError(f"--mc_{name}={getattr(self, name)} must be at least {least}")
+        Allocator.parse(self.allocator)
 
 
 def add_flags(parser: argparse.ArgumentParser, **defaults) -> None:
@@ -177,9 +181,10 @@ class SessionPool:
             raise UserError("the model was trained on no level of gists; train it on longer rows, or show them all the same with --mc_untrained=report")
         if config.kv_policy == "approximate" and c.positions == "contiguous":
             raise UserError("--mc_kv_policy=approximate: with --mc_positions=contiguous an edit moves every entry; use exact")
+        self.allocator = Allocator.parse(config.allocator)
         self.focus_config = FocusConfig(
             config.budget or c.budget, c.block_size, max_lod, recent=c.protected, tau_expand=config.tau_expand,
-            tau_collapse=config.tau_collapse, margin=config.margin, max_edits=config.max_edits, cooldown=config.cooldown)
+            tau_collapse=config.tau_collapse, margin=config.margin, max_edits=config.max_edits, cooldown=config.cooldown, span=self.allocator.span)
         slots = self.focus_config.budget + self.interval
         if min(gpt.config.windows()) < min(slots, gpt.config.sequence_len):
             raise UserError(f"window_pattern {gpt.config.window_pattern}: its short layers see {min(gpt.config.windows())} of {slots} entries; use a model with L only")
@@ -390,7 +395,7 @@ class Session:
     """One history and its working context. Made by `SessionPool.open`; methods raise UserError and then have changed nothing."""
 
     def __init__(self, pool: SessionPool, row: int, store: Store, seed: int, catalog: Catalog | None):
-        self.pool, self.row, self.catalog = pool, row, catalog
+        self.pool, self.row, self.seed, self.catalog = pool, row, seed, catalog
         self.history = History(pool.gpt, pool.mc, store)
         self.pending: list[int] = []
         self.generator = torch.Generator(pool.device).manual_seed(seed)
@@ -401,7 +406,7 @@ class Session:
     def _restart(self, focus: PathEdits) -> None:
         self.search = KeySearch(self.pool.mc.lensnet, self.history.store.keys)
         self.search.grow(self.history.store.n_nodes(1))
-        self.focus, self.scores, self.last_edits = focus, {}, Edits()
+        self.focus, self.scores, self.last_edits, self.price_shift = focus, {}, Edits(), 0.0
         self.cut_lod, self.cut_index, self.cut_tokens = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), 0
         self.asked = self.n_tokens > 0  # appended to since the last refocus
         self.forget_cache()
@@ -479,7 +484,7 @@ class Session:
         self._restart(PathEdits(self.pool.focus_config, focus["n_tokens"], focus["refocuses"], {tuple(node) for node in focus["expanded"]},
                                 {(lod, index): at for lod, index, at in focus["changed"]}, set(focus["pruned"])))
         self.scores, self.last_edits = {block: score for block, score in meta["scores"]}, Edits(**{name: value if name == "paths" else [tuple(node) for node in value] for name, value in meta["last_edits"].items()})
-        for name in ("asked", "recut", "n_read", "cut_tokens", "kept", "computed"):
+        for name in ("asked", "recut", "n_read", "cut_tokens", "kept", "computed", "seed", "price_shift"):
             setattr(self, name, meta[name])
         self.cut_lod, self.cut_index = tensors["cut_lod"].numpy(), tensors["cut_index"].numpy()
         self.cached = _Cached(tensors["lod"].numpy(), tensors["index"].numpy(), slot.numpy())
@@ -526,6 +531,8 @@ class Session:
             focus.advance(self.n_tokens, set(logits))
             self.scores = self._scores(logits)
             self.last_edits = edits = focus.refocus(self.scores)
+            if self.pool.config.price == "adaptive":
+                self.price_shift = float(next_shift(torch.tensor(self.price_shift, dtype=torch.float64), torch.tensor(self.utilization)))
             before, after = self._shown(), focus.cut()
             self.recut |= not all(map(np.array_equal, before, after))
             (self.cut_lod, self.cut_index), self.cut_tokens = after, focus.n_tokens
@@ -540,12 +547,11 @@ class Session:
     def report_refocus(self, pass_seconds: float) -> None:
         """Tell the meter of a refocus whose pass has just run."""
         if self.meter and self.refocus_seconds:
-            lods, c = self.status().entries_by_lod, self.pool.focus_config
+            lods = self.status().entries_by_lod
             raw = sum(lod == 1 for lod, _ in self.focus.expanded)
-            n_B = torch.tensor([self.focus.n_tokens])
             self.meter.refocused(
                 self.focus.refocuses, self.last_edits, seconds=self.refocus_seconds + pass_seconds, entries_by_lod=lods, swappable=raw + lods.get(1, 0),
-                utilization=float(utilization(torch.tensor([self.focus.entries]), n_B, c)), kv_kept=self.kept, kv_recomputed=self.computed, store_reads=self.store_reads)
+                utilization=self.utilization, kv_kept=self.kept, kv_recomputed=self.computed, store_reads=self.store_reads)
             self.store_reads = 0
         self.refocus_seconds = 0.0
 
@@ -569,21 +575,19 @@ class Session:
         return np.concatenate([self.cut_lod, np.zeros_like(new)]), np.concatenate([self.cut_index, new])
 
     def _scores(self, logits: dict[int, float]) -> dict[int, float]:
-        """Focus scores in [−1, 1]: the price λ lies between the logits of the blocks that fit and of the next one."""
-        focus, c = self.focus, self.pool.focus_config
-        levels = max(sum(c.block_size ** lod <= focus.n_tokens for lod in range(1, c.max_lod + 1)), 1)
-        protected = sum(focus.protected(node) for node in focus.expanded)
-        tail = set(focus.tail_blocks())
-        rivals = sorted((x for block, x in logits.items() if block not in tail and block not in focus.pruned), reverse=True)
-        room = max((focus.free(c.soft_budget) + len(focus.expanded) - protected) // levels, 1)
-        if not rivals:
-            price = 0.0
-        elif len(rivals) > room:
-            price = (rivals[room - 1] + rivals[room]) / 2
-        else:
-            price = rivals[-1] - 1.0
-        values = focus_scores(torch.tensor(list(logits.values()), dtype=torch.float64), torch.tensor(price, dtype=torch.float64))
-        return dict(zip(logits, values.tolist()))
+        """Focus scores in [−1, 1]."""
+        focus, n_B = self.focus, torch.tensor([self.focus.n_tokens])
+        fixed = torch.tensor(sorted({*focus.tail_blocks(), *focus.pruned}), dtype=torch.int64)
+        index_BI, logits_BI = torch.tensor([list(logits)], dtype=torch.int64), torch.tensor([list(logits.values())], dtype=torch.float64)
+        scores_BI = self.pool.allocator.scores(
+            logits_BI, index_BI, ~torch.isin(index_BI, fixed), room(n_B, focus.cfg), torch.tensor([self.price_shift], dtype=torch.float64),
+            rows_B=torch.zeros(1, dtype=torch.int64), seed=self.seed, refocus=focus.refocuses)
+        return dict(zip(logits, scores_BI[0].tolist()))
+
+    @property
+    def utilization(self) -> float:
+        """Of the cut that the last refocus left, see `mc.focus_allocator.utilization`."""
+        return float(utilization(torch.tensor([self.focus.entries]), torch.tensor([self.focus.n_tokens]), self.focus.cfg))
 
     @property
     def due(self) -> bool:
@@ -733,7 +737,7 @@ class Session:
             tensors["history"] = self.history.store.tokens(torch.arange(self.history.n_tokens))
         focus = self.focus
         meta = {"version": STATE_VERSION, "model": self.pool.fingerprint, "config": asdict(self.pool.config), "n_stored": self.history.n_tokens,
-                "store_version": self.history.store.version, "pending": list(self.pending), "asked": self.asked, "recut": self.recut, "n_read": self.n_read, "cut_tokens": self.cut_tokens, "kept": self.kept, "computed": self.computed,
+                "store_version": self.history.store.version, "pending": list(self.pending), "asked": self.asked, "recut": self.recut, "n_read": self.n_read, "cut_tokens": self.cut_tokens, "kept": self.kept, "computed": self.computed, "seed": self.seed, "price_shift": self.price_shift,
                 "scores": list(self.scores.items()), "last_edits": asdict(self.last_edits),
                 "focus": {"n_tokens": focus.n_tokens, "refocuses": focus.refocuses, "expanded": sorted(focus.expanded),
                           "changed": sorted([*node, at] for node, at in focus.changed.items()), "pruned": sorted(focus.pruned)}}

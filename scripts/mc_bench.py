@@ -5,6 +5,8 @@
     python -m scripts.mc_bench kv --checkpoint_dir=DIR         the approximate KV policy against the exact one
     python -m scripts.mc_bench search --checkpoint_dir=DIR     the lens's search over the keys of long histories
     python -m scripts.mc_bench focus --checkpoint_dir=DIR      what refocusing does on long streams of text
+    python -m scripts.mc_bench price --checkpoint_dir=DIR      the learned price of --mc_allocator=threshold, fitted and judged
+    python -m scripts.mc_bench knapsack                        how far the greedy choice of detail is from the optimum
     python -m scripts.mc_bench lens --checkpoint_dir=DIR       every kind of lens, taught side by side
     python -m scripts.mc_bench telemetry --checkpoint_dir=DIR  a training step with every sink against none
     python -m scripts.mc_bench store --checkpoint_dir=DIR --text=DIR   a history on disk: ingest, opening, gathering, sizes, edits
@@ -12,11 +14,12 @@
 Each sub-command is a module of `mc` with `add_flags(parser)` and `run(args)`.
 """
 
-from mc import benchmark, decode_benchmark, focus_benchmark, kv_benchmark, lens_benchmark, search_benchmark, store_benchmark, telemetry_benchmark
+from mc import (benchmark, decode_benchmark, focus_benchmark, knapsack, kv_benchmark, lens_benchmark, price_fit, search_benchmark, store_benchmark,
+                telemetry_benchmark)
 from nanochat.common import FlagParser, run_main
 
 COMMANDS = {"train": benchmark, "decode": decode_benchmark, "kv": kv_benchmark, "search": search_benchmark, "focus": focus_benchmark,
-            "lens": lens_benchmark, "telemetry": telemetry_benchmark, "store": store_benchmark}
+            "price": price_fit, "knapsack": knapsack, "lens": lens_benchmark, "telemetry": telemetry_benchmark, "store": store_benchmark}
 
 
 def make_parser() -> FlagParser:

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mc import working_context as wc
-from mc.mega_context import tiling
 from mc.focus_allocator import FocusConfig, FocusReport, FocusState, GreedyAllocator, check_feasible, utilization
 from nanochat.common import UserError
 
@@ -244,33 +243,6 @@ def test_scores_are_only_compared():
     only = torch.tensor([[-torch.inf, 0.1, -torch.inf, torch.nan, -torch.inf, -0.1, -torch.inf, -torch.inf]])
     assert shown(allocator, allocator.allocate(only, n_B)) == [1, 5]
     assert shown(allocator, allocator.allocate(only, n_B, per_cost=True)) == [1]
-
-
-def optimum(utility_N1: torch.Tensor, n: int, cfg: FocusConfig) -> float:
-    """Every set of raw blocks, its ancestors added, within the budget: the best summed utility."""
-    n_blocks = len(utility_N1)
-    sets_SN = (torch.arange(2**n_blocks)[:, None] >> torch.arange(n_blocks)) & 1
-    nodes_S, level_SN = sets_SN.sum(1), sets_SN
-    for _ in range(1, cfg.max_lod):
-        width = level_SN.shape[1] // cfg.block_size
-        level_SN = level_SN[:, : width * cfg.block_size].unflatten(1, (width, cfg.block_size)).amax(-1)
-        nodes_S = nodes_S + level_SN.sum(1)
-    entries_S = tiling(n, cfg.block_size, cfg.max_lod) + (cfg.block_size - 1) * nodes_S
-    return float((sets_SN * utility_N1).sum(1)[entries_S <= cfg.budget].max())
-
-
-@pytest.mark.parametrize("k, max_lod, n", [(2, 1, 17), (2, 3, 16), (2, 3, 23), (3, 2, 29), (4, 2, 47)])
-def test_greedy_is_near_the_brute_force_optimum(k, max_lod, n):
-    gen, n_blocks, trials, least = torch.Generator().manual_seed(0), n // k, 40, tiling(n, k, max_lod)
-    utility_BN1 = -torch.rand(trials, n_blocks, generator=gen).log()
-    for nodes in (max_lod, max_lod + 2, max_lod + 4):
-        cfg = FocusConfig(least + (k - 1) * nodes, k, max_lod, recent=0)
-        allocator = GreedyAllocator(cfg)
-        state = allocator.allocate(utility_BN1, torch.full((trials,), n), per_cost=True)
-        got_B = (utility_BN1 * raw_blocks(check_state(allocator, state), n_blocks)).sum(1)
-        best_B = torch.tensor([optimum(row, n, cfg) for row in utility_BN1])
-        assert (got_B <= best_B + 1e-5).all()
-        assert (got_B / best_B).mean() >= 0.9, f"{nodes} nodes: {(got_B / best_B).mean():.3f}"
 
 
 def test_infeasible_budgets_are_refused_with_the_numbers():

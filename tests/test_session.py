@@ -710,3 +710,32 @@ def test_the_meter_records_every_session_metric_and_nothing_per_token(tmp_path):
     assert sum(row.get("mc.session.undone", 0) for row in rows) >= 0 and rows[-1]["mc.session.history"] == rows[-1]["step"] - 9
     assert all(0 < row["mc.session.utilization"] <= 1 and row["gen_ai.server.time_to_first_token"] > 0 for row in rows)
     assert set(shown) == {int(name[-2]) for name in rows[-1] if name.startswith("mc.session.entries")}
+
+
+@pytest.mark.parametrize("allocator", ["bundle:2", "stochastic:2"])
+def test_a_restored_session_goes_on_with_its_price_and_its_noise(allocator):
+    config = dict(allocator=allocator, price="adaptive", interval=4)
+    first = tiny_pool(**config).open(seed=5)
+    first.begin(tokens(120))
+    list(first.generate(24, temperature=0))
+    assert first.price_shift < 0 or first.utilization >= 0.95
+    again = tiny_pool(**config).restore(first.state())
+    assert (again.seed, again.price_shift, again.focus.expanded) == (5, first.price_shift, first.focus.expanded)
+    assert list(first.generate(24, temperature=0)) == list(again.generate(24, temperature=0))
+    assert again.focus.expanded == first.focus.expanded and again.price_shift == first.price_shift
+
+
+def test_allocator_and_price_change_what_is_shown():
+    def shown(**config):
+        session = tiny_pool(budget=60, interval=4, max_edits=1, cooldown=0, **config).open()
+        session.begin(tokens(150))
+        seen = []
+        for piece in torch.tensor(tokens(40, seed=1)).split(4):
+            session.score(piece)
+            seen.append(session.cut_index.tolist())
+        return seen
+
+    usual = shown()
+    for config in (dict(price="adaptive"), dict(allocator="bundle:3"), dict(allocator="stochastic:2"), dict(allocator="threshold:-2,0,1")):
+        assert shown(**config) != usual, config
+    assert shown(allocator="threshold:0,0,1") == usual
