@@ -1,71 +1,93 @@
-"""What showing a block is worth, measured: the loss with the edit and without it, many edits of a row in one pass.
+"""What the detail of a block is worth, measured: the loss with its raw tokens and with its gist, many blocks of a row in one pass.
 
-A path edit of a cut shows one block that it hides, or hides one that it shows. Either way
+A cut of the row is drawn, and in it blocks whose ancestors are open. Each edit flips one of them, raw to gist or gist to raw, all else
+unchanged. Either way
 
-    utility = NLL(the block's detail hidden) − NLL(the same cut with the block shown), nats per token of the continuation
+    utility = NLL(the block as its gist) − NLL(the same cut with the block raw), nats per token of the continuation
 
-so positive means that detail helps. The R rows and the 1 + E cuts of each go through the base as R · (1 + E) rows of one batch; they share
-the row's tokens, embeddings and tree.
+so positive means that detail helps. (An edit that opens the block's ancestors too would mix in what they are worth: on recall, with one
+LOD2 node above the whole history, opening it was worth 1 to 2 nats whichever block was shown.)
 
-Shapes: R rows, T tokens, N blocks, E edits of a row, C = 1 + E cuts.
+The R rows and the 1 + E cuts of each go through the base as R · (1 + E) rows of one batch; they share the row's tokens, embeddings and tree.
+
+Shapes: R rows, T tokens, N blocks, N_l nodes at level l, E edits of a row, C = 1 + E cuts.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mc.focus_allocator import FocusConfig, entries_needed
+from mc.focus_allocator import GreedyAllocator
 from mc.keyed_random import gumbel, uniform
 from mc.losses import row_mean
 from mc.mega_context import Tree
 from mc.model import MegaContext, read_rows, run_entries, take, with_continuation
+from mc.working_context import from_expanded
 from nanochat.gpt import GPT, token_losses
 
 
-def room(n_tokens: int, cfg: FocusConfig) -> int:
-    """Blocks that a budget surely shows besides the tail, of a history of n_tokens: at least 1 where it is feasible."""
-    tiles, deep, tail = entries_needed(n_tokens, cfg)
-    return max(cfg.soft_budget - tiles - tail, 0) // max(deep, 1)
+def draw_cut(allocator: GreedyAllocator, editable_RN: Tensor, n_R: Tensor, rows_R: Tensor, *key: int | str) -> list[Tensor]:
+    """Which nodes a random cut expands, as `GreedyAllocator.allocate` says it, with room for one more of the blocks that `can_flip`.
+
+    Shows up to as many of the editable blocks as the budget holds, then closes the one that was opened last: its ancestors stay open.
+    """
+    cfg, n_blocks = allocator.cfg, editable_RN.shape[1]
+    most = max(cfg.budget // cfg.block_size, 1)
+    rank_RN = gumbel(rows_R, n_blocks, "cut to edit", *key).masked_fill(~editable_RN, -torch.inf).argsort(1, descending=True).argsort(1)
+    wanted_RN = editable_RN & (rank_RN <= (uniform(rows_R, 1, "size of the cut", *key) * most).long())
+    expanded = list(allocator.allocate(torch.where(wanted_RN, -rank_RN.float(), -torch.inf), n_R).expanded)
+    last_R1 = rank_RN.masked_fill(~(expanded[0] & editable_RN), -1).argmax(1, keepdim=True)
+    expanded[0] = expanded[0] & ~(torch.zeros_like(editable_RN).scatter(1, last_R1, True) & editable_RN)
+    return expanded
 
 
-def draw_edits(logits_RN: Tensor, editable_RN: Tensor, most: int, count: int, rows_R: Tensor, *key: int | str) -> tuple[Tensor, Tensor, Tensor]:
-    """A cut and edits of it, drawn by global row number and key.
+def can_flip(expanded: Sequence[Tensor], editable_RN: Tensor, n_R: Tensor, block_size: int) -> Tensor:
+    """[R, N] editable blocks whose existing ancestors are all expanded: they stand in the cut, raw or as their gist."""
+    open_RN = editable_RN
+    block_N = torch.arange(editable_RN.shape[1], device=n_R.device)
+    for lod, open_RM in enumerate(expanded[1:], 2):
+        exists_RM = block_size**lod * torch.arange(1, open_RM.shape[1] + 1, device=n_R.device) <= n_R[:, None]
+        closed_RM = F.pad(exists_RM & ~open_RM, (0, 1))  # the last: blocks that have no ancestor at this level
+        open_RN = open_RN & ~closed_RM[:, (block_N // block_size ** (lod - 1)).clamp_max(open_RM.shape[1])]
+    return open_RN
 
-    The cut shows fewer than `most` random blocks, so that any other one still fits. Half of the edits, rounded up, are of blocks that the
-    lens wants (logits + Gumbel noise), the others of random ones, no block twice.
-    Returns shown [R, N] bool, block [R, E] int64, and valid [R, E] bool: False where there are fewer blocks to edit. E = min(count, N).
+
+def draw_edits(logits_RN: Tensor, editable_RN: Tensor, count: int, rows_R: Tensor, *key: int | str) -> tuple[Tensor, Tensor]:
+    """Blocks to flip, drawn by global row number and key: half of them, rounded up, by logits + Gumbel noise, the others anyhow, none twice.
+
+    Returns block [R, E] int64 and valid [R, E] bool: False where there are fewer editable blocks. E = min(count, N).
     """
     n_blocks = logits_RN.shape[1]
     count = min(count, n_blocks)
-    wanted, anyhow, order = gumbel(rows_R, 3 * n_blocks, "edits", *key).chunk(3, 1)
-    rank_RN = order.masked_fill(~editable_RN, -torch.inf).argsort(1, descending=True).argsort(1)
-    shown_RN = editable_RN & (rank_RN < (uniform(rows_R, 1, "cut to edit", *key) * most).long())
+    wanted, anyhow = gumbel(rows_R, 2 * n_blocks, "edits", *key).chunk(2, 1)
     first = (logits_RN + wanted).masked_fill(~editable_RN, -torch.inf).topk((count + 1) // 2, 1).indices
     rest = anyhow.masked_fill(~editable_RN, -torch.inf).scatter(1, first, -torch.inf).topk(count // 2, 1)
-    block_RE = torch.cat([first, rest.indices], 1)
-    return shown_RN, block_RE, torch.cat([editable_RN.gather(1, first), rest.values > -torch.inf], 1)
+    return torch.cat([first, rest.indices], 1), torch.cat([editable_RN.gather(1, first), rest.values > -torch.inf], 1)
 
 
 @torch.no_grad()
-def edit_utilities(gpt: GPT, mc: MegaContext, tree: Tree, tokens_RT: Tensor, targets_RT: Tensor, n_R: Tensor, shown_RN: Tensor,
-                   block_RE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Utility [R, E] of each block, NLL [R] of the cut itself, and valid [R, E]: False where the budget could not show what an edit asks for.
+def edit_utilities(gpt: GPT, mc: MegaContext, tree: Tree, tokens_RT: Tensor, targets_RT: Tensor, n_R: Tensor, expanded: Sequence[Tensor],
+                   block_RE: Tensor) -> tuple[Tensor, Tensor]:
+    """Utility [R, E] of the detail of each block, and NLL [R] of the cut itself; NaN where an edit does not fit the budget.
 
-    targets: next tokens, −1 where none counts. shown: blocks that the cut shows besides the protected tail.
+    targets: next tokens, −1 where none counts. expanded: the cut, one bool [R, N_l] per level; block: of those that `can_flip`.
     """
-    c, (R, E), N = mc.config, block_RE.shape, shown_RN.shape[1]
+    c, (R, E), N = mc.config, block_RE.shape, expanded[0].shape[1]
     flip_REN = torch.zeros(R, E, N, dtype=torch.bool, device=n_R.device).scatter(2, block_RE[..., None], True)
-    wanted = torch.cat([shown_RN[:, None], shown_RN[:, None] ^ flip_REN], 1).flatten(0, 1)
+    raw_CN = torch.cat([expanded[0][:, None], expanded[0][:, None] ^ flip_REN], 1).flatten(0, 1)
 
     def each(x: Tensor) -> Tensor:
         return x.repeat_interleave(1 + E, 0)
 
     n = each(n_R)
-    state = mc.allocator.allocate(torch.where(wanted, 0.0, -torch.inf), n)
-    entries = with_continuation(mc.allocator.cut(state)[0], n, c.horizon - 1)
-    out = run_entries(gpt, mc, tree.with_table(each(tree.table_BND)), each(tokens_RT), entries)
-    read = read_rows(entries, c.block_size, c.horizon, 1, c.gists_per_block)
+    cut, fits = from_expanded([raw_CN, *map(each, expanded[1:])], n, c.block_size, c.budget)
+    entries = with_continuation(cut, n, c.horizon - 1)
+    out = run_entries(gpt, mc, Tree(each(tree.table_BND), tree.shape), each(tokens_RT), entries)
+    read = read_rows(entries, c.block_size, c.horizon, 1)
     target = each(targets_RT).gather(1, read.token_BP)
-    nll_RC = row_mean(token_losses(gpt.logits(take(out, read.slot_BP)), target), target >= 0).view(R, 1 + E)
-    done_RC = (wanted <= state.expanded[0]).all(1).view(R, 1 + E)
-    change_RE = nll_RC[:, :1] - nll_RC[:, 1:]
-    return torch.where(shown_RN.gather(1, block_RE), -change_RE, change_RE), nll_RC[:, 0], done_RC[:, 1:] & done_RC[:, :1]
+    nll = row_mean(token_losses(gpt.logits(take(out, read.slot_BP)), target), target >= 0)
+    nll_RC = nll.masked_fill(~fits, torch.nan).view(R, 1 + E)
+    gain_RE = nll_RC[:, :1] - nll_RC[:, 1:]
+    return torch.where(expanded[0].gather(1, block_RE), -gain_RE, gain_RE), nll_RC[:, 0]

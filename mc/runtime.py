@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mc.config import POLICIES, MCConfig, to_dict
-from mc.counterfactual import draw_edits, edit_utilities, room
+from mc.counterfactual import can_flip, draw_cut, draw_edits, edit_utilities
 from mc.diagnostics import gist_statistics, probe, shares_by_lod
 from mc.far_history import draw_far_history, most_entries
 from mc.focus_allocator import check_feasible, utilization
@@ -321,10 +321,10 @@ class MCController:
             return None
         logits = self.model.lens_logits(tree.levels[0], n, tree=tree)
         editable = visible_blocks(n, logits.shape[1], c.block_size, c.protected)
-        most = room(self.history, self.model.focus_config())
-        shown, block, drawn = draw_edits(logits, editable, most, c.lens_edits, rows, self.seed, step)
-        utility, _, possible = edit_utilities(gpt, self.model, tree, tokens, targets, n, shown, block)
-        return Edits(n, block, utility, drawn & possible)
+        expanded = draw_cut(self.model.allocator, editable, n, rows, self.seed, step)
+        block, drawn = draw_edits(logits, can_flip(expanded, editable, n, c.block_size), c.lens_edits, rows, self.seed, step)
+        utility, _ = edit_utilities(gpt, self.model, tree, tokens, targets, n, expanded, block)
+        return Edits(n, block, utility.masked_fill(~drawn, 0), drawn)
 
     def _judged_variants(self, n: Tensor, shown: Tensor, loss: Tensor) -> Variants | None:
         """The variants of every row with what they cost, for the preference target. shown [RV, N], loss [RV]."""

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mc.config import to_dict
-from mc.counterfactual import draw_edits, edit_utilities, room
+from mc.counterfactual import can_flip, draw_cut, draw_edits, edit_utilities
 from mc.lens_objectives import standardized, visible_blocks
 from mc.mega_context import Tree
 from mc.model import MegaContext
@@ -88,19 +88,21 @@ def measure(gpt: GPT, mc: MegaContext, tokens_CT: Tensor, targets_CT: Tensor, ro
     n_CQ = torch.tensor(list(at), device=tokens_CT.device).expand(len(tokens_CT), -1)
     drawn = []
     for n, gate_CN in zip(at, gates):
-        editable = visible_blocks(n_CQ[:, 0] * 0 + n, N, c.block_size, c.protected)
-        wanted = CONTRAST * standardized(F.pad(gate_CN, (0, N - gate_CN.shape[1])), editable)
-        drawn.append(draw_edits(wanted, editable, room(n, mc.focus_config()), edits, rows_C, seed, n))
-    shown, block, valid = (torch.stack(x, 1).flatten(0, 1) for x in zip(*drawn))  # [C·Q, …]
+        here = torch.full((len(tokens_CT),), n, device=tokens_CT.device)
+        editable = visible_blocks(here, N, c.block_size, c.protected)
+        expanded = draw_cut(mc.allocator, editable, here, rows_C, seed, n)
+        there = can_flip(expanded, editable, here, c.block_size)
+        wanted = CONTRAST * standardized(F.pad(gate_CN, (0, N - gate_CN.shape[1])), there)
+        drawn.append((*expanded, *draw_edits(wanted, there, edits, rows_C, seed, n)))
+    *expanded, block, valid = (torch.stack(x, 1).flatten(0, 1) for x in zip(*drawn))  # [C·Q, …]
 
     def each(x: Tensor) -> Tensor:
         return x.repeat_interleave(len(at), 0)
 
     trees = Tree(each(tree.table_BND), tree.shape)
-    utility, nll, possible = edit_utilities(gpt, mc, trees, each(tokens_CT), each(targets_CT), n_CQ.flatten(), shown, block)
+    utility, nll = edit_utilities(gpt, mc, trees, each(tokens_CT), each(targets_CT), n_CQ.flatten(), expanded, block)
     shape = (len(tokens_CT), len(at))
-    return Labels(rows_C, tokens_CT, n_CQ.contiguous(), block.unflatten(0, shape), utility.float().unflatten(0, shape), (valid & possible).unflatten(0, shape),
-                  nll.float().unflatten(0, shape))
+    return Labels(rows_C, tokens_CT, n_CQ.contiguous(), *(x.unflatten(0, shape) for x in (block, utility.float().masked_fill(~valid, 0), valid, nll.float())))
 
 
 def _gate_utilities(gpt: GPT, tokens_CT: Tensor, targets_CT: Tensor, at: Sequence[int], block_size: int, horizon: int) -> list[Tensor]:

@@ -9,15 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mc.config import DENSE_TEACHERS, TEACHERS
-from mc.counterfactual import draw_edits, edit_utilities, room
-from mc.focus_allocator import FocusConfig, GreedyAllocator
+from mc.counterfactual import can_flip, draw_cut, draw_edits, edit_utilities
+from mc.focus_allocator import FocusConfig, GreedyAllocator, entries_needed
 from mc.lens_objectives import (BIAS_LIMIT, EDIT_PRICE, MARGIN, RIVALS, bradley_terry, dense_parts, edit_loss, illegal_term, policy_term, rank_term,
                                 softmax_bias, standardized, utility_order, variant_cost, variant_loss, visible_blocks, zero_sum_term)  # fmt: skip
 from mc.model import Entries, read_rows, run_entries, take, with_continuation
+from mc.working_context import check as check_cut
 from mc.working_context import from_expanded
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig, token_losses
-from tiny_mc import H, K, N, R, T, VOCAB, step, tiny_base, tiny_batch, tiny_mc
+from tiny_mc import H, K, N, R, T, VOCAB, W, step, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)
 BLOCKS, EDITABLE = T // K, (N - R) // K
@@ -78,10 +79,11 @@ def test_measured_utility_is_positive_where_detail_helps_whether_shown_or_hidden
     gpt, batch = asking_base(), planted_batch(3)
     mc = tiny_mc(gpt, gist="mean")
     tree, n = mc.model.build_tree(gpt.embed(batch.inputs)), torch.full((4,), N)
-    shown = torch.zeros(4, BLOCKS, dtype=torch.bool)
-    shown[2:, 3] = True
-    utility, nll, valid = edit_utilities(gpt, mc.model, tree, batch.inputs, batch.targets, n, shown, torch.tensor([3, 7]).expand(4, 2))
-    assert valid.all() and (utility[:, 0] > 0.05).all() and (utility[:, 1] < 1e-9).all()
+    expanded = list(mc.model.allocator.allocate(torch.where(torch.arange(BLOCKS) == 2, 0.0, -torch.inf).expand(4, -1), n).expanded)
+    expanded[0] = expanded[0].clone()
+    expanded[0][:, 2], expanded[0][2:, 3] = False, True
+    utility, nll = edit_utilities(gpt, mc.model, tree, batch.inputs, batch.targets, n, expanded, torch.tensor([3, 1]).expand(4, 2))
+    assert (utility[:, 0] > 0.05).all() and (utility[:, 1] < 1e-9).all()
     torch.testing.assert_close(utility[:2, 0], utility[2:, 0])
     torch.testing.assert_close(nll[:2] - nll[2:], utility[:2, 0])
 
@@ -90,44 +92,71 @@ def test_measured_utility_is_positive_where_detail_helps_whether_shown_or_hidden
 # Measured edits
 
 
+def drawn(mc, n, rows, *key):
+    editable = visible_blocks(n, BLOCKS, K, R)
+    expanded = draw_cut(mc.model.allocator, editable, n, rows, *key)
+    return editable, expanded, can_flip(expanded, editable, n, K)
+
+
 @pytest.mark.parametrize("max_lod", [1, 2, 3])
 def test_measured_utilities_are_those_of_cuts_run_one_by_one(max_lod):
     gpt, batch, n = tiny_base(), tiny_batch(), torch.tensor([N, N, 44, 52])
     mc = tiny_mc(gpt, max_lod=max_lod)
     tree = mc.model.build_tree(gpt.embed(batch.inputs))
-    editable = visible_blocks(n, BLOCKS, K, R)
-    most = room(N, mc.model.focus_config())
-    shown, block, drawn = draw_edits(torch.zeros(4, BLOCKS), editable, most, 5, batch.rows, 0, 1)
-    utility, nll, possible = edit_utilities(gpt, mc.model, tree, batch.inputs, batch.targets, n, shown, block)
-    assert (drawn & possible).sum() > 10
+    _, expanded, there = drawn(mc, n, batch.rows, 0)
+    block, valid = draw_edits(torch.zeros(4, BLOCKS), there, 5, batch.rows, 0, 1)
+    utility, nll = edit_utilities(gpt, mc.model, tree, batch.inputs, batch.targets, n, expanded, block)
+    assert valid.sum() > 10
 
     def one(r: int, blocks: set[int]) -> float:
-        scores = torch.full((1, BLOCKS), -torch.inf)
-        scores[0, sorted(blocks)] = 0
-        allocator = GreedyAllocator(mc.model.focus_config())
         row = slice(r, r + 1)
-        entries = with_continuation(allocator.cut(allocator.allocate(scores, n[row]))[0], n[row], H - 1)
+        raw = torch.zeros(1, BLOCKS, dtype=torch.bool)
+        raw[0, sorted(blocks)] = True
+        cut, fits = from_expanded([raw, *(x[row] for x in expanded[1:])], n[row], K, W)
+        assert fits.all()
+        check_cut(cut, n[row], W, max_lod)
+        entries = with_continuation(cut, n[row], H - 1)
         with torch.no_grad():
             out = run_entries(gpt, mc.model, mc.model.build_tree(gpt.embed(batch.inputs[row])), batch.inputs[row], entries)
             read = read_rows(entries, K, H, 1)
             wanted = batch.targets[row].gather(1, read.token_BP)
             return (token_losses(gpt.logits(take(out, read.slot_BP)), wanted).sum() / (wanted >= 0).sum()).item()
 
-    for r, e in itertools.product(range(4), range(5)):
-        base, edited = set(shown[r].nonzero()[:, 0].tolist()), int(block[r, e])
+    for r, e in valid.nonzero().tolist():
+        base, edited = set(expanded[0][r].nonzero()[:, 0].tolist()), int(block[r, e])
         assert nll[r].item() == pytest.approx(one(r, base), abs=1e-10)
-        if possible[r, e]:
-            expected = one(r, base - {edited}) - one(r, base | {edited})
-            assert utility[r, e].item() == pytest.approx(expected, abs=1e-10)
+        expected = one(r, base - {edited}) - one(r, base | {edited})
+        assert utility[r, e].item() == pytest.approx(expected, abs=1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 6), st.integers(1, 3), st.lists(st.integers(6, 300), min_size=1, max_size=3), st.integers(1, 200), st.integers(1, 3), st.integers(0, 99))
+def test_a_drawn_cut_fits_with_any_one_block_flipped(k, max_lod, lengths, budget, recent, seed):
+    n, rows = torch.tensor(lengths), torch.arange(len(lengths))
+    cfg = FocusConfig(budget, k, max_lod, recent=recent * k)
+    if any(sum(entries_needed(length, cfg)) > budget for length in lengths):
+        return
+    blocks = max(lengths) // k
+    editable = visible_blocks(n, blocks, k, recent * k)
+    expanded = draw_cut(GreedyAllocator(cfg), editable, n, rows, seed)
+    there = can_flip(expanded, editable, n, k)
+    assert (editable.any(1) == there.any(1)).all(), "there is something to edit"
+    for block in range(blocks):
+        flipped = expanded[0] ^ (there & (torch.arange(blocks) == block))
+        cut, fits = from_expanded([flipped, *expanded[1:]], n, k, budget)
+        assert fits.all()
+        check_cut(cut, n, budget, max_lod)
+        for row in there[:, block].nonzero()[:, 0].tolist():  # it stands in the cut: raw, or as its gist
+            standing = {(int(lod), int(index)) for lod, index, valid in zip(*(x[row] for x in cut[:3])) if valid}
+            assert ((0, block * k) if flipped[row, block] else (1, block)) in standing
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 6), st.integers(0, 99), st.data())
-def test_drawn_edits_are_legal(n_blocks, count, most, seed, data):
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 99), st.data())
+def test_drawn_edits_are_legal(n_blocks, count, seed, data):
     editable = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=n_blocks, max_size=n_blocks), min_size=2, max_size=2)))
-    rows = torch.tensor([3, 10**9])
-    shown, block, valid = draw_edits(torch.randn(2, n_blocks), editable, most, count, rows, seed)
-    assert block.shape == valid.shape == (2, min(count, n_blocks)) and not (shown & ~editable).any() and (shown.sum(1) < most).all()
+    block, valid = draw_edits(torch.randn(2, n_blocks), editable, count, torch.tensor([3, 10**9]), seed)
+    assert block.shape == valid.shape == (2, min(count, n_blocks))
     for r in range(2):
         chosen = block[r][valid[r]].tolist()
         assert len(set(chosen)) == len(chosen) and editable[r, chosen].all() and len(chosen) <= editable[r].sum()
@@ -136,24 +165,9 @@ def test_drawn_edits_are_legal(n_blocks, count, most, seed, data):
 def test_half_of_the_edits_are_what_the_lens_wants():
     logits = torch.zeros(50, 32)
     logits[:, [4, 9]] = 20
-    _, block, valid = draw_edits(logits, torch.ones(50, 32, dtype=torch.bool), 3, 4, torch.arange(50), 0)
+    block, valid = draw_edits(logits, torch.ones(50, 32, dtype=torch.bool), 4, torch.arange(50), 0)
     assert valid.all() and all({4, 9} == set(row[:2]) for row in block.tolist())
     assert len(block[:, 2:].unique()) > 25
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(2, 8), st.integers(1, 3), st.integers(1, 400), st.integers(1, 200), st.integers(0, 3), st.integers(0, 10**6))
-def test_room_is_what_surely_fits(k, max_lod, n, budget, recent, seed):
-    cfg = FocusConfig(budget, k, max_lod, recent=recent * k)
-    blocks, most = n // k, room(n, FocusConfig(budget, k, max_lod, recent=recent * k))
-    open_to = max(n - recent * k, 0) // k
-    order = torch.randperm(open_to, generator=torch.Generator().manual_seed(seed))[:most]
-    if not len(order):
-        return
-    scores = torch.full((1, blocks), -torch.inf)
-    scores[0, order] = 0.0
-    state = GreedyAllocator(cfg).allocate(scores, torch.tensor([n]))
-    assert state.expanded[0][0, order].all() and from_expanded(state.expanded, torch.tensor([n]), k, budget)[1].all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
