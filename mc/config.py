@@ -25,6 +25,7 @@ class MCConfig:
     max_lod: int = setting(2, "highest level of the tree that is built and shown")
     gist: str = setting("slots", "GistNet variant", GIST_VARIANTS)
     gists_per_block: int = setting(1, "vectors that GistNet makes of a block, an entry each; sessions and far histories need 1", GISTS)
+    gist_source: str = setting("embeddings", "what GistNet reads of a block: its embeddings, or the hidden states behind the base's middle layer, detached (no sessions)", ("embeddings", "hidden"))
     gist_width: int = setting(64, "internal width of GistNet")
     gist_pool: str = setting("mean", "pooling of --mc_gist=transformer", ("mean", "query", "cls"))
     gist_head: str = setting("linear", "GistNet's head", ("linear", "mlp"))
@@ -49,6 +50,9 @@ class MCConfig:
     split: str = setting("end", "continuation after the row's last block boundary that leaves room for it, or after a random one of its last half", ("end", "random"))
     wc_weight: float = setting(0.1, "weight of the working context's next-token loss; far fewer tokens than the LM's, so a noisier gradient")
     kl_weight: float = setting(0.1, "weight of the KL from the full-context distribution")
+    contrast_weight: float = setting(0.0, "weight of the gists' contrast: each names its own block's content among the row's")
+    horizon_gist_weight: float = setting(0.0, "weight of the horizon loss: the base's hidden state at a node's end names the next node's gist among the row's, at LOD1 and LOD2")
+    bands: int = setting(0, "1: cuts of up to 5 tokens per entry, then up to 10, then more as well, a third of the training each; 0: as full as the budget allows, one in four coarser", (0, 1))
     # the lens
     lens: str = setting("bilinear", "LensNet variant: each block by itself, or with a network on top that reads the blocks together", ("bilinear", *READERS))
     teacher: str = setting("gate", "what the lens is taught, a kind or kind:weight, …: gate (gradients of the full pass), attention (mass in it), softmax (its logit is a bias in the working context's attention), counterfactual (measured utilities of edits) or preference (the best of --mc_variants)")
@@ -79,7 +83,7 @@ class MCConfig:
         for name, least in low.items():
             if getattr(self, name) < least:
                 raise UserError(f"--mc_{name}={getattr(self, name)} must be at least {least}")
-        for name, least in dict(wc_weight=0, kl_weight=0, gist_lr=1e-12, lens_lr=1e-12, lens_rank=0, lens_zero_sum=0, lens_illegal=0, lens_kl=0).items():
+        for name, least in dict(wc_weight=0, kl_weight=0, gist_lr=1e-12, lens_lr=1e-12, lens_rank=0, lens_zero_sum=0, lens_illegal=0, lens_kl=0, contrast_weight=0, horizon_gist_weight=0).items():
             if not least <= getattr(self, name) < float("inf"):
                 raise UserError(f"--mc_{name}={getattr(self, name)} must be a finite number, {'at least 0' if not least else 'above 0'}")
         if not self.wc_weight and not self.kl_weight:
@@ -112,7 +116,10 @@ class MCConfig:
         if self.damping_floor != MCConfig.damping_floor and self.positions != "gaussian":
             raise UserError(f"--mc_damping_floor has no effect with --mc_positions={self.positions}")
 
-        for name in ("gist_width", "gist_shared"):
+        for name, value in (("far_tokens", self.far_tokens), ("lens", self.lens != "bilinear")):
+            if value and self.gist_source == "hidden":
+                raise UserError(f"--mc_gist_source=hidden has no hidden states for --mc_{name}={getattr(self, name)}; use embeddings")
+        for name in ("gist_width", "gist_shared", "gist_source", "contrast_weight"):
             if self.gist == "mean" and getattr(self, name) != getattr(MCConfig, name):
                 raise UserError(f"--mc_{name} has no effect with --mc_gist=mean, which has no weights")
 

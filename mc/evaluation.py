@@ -82,7 +82,10 @@ class FocusComparison:
         self.K, self.H = mc.config.block_size, tokens_BT.shape[1] - n
         with torch.no_grad():
             self.embeds = gpt.embed(tokens_BT)
-            self.tree = mc.build_tree(self.embeds)  # the continuation is looked up here; cuts lie within [0, n)
+            middle: list[Tensor] = []
+            if mc.config.gist_source == "hidden":
+                gpt.hidden(tokens_BT, inputs_embeds=self.embeds, lift_windows=True, middle=middle)
+            self.tree = mc.build_tree(self.embeds, *middle)  # the continuation is looked up here; cuts lie within [0, n)
         self.n_B = torch.full((len(tokens_BT),), n, device=tokens_BT.device)
         self.n_blocks = n // self.K
         self.free_blocks = self.n_blocks - mc.config.protected // self.K  # those that focus may show or not

@@ -232,13 +232,14 @@ class GistNet(nn.Module):
         lods = () if config.variant == "mean" else (config.max_lod,) if shared else range(1, config.max_lod + 1)
         self.summaries = nn.ModuleList(Summary(config, config.max_lod if shared else 1, config.entries(lod)) for lod in lods)
 
-    def forward(self, x_NKD: Tensor, mask_NK: Tensor | None, lod: int) -> Tensor:
+    def forward(self, x_NKD: Tensor, mask_NK: Tensor | None, lod: int, read_NKD: Tensor | None = None) -> Tensor:
         """The gists of N blocks.
 
         x_NKD: float, entries of rms 1 (normed token embeddings, or gists of the level below); K ≤ config.entries(lod).
         mask_NK: bool, True where an entry is valid; None: everywhere. What stands in an invalid entry, even NaN, has no
             effect and gets no gradient: a block with holes at its end gives what the shorter block gives.
         lod: level of the gists to make, 1 … max_lod.
+        read_NKD: of rms 1, what the summary reads in place of x, whose mean the gists start from all the same; None: x.
         Returns [N, G, D], dtype of x, of rms 1; zeros for a block without a valid entry. With G > 1 gists, gist g starts from
         the mean of the g-th of G equal parts of the block, or of the whole block where that part holds nothing valid.
         Raises ValueError when a shape or lod does not fit the config.
@@ -252,10 +253,11 @@ class GistNet(nn.Module):
             if mask_NK.shape != x_NKD.shape[:2] or mask_NK.dtype != torch.bool:
                 raise ValueError(f"mask {tuple(mask_NK.shape)} {mask_NK.dtype}: expected bool {tuple(x_NKD.shape[:2])}")
             x_NKD = x_NKD.masked_fill(~mask_NK[..., None], 0)
+            read_NKD = None if read_NKD is None else read_NKD.masked_fill(~mask_NK[..., None], 0)
         share_NGK = self._shares(mask_NK, x_NKD, config.entries(lod))
         gist_NGD = share_NGK @ x_NKD
         for summary in self.summaries[:1] if config.shared_levels else self.summaries[lod - 1 : lod]:
-            gist_NGD = gist_NGD + summary(x_NKD, mask_NK, share_NGK, lod - 1 if config.shared_levels else 0)
+            gist_NGD = gist_NGD + summary(x_NKD if read_NKD is None else read_NKD, mask_NK, share_NGK, lod - 1 if config.shared_levels else 0)
         gist_NGD = norm(gist_NGD).to(x_NKD.dtype)
         return gist_NGD if mask_NK is None else gist_NGD * mask_NK.any(1)[:, None, None]
 

@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-GistFn = Callable[[Tensor, Tensor | None, int], Tensor]  # a GistNet: (x_NKD, mask_NK, lod) -> [N, G, D]
+GistFn = Callable[..., Tensor]  # a GistNet: (x_NKD, mask_NK, lod, and where LOD1 reads something else read_NKD) -> [N, G, D]
 Integers = TypeVar("Integers", int, Tensor)  # a Python int, or an integer tensor of any shape
 
 
@@ -95,14 +95,15 @@ class TreeShape:
         return lod - 1, index * self.block_size
 
 
-def _gists(gistnet: GistFn, children_BTD: Tensor, size: int, lod: int, n_gists: int) -> Tensor:
+def _gists(gistnet: GistFn, children_BTD: Tensor, size: int, lod: int, n_gists: int, read_BTD: Tensor | None = None) -> Tensor:
     """The gists [B, c·G, D] of the c complete blocks of `size` vectors that stand at the start of children [B, T, D].
 
     Raises ValueError when GistNet does not give n_gists vectors per block.
     """
     B, T, D = children_BTD.shape
     count = T // size
-    gist_NGD = gistnet(children_BTD[:, : count * size].reshape(B * count, size, D), None, lod)
+    blocks, read = (x if x is None else x[:, : count * size].reshape(B * count, size, D) for x in (children_BTD, read_BTD))
+    gist_NGD = gistnet(blocks, None, lod) if read is None else gistnet(blocks, None, lod, read)
     if gist_NGD.shape != (B * count, n_gists, D):
         raise ValueError(f"gists {tuple(gist_NGD.shape)}: the tree holds {n_gists} per node; use a GistNet with n_gists={n_gists}")
     return gist_NGD.reshape(B, count * n_gists, D)
@@ -167,7 +168,7 @@ def _mark(entries_BWD: Tensor, valid_BW: Tensor, exists_BW: Tensor) -> Tensor:
 
 
 def build_tree(embeds_BTD: Tensor, gistnet: GistFn, block_size: int, max_lod: int, lengths_B: Tensor | None = None,
-               n_gists: int = 1) -> Tree:
+               n_gists: int = 1, read_BTD: Tensor | None = None) -> Tree:
     """The tree of a batch, with gradients to the embeddings and to GistNet.
 
     embeds_BTD: normed token embeddings [B, T, D], computed once by the caller; rows start at a block boundary.
@@ -175,6 +176,7 @@ def build_tree(embeds_BTD: Tensor, gistnet: GistFn, block_size: int, max_lod: in
     lengths_B: tokens of each row [B], integers ≤ T, None: T. A node that is not complete in its row is zero and does not exist;
         nothing of it, nor of the padding, gets a gradient.
     n_gists: vectors per node that GistNet makes. Above LOD1 it reads block_size · n_gists of them.
+    read_BTD: what GistNet reads of each token at LOD1 in place of its embedding.
     Raises ValueError for a GistNet that makes another number.
     """
     shape = TreeShape(embeds_BTD.shape[1], block_size, max_lod)
@@ -189,5 +191,6 @@ def build_tree(embeds_BTD: Tensor, gistnet: GistFn, block_size: int, max_lod: in
     levels = [keep(embeds_BTD, 0)]
     for lod, count in enumerate(shape.counts):
         if lod and count:
-            levels.append(keep(_gists(gistnet, levels[-1], block_size * (n_gists if lod > 1 else 1), lod, n_gists), lod))
+            size, read = block_size * (n_gists if lod > 1 else 1), read_BTD if lod == 1 else None
+            levels.append(keep(_gists(gistnet, levels[-1], size, lod, n_gists, read), lod))
     return Tree(torch.cat(levels, 1), shape, lengths_B, n_gists)

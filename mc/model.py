@@ -22,6 +22,7 @@ from mc.config import MCConfig, from_dict, to_dict
 from mc.focus_allocator import FocusConfig, GreedyAllocator
 from mc.far_history import FarHistory, place
 from mc.gaussian_rope import alibi_bias, entry_rotary
+from mc.gist_objectives import HorizonHead
 from mc.gistnet import GistNet, GistNetConfig
 from mc.lensnet import LOCAL_MEAN, LensNet, LensNetConfig
 from mc.mega_context import Tree, build_tree
@@ -45,6 +46,7 @@ class MegaContext(nn.Module):
         self.lensnet = LensNet(LensNetConfig(d_model, config.block_size, config.lens_keys, config.lens_key_dim,
                                              tail=config.protected, network=config.lens, max_lod=config.max_lod))
         self.earlier_lens = copy.deepcopy(self.lensnet).requires_grad_(False) if config.lens_kl else None
+        self.horizon_head = HorizonHead(d_model, config.max_lod) if config.horizon_gist_weight else None
         self.gist_bias = nn.Parameter(torch.zeros(config.max_lod))
         self.allocator = GreedyAllocator(self.focus_config())
 
@@ -52,9 +54,14 @@ class MegaContext(nn.Module):
         c = self.config
         return FocusConfig(c.budget, c.block_size, c.max_lod, recent=c.protected, n_gists=c.gists_per_block)
 
-    def build_tree(self, embeds_BTD: Tensor) -> Tree:
+    def build_tree(self, embeds_BTD: Tensor, middle_BTD: Tensor | None = None) -> Tree:
+        """middle: the base's hidden states behind its middle layer (`GPT.hidden`), which --mc_gist_source=hidden reads and nothing else
+        needs; no gradient goes into them. UserError where they are missing."""
         c = self.config
-        return build_tree(embeds_BTD, self.gistnet, c.block_size, c.max_lod, n_gists=c.gists_per_block)
+        if c.gist_source == "hidden" and middle_BTD is None:
+            raise UserError("--mc_gist_source=hidden: gists are made from hidden states of the base, which are not computed here; use embeddings")
+        read = middle_BTD.detach() if c.gist_source == "hidden" else None
+        return build_tree(embeds_BTD, self.gistnet, c.block_size, c.max_lod, n_gists=c.gists_per_block, read_BTD=read)
 
     def key_bias(self, lod: Tensor) -> Tensor:
         """Logit bias of entries by LOD: 0 for raw tokens, learned in (0, log width) for gists, starting half way.
@@ -114,9 +121,9 @@ class MegaContext(nn.Module):
         """
         adamw = dict(kind="adamw", betas=(0.9, 0.95))
         gist_lr, lens_lr = self.config.gist_lr * lr_scale, self.config.lens_lr * lr_scale
-        lens = list(self.lensnet.parameters())
+        lens, head = list(self.lensnet.parameters()), self.horizon_head.parameters() if self.horizon_head else ()
         matrices = [p for p in lens if p.ndim == 2 and len(p) > 1]
-        return [dict(name="gistnet", params=[*self.gistnet.parameters(), self.gist_bias], lr=gist_lr, **adamw),
+        return [dict(name="gistnet", params=[*self.gistnet.parameters(), *head, self.gist_bias], lr=gist_lr, **adamw),
                 dict(name="lensnet", params=matrices, lr=lens_lr, kind="muon"),
                 dict(name="lensnet_scalars", params=[p for p in lens if p.ndim < 2 or len(p) == 1], lr=0.5 * lens_lr, **adamw)]
 

@@ -26,6 +26,7 @@ from mc.config import POLICIES, MCConfig, to_dict
 from mc.counterfactual import can_flip, draw_cut, draw_edits, edit_utilities
 from mc.diagnostics import gist_statistics, probe, shares_by_lod
 from mc.far_history import draw_far_history, most_entries
+from mc.gist_objectives import blocks_in_band, check_bands, contrast_loss
 from mc.focus_allocator import check_feasible, utilization
 from mc.keyed_random import gumbel, uniform
 from mc.lens_networks import CURSORS
@@ -88,7 +89,9 @@ class MCController:
         self._far_entries = config.far_entries if config.far_tokens else 0
         self.model = MegaContext(config, gpt.config.n_embd).to(gpt.lm_head.weight.device)
         check_feasible(history, self.model.focus_config())
-        self.start_step = int(config.start * num_iterations)
+        self.start_step, self.num_iterations = int(config.start * num_iterations), num_iterations
+        if config.bands:
+            check_bands(history, self.model.focus_config())
         self._pending: _Pending | None = None
         self._followed = -1  # the step before which the earlier lens moved last
 
@@ -161,12 +164,13 @@ class MCController:
             embeds = gpt.embed(tokens)
             if "gate" in self.config.teacher and not embeds.requires_grad:
                 embeds.requires_grad_()  # the base is frozen, yet gate gradients need its backward pass
-            hidden = gpt.hidden(tokens, inputs_embeds=embeds, capture=captured)
+            middle: list[Tensor] = []
+            hidden = gpt.hidden(tokens, inputs_embeds=embeds, capture=captured, middle=middle)
             loss = gpt.loss(hidden, targets, batch.num_targets)
         metrics["train.loss"] = loss.detach()
         primary = None
         if captured is not None:
-            extra, primary, lesson = self._working_context(gpt, tokens, targets, rows, step, embeds, hidden.detach(), captured, metrics, trace)
+            extra, primary, lesson = self._working_context(gpt, tokens, targets, rows, step, embeds, hidden, middle[0], captured, metrics, trace)
             loss = loss + weight * extra
             self._pending = _Pending(lesson, weight)
         return StepResult(loss, metrics, embeds, primary)
@@ -197,12 +201,14 @@ class MCController:
     # -- the working context -----------------------------------------------------------------------------------------------
 
     def _working_context(self, gpt: GPT, tokens: Tensor, targets: Tensor, rows: Tensor, step: int, embeds: Tensor,
-                         hidden: Tensor, captured: list[Captured], metrics: Metrics, trace: Trace) -> tuple[Tensor, Entries, Lesson]:
+                         hidden: Tensor, middle: Tensor, captured: list[Captured], metrics: Metrics, trace: Trace) -> tuple[Tensor, Entries, Lesson]:
         """Losses of the working contexts of every `row_stride`-th row, the entries of each row's best variant, and what all of it teaches the lens."""
         c, chosen, every_row, every_target = self.config, slice(None, None, self.config.row_stride), rows, targets
         tokens, targets, rows, hidden = tokens[chosen], targets[chosen], rows[chosen], hidden[chosen]
         with timed(trace, metrics, "tree"):
-            tree, n_R, far = self.model.build_tree(embeds[chosen]), self._splits(rows, step), None
+            tree, n_R, far = self.model.build_tree(embeds[chosen], middle[chosen]), self._splits(rows, step), None
+            gist_loss = self._gist_loss(tree, hidden, metrics)
+            hidden = hidden.detach()
             trees = tree.with_table(tree.table_BND.detach())
             if c.far_tokens:
                 far = draw_far_history(c, self.model.gistnet, embeds, every_row, chosen, n_R, c.variants, self.seed, step)
@@ -246,7 +252,18 @@ class MCController:
             metrics[f"mc.cuts.best.{name}"] = (policy[best] == i).float().mean()
         variants = self._judged_variants(n_R, state.expanded[0], loss_RV.detach())
         lesson = Lesson(captured, embeds.detach(), every_target, every_row, trees, edits, variants, (self.seed, step))
-        return loss_RV.mean(), Entries(*(x[best] for x in entries)), lesson
+        return loss_RV.mean() + gist_loss, Entries(*(x[best] for x in entries)), lesson
+
+    def _gist_loss(self, tree: Tree, hidden: Tensor, metrics: Metrics) -> Tensor | float:
+        """The terms on gists themselves, weighted. hidden [R, T, D]: of the LM pass, with gradients."""
+        c, loss = self.config, 0.0
+        if c.contrast_weight:
+            found = contrast_loss(tree)
+            metrics["mc.loss.contrast"], loss = found.detach(), loss + c.contrast_weight * found
+        if c.horizon_gist_weight:
+            found = self.model.horizon_head.loss(hidden, tree)
+            metrics["mc.loss.horizon_gist"], loss = found.detach(), loss + c.horizon_gist_weight * found
+        return loss
 
     def _splits(self, rows: Tensor, step: int) -> Tensor:
         """[R] tokens of history before the continuation, a block boundary."""
@@ -282,12 +299,15 @@ class MCController:
         scores = scores.masked_fill(end > (n - c.protected)[:, None], -torch.inf)  # the tail is shown anyway, the rest is the future
         for i, name in enumerate(POLICIES):
             metrics[f"mc.cuts.{name}"] = (policy == i).float().mean()
-        return scores.masked_fill(self._unwanted(scores, draw[:, 1]), -torch.inf), policy[:, 0]
+        return scores.masked_fill(self._unwanted(scores, draw[:, 1], n, step), -torch.inf), policy[:, 0]
 
-    def _unwanted(self, scores: Tensor, draw: Tensor) -> Tensor:
+    def _unwanted(self, scores: Tensor, draw: Tensor, n: Tensor, step: int) -> Tensor:
         """Mask all but the best m blocks: in three rows of four m is what the budget holds, else fewer, so that coarse cuts and
-        levels above LOD1 are trained too."""
+        levels above LOD1 are trained too; or what a compression band leaves."""
         rank = scores.argsort(1, descending=True).argsort(1)
+        if self.config.bands:
+            done = (step - self.start_step) / (self.num_iterations - self.start_step)
+            return rank >= blocks_in_band(draw, done, n, self.model.focus_config())[:, None]
         most = self.config.budget // self.config.block_size
         return rank >= torch.where(draw < 0.75, most, (draw - 0.75) * 4 * most).long()[:, None]
 

@@ -319,7 +319,7 @@ class GPT(nn.Module):
     def hidden(self, idx: Tensor | None, *, inputs_embeds: Tensor | None = None, positions: Tensor | None = None,
                rotary: tuple[Tensor, Tensor] | None = None, linked: Tensor | None = None, key_bias: Tensor | None = None,
                cache: KVCache | None = None, counts: Tensor | None = None, capture: list[Captured] | None = None,
-               lift_windows: bool = False, select: Select | None = None) -> Tensor:
+               lift_windows: bool = False, select: Select | None = None, middle: list[Tensor] | None = None) -> Tensor:
         """Final normed hidden states [B, S, D].
 
         idx [B, S] int64, −1 on entries that are not tokens; may be None when `inputs_embeds` [B, S, D] is given and the model
@@ -327,7 +327,8 @@ class GPT(nn.Module):
         `rotary` = (cos, sin) [B, S, 1, E/2] ready made. linked [B, S] bool: the entry continues the one before it (default: all
         but a row's first). key_bias [B, S] or [B, G, S] logits. cache: read and extended, by `counts` [B] entries a row (default S).
         capture: gets one `Captured` a layer. lift_windows: L layers see everything however long. select: which keys each query may
-        see, per layer and head, itself causal where the pass is (with a cache or a window its own mask holds too).
+        see, per layer and head, itself causal where the pass is (with a cache or a window its own mask holds too). middle: gets
+        the normed hidden states [B, S, D] behind the middle layer.
         """
         cfg = self.config
         if idx is None and (inputs_embeds is None or cfg.value_embeds):
@@ -362,6 +363,8 @@ class GPT(nn.Module):
             x = block(x, ve, window, ctx)
             if i == cfg.n_layer // 2:
                 x_mid = x
+                if middle is not None:
+                    middle.append(norm(x))
         if cfg.backout:
             x = x - self.backout_lambda * x_mid
         if cache is not None:

@@ -8,18 +8,19 @@
     python -m scripts.mc_bench price --checkpoint_dir=DIR      the learned price of --mc_allocator=threshold, fitted and judged
     python -m scripts.mc_bench knapsack                        how far the greedy choice of detail is from the optimum
     python -m scripts.mc_bench lens --checkpoint_dir=DIR       every kind of lens, taught side by side
+    python -m scripts.mc_bench gists --checkpoint_dir=DIR --arms …     how well gists of several kinds and ratios replace a whole history
     python -m scripts.mc_bench telemetry --checkpoint_dir=DIR  a training step with every sink against none
     python -m scripts.mc_bench store --checkpoint_dir=DIR --text=DIR   a history on disk: ingest, opening, gathering, sizes, edits
 
 Each sub-command is a module of `mc` with `add_flags(parser)` and `run(args)`.
 """
 
-from mc import (benchmark, decode_benchmark, focus_benchmark, knapsack, kv_benchmark, lens_benchmark, price_fit, search_benchmark, store_benchmark,
+from mc import (benchmark, decode_benchmark, focus_benchmark, gist_benchmark, knapsack, kv_benchmark, lens_benchmark, price_fit, search_benchmark, store_benchmark,
                 telemetry_benchmark)
 from nanochat.common import FlagParser, run_main
 
 COMMANDS = {"train": benchmark, "decode": decode_benchmark, "kv": kv_benchmark, "search": search_benchmark, "focus": focus_benchmark,
-            "price": price_fit, "knapsack": knapsack, "lens": lens_benchmark, "telemetry": telemetry_benchmark, "store": store_benchmark}
+            "price": price_fit, "knapsack": knapsack, "lens": lens_benchmark, "gists": gist_benchmark, "telemetry": telemetry_benchmark, "store": store_benchmark}
 
 
 def make_parser() -> FlagParser:

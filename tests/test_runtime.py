@@ -375,7 +375,7 @@ def fingerprint(**config) -> tuple:
 plain = cache(fingerprint)
 
 OTHER = dict(
-    block_size=8, max_lod=1, gist="mean", gists_per_block=2, gist_width=8, gist_pool=dict(gist="transformer", gist_pool="cls"), gist_head="mlp", gist_shared=0,
+    block_size=8, max_lod=1, gist="mean", gists_per_block=2, gist_source="hidden", contrast_weight=1.0, horizon_gist_weight=1.0, bands=1, gist_width=8, gist_pool=dict(gist="transformer", gist_pool="cls"), gist_head="mlp", gist_shared=0,
     budget=28, recent=12, horizon=4, positions="centre", damping_floor=0.5, lod_axis=1, alibi=1, far_tokens=400, far_entries=dict(far_tokens=400, seed=68, far_entries=28),
     start=0.5, ramp=5, row_stride=2, variants=2, cuts="random:1", targets="raw", split="random", wc_weight=0.5, kl_weight=0.0,
     lens="slots", teacher="attention", lens_edits=dict(teacher="counterfactual", lens_edits=3), lens_rank=1.0, lens_zero_sum=1.0, lens_illegal=1.0, lens_kl=1.0, lens_normalize=1, lens_horizon=2, lens_queries=16, lens_row_stride=2, lens_key_dim=8, lens_keys=4, gist_lr=0.5, lens_lr=0.5,
@@ -415,6 +415,11 @@ def test_every_setting_changes_something(name):
     ({"gists_per_block": 4}, {}, "does not divide into 4 gists"),
     ({"gists_per_block": 2, "far_tokens": 400, "far_entries": 40}, {}, "one gist per node"),
     ({"gists_per_block": 2, "lens": "slots"}, {}, "reads one gist per node"),
+    ({"gist_source": "hidden", "far_tokens": 400, "far_entries": 40}, {}, "no hidden states for --mc_far_tokens"),
+    ({"gist_source": "hidden", "lens": "slots"}, {}, "no hidden states for --mc_lens"),
+    ({"gist": "mean", "gist_source": "hidden"}, {}, "gist_source has no effect"),
+    ({"gist": "mean", "contrast_weight": 1.0}, {}, "contrast_weight has no effect"),
+    ({"bands": 1, "T": 256, "lens_queries": 24}, {"T": 256}, "begins with 5 tokens per entry"),
     ({"gists_per_block": 3}, {}, "use one of 1, 2, 4"),
     ({"gist": "mean", "gist_width": 16}, {}, "gist_width has no effect"),
     ({"gist": "mean", "gist_shared": 0}, {}, "gist_shared has no effect"),

@@ -1,0 +1,158 @@
+"""D3, D5, C5: the terms on gists themselves reach what they are for, and nothing else; bands; gists of hidden states; arms side by side."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mc import gist_benchmark
+from mc.focus_allocator import FocusConfig, GreedyAllocator
+from mc.gist_objectives import BAND_EDGES, HorizonHead, blocks_in_band, contrast_loss, naming
+from mc.working_context import entries_used
+from nanochat.common import UserError
+from nanochat.dataloader import make_source
+from tiny_mc import K, T, VOCAB, tiny_base, tiny_batch, tiny_mc
+
+torch.set_num_threads(1)
+
+
+def reached(*modules) -> set[str]:
+    return {f"{i}.{name}" for i, m in enumerate(modules) for name, p in m.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def test_naming_is_the_cross_entropy_of_cosines():
+    query, gist, own = torch.randn(2, 3, 5).double(), torch.randn(2, 4, 5).double(), torch.tensor([1, 3, 0])
+    total = 0.0
+    for b in range(2):
+        for i in range(3):
+            cosines = [torch.cosine_similarity(query[b, i], g, 0) / 0.1 for g in gist[b]]
+            total += torch.logsumexp(torch.stack(cosines), 0) - cosines[own[i]]
+    torch.testing.assert_close(naming(query, gist, own), total / 6)
+
+
+@pytest.mark.parametrize("n_gists", [1, 2])
+def test_contrast_falls_when_gists_name_their_blocks_and_teaches_gistnet_and_embeddings(n_gists):
+    gpt = tiny_base()
+    mc = tiny_mc(gpt, gists_per_block=n_gists, budget=40).model
+    optimizer, losses = torch.optim.Adam(mc.gistnet.parameters(), lr=1e-2), []
+    for step in range(25):
+        loss = contrast_loss(mc.build_tree(gpt.embed(tiny_batch().inputs)))
+        losses.append(loss.item())
+        gpt.zero_grad(), mc.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if not step:
+            assert reached(gpt, mc) == {"0.transformer.wte.weight"} | {f"1.gistnet.{name}" for name, _ in mc.gistnet.named_parameters()}
+    assert losses[-1] < losses[0] - 0.3
+    alike = mc.build_tree(gpt.embed(torch.full((2, T), 3)))  # all blocks alike: nothing to tell apart
+    expected = sum(math.log(n) for n in alike.shape.counts[1:]) / 2
+    assert contrast_loss(alike).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_horizon_loss_teaches_head_base_and_gistnet_but_neither_lens_nor_bias(monkeypatch):
+    gpt = tiny_base()
+    mc = tiny_mc(gpt, horizon_gist_weight=1.0)
+    hidden = gpt.hidden(tiny_batch().inputs)
+    mc.model.horizon_head.loss(hidden, mc.model.build_tree(gpt.embed(tiny_batch().inputs))).backward()
+    got = reached(gpt, mc.model)
+    assert {n for n in got if n.startswith("1.")} == {f"1.{n}" for n, _ in mc.model.named_parameters() if n.startswith(("gistnet", "horizon_head"))}
+    assert {f"0.{n}" for n, _ in gpt.named_parameters() if "lm_head" not in n} == {n for n in got if n.startswith("0.")}
+
+
+def test_the_horizon_is_foreseen_from_the_past_and_is_the_next_node():
+    """The query of node i does not change with what comes after it, and names node i + 1: a head that is told so has nothing to lose."""
+    gpt, seen = tiny_base(), []
+    mc = tiny_mc(gpt).model
+    tokens = tiny_batch().inputs
+    tree = mc.build_tree(gpt.embed(tokens))
+    head = HorizonHead(gpt.config.n_embd, 2).double()
+    for matrix in head.levels:
+        torch.nn.init.eye_(matrix.weight)
+    told = torch.zeros_like(tree.levels[0])
+    told[:, K - 1:-1:K] = tree.levels[1][:, 1:]
+    seen.append(head.loss(told, tree))
+    told[:, K - 1:-1:K] = tree.levels[1][:, :-1]
+    assert seen[0] < head.loss(told, tree) - 1  # the present node is the wrong one
+
+    later = tokens.clone()
+    later[:, 2 * K:] = (later[:, 2 * K:] + 1) % VOCAB
+    assert torch.equal(gpt.hidden(tokens)[:, 2 * K - 1], gpt.hidden(later)[:, 2 * K - 1])
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.sampled_from([4, 8]), st.integers(1, 2), st.integers(0, 2**20), st.floats(0, 1))
+def test_bands_open_one_after_the_other_and_are_what_the_cuts_have(k, max_lod, seed, done):
+    n, gen = 512, torch.Generator().manual_seed(seed)
+    cfg = FocusConfig(n // 2, k, max_lod, recent=k)
+    draw_B, n_B = torch.rand(64, generator=gen), torch.full((64,), n)
+    blocks_B = blocks_in_band(draw_B, done, n_B, cfg)
+    scores = torch.rand(64, n // k, generator=gen)
+    scores = scores.masked_fill(scores.argsort(1).argsort(1) < n // k - blocks_B[:, None], -torch.inf)
+    compression_B = n / entries_used(GreedyAllocator(cfg).cut(GreedyAllocator(cfg).allocate(scores, n_B))[0])
+    bands = min(int(3 * done) + 1, 3)
+    coarsest = n / entries_used(GreedyAllocator(cfg).cut(GreedyAllocator(cfg).allocate(torch.full_like(scores, -torch.inf), n_B))[0])
+    for draw, compression in zip(draw_B.tolist(), compression_B.tolist()):
+        band = int(draw * bands)
+        low, high = (0.0, *BAND_EDGES)[band], BAND_EDGES[band]
+        slack = 1.35 if max_lod == 1 else 2.5  # whole blocks; with two levels, blocks that share a parent cost less than the estimate
+        assert min(low, coarsest.max()) / slack <= compression <= high * slack
+
+
+@torch.no_grad()
+def test_gists_of_hidden_states_know_what_stood_before_their_block_and_nothing_later():
+    gpt, tokens = tiny_base(), tiny_batch().inputs
+    mc = tiny_mc(gpt, gist_source="hidden").model
+
+    def gists(tokens: torch.Tensor) -> torch.Tensor:
+        middle: list[torch.Tensor] = []
+        gpt.hidden(tokens, middle=middle)
+        return mc.build_tree(gpt.embed(tokens), *middle).levels[1]
+
+    before, changed = gists(tokens), tokens.clone()
+    changed[:, 2 * K] = (changed[:, 2 * K] + 1) % VOCAB
+    moved = (gists(changed) - before).abs().amax((0, 2)) > 1e-9
+    assert moved.tolist() == [False] * 2 + [True] * (T // K - 2)
+    with pytest.raises(UserError, match="hidden states of the base"):
+        mc.build_tree(gpt.embed(tokens))
+
+
+def test_gists_of_hidden_states_do_not_bend_the_base():
+    gpt = tiny_base()
+    mc, middle = tiny_mc(gpt, gist_source="hidden").model, []
+    tokens = tiny_batch().inputs
+    gpt.hidden(tokens, middle=middle)
+    mc.build_tree(gpt.embed(tokens), *middle).levels[1].square().mul(torch.rand(gpt.config.n_embd)).sum().backward()
+    assert reached(gpt, mc) - {"0.transformer.wte.weight"} == {f"1.gistnet.{n}" for n, _ in mc.gistnet.named_parameters() if not n.endswith("level_LC")} | {
+        "1.gistnet.summaries.0.level_LC"}
+
+
+@pytest.fixture(scope="module")
+def arms_alone_and_together():
+    base = tiny_base(dtype=torch.float32, sequence_len=64).requires_grad_(False)
+    settings = ["gist=binding,block_size=4,gist_width=16", "gist=slots,block_size=8,gists_per_block=2,gist_width=16,frozen=1", "gist=mean,block_size=4,kl_weight=0"]
+    source = make_source("random", "train", T=40, seed=0, tokenizer=type("Tokens", (), {"vocab_size": VOCAB})())
+
+    def train(texts: list[str]) -> list[gist_benchmark.Arm]:
+        arms = [gist_benchmark.make_arm(text, base, 0, 8, 8, 32) for text in texts]
+        gist_benchmark.train(arms, base, source, 3, 2, 40, 32, 8)
+        return arms
+
+    return base, train(settings), [train([text])[0] for text in settings]
+
+
+def test_arms_trained_together_are_the_arms_trained_alone(arms_alone_and_together):
+    base, together, alone = arms_alone_and_together
+    for a, b in zip(together, alone):
+        for (name, x), y in zip([*a.mc.named_parameters(), *a.gpt.named_parameters()], [*b.mc.parameters(), *b.gpt.parameters()]):
+            assert torch.equal(x, y), (a.name, name)
+    assert together[1].gpt is base and together[0].gpt is not base
+    moved = [name for name, p in together[0].gpt.named_parameters() if not torch.equal(p, dict(base.named_parameters())[name])]
+    assert moved and not any("wte" in name or "lm_head" in name for name in moved)
+
+
+@pytest.mark.parametrize("text", ["gist=slots,depth=3", "gist=slots,block_size=x", "gist=slots,block_size=4,lod=2", "gist=slots,block_size=4,bands=1"])
+def test_arms_that_cannot_be_are_refused(text):
+    with pytest.raises(UserError, match="--arms"):
+        gist_benchmark.parse(text, 8, 8, 32)
