@@ -72,8 +72,11 @@ class _Row:
 def optimum(utility_BN1: Tensor, n_tokens_B: Tensor, cfg: FocusConfig) -> FocusState:
     """The state of largest summed utility of raw blocks within the soft budget; blocks that reach into the protected tail are raw in any.
 
-    utility_BN1: finite, any unit, may be negative. ValueError where the budget does not hold the tiling and the tail.
+    utility_BN1: finite, any unit, may be negative. ValueError where the budget does not hold the tiling and the tail, and for
+    several gists per node, whose prices differ by level.
     """
+    if cfg.n_gists > 1:
+        raise ValueError(f"n_gists={cfg.n_gists}: the reference counts nodes of one price")
     k, n_blocks = cfg.block_size, utility_BN1.shape[1]
     expanded = [torch.zeros(len(utility_BN1), n_blocks // k**level, dtype=torch.bool) for level in range(cfg.max_lod)]
     for b, n in enumerate(n_tokens_B.tolist()):

@@ -163,7 +163,7 @@ def test_the_lens_reads_nothing_of_the_full_pass(monkeypatch):
 
 def test_every_parameter_is_in_one_group_moves_is_saved_and_restored():
     gpt = tiny_base(dtype=torch.float32)
-    mc = tiny_mc(gpt)
+    mc = tiny_mc(gpt, horizon_gist_weight=0.1)
     rates = dict(matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004, scalar_lr=0.5, weight_decay=0.0)
     optimizer = MuonAdamW(gpt_param_groups(gpt.named_parameters(), gpt.config.n_embd, **rates) + mc.param_groups())
     check_groups({"gpt": gpt, "mc": mc.model}, optimizer.param_groups)
@@ -175,7 +175,7 @@ def test_every_parameter_is_in_one_group_moves_is_saved_and_restored():
     moved = {k: not torch.equal(p, before[k]) for k, p in [*gpt.named_parameters(), *mc.model.named_parameters()]}
     assert all(moved.values()), [k for k, v in moved.items() if not v]
     assert set(mc.state_dict()) == {k for k, _ in mc.model.named_parameters()}
-    other = tiny_mc(gpt, seed=0)
+    other = tiny_mc(gpt, seed=0, horizon_gist_weight=0.1)
     other.load_state_dict({k: v.clone() for k, v in mc.state_dict().items()})
     clear(gpt, mc.model)
     one, two = step(mc, gpt, tiny_batch()), step(other, gpt, tiny_batch())
@@ -419,7 +419,7 @@ def test_every_setting_changes_something(name):
     ({"gist_source": "hidden", "lens": "slots"}, {}, "no hidden states for --mc_lens"),
     ({"gist": "mean", "gist_source": "hidden"}, {}, "gist_source has no effect"),
     ({"gist": "mean", "contrast_weight": 1.0}, {}, "contrast_weight has no effect"),
-    ({"bands": 1, "T": 256, "lens_queries": 24}, {"T": 256}, "begins with 5 tokens per entry"),
+    ({"bands": 1, "budget": 40, "max_lod": 3}, {"T": 256, "sequence_len": 256}, "begins with 5 tokens per entry"),
     ({"gists_per_block": 3}, {}, "use one of 1, 2, 4"),
     ({"gist": "mean", "gist_width": 16}, {}, "gist_width has no effect"),
     ({"gist": "mean", "gist_shared": 0}, {}, "gist_shared has no effect"),
