@@ -44,11 +44,11 @@ class Study:
     def flags(self, arm: str, seed: int) -> dict[str, str]:
         """base_train's, but for the seed."""
         changed = {name: value for name, value in self.arms[arm].items() if not name.startswith(OPTION)}
-        return {name: filled(value, seed) for name, value in (self.base | changed).items()}
+        return {name: os.path.expandvars(filled(value, seed)) for name, value in (self.base | changed).items()}
 
     def options(self, arm: str, seed: int) -> dict:
         changed = {name.removeprefix(OPTION): value for name, value in self.arms[arm].items() if name.startswith(OPTION)}
-        return {name: filled(value, seed) if isinstance(value, str) and name != "command" else value for name, value in (self.evaluate | changed).items()}
+        return {name: os.path.expandvars(filled(value, seed)) if isinstance(value, str) and name != "command" else value for name, value in (self.evaluate | changed).items()}
 
     def cell(self, arm: str, seed: int) -> dict:
         """What its numbers depend on, and the key of that."""
@@ -59,9 +59,8 @@ class Study:
 
 
 def filled(value, seed: int) -> str:
-    """A flag's value as text: {seed} and $VARIABLES put in, true and false as 1 and 0."""
-    text = str(int(value) if isinstance(value, bool) else value).replace("{seed}", str(seed))
-    return os.path.expandvars(text)
+    """A flag's value as text: {seed} put in, true and false as 1 and 0."""
+    return str(int(value) if isinstance(value, bool) else value).replace("{seed}", str(seed))
 
 
 def read_study(path: Path) -> Study:

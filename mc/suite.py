@@ -7,7 +7,8 @@ A suite is a YAML file:
     models:                                     how checkpoints come about, one per model and seed
       tasks:
         tag: suite_{seed}                       name of the checkpoint directory; used as it is when the training is complete
-        train: {data: tasks, mc_enabled: 1, …}  flags of base_train; values may hold {seed} and $VARIABLES
+        train: {data: tasks, mc_enabled: 1, …}  flags of base_train; values may hold {seed}, and $VARIABLES that are put in where they are used
+        after: bases                            a model whose checkpoint must be there first (for init_from)
         finetune: {steps: 40, …}                flags of finetune_system: each system's own weights, trained alike on its own input;
                                                 without it all read with the base's
         keep_drop: {label: {…}, train: {…}}     flags of keep_drop, for the system drop_learned
@@ -42,7 +43,7 @@ from nanochat.tasks.schema import TaskBatch
 from nanochat.tasks.text import BUCKETS, judged_buckets
 
 KEYS = ("title", "seeds", "models", "texts", "cells", "cost", "overlay", "ablations")
-MODEL_KEYS = ("tag", "train", "finetune", "keep_drop")
+MODEL_KEYS = ("tag", "train", "after", "finetune", "keep_drop")
 CELL_KEYS = ("model", "tasks", "systems", "lengths", "budgets", "documents", "batch")
 UNBOUNDED = ("full",)  # systems without a budget
 
@@ -64,7 +65,7 @@ class Suite:
         found = self.models[name]
         flags = {flag: filled(value, seed) for flag, value in found["train"].items()}
         return {"name": name, "seed": seed, "tag": filled(found.get("tag", f"{self.name}_{name}_{{seed}}"), seed), "flags": flags,
-                "finetune": found.get("finetune"), "keep_drop": found.get("keep_drop")}
+                "finetune": found.get("finetune"), "keep_drop": found.get("keep_drop"), "after": self.model(found["after"], seed) if "after" in found else None}
 
     def cells(self, seeds: list[int]) -> list[dict]:
         """Every cell once, a seed after the other."""
@@ -98,6 +99,8 @@ def read_suite(path: Path) -> Suite:
     for name, model in models.items():
         if not isinstance(model, dict) or set(model) - set(MODEL_KEYS) or not isinstance(model.get("train"), dict):
             raise UserError(f"{path}: model {name} is a mapping of {', '.join(MODEL_KEYS)}, and train a mapping of flags")
+        if "after" in model and model["after"] not in list(models)[:list(models).index(name)]:
+            raise UserError(f"{path}: model {name} comes after {model['after']!r}, which is none of the models before it")
     for group in groups:
         _check_group(path, group, models, {*TASKS, *texts})
     return Suite(path.stem, str(found["title"]), seeds, models, texts, groups, found.get("cost") or {}, found.get("overlay") or {}, found.get("ablations") or [])

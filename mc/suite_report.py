@@ -344,7 +344,7 @@ def write_report(suite: Suite, records: list[dict], out: Path, *, costs: dict[st
                       *cost_table(results, setting)]
     lines += _beyond(results, trained, out)
     plots = {"buckets": plot_buckets(results, out / "buckets.png"), "gap": plot_gap(results, out / "gap.png")}
-    for model in suite.models:
+    for model in trained:
         plots[f"depth_{model}"] = plot_depth(results, model, out / f"depth_{model}.png")
     captions = {"buckets": "NLL by distance to the last occurrence of the token", "gap": "Gap closed against the budget"}
     for name in (name for name, drawn in plots.items() if drawn):

@@ -8,6 +8,7 @@ it writes results.jsonl (a record per cell: configuration, commit, environment, 
 """
 
 import json
+import os
 import shlex
 import time
 from datetime import date
@@ -59,8 +60,18 @@ def arm_folder(model: dict, system: str) -> Path:
     return base_dir() / "checkpoints" / f"{model['tag']}_{SYSTEMS[system].arm or system}_{digest(recipe)}"
 
 
+def is_trained(folder: Path) -> bool:
+    if not (folder.is_dir() and complete_steps(folder)):
+        return False
+    meta = load_model_state(folder)[1]
+    return meta["step"] == meta["num_iterations"]
+
+
 def make_base(model: dict) -> None:
-    train(model["flags"], model["seed"], model["tag"])
+    if not is_trained(base_folder(model)):
+        if model["after"]:
+            make_base(model["after"])
+        train({name: os.path.expandvars(value) for name, value in model["flags"].items()}, model["seed"], model["tag"])
 
 
 def make_classifier(model: dict) -> None:
@@ -102,13 +113,6 @@ def preparations(cells: list[dict]) -> list[list[dict]]:
             [cell for folder, cell in arms.items() if not complete_steps(folder)]]
 
 
-def is_trained(folder: Path) -> bool:
-    if not (folder.is_dir() and complete_steps(folder)):
-        return False
-    meta = load_model_state(folder)[1]
-    return meta["step"] == meta["num_iterations"]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Cells
 
@@ -121,7 +125,7 @@ def words() -> Words:
 
 @cache
 def texts(data: str, n: int) -> TextRows:
-    return TextRows(data, "val", Tokenizer.load(), n, TEXT_HORIZON)
+    return TextRows(os.path.expandvars(data), "val", Tokenizer.load(), n, TEXT_HORIZON)
 
 
 @lru_cache(maxsize=256)
@@ -204,7 +208,7 @@ def report(suite: Suite, seeds: list[int], records: Records) -> str:
     done, out = records.read(), records.path.parent
     own = [done[cell["key"]] for cell in suite.cells(seeds) if cell["key"] in done]
     costs = {name: done[cell["key"]]["results"] for name, cell in cost_cells(suite).items() if cell["key"] in done}
-    trained = {name: load_model_state(base_folder(suite.model(name, seeds[0])))[1]["model_config"]["sequence_len"] for name in suite.models}
+    trained = {name: load_model_state(base_folder(suite.model(name, seeds[0])))[1]["model_config"]["sequence_len"] for name in sorted({record["model"]["name"] for record in own})}
     logs = {name: tuple(base_dir() / "runs" / run / "metrics.jsonl" for run in pair) for name, pair in suite.overlay.items()}
     for name in [name for name, pair in logs.items() if not all(path.exists() for path in pair)]:
         print0(f"note: no training logs {' and '.join(map(str, logs.pop(name)))}: the overlay of {name} is left out (the quickstart makes them)")
@@ -239,6 +243,7 @@ def make_parser() -> FlagParser:
 
 def main() -> None:
     args = make_parser().parse_args()
+    os.environ["NANOCHAT_BASE_DIR"] = str(base_dir())  # suites name it
     if bool(args.suite) == bool(args.rerun):
         raise UserError("name one of: a suite (quick, paper, or a YAML file), or --rerun=RESULTS.jsonl:LINE")
     if args.jobs < 1:

@@ -31,14 +31,13 @@ def write(path: Path, text: str = SUITE) -> Path:
     return path
 
 
-def test_cells_of_a_suite(tmp_path, monkeypatch):
-    monkeypatch.setenv("SOMEWHERE", "/data")
+def test_cells_of_a_suite(tmp_path):
     cells = read_suite(write(tmp_path / "s.yaml")).cells([1, 2])
     assert len(cells) == len({cell["key"] for cell in cells}) == 2 * 2 * (2 * (2 + 2) + 2)  # seeds x tasks x (lengths x budgets x systems; full once per length)
     assert {(cell["length"], cell["budget"]) for cell in cells if cell["system"] == "full"} == {(256, 256), (512, 512)}
     first = cells[0]
-    assert first["model"] == {"name": "m", "seed": 1, "tag": "x_1", "flags": {"data": "tasks", "init_from": "base_1"}, "finetune": {"steps": 3}, "keep_drop": None}
-    assert {cell["task"]: cell["text"] for cell in cells} == {"alias": None, "prose": "/data/prose"}
+    assert first["model"] == {"name": "m", "seed": 1, "tag": "x_1", "flags": {"data": "tasks", "init_from": "base_1"}, "finetune": {"steps": 3}, "keep_drop": None, "after": None}
+    assert {cell["task"]: cell["text"] for cell in cells} == {"alias": None, "prose": "$SOMEWHERE/prose"}
     assert (first["documents"], first["batch"]) == (8, 16)
 
 
@@ -46,7 +45,7 @@ def test_cells_of_a_suite(tmp_path, monkeypatch):
     ("seeds: [1, 2, 3]", "seeds: []", "seeds must be"), ("model: m,", "model: q,", "there is no model 'q'; there are m"), ("systems: [full,", "systems: [foll,", "systems: foll"),
     ("tasks: [alias, prose]", "tasks: [alias, verse]", "tasks: verse"), ("tasks: [alias, prose]", "tasks: alias", "tasks: alias: use a list"),
     ("lengths: [256, 512]", "lengths: [0]", "lengths: "), ("documents: 8}", "documents: none}", "documents: none"), ("lengths: [256]", "lenghts: [256]", "every entry of cells"),
-    ("systems: [full,", "systems: [drop_learned,", "drop_learned needs finetune and keep_drop"), ("finetune:", "fine:", "model m is a mapping"), ("texts: {prose", "texts: {alias", "texts is a mapping"), ("title: t", "x: t", "unknown key x")])
+    ("systems: [full,", "systems: [drop_learned,", "drop_learned needs finetune and keep_drop"), ("finetune:", "after: q, finetune:", "model m comes after 'q'"), ("finetune:", "fine:", "model m is a mapping"), ("texts: {prose", "texts: {alias", "texts is a mapping"), ("title: t", "x: t", "unknown key x")])
 def test_bad_suites(tmp_path, old, new, error):
     assert old in SUITE
     with pytest.raises(UserError, match=error) as found:
