@@ -6,7 +6,7 @@ and the state of a loader is one number. A *source* turns row numbers into token
 
   LongRows     each row is a piece of one long document, whose pieces follow one another: long context stays whole
   PackedRows   rows start with bos, short documents packed to fill them (nanochat's manner)
-  RecallSource synthetic key-value recall; NeedleSource its facts hidden in text
+  RecallSource synthetic key-value recall, of one hop or two; NeedleSource its facts hidden in text
   RandomSource uniform random tokens (a floor that no loss may go below)
   TaskSource   (nanochat.tasks.source) the generated tasks of the evaluation, with many answers per row
 """
@@ -19,6 +19,7 @@ import torch
 
 from nanochat.common import UserError, key_seed
 from nanochat.dataset import open_corpus
+from nanochat.hops import HopTask
 from nanochat.recall import CurriculumSchedule, RecallTask, random_bits
 from nanochat.tasks.source import TaskSource, parse_mix
 from nanochat.tasks.words import Words
@@ -28,7 +29,7 @@ from nanochat.tokenizer import Tokenizer
 
 def is_synthetic(data: str) -> bool:
     """Whether a value of --data is no text: no bits per byte, nothing to pack."""
-    return data in ("recall", "needle", "random") or is_tasks(data)
+    return data in ("recall", "hops", "needle", "random") or is_tasks(data)
 
 
 def is_tasks(data: str) -> bool:
@@ -263,13 +264,14 @@ def make_source(
     total_rows: int | None = None,
     needles: int = 4,
 ) -> Source:
-    """The source that the flags name. data: "stdlib", "recall", "needle", "random", "tasks[:mix]", or a directory; rows: "long" or "packed".
+    """The source that the flags name. data: "stdlib", "recall", "hops", "needle", "random", "tasks[:mix]", or a directory; rows: "long" or "packed".
 
-    recall_task, recall_blocks (without a task) are for data="recall": by default the tokenizer's ids; schedule and total_rows for that and
-    for tasks: by default no curriculum.
+    recall_task, recall_blocks (without a task) are for "recall" and "hops": by default the tokenizer's ids; schedule and total_rows for
+    those and for tasks: by default no curriculum.
     """
-    if data == "recall":
-        task = recall_task or RecallTask.for_tokenizer(tokenizer, seed=seed, blocks=recall_blocks)
+    if data in ("recall", "hops"):
+        kind = RecallTask if data == "recall" else HopTask
+        task = recall_task or kind.for_tokenizer(tokenizer, seed=seed, blocks=recall_blocks)
         return RecallSource(task, T, split, schedule, total_rows)
     if data == "needle":
         filler = open_token_cache(open_corpus("stdlib"), split, tokenizer).tokens

@@ -132,7 +132,7 @@ def check_ranges(args, defaults: dict) -> None:
     for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay", "grad_clip"):
         if args.freeze_base and getattr(args, name) != defaults[name]:
             raise UserError(f"--{name}={getattr(args, name)} has no effect with --freeze_base=1: it is for training the base")
-    for name, data in (("recall_blocks", ("recall",)), ("recall_grow", ("recall", "tasks")), ("needles", ("needle",))):
+    for name, data in (("recall_blocks", ("recall", "hops")), ("recall_grow", ("recall", "hops", "tasks")), ("needles", ("needle",))):
         if getattr(args, name) != defaults[name] and args.data.partition(":")[0] not in data:
             raise UserError(f"--{name}={getattr(args, name)} has no effect with --data={args.data}: it is for --data={' or '.join(data)}")
     if args.rows == "packed" and is_synthetic(args.data):
@@ -243,8 +243,8 @@ def main() -> None:
     make = dict(T=plan.T, seed=args.seed, tokenizer=tokenizer, rows=args.rows, text_column=args.text_column, needles=args.needles,
                 recall_blocks=args.recall_blocks)
     curriculum = {}
-    if args.data == "recall" or is_tasks(args.data):
-        blocks = args.recall_blocks if args.data == "recall" else most_blocks(plan.T)
+    if args.data in ("recall", "hops") or is_tasks(args.data):
+        blocks = most_blocks(plan.T) if is_tasks(args.data) else args.recall_blocks
         curriculum = dict(schedule=CurriculumSchedule(blocks, grow=args.recall_grow, seed=args.seed), total_rows=plan.rows_per_step * plan.num_iterations)
     source = make_source(args.data, "train", **make, **curriculum)
     loader = Loader(source, plan.rows_per_step, plan.micro_batch, plan.T, ranks.rank, ranks.world_size, device)
