@@ -1,6 +1,7 @@
 """Measure the lens, and scores that need no training, against an oracle that knows the continuation.
 
     python -m scripts.eval_focus --recall_mc=DIR,DIR --text_mc=DIR --out=DIR     directories of runs with --mc_enabled=1, one per seed
+    … --hops_mc=DIR,DIR                                                          and questions of two hops, put to a session
 
 Every setting (a length of history at a budget) is judged on the same held-out contexts for all seeds. The last line is JSON, of the
 lens: the worst over the settings of recall (of text, without any recall).
@@ -15,12 +16,15 @@ import torch
 
 from mc.evaluation import FocusComparison, plain_outcomes
 from mc.focus_measures import Contexts, measure, recall_contexts, text_contexts
+from mc.hop_focus import SYSTEMS as HOP_SYSTEMS, ask_chains
 from mc.model import MegaContext, load_mega_context
 from mc.report import LEAST_GAP, bootstrap
+from mc.session import SessionConfig, SessionPool
 from nanochat.common import FlagParser, UserError, base_dir, print0, run_main
 from nanochat.dataloader import eval_rows, make_source
 from nanochat.dataset import Progress
 from nanochat.gpt import GPT
+from nanochat.hops import HopTask
 from nanochat.loading import load_model
 from nanochat.recall import RecallTask
 from nanochat.tokenizer import Tokenizer
@@ -90,11 +94,35 @@ def summary(found: list[dict[str, dict[str, np.ndarray]]], with_accuracy: bool) 
                 each = [one[system][name] for one in found]
                 values = np.concatenate(each)
                 values = values[~np.isnan(values)]  # contexts in which no block matters have no hits
-                row[name] = {"mean": float(values.mean()), "interval": bootstrap(lambda i: values[i].mean(), len(values)),
-                             "seeds": [float(np.nanmean(x)) for x in each]} if len(values) else None
+                row[name] = {**mean_of(values), "seeds": [float(np.nanmean(x)) for x in each]} if len(values) else None
         if "regret" in row:
             row["gap_closed"] = gap_closed(found, system)
     return systems
+
+
+def mean_of(values: np.ndarray) -> dict:
+    return {"mean": float(values.mean()), "interval": bootstrap(lambda i: values[i].mean(), len(values))}
+
+
+ANNOUNCED = (0, 5)  # chains of the same two blocks that are read before the question
+
+
+def judge_hops(models: list[Model], directories: list[Path], tokenizer: Tokenizer, args) -> list[dict]:
+    """Accuracy of two-hop questions, by how many chains of the same blocks were read before."""
+    if wrong := [d for model, d in zip(models, directories) if model.meta["flags"]["data"] != "hops"]:
+        raise UserError(f"--hops_mc: {wrong[0]} was not trained on --data=hops")
+    found: dict[int, list[dict[str, np.ndarray]]] = {announced: [] for announced in ANNOUNCED}
+    progress = Progress("two hops", len(models) * len(ANNOUNCED) * args.contexts, "questions", every_s=15)
+    for gpt, mc, meta in models:
+        flags, lods = meta["flags"], meta["mc"]["trained_lods"]
+        task = HopTask.for_tokenizer(tokenizer, seed=flags["seed"], block=mc.config.block_size, blocks=flags["recall_blocks"])
+        pools = {name: SessionPool(gpt, mc, SessionConfig(interval=interval), trained_lods=lods) for name, interval in (("refocused", 1), ("once", 0))}
+        for announced, parts in found.items():
+            parts.append(ask_chains(pools, task, flags["recall_blocks"], args.contexts, announced))
+            progress.update(sum(map(len, found.values())) * args.contexts)
+    facts = {"blocks": flags["recall_blocks"], "budget": pools["once"].focus_config.budget, "contexts": args.contexts, "seeds": len(models), "checkpoints": list(map(str, directories))}
+    return [{"announced": announced, **facts, "systems": {name: {**mean_of(np.concatenate([one[name] for one in parts])), "seeds": [float(one[name].mean()) for one in parts]} for name in HOP_SYSTEMS}}
+            for announced, parts in found.items()]
 
 
 def gap_closed(found: list[dict[str, dict[str, np.ndarray]]], system: str) -> dict | None:
@@ -121,6 +149,12 @@ def markdown(report: dict) -> str:
             cells = [cell(row.get(name)) for name in (*MEASURES, "gap_closed")]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
         lines.append("")
+    if report["hops"]:
+        facts = report["hops"][0]
+        lines += [f"## Two hops, {facts['blocks']} blocks at W = {facts['budget']}", "", f"Share of questions of which both tokens are written; {facts['contexts']} questions × {facts['seeds']} seed(s).", "",
+                  "| chains of the same blocks read before | " + " | ".join(HOP_SYSTEMS) + " |", "|---" * (len(HOP_SYSTEMS) + 1) + "|"]
+        lines += [f"| {row['announced']} | " + " | ".join(cell(row["systems"][name]) for name in HOP_SYSTEMS) + " |" for row in report["hops"]]
+        lines.append("")
     return "\n".join([*lines, f"Intervals: 95 %, bootstrap over the contexts of all seeds. Commit {report['commit']}.", ""])
 
 
@@ -145,6 +179,7 @@ def make_parser() -> FlagParser:
     parser = FlagParser(prog="python -m scripts.eval_focus", description=__doc__.split("\n\n")[0])
     parser.add_argument("--recall_mc", type=paths, default=[], help="checkpoint directories trained on recall with --mc_enabled=1, one per seed, comma-separated")
     parser.add_argument("--text_mc", type=paths, default=[], help="checkpoint directories trained on text with --mc_enabled=1, one per seed, comma-separated")
+    parser.add_argument("--hops_mc", type=paths, default=[], help="checkpoint directories trained on --data=hops with --mc_enabled=1, one per seed, comma-separated")
     parser.add_argument("--recall_sizes", default="32:8,64:8,128:8,128:16", help="blocks:ratio, …: stored blocks, and their tokens over the budget")
     parser.add_argument("--text_data", type=paths, default=[], help="directories of text, comma-separated, judged apart; default: what the models were trained on")
     parser.add_argument("--text_budgets", default="", help="budgets W [entries] for text, comma-separated; default: as trained")
@@ -186,8 +221,8 @@ def main() -> None:
     args = make_parser().parse_args()
     if min(args.contexts, args.batch, args.candidates) < 1:
         raise UserError("--contexts, --batch and --candidates must be at least 1")
-    if not args.recall_mc and not args.text_mc:
-        raise UserError("nothing to judge: name checkpoints with --recall_mc=DIR, --text_mc=DIR or both")
+    if not (args.recall_mc or args.text_mc or args.hops_mc):
+        raise UserError("nothing to judge: name checkpoints with --recall_mc=DIR, --text_mc=DIR or --hops_mc=DIR")
     out = args.out or base_dir() / "focus"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file; name a folder")
@@ -203,14 +238,16 @@ def main() -> None:
             c = models[0].mc.config
             settings.append({**setting._asdict(), "shown": (setting.budget - c.protected) // c.block_size, "contexts": args.contexts, "seeds": len(models),
                              "checkpoints": [str(d) for d in directories], "systems": summary(found, task == "recall")})
-    report = {"settings": settings, "seed": args.seed, "candidates": args.candidates, "commit": commit()}
+    hops = judge_hops([load(directory, tokenizer) for directory in args.hops_mc], args.hops_mc, tokenizer, args) if args.hops_mc else []
+    report = {"settings": settings, "hops": hops, "seed": args.seed, "candidates": args.candidates, "commit": commit()}
     out.mkdir(parents=True, exist_ok=True)
     (out / "focus.json").write_text(json.dumps(report, indent=1) + "\n")
     text = markdown(report)
     (out / "focus.md").write_text(text)
     print(text)
     print0(f"report in {out}")
-    print(json.dumps({**last_line(settings), "report": str(out / "focus.json")}))
+    two_hops = {"accuracy_two_hops": hops[0]["systems"]["refocused"]["mean"]} if hops else {}
+    print(json.dumps({**last_line(settings), **two_hops, "report": str(out / "focus.json")}))
 
 
 if __name__ == "__main__":

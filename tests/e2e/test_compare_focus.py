@@ -178,16 +178,16 @@ def test_mistakes_of_mc_stream(checkpoint, flags, message, trained, tmp_path):
 
 
 def eval_focus(base: Path, out: Path, *flags: str):
-    return run(base, "eval_focus", *flags, "--contexts=3", "--batch=2", "--candidates=1", f"--out={out}")
+    return run(base, "eval_focus", *flags, "--contexts=2", "--batch=1", "--candidates=1", f"--out={out}")
 
 
 def test_eval_focus(trained, tmp_path):
     """Recall within and beyond the trained length, text at two budgets, two seeds (the same twice): every number of the report is there."""
     recall, text = (trained / "checkpoints" / f"{task}_mc" for task in TASKS)
-    done = eval_focus(trained, tmp_path, f"--recall_mc={recall},{recall}", "--recall_sizes=8:2,33:8", f"--text_mc={text}", "--text_budgets=40,48").ok()
+    done = eval_focus(trained, tmp_path, f"--recall_mc={recall},{recall}", "--recall_sizes=2:1,33:8", f"--text_mc={text}", "--text_budgets=40,48").ok()
     report = json.loads((tmp_path / "focus.json").read_text())
     assert [(s["name"], s["n"], s["budget"], s["seeds"], s["shown"]) for s in report["settings"]] == [
-        ("recall, 8 blocks at 1/2", 288, 128, 2, 3), ("recall, 33 blocks at 1/8", 1088, 132, 2, 3),
+        ("recall, 2 blocks at 1/1", 96, 64, 2, 1), ("recall, 33 blocks at 1/8", 1088, 132, 2, 3),
         ("text (texts), blocks of 8", 120, 40, 1, 4), ("text (texts), blocks of 8", 120, 48, 1, 5)]
     for s in report["settings"]:
         systems = s["systems"]
@@ -207,8 +207,46 @@ def test_eval_focus(trained, tmp_path):
     assert (tmp_path / "focus.md").read_text() in done.out and last["report"] == str(tmp_path / "focus.json")
 
 
+def test_eval_focus_on_hops(trained, tmp_path):
+    """A tiny model of two hops, trained for two steps: all questions were put, and it knows no answer."""
+    flags = ["--data=hops", "--recall_blocks=8", "--max_seq_len=320", "--total_batch_size=640", "--model_tag=hops_mc"]
+    base = Path(shutil.copytree(trained, tmp_path / "base", ignore=shutil.ignore_patterns("runs", "tokens-*")))
+    run(base, "base_train", *TINY, *LENS, *flags, "--mc_budget=160").ok()
+    done = eval_focus(base, tmp_path / "out", f"--hops_mc={base / 'checkpoints' / 'hops_mc'}").ok()
+    report = json.loads((tmp_path / "out" / "focus.json").read_text())
+    assert [(row["announced"], row["blocks"], row["budget"], row["contexts"]) for row in report["hops"]] == [(0, 8, 160, 2), (5, 8, 160, 2)]
+    for row in report["hops"]:
+        assert set(row["systems"]) == {"refocused", "once", "oracle", "window", "full"} and all(one["mean"] < 0.5 for one in row["systems"].values())
+    last = json.loads(done.out.splitlines()[-1])
+    assert last["accuracy_two_hops"] == report["hops"][0]["systems"]["refocused"]["mean"] and last["regret"] is None and report["settings"] == []
+
+
+def test_text_focus_study(trained, prepared, tmp_path):
+    """Every number is there, also from what was kept, and the predictor is left out when it is not asked for."""
+    flags = [f"--text_mc={trained / 'checkpoints' / 'long'}", "--contexts=3", "--batch=2", "--candidates=1", "--rounds=2", f"--out={tmp_path / 'out'}"]
+    base = Path(shutil.copytree(trained, tmp_path / "base", ignore=shutil.ignore_patterns("runs")))
+    run(base, "base_train", *TINY, *LENS, f"--data={prepared / 'texts'}", "--max_seq_len=192", "--total_batch_size=384", "--mc_block_size=8", "--mc_budget=48",
+        "--mc_horizon=8", "--mc_recent=8", "--model_tag=long").ok()
+    flags[0] = f"--text_mc={base / 'checkpoints' / 'long'}"
+    done = run(base, "text_focus_study", *flags, "--train_contexts=4").ok()
+    report = json.loads((tmp_path / "out" / "text_focus.json").read_text())
+    (setting,) = report["settings"]
+    assert (setting["n"], setting["budget"], setting["counts"], setting["contexts"]) == (128, 48, [1, 2, 4, 5], 3)
+    for row in setting["summary"]["horizons"].values():
+        assert set(row["nll"]) == {"full", "window", "gists", "gists@0", *(f"{s}@{c}" for s in ("lens", "recency", "random", "bm25", "tail_attention", "predictor", "oracle") for c in (1, 2, 4, 5))}
+        assert all(row["nll"]["oracle@5"] <= row["nll"][f"{s}@5"] for s in ("lens", "recency", "random", "predictor")) and row["nll"]["oracle@5"] <= row["nll"]["oracle@1"]
+    assert (tmp_path / "out" / "text_focus.md").read_text() in done.out
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.npz")}
+    again = run(base, "text_focus_study", *flags, "--train_contexts=4").ok()
+    assert len(kept) == 1 and {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.npz")} == kept and again.out.splitlines()[-1] == done.out.splitlines()[-1]
+    run(base, "text_focus_study", *flags, "--train_contexts=0").ok()
+    (setting,) = json.loads((tmp_path / "out" / "text_focus.json").read_text())["settings"]
+    assert "predictor@5" not in setting["summary"]["horizons"]["8"]["nll"]
+    assert "number of entries" in run(base, "text_focus_study", *flags, "--text_budgets=x").error
+
+
 @pytest.mark.parametrize("flags, message", [
-    ([], "nothing to judge"), (["--recall_mc={recall_vanilla}"], "no MegaContext"), (["--recall_mc={text_mc}"], "not on recall"),
+    ([], "nothing to judge"), (["--hops_mc={recall_mc}"], "not trained on --data=hops"), (["--recall_mc={recall_vanilla}"], "no MegaContext"), (["--recall_mc={text_mc}"], "not on recall"),
     (["--recall_mc={recall_mc}", "--recall_sizes=64"], "'64' is not blocks:ratio"), (["--recall_mc={recall_mc}", "--recall_sizes=64:32"], "too small"),
     (["--text_mc={text_mc}", "--text_budgets=many"], "'many' is no number"), (["--text_mc={text_mc},{recall_mc}"], "one shape"),
     (["--text_mc={text_mc}", "--contexts=0"], "--contexts"), (["--text_mc={text_mc}", "--contexts=100000"], "the held-out split has"),
