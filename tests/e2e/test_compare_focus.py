@@ -184,10 +184,10 @@ def eval_focus(base: Path, out: Path, *flags: str):
 def test_eval_focus(trained, tmp_path):
     """Recall within and beyond the trained length, text at two budgets, two seeds (the same twice): every number of the report is there."""
     recall, text = (trained / "checkpoints" / f"{task}_mc" for task in TASKS)
-    done = eval_focus(trained, tmp_path, f"--recall_mc={recall},{recall}", "--recall_sizes=2:1,33:8", f"--text_mc={text}", "--text_budgets=40,48").ok()
+    done = eval_focus(trained, tmp_path, f"--recall_mc={recall},{recall}", "--recall_sizes=3:1,33:8", f"--text_mc={text}", "--text_budgets=40,48").ok()
     report = json.loads((tmp_path / "focus.json").read_text())
     assert [(s["name"], s["n"], s["budget"], s["seeds"], s["shown"]) for s in report["settings"]] == [
-        ("recall, 2 blocks at 1/1", 96, 64, 2, 1), ("recall, 33 blocks at 1/8", 1088, 132, 2, 3),
+        ("recall, 3 blocks at 1/1", 128, 96, 2, 2), ("recall, 33 blocks at 1/8", 1088, 132, 2, 3),
         ("text (texts), blocks of 8", 120, 40, 1, 4), ("text (texts), blocks of 8", 120, 48, 1, 5)]
     for s in report["settings"]:
         systems = s["systems"]
@@ -239,7 +239,7 @@ def test_text_focus_study(trained, prepared, tmp_path):
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.npz")}
     again = run(base, "text_focus_study", *flags, "--train_contexts=4").ok()
     assert len(kept) == 1 and {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.npz")} == kept and again.out.splitlines()[-1] == done.out.splitlines()[-1]
-    run(base, "text_focus_study", *flags, "--train_contexts=0").ok()
+    run(base, "text_focus_study", *flags, "--contexts=1", "--train_contexts=0").ok()
     (setting,) = json.loads((tmp_path / "out" / "text_focus.json").read_text())["settings"]
     assert "predictor@5" not in setting["summary"]["horizons"]["8"]["nll"]
     assert "number of entries" in run(base, "text_focus_study", *flags, "--text_budgets=x").error
