@@ -60,12 +60,12 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     add("--tie_qk", default=0, help="1: key projections start equal to query projections", **flag)
     add("--rope_fraction", type=float, default=1.0, help="share of each head's dims that is rotated")
     # data
-    add("--data", default="stdlib", help="stdlib (embedded), recall, needle, random, tasks or tasks:NAME,NAME=SHARE,… (generated tasks), or a directory of parquet, jsonl or text files")
+    add("--data", default="stdlib", help="stdlib (embedded), recall, hops, needle, random, tasks or tasks:NAME,NAME=SHARE,… (generated tasks), or a directory of parquet, jsonl or text files")
     add("--needles", type=int, default=4, help="blocks of facts hidden in the text of each row of --data=needle")
     add("--rows", default="long", choices=("long", "packed"), help="rows within one long document, or packed from several")
     add("--text_column", default="text", help="column of parquet and jsonl files that holds the text")
-    add("--recall_blocks", type=int, default=32, help="most blocks of facts that a row of --data=recall stores")
-    add("--recall_grow", type=float, default=0.5, help="share of a run on recall or tasks over which rows grow to their full number of blocks")
+    add("--recall_blocks", type=int, default=32, help="most blocks of facts that a row of --data=recall or hops stores")
+    add("--recall_grow", type=float, default=0.5, help="share of a run on recall, hops or tasks over which rows grow to their full number of blocks")
     # horizon
     add("--total_batch_size", type=int, default=0, help="tokens per optimizer step over all ranks; 0: by depth")
     add("--device_batch_size", type=int, default=8, help="rows per micro-batch of a rank")
