@@ -31,7 +31,8 @@ def importance(gpt: GPT, tokens_BT: Tensor, targets_BT: Tensor, n: int, teacher:
     return (mass * (targets_BT[:, queries] >= 0).unsqueeze(-1)).sum(1).float()
 
 
-def write_labels(directory: Path, facts: dict, batches: Callable[[int], tuple[Tensor, Tensor]], count: int, progress: Callable[[int], None]) -> int:
+def write_labels(directory: Path, facts: dict, batches: Callable[[int], tuple[Tensor, Tensor]], count: int,
+                 progress: Callable[[int], None]) -> int:
     """Make the shards 0 … count − 1 that are not there yet; returns how many were made. batches(i): tokens, importance [B, n] of shard i.
 
     A directory holds labels of one base and one source: UserError when `facts` differ from those of its manifest.
@@ -40,8 +41,9 @@ def write_labels(directory: Path, facts: dict, batches: Callable[[int], tuple[Te
     manifest = directory / "manifest.json"
     if manifest.exists():
         if (there := read_manifest(directory)) != facts:
-            different = ", ".join(f"{k}={there.get(k)} (now {facts.get(k)})" for k in sorted(there.keys() | facts.keys()) if there.get(k) != facts.get(k))
-            raise UserError(f"{directory} holds labels made otherwise: {different}; use another folder, or remove it")
+            changed = [k for k in sorted(there.keys() | facts.keys()) if there.get(k) != facts.get(k)]
+            said = ", ".join(f"{k}={there.get(k)} (now {facts.get(k)})" for k in changed)
+            raise UserError(f"{directory} holds labels made otherwise: {said}; use another folder, or remove it")
     else:
         replace_file(manifest, lambda path: path.write_text(json.dumps(facts, indent=1)))
     made = 0

@@ -31,17 +31,18 @@ def numbers(text: str, name: str, kind: type) -> tuple:
 
 def make_parser() -> FlagParser:
     parser = FlagParser(prog="python -m scripts.finetune_system", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--system", required=True, help=f"one of {', '.join(name for name, kind in SYSTEMS.items() if not kind.arm)}")
-    parser.add_argument("--checkpoint_dir", required=True, help="the base, with its MegaContext where the system uses it")
-    parser.add_argument("--step", default="latest", help="training step to load, or 'latest' (the newest intact one)")
-    parser.add_argument("--keep_drop", default="", help="file of the keep/drop classifier, for --system=drop_learned (python -m scripts.keep_drop)")
-    parser.add_argument("--out", required=True, type=Path, help="checkpoint directory to write")
-    parser.add_argument("--budgets", default="128", help="entries before the continuation, with commas between: steps take them in turn")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps for each learning rate")
-    parser.add_argument("--lr_scales", default="0.1,0.3", help="factors on the base's learning rates that are tried; the best on other training rows is kept")
-    parser.add_argument("--dev", type=int, default=4, help="batches on which the learning rate is chosen")
-    parser.add_argument("--seed", type=int, default=0, help="of the rows, and of random choices")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
+    add = parser.add_argument
+    add("--system", required=True, help=f"one of {', '.join(name for name, kind in SYSTEMS.items() if not kind.arm)}")
+    add("--checkpoint_dir", required=True, help="the base, with its MegaContext where the system uses it")
+    add("--step", default="latest", help="training step to load, or 'latest' (the newest intact one)")
+    add("--keep_drop", default="", help="file of the classifier that --system=drop_learned needs (made by scripts.keep_drop)")
+    add("--out", required=True, type=Path, help="checkpoint directory to write")
+    add("--budgets", default="128", help="entries before the continuation, with commas between: steps take them in turn")
+    add("--steps", type=int, default=60, help="optimizer steps for each learning rate")
+    add("--lr_scales", default="0.1,0.3", help="factors on the base's learning rates, to be tried; the best on dev rows is kept")
+    add("--dev", type=int, default=4, help="batches of further training rows on which the learning rate is chosen")
+    add("--seed", type=int, default=0, help="of the rows, and of random choices")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
     add_row_flags(parser)
     return parser
 
@@ -53,11 +54,13 @@ def main() -> None:
     models, meta = load_models(args.checkpoint_dir, args.step, ranks.device, args.keep_drop)
     tokenizer = Tokenizer.load()
     if meta["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(f"{args.checkpoint_dir} was trained with tokenizer {meta['tokenizer']}, here is {tokenizer.fingerprint}; restore that one")
+        raise UserError(f"{args.checkpoint_dir} was trained with tokenizer {meta['tokenizer']}, here is {tokenizer.fingerprint}; "
+                        f"restore that one")
     config = models.mc.config if models.mc else MCConfig()
     batches, rows = batches_from_flags(args, config, meta, tokenizer)
-    recipe = Recipe(numbers(args.budgets, "budgets", int), args.steps, numbers(args.lr_scales, "lr_scales", float), {name: meta["flags"][name] for name in RATES},
-                    batch_lr_scale(meta["flags"]["total_batch_size"]), args.dev, args.seed)
+    flags = meta["flags"]
+    recipe = Recipe(numbers(args.budgets, "budgets", int), args.steps, numbers(args.lr_scales, "lr_scales", float),
+                    {name: flags[name] for name in RATES}, batch_lr_scale(flags["total_batch_size"]), args.dev, args.seed)
     facts = {"system": args.system, "base": str(Path(args.checkpoint_dir).resolve()), "base_step": meta["step"], **asdict(recipe), **rows}
     facts = json.loads(json.dumps(facts))
     if complete_steps(args.out):
@@ -77,7 +80,8 @@ def main() -> None:
     save_checkpoint(args.out, meta["step"] + args.steps, model=tuned.models.gpt.state_dict(), optimizer_shard={}, mc=mc and mc.state_dict(),
                     meta={**{k: v for k, v in meta.items() if k != "step"}, "mc": mc_meta, "finetuned": facts})
     seconds = time.time() - begin
-    print(f"{args.system}: loss {tuned.losses[0]:.3f} -> {tuned.losses[-1]:.3f} in {args.steps} steps at {tuned.lr_scale} of the learning rates, {seconds:.0f} s; {args.out}")
+    print(f"{args.system}: loss {tuned.losses[0]:.3f} -> {tuned.losses[-1]:.3f} in {args.steps} steps at {tuned.lr_scale} of the "
+          f"learning rates, {seconds:.0f} s; {args.out}")
     print(json.dumps({"checkpoint": str(args.out), "lr_scale": tuned.lr_scale, "dev_nll": facts["dev_nll"], "seconds": round(seconds, 1)}))
 
 

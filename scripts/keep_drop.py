@@ -33,7 +33,7 @@ def make_parser() -> FlagParser:
         sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
         sub.add_argument("--seed", type=int, default=0, help="of the rows that are labelled, of the classifier's first weights")
     label.add_argument("--batches", type=int, default=64, help="shards, each of --rows rows")
-    label.add_argument("--teacher", default="gate", choices=TEACHERS, help="gate gradients or attention of the continuation in the full pass")
+    label.add_argument("--teacher", default="gate", choices=TEACHERS, help="gate gradients or attention of the continuation, full pass")
     add_row_flags(label)
     teach.add_argument("--share", type=float, default=0.125, help="share of a row's tokens that are to be kept")
     teach.add_argument("--steps", type=int, default=300, help="optimizer steps, of one shard each")
@@ -59,7 +59,8 @@ def label(args, models, meta: dict, base: dict) -> dict:
         rows = batches(i)
         return rows.tokens_BT[:, :rows.n], importance(models.gpt, rows.tokens_BT, rows.targets_BT, rows.n, args.teacher)
 
-    made = write_labels(args.labels, {**base, "teacher": args.teacher, **facts}, shard, args.batches, Progress("labels", args.batches, "shards", every_s=15).update)
+    progress = Progress("labels", args.batches, "shards", every_s=15)
+    made = write_labels(args.labels, {**base, "teacher": args.teacher, **facts}, shard, args.batches, progress.update)
     print(f"{made} shards of {args.rows} rows made, {args.batches} in {args.labels}")
     return {"labels": str(args.labels), "shards": args.batches, "made": made}
 
@@ -69,7 +70,8 @@ def teach(args, models, base: dict) -> dict:
         raise UserError(f"--share={args.share} --steps={args.steps} --lr={args.lr}: between 0 and 1, and above 0")
     facts = read_manifest(args.labels)
     if any(facts.get(name) != value for name, value in base.items()):
-        raise UserError(f"{args.labels} holds labels of {facts.get('base')}, step {facts.get('base_step')}, not of {base['base']}, step {base['base_step']}: the classifier reads that base's embeddings")
+        theirs, ours = (f"{x.get('base')}, step {x.get('base_step')}" for x in (facts, base))
+        raise UserError(f"{args.labels} holds labels of {theirs}, not of {ours}: the classifier reads its base's embeddings")
     shards = read_labels(args.labels)
     held = shards[-max(len(shards) // 8, 1):]
     taught = shards[:-len(held)] or held
@@ -81,7 +83,8 @@ def teach(args, models, base: dict) -> dict:
     recall = sum(int((label & kept).sum()) for label, kept in found) / max(sum(int(label.sum()) for label, _ in found), 1)
     file = args.labels / FILE
     save_keep_drop(file, model, {**facts, "share": args.share, "steps": args.steps, "lr": args.lr, "seed": args.seed})
-    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; of the tokens to keep in {sum(len(t) for t, _ in held)} held-out rows it keeps {recall:.1%} (by chance {args.share:.1%}); {file}")
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; of the tokens to keep in {sum(len(t) for t, _ in held)} held-out rows it keeps "
+          f"{recall:.1%} (by chance {args.share:.1%}); {file}")
     return {"classifier": str(file), "loss": losses[-1], "kept": recall}
 
 

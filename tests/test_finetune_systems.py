@@ -74,7 +74,8 @@ def test_what_is_trained_beside_the_base():
 
 def test_lens_arms_learn_the_same_lens_from_the_same_labels_at_first():
     """One step: retriever and lens have had the same gradient, so they differ in nothing but the gists."""
-    lens = {name: finetune(name, models(), batches, recipe(steps=1, lr_scales=(0.3,))).models.mc.lensnet.state_dict() for name in ("dense_learned", "gists_lens")}
+    one = recipe(steps=1, lr_scales=(0.3,))
+    lens = {name: finetune(name, models(), batches, one).models.mc.lensnet.state_dict() for name in ("dense_learned", "gists_lens")}
     for key, value in lens["dense_learned"].items():
         torch.testing.assert_close(value, lens["gists_lens"][key])
 
@@ -162,7 +163,8 @@ def test_labels_go_on_where_they_stopped_and_refuse_others(tmp_path):
 def test_classifier_learns_which_tokens_matter_and_is_loaded_as_saved(tmp_path):
     """Important: every token of ten of the vocabulary; the classifier sees held-out rows."""
     gpt = tiny_base(dtype=torch.float32)
-    shards = [(tokens, (tokens < 10).float()) for tokens in (torch.randint(VOCAB, (8, 45), generator=torch.Generator().manual_seed(i)) for i in range(4))]
+    rows = [torch.randint(VOCAB, (8, 45), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    shards = [(tokens, (tokens < 10).float()) for tokens in rows]
     torch.manual_seed(0)
     model = KeepDrop(KeepDropConfig(gpt.config.n_embd, width=32, span=16))
     losses = train(model, gpt, shards[:3], share=0.5, steps=60, lr=1e-2)

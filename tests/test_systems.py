@@ -17,6 +17,7 @@ from nanochat.gpt import Captured
 from tiny_mc import K, R, VOCAB, W, tiny_base, tiny_mc
 
 H = 6
+CHEAP = ["random_blocks", "dense_mean", "dense_learned", "sinks", "gists_random", "drop_surprisal", "drop_learned"]
 ODD = (1, 7, 31, 32, 33, 61)  # lengths of history, tokens
 
 
@@ -112,7 +113,7 @@ def test_window_is_what_the_comparison_judges(models):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 90), st.integers(R + K, 60), st.sampled_from(["random_blocks", "dense_mean", "dense_learned", "sinks", "gists_random", "drop_surprisal", "drop_learned"]))
+@given(st.integers(1, 90), st.integers(R + K, 60), st.sampled_from(CHEAP))
 def test_any_length_and_budget(models, n, budget, name):
     tokens, targets, numbers = rows(n, 2)
     try:
@@ -155,7 +156,8 @@ def test_kv_systems_keep_no_more_than_the_budget_and_the_tail(models, name, n):
     captured: list[Captured] = []
     with torch.no_grad():
         models.gpt.hidden(tokens, capture=captured, lift_windows=True)
-        seen = system.show(tokens[:, :n], numbers).choose([Captured(layer.q[:, :, :n], layer.k[:, :, :n], layer.v, layer.y) for layer in captured])
+        prefill = [Captured(layer.q[:, :, :n], layer.k[:, :, :n], layer.v, layer.y) for layer in captured]
+        seen = system.show(tokens[:, :n], numbers).choose(prefill)
         for number, layer in enumerate(captured):
             mask = seen(number, layer.q[:, :, n - 1:], layer.k[:, :, :n - 1])
             mask = mask.expand(len(tokens), layer.q.shape[1], H + 1, n - 1)

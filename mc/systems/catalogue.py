@@ -11,7 +11,8 @@ from nanochat.common import UserError
 from nanochat.loading import load_model
 
 SYSTEMS: dict[str, type[System]] = {kind.name: kind for kind in (
-    raw.FullContext, raw.SlidingWindow, raw.WindowAndSinks, raw.RandomBlocks, raw.BM25Blocks, raw.MeanEmbeddingBlocks, raw.LearnedRetrieverBlocks,
+    raw.FullContext, raw.SlidingWindow, raw.WindowAndSinks, raw.RandomBlocks, raw.BM25Blocks, raw.MeanEmbeddingBlocks,
+    raw.LearnedRetrieverBlocks,
     token_drop.SurprisalDrop, keep_drop.LearnedDrop,
     gists.MeanGists, gists.EvenGists, gists.RecencyGists, gists.RandomGists, gists.LensGists, gists.OracleGists, kv.SnapKV, kv.Quest)}
 
@@ -28,8 +29,9 @@ def make_system(name: str, models: Models, budget: int, seed: int = 0) -> System
     return system_named(name)(models, budget, seed)
 
 
-def load_models(checkpoint_dir: Path | str, step: int | str = "latest", device: torch.device | str = "cpu", keep_drop_file: Path | str = "") -> tuple[Models, dict]:
-    """(what the checkpoint holds, its meta). The keep/drop classifier is that of `keep_drop_file`, or else the one beside the checkpoint, if any."""
+def load_models(checkpoint_dir: Path | str, step: int | str = "latest", device: torch.device | str = "cpu",
+                keep_drop_file: Path | str = "") -> tuple[Models, dict]:
+    """(what the checkpoint holds, its meta). The classifier: of `keep_drop_file`, or else the one beside the checkpoint, if any."""
     gpt, meta = load_model(checkpoint_dir, step, device)
     mc = load_mega_context(checkpoint_dir, meta["step"], meta, gpt.config.n_embd, device) if meta.get("mc") else None
     beside = Path(checkpoint_dir) / keep_drop.FILE

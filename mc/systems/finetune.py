@@ -118,7 +118,8 @@ def teach_lens(system: System, rows: Rows, step: int) -> None:
     tokens, targets, numbers = (x[::TEACHING] for x in (rows.tokens_BT, rows.targets_BT, rows.rows_B))
     n, mc, T = rows.n, system.models.mc, tokens.shape[1]
     if mc.config.lens_queries > T - mc.config.protected - mc.config.block_size:
-        raise UserError(f"rows of {T} tokens leave no history before the {mc.config.lens_queries} queries that teach this lens; use a longer history")
+        raise UserError(f"rows of {T} tokens leave no history before the {mc.config.lens_queries} queries that teach this lens; "
+                        f"use a longer history")
     captured = continuation_pass(system.gpt, tokens, targets, n)
     asked = targets.masked_fill(torch.arange(T, device=tokens.device) < n - 1, -1)
     with torch.no_grad():

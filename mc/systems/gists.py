@@ -59,7 +59,7 @@ class Gists(System):
 
 
 class EvenGists(Gists):
-    """No focus: the whole history at one level, the finest that the budget holds, and the recent tokens. It may use less than the budget."""
+    """No focus: the whole history at one level, the finest that fits, and the recent tokens. It may use less than the budget."""
 
     name = "gists_even"
 
@@ -70,7 +70,8 @@ class EvenGists(Gists):
         nothing = torch.full((len(history_BN), n // c.block_size), -torch.inf, device=history_BN.device)
         coarsest = self.mc.allocator.allocate(nothing, n_B).expanded
         for lod in range(c.max_lod + 1):
-            cut, fits = from_expanded([open_BN | (level > lod) for level, open_BN in enumerate(coarsest, 1)], n_B, c.block_size, self.budget, c.gists_per_block)
+            expanded = [open_BN | (level > lod) for level, open_BN in enumerate(coarsest, 1)]
+            cut, fits = from_expanded(expanded, n_B, c.block_size, self.budget, c.gists_per_block)
             if bool(fits.all()):  # all rows have n tokens: it fits in all or in none
                 return cut
         raise AssertionError("the coarsest cut is feasible")

@@ -41,7 +41,7 @@ class View(NamedTuple):
 class KVChoice(NamedTuple):
     """What decoding may look at of the keys and values of the whole history."""
 
-    choose: Callable[[list[Captured]], Select]  # what the prefill captured -> bool [B, 1 or H, S, n] per (layer, queries, keys of the history)
+    choose: Callable[[list[Captured]], Select]  # of the prefill -> (layer, queries, keys of the history) -> bool [B, 1 or H, S, n]
 
 
 Shown = View | Cut | KVChoice
@@ -87,7 +87,8 @@ class System:
         self.config = replace(models.mc.config if models.mc else MCConfig(), budget=budget)
         self.block_size, self.recent = self.config.block_size, self.config.protected
         if budget < self.recent + self.block_size:
-            raise UserError(f"a budget of {budget} entries does not hold {self.recent} recent tokens and one block of {self.block_size}; raise it")
+            raise UserError(f"a budget of {budget} entries does not hold {self.recent} recent tokens and one block of {self.block_size}; "
+                            f"raise it")
 
     @classmethod
     def prepare(cls, models: Models) -> Models:
@@ -125,7 +126,8 @@ class System:
         return Cost(self.choosing_flops(n) + pass_flops(self.gpt, entries + H - 1, H), kv_bytes(self.gpt, entries))
 
 
-NEEDED = {"mc": "a checkpoint with MegaContext (trained with --mc_enabled=1)", "keep_drop": "a keep/drop classifier (python -m scripts.keep_drop)"}
+NEEDED = {"mc": "a checkpoint with MegaContext (trained with --mc_enabled=1)",
+          "keep_drop": "a keep/drop classifier (python -m scripts.keep_drop)"}
 
 
 def read_view(gpt: GPT, tokens_BT: Tensor, n: int, view: View) -> tuple[Tensor, Tensor]:

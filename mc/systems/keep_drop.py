@@ -107,5 +107,6 @@ def load_keep_drop(path: Path, device: torch.device | str = "cpu") -> KeepDrop:
             model = KeepDrop(KeepDropConfig(**json.loads(file.metadata()["config"])))
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e:
-        raise UserError(f"{path} is no keep/drop classifier ({type(e).__name__}: {str(e).splitlines()[0]}); make one: python -m scripts.keep_drop") from None
+        why = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+        raise UserError(f"{path} is no keep/drop classifier ({why}); make one: python -m scripts.keep_drop") from None
     return model.to(device).eval()

@@ -48,7 +48,7 @@ class KVSystem(System):
 
 
 class SnapKV(KVSystem):
-    """Per layer and kv head the keys that the recent tokens attend to most, pooled over neighbours, and the recent tokens (Li et al. 2024)."""
+    """Per layer and kv head the keys that the recent tokens attend to most, pooled over neighbours, and those tokens (Li et al. 2024)."""
 
     name = "snapkv"
 

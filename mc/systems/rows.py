@@ -31,7 +31,8 @@ class Rows(NamedTuple):
 Batches = Callable[[int], Rows]  # number of a batch -> its rows, always the same
 
 
-def make_batches(data: str, split: str, tokenizer: Tokenizer, flags: dict, *, history: int, horizon: int, block_size: int, rows: int, seed: int = 0) -> Batches:
+def make_batches(data: str, split: str, tokenizer: Tokenizer, flags: dict, *, history: int, horizon: int, block_size: int, rows: int,
+                 seed: int = 0) -> Batches:
     """data: as `--data` of base_train; flags: those of the run it goes with, for what else a source needs. Seeds have no row in common.
 
     "tasks", "tasks:a,b=2": batch i is of one task, drawn by share; its answer is the continuation. Else the last `horizon` tokens of a
@@ -52,8 +53,8 @@ def make_batches(data: str, split: str, tokenizer: Tokenizer, flags: dict, *, hi
         return of_tasks
     T = history + horizon
     try:
-        source = make_source(data, split, T=T, seed=flags["seed"], tokenizer=tokenizer, text_column=flags["text_column"], needles=flags["needles"],
-                             recall_blocks=flags["recall_blocks"])
+        source = make_source(data, split, T=T, seed=flags["seed"], tokenizer=tokenizer, text_column=flags["text_column"],
+                             needles=flags["needles"], recall_blocks=flags["recall_blocks"])
     except KeyError as e:
         raise UserError(f"the checkpoint names no --{e.args[0]}: it is not one of base_train") from None
 
@@ -67,10 +68,11 @@ def make_batches(data: str, split: str, tokenizer: Tokenizer, flags: dict, *, hi
 
 def add_row_flags(parser: FlagParser) -> None:
     """The flags that `batches_from_flags` reads, besides --seed."""
-    parser.add_argument("--data", default="", help="tasks, tasks:<name>=<share>,…, or as --data of base_train; default: what the checkpoint was trained on")
-    parser.add_argument("--history", type=int, default=0, help="tokens of history; 0: as many whole blocks as the model's rows hold before the continuation")
-    parser.add_argument("--horizon", type=int, default=0, help="tokens of the continuation, where the data is no task; 0: as MegaContext was trained, or 32")
-    parser.add_argument("--rows", type=int, default=16, help="rows of a batch")
+    add = parser.add_argument
+    add("--data", default="", help="tasks, tasks:<name>=<share>,…, or as --data of base_train; default: what the checkpoint was trained on")
+    add("--history", type=int, default=0, help="tokens of history; 0: the whole blocks that a row holds before the continuation")
+    add("--horizon", type=int, default=0, help="tokens of the continuation, of data that is no task; 0: as MegaContext was trained, or 32")
+    add("--rows", type=int, default=16, help="rows of a batch")
 
 
 def batches_from_flags(args: Namespace, config: MCConfig, meta: dict, tokenizer: Tokenizer) -> tuple[Batches, dict]:

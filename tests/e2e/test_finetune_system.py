@@ -44,9 +44,10 @@ def test_labels_classifier_and_arm(trained, tmp_path):
 def test_gists_arm_on_tasks(trained, tmp_path):
     base, checkpoint = trained
     out = tmp_path / "arm"
-    refused = run(base, "finetune_system", "--system=gists_lens", f"--checkpoint_dir={checkpoint}", f"--out={out}", *SHORT, "--data=tasks:nothing").error
+    into = [f"--checkpoint_dir={checkpoint}", f"--out={out}", *SHORT]
+    refused = run(base, "finetune_system", "--system=gists_lens", *into, "--data=tasks:nothing").error
     assert "nothing" in refused and not out.exists()
-    run(base, "finetune_system", "--system=mean_gists", f"--checkpoint_dir={checkpoint}", f"--out={out}", *SHORT, "--lr_scales=0.2").ok()
+    run(base, "finetune_system", "--system=mean_gists", *into, "--lr_scales=0.2").ok()
     models, meta = load_models(out)
     assert models.mc.config.gist == "mean" and meta["step"] == 22
 
