@@ -14,9 +14,9 @@ from nanochat.tasks.words import Words
 
 MAGIC = " the magic value of"
 TASKS: dict[str, Task] = {
-    "mqar": Lookup(queries=4),
-    "alias": Lookup(queries=4, alias=True),
-    "overwrite": Lookup(queries=2, updates=2, mark="!"),
+    "mqar": Lookup(),
+    "alias": Lookup(alias=True),
+    "overwrite": Lookup(updates=2, mark="!"),
     "passkey": Lookup("phrase", facts=1, statement=" the pass key is", length=4),
     "niah_single": Lookup("text", facts=1, statement=MAGIC),
     "niah_multikey": Lookup("text", facts=8, statement=MAGIC),
