@@ -7,7 +7,7 @@ import numpy as np
 from nanochat.common import UserError
 from nanochat.tasks.words import Words
 
-EPISODE = 4  # questions in a row that are about the same blocks
+EPISODE = 12  # questions in a row that are about the same blocks
 
 
 class Context(NamedTuple):

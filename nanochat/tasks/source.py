@@ -14,6 +14,7 @@ from nanochat.tasks.words import Words
 
 BLOCK = 32  # tokens in which the curriculum counts, and across which questions are grouped
 TAIL = 64  # tokens of a row that every context leaves for questions
+ALONE = 0.5  # share of the rows with long contexts that end with one question, as in use: what was asked before it misleads a lens
 
 
 def parse_mix(text: str) -> dict[str, float]:
@@ -75,7 +76,7 @@ class TaskSource:
         each = task.question_tokens + task.answer_tokens
         asks = (self.T + 1 - blocks * BLOCK) // each
         if 2 * blocks > most_blocks(self.T) or task.one_question:  # asked again, a question is easy: good for a beginning only
-            asks = min(asks, most)
+            asks = 1 if rng.random() < ALONE else min(asks, most)
         if asks < 1:
             raise UserError(
                 f"rows of {self.T} tokens: a context of {blocks * BLOCK} and one question of {name}, {each}, do not fit; use longer rows"
