@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mc.bm25 import bm25_scores
 from mc.evaluation import FocusComparison, Outcome
 from mc.teachers import attention_mass
-from nanochat.common import UserError
 from nanochat.dataloader import Source
 from nanochat.gpt import Captured
 from nanochat.recall import RecallTask
@@ -81,25 +81,6 @@ def hit_at(scores_BN: Tensor, matter_BN: Tensor, k: int) -> Tensor:
     return found / matter_BN.sum(1).clamp_max(k)
 
 
-def bm25_scores(tokens_BT: Tensor, block_size: int, tail: int) -> Tensor:
-    """[B, N] lexical match (BM25, a row's N = T // block_size blocks being the collection) of each block with the last `tail` tokens.
-
-    UserError without the package bm25s.
-    """
-    try:
-        import bm25s
-    except ModuleNotFoundError as e:
-        raise UserError(f"BM25 needs the package {e.name}, which is not installed: pip install 'megacontext[eval]'") from None
-    rows, N = tokens_BT.tolist(), tokens_BT.shape[1] // block_size
-    found = np.zeros((len(rows), N), dtype=np.float32)
-    for b, row in enumerate(rows):
-        words = [str(token) for token in row]
-        index = bm25s.BM25()
-        index.index([words[i * block_size:(i + 1) * block_size] for i in range(N)], show_progress=False)
-        found[b] = index.get_scores(words[-tail:])
-    return torch.from_numpy(found).to(tokens_BT.device)
-
-
 @torch.no_grad()
 def tail_attention(focus: FocusComparison) -> Tensor:
     """[B, N] attention mass of the protected tail's queries in a full pass over the history."""
@@ -111,9 +92,9 @@ def tail_attention(focus: FocusComparison) -> Tensor:
 
 def all_scores(focus: FocusComparison) -> dict[str, Tensor]:
     """[B, N] of everything in SCORES and CHEATS."""
-    teachers = focus.teacher_scores()
+    teachers, history = focus.teacher_scores(), focus.tokens[:, :focus.n]
     return {**{name: focus.scores(name) for name in ("lens", "random", "recency")},
-            "bm25": bm25_scores(focus.tokens[:, :focus.n], focus.K, focus.mc.config.protected), "tail_attention": tail_attention(focus),
+            "bm25": bm25_scores(history, focus.K, history[:, -focus.mc.config.protected:]), "tail_attention": tail_attention(focus),
             "next_attention": teachers["attention"], "next_gate": teachers["gate"]}
 
 

@@ -18,8 +18,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from mc.bm25 import bm25_scores
 from mc.evaluation import FocusComparison, plain_outcomes
-from mc.focus_measures import bm25_scores, tail_attention
+from mc.focus_measures import tail_attention
 from mc.losses import lens_loss, lens_targets
 from mc.teachers import gate_utility
 from nanochat.gpt import Captured, norm, token_losses
@@ -122,7 +123,7 @@ def features(focus: FocusComparison) -> Tensor:
     embeds = focus.embeds[:, :n].unflatten(1, (-1, K)).mean(2)
     last = [(blocks_BNK[..., 1:] == history[:, -1, None, None]), (blocks_BNK[..., :-1] == history[:, -2, None, None])]
     found = [focus.scores("lens"), torch.log2(focus.n_blocks - torch.arange(focus.n_blocks)).expand(len(history), -1),
-             *(bm25_scores(history, K, tail) for tail in (4, 8, 32, 128)), tail_attention(focus), *(past_gate(focus, length) for length in (8, 32, 64)),
+             *(bm25_scores(history, K, history[:, -tail:]) for tail in (4, 8, 32, 128)), tail_attention(focus), *(past_gate(focus, length) for length in (8, 32, 64)),
              last[0].sum(-1), (last[0] & last[1]).sum(-1),
              *(F.cosine_similarity(embeds, norm(focus.embeds[:, n - tail:n]).mean(1)[:, None], dim=-1) for tail in (4, 8, 32))]
     x = torch.stack([one[:, :free].float() for one in found], -1)

@@ -14,8 +14,9 @@ from typing import Iterator
 import numpy as np
 import torch
 
+from mc.bm25 import bm25_scores
 from mc.evaluation import FocusComparison
-from mc.focus_measures import bm25_scores, spearman, tail_attention, text_contexts
+from mc.focus_measures import spearman, tail_attention, text_contexts
 from mc.report import LEAST_GAP, bootstrap
 from mc.text_focus import HORIZONS, Predictor, far_only, features, fit, judge_cuts, utilities_by_horizon, Tried
 from nanochat.common import FlagParser, UserError, base_dir, key_seed, print0, run_main
@@ -56,7 +57,7 @@ def judge(model: Model, source, budget: int, counts: list[int], fitted: dict[int
     for focus in comparisons(model, source, args.contexts, budget, args, progress):
         history = focus.tokens[:, :focus.n]
         scores = {**{name: focus.scores(name) for name in ("lens", "recency", "random")},
-                  "bm25": bm25_scores(history, focus.K, model.mc.config.protected), "tail_attention": tail_attention(focus),
+                  "bm25": bm25_scores(history, focus.K, history[:, -model.mc.config.protected:]), "tail_attention": tail_attention(focus),
                   "next_gate": focus.teacher_scores()["gate"]}
         if fitted:
             with torch.no_grad():

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from mc.evaluation import FocusComparison
-from mc.focus_measures import CHEATS, SCORES, all_scores, average_ranks, bm25_scores, hit_at, measure, most_useful, recall_contexts, spearman, tail_attention, utilities
+from mc.bm25 import bm25_scores
+from mc.focus_measures import CHEATS, SCORES, all_scores, average_ranks, hit_at, measure, most_useful, recall_contexts, spearman, tail_attention, utilities
 from mc.teachers import attention_mass
 from nanochat.common import UserError
 from nanochat.recall import RecallTask
@@ -91,7 +92,7 @@ def slow_bm25(row: list[int], block: int, tail: int) -> list[float]:
 
 def test_bm25_is_its_formula():
     tokens = torch.randint(6, (3, 22), generator=torch.Generator().manual_seed(0))
-    found = bm25_scores(tokens, 4, 4)
+    found = bm25_scores(tokens, 4, tokens[:, -4:])
     assert found.shape == (3, 5)
     for row, scores in zip(tokens.tolist(), found.tolist()):
         assert scores == pytest.approx(slow_bm25(row, 4, 4), abs=1e-5)
@@ -100,7 +101,7 @@ def test_bm25_is_its_formula():
 def test_without_bm25s(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bm25s", None)
     with pytest.raises(UserError, match=r"megacontext\[eval\]"):
-        bm25_scores(torch.zeros(1, 8, dtype=torch.int64), 4, 4)
+        bm25_scores(torch.zeros(1, 8, dtype=torch.int64), 4, torch.zeros(1, 4, dtype=torch.int64))
 
 
 def test_attention_of_the_tail_has_not_read_the_continuation():
