@@ -26,8 +26,8 @@ train() {  # tag, steps, flags…
 
 for SEED in ${SEEDS:-1 2 3}; do
   train "suite_$SEED" 1100 --seed="$SEED" --data="$ALL" --recall_grow=0.5 --grad_clip=1 --mc_start=0.5 --mc_row_stride=2 --mc_lens_lr=0.04
-  train "suite_lens_$SEED" 300 --seed="$SEED" --data="$LOOKUPS" --recall_grow=0 --init_from="$CKPT/suite_$SEED" --freeze_base=1 --mc_start=0 \
-    --mc_row_stride=4 --mc_lens_lr=0.06
+  train "suite_lens_$SEED" 240 --seed="$SEED" --data="$LOOKUPS" --recall_grow=0 --init_from="$CKPT/suite_$SEED" --freeze_base=1 --mc_start=0 \
+    --mc_row_stride=4 --mc_lens_lr=0.01
   train "counts_$SEED" 400 --seed="$SEED" --data="$COUNTS" --recall_grow=0 --init_from="$CKPT/suite_$SEED" --grad_clip=1 --mc_start=0.5 \
     --mc_row_stride=2 --mc_lens_lr=0.04
 done
