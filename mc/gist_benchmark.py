@@ -2,10 +2,10 @@
 
 Every arm has a GistNet of its own and, unless `frozen=1`, a copy of the base that learns to read it. All arms see the same rows in
 the same order, and the base as it was gives them one full pass to learn from, so arms differ in what they name and nothing else. A
-working context is the whole history as gists of one level, a few recent tokens and the continuation; no budget, no lens.
+working context is the whole history as gists of the highest level, a few recent tokens and the continuation; no budget, no lens.
 
-An arm is settings, comma-separated: any --mc_ flag without its prefix, and `frozen` (1: the base stands still) and `lod` (the level
-shown, default the highest). E.g. `gist=slots,block_size=8`, `gist=slots,block_size=16,gists_per_block=2,kl_weight=0,frozen=1`.
+An arm is settings, comma-separated: any --mc_ flag without its prefix, and `frozen` (1: the base stands still). E.g.
+`gist=slots,block_size=8`, `gist=slots,block_size=16,gists_per_block=2,kl_weight=0,frozen=1`.
 
     ΔNLL    NLL(gists, the arm's base) − NLL(full history, the base as it was) on the next --horizon held-out tokens, mean over rows;
             beside it the windows of the base as it was: the recent tokens alone, and as many raw tokens as an arm has entries
@@ -17,7 +17,7 @@ import argparse
 import copy
 import json
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -47,13 +47,12 @@ class Arm(NamedTuple):
     name: str
     gpt: GPT
     mc: MegaContext
-    lod: int
     optimizer: torch.optim.Optimizer
 
 
-def parse(text: str, recent: int, horizon: int, n: int) -> tuple[MCConfig, bool, int]:
-    """Settings, whether the base is frozen, and the level shown. UserError for what is no setting."""
-    kinds = {f.name: type(f.default) for f in fields(MCConfig)} | {"frozen": int, "lod": int}
+def parse(text: str, recent: int, horizon: int, n: int) -> tuple[MCConfig, bool]:
+    """Settings, and whether the base is frozen. UserError for what is no setting, or has no effect here."""
+    kinds = {f.name: type(f.default) for f in fields(MCConfig)} | {"frozen": int}
     values: dict = {"max_lod": 1, "wc_weight": 1.0, "kl_weight": 1.0}
     for part in text.split(","):
         name, _, value = part.partition("=")
@@ -61,18 +60,15 @@ def parse(text: str, recent: int, horizon: int, n: int) -> tuple[MCConfig, bool,
             values[name] = kinds[name](value)
         except (KeyError, ValueError):
             raise UserError(f"--arms {text}: {part!r} is no setting=value of MegaContext") from None
-    frozen, lod = bool(values.pop("frozen", 0)), values.pop("lod", values["max_lod"])
-    values.pop("lod", None)
-    c = MCConfig(**values, recent=recent, horizon=horizon)
-    if recent % c.block_size or n % c.block_size or not 1 <= lod <= c.max_lod or c.horizon_gist_weight or c.bands or c.far_tokens:
-        raise UserError(f"--arms {text}: blocks must divide {n} and {recent} tokens, lod lie in 1 … max_lod, and horizon, bands and far "
-                        "histories are for base_train")
-    # twice what the even cut takes: its capacity
-    return MCConfig(**values, recent=recent, horizon=horizon, budget=2 * recent + 2 * tiling(n, c.block_size, lod, c.gists_per_block)), frozen, lod
+    frozen, c = bool(values.pop("frozen", 0)), MCConfig(**values | dict(recent=recent, horizon=horizon))
+    if n % c.block_size or c.horizon_gist_weight or c.bands or c.far_tokens:
+        raise UserError(f"--arms {text}: blocks must divide {n} tokens; the horizon loss, bands and far histories are for base_train")
+    entries = recent + c.block_size * c.max_lod * c.gists_per_block + tiling(n, c.block_size, c.max_lod, c.gists_per_block)
+    return replace(c, budget=entries), frozen
 
 
 def make_arm(text: str, base: GPT, seed: int, recent: int, horizon: int, n: int) -> Arm:
-    config, frozen, lod = parse(text, recent, horizon, n)
+    config, frozen = parse(text, recent, horizon, n)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         mc = MegaContext(config, base.config.n_embd).to(base.lm_head.weight.device)
@@ -81,7 +77,7 @@ def make_arm(text: str, base: GPT, seed: int, recent: int, horizon: int, n: int)
     if not frozen:
         body = [p for name, p in gpt.named_parameters() if not name.startswith(("transformer.wte", "lm_head", "value_embeds"))]
         groups.append(dict(params=body, lr=BASE_LR))
-    return Arm(text, gpt, mc, lod, torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0))
+    return Arm(text, gpt, mc, torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0))
 
 
 def loss_of(arm: Arm, tokens_BT: Tensor, targets_BT: Tensor, teacher_BPV: Tensor, middle_BTD: Tensor, n: int) -> Tensor:
@@ -131,7 +127,7 @@ def judge(arms: list[Arm], base: GPT, meta: dict, contexts: int, T: int, n: int,
         with torch.autocast(tokens.device.type, torch.bfloat16):
             nll, sizes = {}, {recent}
             for arm in arms:
-                outcome = FocusComparison(arm.gpt, arm.mc, tokens, targets, n, seed, rows).at_lod(arm.lod)
+                outcome = FocusComparison(arm.gpt, arm.mc, tokens, targets, n, seed, rows).at_lod(arm.mc.config.max_lod)
                 nll[arm.name] = outcome.nll_B
                 sizes.add(int(outcome.entries_B[0]))
             for size in sorted(sizes):
@@ -159,19 +155,21 @@ def run(args: argparse.Namespace) -> None:
     T = base.config.sequence_len
     n = (T - args.horizon) // 32 * 32
     if min(args.steps, args.rows, args.contexts, args.horizon) < 1 or not 0 < args.recent < n:
-        raise UserError(f"--steps, --rows, --contexts and --horizon must be at least 1, and --recent={args.recent} below the history of {n} tokens")
+        raise UserError(f"--steps, --rows, --contexts and --horizon must be at least 1, "
+                        f"and --recent={args.recent} below the history of {n} tokens")
     T = n + args.horizon
     arms = [make_arm(text, base, args.seed, args.recent, args.horizon, n) for text in args.arms]
     flags = meta["flags"]
-    source = make_source(flags["data"], "train", T=T, seed=args.seed, tokenizer=Tokenizer.load(), rows=flags["rows"], text_column=flags["text_column"],
-                         needles=flags["needles"], recall_blocks=flags["recall_blocks"])
+    source = make_source(flags["data"], "train", T=T, seed=args.seed, tokenizer=Tokenizer.load(), rows=flags["rows"],
+                         text_column=flags["text_column"], needles=flags["needles"], recall_blocks=flags["recall_blocks"])
     begin = time.perf_counter()
     train(arms, base, source, args.steps, args.rows, T, n, args.recent)
     nll = judge(arms, base, meta, args.contexts, T, n, args.recent, args.seed)
     out = {}
     for name, value in nll.items():
         delta = value - nll["full"]
-        out[name] = {"nll": round(value.mean(), 4), "delta": round(delta.mean(), 4), "interval": [round(x, 4) for x in bootstrap(lambda i: delta[i].mean(), len(delta))]}
-        print(f"  {name:60s} NLL {value.mean():.3f}  Δ {delta.mean():+.3f} {out[name]['interval']}")
-    print(json.dumps({"checkpoint": args.checkpoint_dir, "steps": args.steps, "rows": args.rows, "horizon": args.horizon, "recent": args.recent, "history": n,
-                      "contexts": args.contexts, "seed": args.seed, "seconds": round(time.perf_counter() - begin), "arms": out}))
+        interval = [round(x, 4) for x in bootstrap(lambda i: delta[i].mean(), len(delta))]
+        out[name] = {"nll": round(value.mean(), 4), "delta": round(delta.mean(), 4), "interval": interval}
+        print(f"  {name:60s} NLL {value.mean():.3f}  Δ {delta.mean():+.3f} {interval}")
+    settings = {name: getattr(args, name) for name in ("checkpoint_dir", "steps", "rows", "horizon", "recent", "contexts", "seed")}
+    print(json.dumps({**settings, "history": n, "seconds": round(time.perf_counter() - begin), "arms": out}))

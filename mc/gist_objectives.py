@@ -89,5 +89,5 @@ def blocks_in_band(draw_B: Tensor, done: float, n_B: Tensor, cfg: FocusConfig) -
 def check_bands(n_tokens: int, cfg: FocusConfig) -> None:
     """UserError for a budget that cannot reach the mildest band."""
     if cfg.budget * BAND_EDGES[0] < n_tokens:
-        raise UserError(f"--mc_bands=1 begins with {BAND_EDGES[0]:g} tokens per entry, and --mc_budget={cfg.budget} of {n_tokens} tokens are "
-                        f"{n_tokens / cfg.budget:.3g}; raise it to {math.ceil(n_tokens / BAND_EDGES[0])} or leave out --mc_bands")
+        raise UserError(f"--mc_bands=1 begins with {BAND_EDGES[0]:g} tokens per entry, and --mc_budget={cfg.budget} of {n_tokens} tokens "
+                        f"are {n_tokens / cfg.budget:.3g}; raise it to {math.ceil(n_tokens / BAND_EDGES[0])} or leave out --mc_bands")
