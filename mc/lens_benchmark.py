@@ -37,7 +37,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="checkpoint directory of the base")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
     parser.add_argument("--teacher", default="gate", choices=("gate", "attention"), help="what teaches the lenses, as --mc_teacher")
-    parser.add_argument("--horizon", type=int, default=8, help="tokens ahead whose need for a block is taught and judged, as --mc_lens_horizon")
+    parser.add_argument("--horizon", type=int, default=8,
+                        help="tokens ahead whose need for a block is taught and judged, as --mc_lens_horizon")
     parser.add_argument("--contexts", type=int, default=64, help="held-out rows")
 
 
@@ -47,8 +48,8 @@ def training_loader(meta: dict) -> Loader:
     recall = {}
     if flags["data"] == "recall":
         recall = dict(schedule=CurriculumSchedule(flags["recall_blocks"], grow=0, seed=flags["seed"]), total_rows=1)
-    source = make_source(flags["data"], "train", T=T, seed=flags["seed"], tokenizer=Tokenizer.load(), rows=flags["rows"], text_column=flags["text_column"],
-                         needles=flags["needles"], recall_blocks=flags["recall_blocks"], **recall)
+    source = make_source(flags["data"], "train", T=T, seed=flags["seed"], tokenizer=Tokenizer.load(), rows=flags["rows"],
+                         text_column=flags["text_column"], needles=flags["needles"], recall_blocks=flags["recall_blocks"], **recall)
     return Loader(source, flags["device_batch_size"], flags["device_batch_size"], T)
 
 
@@ -81,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.checkpoint_dir} was trained with tokenizer {meta['tokenizer']}, here is {tokenizer.fingerprint}; restore that one")
     loader = training_loader(meta)
     scale = batch_lr_scale(flags["device_batch_size"] * T)
-    settings = replace(from_dict(meta["mc"]["config"]) if meta.get("mc") else MCConfig(), teacher=args.teacher, lens_horizon=args.horizon)
+    settings = from_dict(meta["mc"]["config"]) if meta.get("mc") else MCConfig()
+    settings = replace(settings, teacher=args.teacher, lens_horizon=args.horizon)
     pupils = {kind: Pupil(replace(settings, lens=kind), gpt, flags["seed"]) for kind in KINDS}
     pass_seconds, progress = 0.0, Progress("teaching", args.steps, "steps", every_s=15)
     for step in range(args.steps):
@@ -92,7 +94,8 @@ def run(args: argparse.Namespace) -> None:
         gpt.zero_grad(set_to_none=True)
         pass_seconds += time.perf_counter() - begin
         for kind, pupil in pupils.items():
-            lesson = Lesson(captured, embeds.detach(), batch.targets, batch.rows, pupil.model.build_tree(embeds.detach()), None, None, (flags["seed"], step))
+            tree = pupil.model.build_tree(embeds.detach())
+            lesson = Lesson(captured, embeds.detach(), batch.targets, batch.rows, tree, None, None, (flags["seed"], step))
             pupil.learn(lesson, scale * lr_multiplier(step, args.steps))
         progress.update(step + 1)
     found = judge(gpt, {kind: pupil.model for kind, pupil in pupils.items()}, meta, args)
@@ -103,8 +106,9 @@ def run(args: argparse.Namespace) -> None:
             difference = np.array(found[kind][name]) - np.array(found["bilinear"][name])
             row[f"{name}_gain"] = [float(difference.mean()), *bootstrap(lambda i: difference[i].mean(), len(difference))]
         report["lenses"][kind] = row
-        print0(f"{kind:12s} {row['nats_lens']:.4f} nats (even {row['nats_even']:.4f}, least {row['nats_least']:.4f}), hit@1 {row['hit_lens']:.3f}, "
-               f"won {row['won_lens']:.4f} of {row['won_best']:.4f} nats (recency {row['won_recency']:.4f}); teaching it takes {row['of_the_pass']:.1%} of the pass")
+        print0(f"{kind:12s} {row['nats_lens']:.4f} nats (even {row['nats_even']:.4f}, least {row['nats_least']:.4f}), "
+               f"hit@1 {row['hit_lens']:.3f}, won {row['won_lens']:.4f} of {row['won_best']:.4f} nats (recency {row['won_recency']:.4f}); "
+               f"teaching it takes {row['of_the_pass']:.1%} of the pass")
     print(json.dumps(report))
 
 
