@@ -184,7 +184,7 @@ def test_permuting_blocks_permutes_gists(options):
     torch.testing.assert_close(net(x[order], mask[order], 1), net(x, mask, 1)[order], rtol=0, atol=1e-12)
 
 
-def readable(variant: str, pairs: int = 16, keys: int = 32, values: int = 16, width: int = 128, steps: int = 100) -> float:
+def readable(variant: str, pairs: int = 16, keys: int = 32, values: int = 16, width: int = 128, steps: int = 100, batch: int = 16) -> float:
     """Share of key-value pairs of a block that a linear, multiplicative reader names from its one gist, after a short training."""
     torch.manual_seed(0)
     embed = torch.nn.Embedding(keys + values, width)
@@ -201,7 +201,7 @@ def readable(variant: str, pairs: int = 16, keys: int = 32, values: int = 16, wi
     for i in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * min(1, (i + 1) / 30, (steps - i) / (0.4 * steps))
-        logits, value = read(16)
+        logits, value = read(batch)
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), value.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
