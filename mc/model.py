@@ -133,12 +133,17 @@ def recency_scores(n_B: Tensor, count: int) -> Tensor:
     return torch.arange(count, device=n_B.device, dtype=torch.float32).expand(len(n_B), count)
 
 
-def fingerprint(gpt: GPT, mc: MegaContext) -> str:
-    """Of everything that gists and lens keys are made with: token embeddings, GistNet, the lens's key projection, the settings.
+STORED = ("block_size", "max_lod", "gist", "gists_per_block", "gist_source", "gist_width", "gist_pool", "gist_head", "gist_shared",
+          "lens_keys", "lens_key_dim")  # settings that gists and lens keys depend on
 
-    Networks that differ elsewhere (a fine-tuned head, say) read each other's histories.
+
+def fingerprint(gpt: GPT, mc: MegaContext) -> str:
+    """Of everything that gists and lens keys are made with: token embeddings, GistNet, the lens's key projection, their settings.
+
+    Networks that differ elsewhere (a fine-tuned head, another budget, a setting that a later version adds) read each other's histories.
     """
-    digest = hashlib.sha256(repr(sorted(to_dict(mc.config).items())).encode())
+    settings = to_dict(mc.config)
+    digest = hashlib.sha256(repr([(name, settings[name]) for name in STORED]).encode())
     for tensor in (gpt.transformer.wte.weight, *mc.gistnet.state_dict().values(), mc.lensnet.key.weight):
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

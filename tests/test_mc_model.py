@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mc.config import MCConfig, add_flags, from_dict, from_flags, to_dict
 from mc.far_history import FarHistory, draw_far_history, place
 from mc.gaussian_rope import alibi_bias, entry_rotary
-from mc.model import Entries, MegaContext, load_mega_context, read_rows, recency_scores, run_entries, take, with_continuation
+from mc.model import Entries, MegaContext, fingerprint, load_mega_context, read_rows, recency_scores, run_entries, take, with_continuation
 from mc.working_context import Cut, finest
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import FlagParser, UserError
@@ -313,3 +313,16 @@ def test_a_saved_mega_context_is_loaded_as_it_was(tmp_path):
     assert all(torch.equal(x, mc.state_dict()[name]) for name, x in loaded.state_dict().items())
     with pytest.raises(UserError, match="no MegaContext"):
         load_mega_context(tmp_path, 1, {}, gpt.config.n_embd)
+
+
+def test_fingerprint_is_of_what_is_stored():
+    """Histories stay readable where only training or the budget differs; not where their gists or keys would be others."""
+    gpt = tiny_base()
+    same, other = mega(gpt), mega(gpt, wc_weight=0.7, lens_queries=16, budget=W + 8)
+    other.load_state_dict(same.state_dict())
+    stored = fingerprint(gpt, same)
+    assert fingerprint(gpt, other) == stored
+    assert fingerprint(gpt, mega(gpt, lens_keys=2)) != stored
+    with torch.no_grad():
+        next(other.gistnet.parameters()).add_(1e-3)
+    assert fingerprint(gpt, other) != stored
