@@ -302,8 +302,9 @@ def plot_overlay(pairs: dict[str, tuple[Path, Path]], path: Path) -> None:
         for axis, metric, unit in zip(row, ("train.tokens", "train.flops", "train.elapsed"), ("tokens", "FLOPs", "seconds of training")):
             for label, log, colour in (("MC", mega, COLOURS[0]), ("vanilla", vanilla, COLOURS[1])):
                 points = [(line[metric], line["train.loss"]) for line in read_metrics(log) if "train.loss" in line and metric in line]
-                axis.plot(*zip(*points), color=colour, label=label, linewidth=1.2, linestyle="-" if label == "MC" else "--")
-            axis.set(xlabel=unit, ylabel="LM loss [nats per token]", title=name)
+                if points:  # logs of older runs lack the seconds
+                    axis.plot(*zip(*points), color=colour, label=label, linewidth=1.2, linestyle="-" if label == "MC" else "--")
+            axis.set(xlabel=unit, ylabel="LM loss [nats per token]", title=name, yscale="log")
         row[0].legend(fontsize=8)
     save_figure(figure, path)
 
