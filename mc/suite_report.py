@@ -72,11 +72,12 @@ class Results:
 
 
 def together(*sides: dict[int, dict], measure: str) -> list[np.ndarray] | None:
-    """[S, C] of each side on the seeds that all have; None if there is none."""
+    """[S, C] of each side on the seeds and documents that all have; None if there is none."""
     seeds = sorted(set.intersection(*(set(side) for side in sides)))
     if not seeds:
         return None
-    return [np.array([side[seed]["results"][measure] for seed in seeds], dtype=float) for side in sides]
+    documents = min(len(side[seed]["results"][measure]) for side in sides for seed in seeds)  # the first ones are the same
+    return [np.array([side[seed]["results"][measure][:documents] for seed in seeds], dtype=float) for side in sides]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,20 +173,29 @@ def beyond_table(results: Results, settings: list[Setting], trained: int) -> lis
 
 
 def plot_depth(results: Results, model: str, path: Path, bins: int = 5) -> bool:
-    """Accuracy by where the fact lies and how long the history is, one panel per system, over the tasks that have such a place."""
-    lengths = sorted({length for name, length, _, _, _ in results.by_cell if name == model})
-    systems, sums = [], {}
-    for (name, length, _, _, system), seeds in results.by_cell.items():
+    """Accuracy by where the fact lies and how long the history is, one panel per system, over the tasks that were judged at the most lengths."""
+    placed: dict[str, set[int]] = {}
+    for (name, length, _, task, _), seeds in results.by_cell.items():
+        if name == model and any(depth is not None for record in seeds.values() for depth in record["results"]["depth"]):
+            placed.setdefault(task, set()).add(length)
+    if not placed:
+        return False
+    most = max(map(len, placed.values()))
+    tasks = {task for task, there in placed.items() if len(there) == most}
+    lengths = sorted(set.union(*(placed[task] for task in tasks)))
+    main = next(setting.budget for setting in results.settings() if setting.model == model)
+    sums: dict[str, np.ndarray] = {}
+    for (name, length, budget, task, system), seeds in results.by_cell.items():
+        if budget != main and system not in UNBOUNDED:
+            continue
         for record in seeds.values():
             depth = np.array(record["results"]["depth"], dtype=float)
-            if name == model and not np.isnan(depth).all():
+            if name == model and task in tasks:
                 grid = sums.setdefault(system, np.zeros((2, len(lengths), bins)))
                 place = np.minimum((np.nan_to_num(depth) * bins).astype(int), bins - 1)
                 for i, values in enumerate((np.array(record["results"]["acc"]), np.ones(len(depth)))):
                     np.add.at(grid[i, lengths.index(length)], place[~np.isnan(depth)], values[~np.isnan(depth)])
     systems = [system for system in ("full", "window", "bm25", "dense_learned", "gists_recency", MC) if system in sums]
-    if not systems:
-        return False
     columns = min(len(systems), 3)
     figure, axes = new_figure(math.ceil(len(systems) / columns), columns, width=3.6, height=1.3 + 0.35 * len(lengths))
     for axis, system in zip(axes.flat, systems):
@@ -200,6 +210,7 @@ def plot_depth(results: Results, model: str, path: Path, bins: int = 5) -> bool:
         axis.set(title=LABELS[system], xlabel="depth of the fact", ylabel="history [tokens]")
     for axis in list(axes.flat)[len(systems):]:
         axis.remove()
+    figure.suptitle(f"{', '.join(sorted(tasks))}, W = {main}", fontsize=10)
     save_figure(figure, path)
     return True
 
@@ -261,9 +272,10 @@ def plot_gap(results: Results, path: Path) -> bool:
         axis.set_xticks(ratios, [f"1/{ratio:.0f}" for ratio in ratios])
         axis.minorticks_off()
         axis.set(title=f"{task}, n = {length:,}", xlabel="budget, as a share of the history", ylabel="gap closed (window 0, full 1)")
-    axes.flat[0].legend(fontsize=7)
-    for axis in list(axes.flat)[len(panels):]:
-        axis.remove()
+    free = list(axes.flat)[len(panels):]
+    (free or [axes.flat[0]])[0].legend(*axes.flat[0].get_legend_handles_labels(), fontsize=8, loc="center" if free else "best")
+    for axis in free:
+        axis.axis("off")
     save_figure(figure, path)
     return True
 
@@ -305,6 +317,9 @@ def plot_overlay(pairs: dict[str, tuple[Path, Path]], path: Path) -> None:
                 if points:  # logs of older runs lack the seconds
                     axis.plot(*zip(*points), color=colour, label=label, linewidth=1.2, linestyle="-" if label == "MC" else "--")
             axis.set(xlabel=unit, ylabel="LM loss [nats per token]", title=name, yscale="log")
+            low, high = axis.get_ylim()
+            if high < 10 * low:  # no power of ten in between
+                axis.yaxis.set_minor_formatter("{x:g}")
         row[0].legend(fontsize=8)
     save_figure(figure, path)
 
