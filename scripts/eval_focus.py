@@ -116,7 +116,7 @@ def judge_hops(models: list[Model], directories: list[Path], tokenizer: Tokenize
     for gpt, mc, meta in models:
         flags, lods = meta["flags"], meta["mc"]["trained_lods"]
         task = HopTask.for_tokenizer(tokenizer, seed=flags["seed"], block=mc.config.block_size, blocks=flags["recall_blocks"])
-        pools = {name: SessionPool(gpt, mc, SessionConfig(interval=interval), trained_lods=lods) for name, interval in (("refocused", 1), ("once", 0))}
+        pools = {name: SessionPool(gpt, mc, SessionConfig(budget=args.hops_budget, interval=interval), trained_lods=lods) for name, interval in (("refocused", 1), ("once", 0))}
         for announced, parts in found.items():
             parts.append(ask_chains(pools, task, flags["recall_blocks"], args.contexts, announced))
             progress.update(sum(map(len, found.values())) * args.contexts)
@@ -181,6 +181,7 @@ def make_parser() -> FlagParser:
     parser.add_argument("--text_mc", type=paths, default=[], help="checkpoint directories trained on text with --mc_enabled=1, one per seed, comma-separated")
     parser.add_argument("--hops_mc", type=paths, default=[], help="checkpoint directories trained on --data=hops with --mc_enabled=1, one per seed, comma-separated")
     parser.add_argument("--recall_sizes", default="32:8,64:8,128:8,128:16", help="blocks:ratio, …: stored blocks, and their tokens over the budget")
+    parser.add_argument("--hops_budget", type=int, default=0, help="budget W [entries] for two hops, whose second block needs room, too; 0: as trained")
     parser.add_argument("--text_data", type=paths, default=[], help="directories of text, comma-separated, judged apart; default: what the models were trained on")
     parser.add_argument("--text_budgets", default="", help="budgets W [entries] for text, comma-separated; default: as trained")
     parser.add_argument("--contexts", type=int, default=64, help="held-out contexts per setting and seed")

@@ -101,10 +101,10 @@ def of_horizon(system: str, horizon: int, count: int) -> str:
 
 def share(upper: np.ndarray, mine: np.ndarray, lower: np.ndarray, weight: np.ndarray, least: float = 0.0) -> dict | None:
     """(upper − mine) / (upper − lower) of weighted mean losses [contexts, P], with its 95 % bootstrap over contexts; None where the
-    difference of the ends is below `least` nats or not positive."""
+    difference of the ends is below `least` nats, or its own interval reaches zero: such a share means nothing."""
     totals = np.stack([(x * weight).sum(1) for x in (upper - mine, upper - lower, np.ones_like(upper))], 1)
     part = lambda i: totals[i, 0].sum() / max(totals[i, 1].sum(), 1e-9)
-    if totals[:, 1].sum() <= max(least * totals[:, 2].sum(), 1e-9):
+    if totals[:, 1].sum() <= max(least * totals[:, 2].sum(), 1e-9) or bootstrap(lambda i: totals[i, 1].sum(), len(totals))[0] <= 0:
         return None
     every = np.arange(len(totals))
     return {"mean": float(part(every)), "interval": bootstrap(part, len(totals))}
@@ -163,7 +163,7 @@ def markdown(report: dict) -> str:
             lines.append(f"| {label}: NLL | {far['targets']} ({far['share']:.1%}) | " + " | ".join(f"{far['nll'][name]:.3f}" for name in ("full", "window", "gists", *systems)) + " |")
             lines.append("| gap closed | | | | | " + " | ".join(cell(far["gap_closed"][name]) for name in systems) + " |")
         lines.append("")
-    return "\n".join([*lines, f"Intervals: 95 %, bootstrap over the contexts of all seeds; –: the gap is below {LEAST_GAP} nat. Commit {report['commit']}.", ""])
+    return "\n".join([*lines, f"Intervals: 95 %, bootstrap over the contexts of all seeds; –: the gap is below {LEAST_GAP} nat or not sure to be one. Commit {report['commit']}.", ""])
 
 
 def make_parser() -> FlagParser:

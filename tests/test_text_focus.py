@@ -106,6 +106,8 @@ def test_shares_and_when_there_are_none():
     mask = np.ones((5, 4))
     assert share(upper, mine, lower, mask)["mean"] == pytest.approx(0.5)
     assert share(upper, mine, upper - 0.05, mask, least=0.1) is None and share(upper, mine, upper, mask) is None
+    unsure = upper - np.array([2.0, -1.0, 1.0, -1.0, 1.0])[:, None]
+    assert share(upper, mine, unsure, mask) is None, "a gap of 0.4 nats that is none in many resamples"
     mine[:, 2:] = 99
     mask[:, 2:] = 0
     assert share(upper, mine, lower, mask, least=0.1) == {"mean": pytest.approx(0.5), "interval": [pytest.approx(0.5)] * 2}
