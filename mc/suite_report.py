@@ -120,7 +120,7 @@ def gap_closed(results: Results, setting: Setting, tasks: list[str], system: str
     if any(part is None for part in parts) or len({part[0].shape for part in parts}) > 1:
         return None
     window, own, full = (np.mean([part[i] for part in parts], axis=0) for i in range(3))
-    if abs((window - full).mean()) < LEAST_GAP:
+    if (window - full).mean() < LEAST_GAP:
         return None
     draws = bootstrap(*window.shape)
     drawn_window, drawn_own, drawn_full = (draws.means(x) for x in (window, own, full))
@@ -245,10 +245,10 @@ def plot_buckets(results: Results, path: Path) -> bool:
     return True
 
 
-def plot_gap(results: Results, path: Path) -> bool:
-    """Share of the gap that is closed against the budget, one panel per model, length and task with several budgets."""
+def plot_gap(results: Results, trained: dict[str, int], path: Path) -> bool:
+    """Share of the gap that is closed against the budget, one panel per model, length up to the training's and task with several budgets."""
     panels: dict[tuple, list[int]] = {}
-    for setting in results.settings():
+    for setting in (setting for setting in results.settings() if setting.length <= trained[setting.model]):
         for task in results.tasks(setting):
             panels.setdefault((setting.model, setting.length, task), []).append(setting.budget)
     closed = {key: {(system, budget): found for budget in sorted(budgets) for system in COLOUR if system not in ("full", "window")
@@ -359,7 +359,7 @@ def write_report(suite: Suite, records: list[dict], out: Path, *, costs: dict[st
             lines += ["Cost of one document (medians over tasks; entries are what the model sees before the answer, FLOPs and bytes from shapes, seconds on a shared machine):", "",
                       *cost_table(results, setting)]
     lines += _beyond(results, trained, out)
-    plots = {"buckets": plot_buckets(results, out / "buckets.png"), "gap": plot_gap(results, out / "gap.png")}
+    plots = {"buckets": plot_buckets(results, out / "buckets.png"), "gap": plot_gap(results, trained, out / "gap.png")}
     for model in trained:
         plots[f"depth_{model}"] = plot_depth(results, model, out / f"depth_{model}.png")
     captions = {"buckets": "NLL by distance to the last occurrence of the token", "gap": "Gap closed against the budget"}
