@@ -273,7 +273,7 @@ def plot_gap(results: Results, trained: dict[str, int], path: Path) -> bool:
         axis.minorticks_off()
         axis.set(title=f"{task}, n = {length:,}", xlabel="budget, as a share of the history", ylabel="gap closed (window 0, full 1)")
     free = list(axes.flat)[len(panels):]
-    (free or [axes.flat[0]])[0].legend(*axes.flat[0].get_legend_handles_labels(), fontsize=8, loc="center" if free else "best")
+    (free or [axes.flat[len(panels) - 1]])[0].legend(*axes.flat[0].get_legend_handles_labels(), fontsize=8, loc="center" if free else "best")
     for axis in free:
         axis.axis("off")
     save_figure(figure, path)
