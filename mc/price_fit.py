@@ -21,6 +21,7 @@ from torch import Tensor
 from mc.benchmark import check_device
 from mc.focus_allocator import FocusConfig
 from mc.focus_price import MARKET, Allocator, room
+from mc.history import check_sessions
 from mc.model import MegaContext, load_mega_context
 from mc.report import bootstrap
 from mc.teachers import gate_utility, over_horizon
@@ -107,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
     check_device(args.device)
     gpt, meta = load_model(args.checkpoint_dir, device=args.device)
     mc = load_mega_context(args.checkpoint_dir, meta["step"], meta, gpt.config.n_embd, args.device)
+    check_sessions(mc)
     T, flags = gpt.config.sequence_len, meta["flags"]
     if args.rows < 2 or args.batch < 1 or not 1 <= args.interval <= T // 2:
         raise UserError(f"--rows={args.rows} --batch={args.batch} --interval={args.interval}: at least 2, 1, and 1 to {T // 2}")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from mc import working_context as wc
 from mc.focus_allocator import FocusConfig, FocusReport, FocusState, GreedyAllocator, check_feasible, utilization
+from mc.mega_context import tiling
 from nanochat.common import UserError
 
 torch.set_num_threads(1)
