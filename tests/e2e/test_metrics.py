@@ -15,8 +15,12 @@ def recorded(base) -> set[str]:
     return {name.partition("{")[0] for line in lines for name in line} - {"step", "time"}
 
 
-def test_every_registered_metric_is_recorded(reference):
-    assert recorded(reference["mc"]) == set(METRICS) - SESSION - TRANSPORT
+def test_every_registered_metric_is_recorded(reference, base, train):
+    from e2e_commands import GIST_LOSSES, MC
+
+    train(base, *MC, *GIST_LOSSES, "--num_iterations=8").ok()
+    assert recorded(base) == set(METRICS) - SESSION - TRANSPORT
+    assert recorded(base) - recorded(reference["mc"]) == {"mc.loss.contrast", "mc.loss.horizon_gist"}, "losses that are off are not recorded"
     assert recorded(reference["vanilla"]) == {name for name in METRICS if not name.startswith(("mc.", "gen_ai."))} - TRANSPORT
 
 

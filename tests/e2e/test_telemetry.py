@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from e2e_commands import KINDS, MC, last_checkpoint, losses, run, same, start
+from e2e_commands import GIST_LOSSES, KINDS, MC, last_checkpoint, losses, run, same, start
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc")
 
@@ -160,7 +160,8 @@ def test_every_registered_name_arrives(troubled, train_flags, prepared, tmp_path
     found = {}
     with Receiver(fault="500") as receiver:
         environment = receiver.environment | OFTEN
-        both = [start(base, "base_train", *train_flags, *flags, f"--model_tag={kind}", "--run=trial", **environment) for kind, flags in KINDS.items()]
+        both = [start(base, "base_train", *train_flags, *flags, *(GIST_LOSSES if flags else []), f"--model_tag={kind}", "--run=trial", **environment)
+                for kind, flags in KINDS.items()]
         deadline = time.monotonic() + 60
         while receiver.arrived < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
