@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from mc import benchmark, report, telemetry_benchmark
+from mc import benchmark, report, runtime, telemetry_benchmark
 from mc.config import MCConfig, to_dict
 from mc.evaluation import Outcome
-from mc.runtime import MCController
 from nanochat import tracing
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
@@ -225,7 +224,7 @@ def clock(monkeypatch) -> list[str]:
         monkeypatch.setattr(owner, method, lambda *args: (ran.append(name), real(*args))[1])
 
     spend(GPT, "loss", "micro-step")
-    spend(MCController, "_lens_loss", "lens")
+    spend(runtime, "lens_objective", "lens")
     now = lambda: ran.count("micro-step") + 0.5 * ran.count("lens")
     for module in (benchmark, tracing):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=now, time_ns=lambda: 0))
