@@ -400,7 +400,7 @@ def _costs(costs: dict[str, dict], out: Path) -> list[str]:
     for name, found in costs.items():
         if "curve" in found:
             plot_decode(found, out / f"{name}.png")
-            lines += [f"Decoding ({name}), W = {found['budget']}, {found['threads']} thread(s), {found['device']}; ratios are medians over {found['rounds']} rounds in alternation:", "",
+            lines += [f"Decoding ({name}), W = {found['budget']}, {found['threads']} thread(s); ratios are medians over {found['rounds']} rounds in alternation:", "",
                       "| history | MC ms / token | vanilla ms / token | vanilla / MC | MC bytes | vanilla bytes |", "|---|---|---|---|---|---|"]
             for c in found["curve"]:
                 vanilla, speedup = c.get("vanilla"), c.get("speedup")
