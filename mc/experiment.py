@@ -125,7 +125,6 @@ class Records:
 # Running
 
 _context = multiprocessing.get_context("forkserver")
-PRELOADED = ["torch", "matplotlib.pyplot", "scripts.base_train", "scripts.finetune_system", "scripts.keep_drop", "mc.suite_report", "mc.measures"]  # imported once, not by every cell
 
 
 def find_function(name: str) -> Callable:
@@ -167,7 +166,7 @@ def run_cells(cells: list[dict], work: str, records: Records, *, what: str, jobs
     waiting = [cell for cell in cells if cell["key"] not in done]
     logs = records.path.parent / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    _context.set_forkserver_preload(PRELOADED)
+    _context.set_forkserver_preload(["torch", "matplotlib.pyplot", work.partition(":")[0]])  # imported once, not by every cell
     print0(f"{what}: {len(cells)} cells, {len(cells) - len(waiting)} of them done before")
     running, failures, begin, finished, total = [], [], time.monotonic(), 0, len(waiting)
     while waiting or running:

@@ -9,7 +9,6 @@ Shapes: N tokens or blocks, K block size, D width, P lens keys per block, C thei
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mc.mega_context import TreeShape

@@ -23,7 +23,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 

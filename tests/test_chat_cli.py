@@ -154,15 +154,6 @@ def test_mc_bench_search(run):
         assert 0 < row["search_ms"] <= row["search_p95_ms"] and row["recall_1"] <= 1
 
 
-def test_mc_bench_kv(run):
-    out, _ = run(mc_bench.main, "kv", "--checkpoint_dir=@ckpt", "--rows=3", "--ahead=40", "--mc_interval=8", "--mc_budget=60")
-    found = json.loads(out[-1])
-    assert found["rows"] == 3 and found["delta_nll"] == pytest.approx(found["nll"]["approximate"] - found["nll"]["exact"])
-    assert 0 < found["computed_share"]["approximate"] <= found["computed_share"]["exact"] <= 1
-    with pytest.raises(UserError, match="at least 2 rows"):
-        run(mc_bench.main, "kv", "--checkpoint_dir=@ckpt", "--rows=1")
-
-
 @pytest.mark.parametrize("flags, message", [(("--longest=10",), "at least 4096 tokens"), (("--queries=0",), "one tail")])
 def test_mistakes_of_mc_bench_search(run, flags, message):
     with pytest.raises(UserError, match=message):

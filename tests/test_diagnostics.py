@@ -10,7 +10,6 @@ from mc.evaluation import FocusComparison, plain_outcomes
 from mc.focus_allocator import FocusConfig, GreedyAllocator
 from mc.mega_context import Tree, TreeShape
 from mc.working_context import from_expanded
-from nanochat.recorder import METRICS, Recorder, read_metrics
 from tiny_mc import K, N, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)

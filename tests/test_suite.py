@@ -13,7 +13,7 @@ from mc.suite_report import Results, Setting, gap_closed, score_table, write_rep
 from mc.systems.interface import Models
 from nanochat.common import UserError
 from nanochat.tasks.schema import TaskBatch
-from tiny_mc import T, H, K, N, VOCAB, tiny_base, tiny_mc
+from tiny_mc import T, H, N, VOCAB, tiny_base, tiny_mc
 
 SUITE = """
 title: t
