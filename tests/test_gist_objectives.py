@@ -1,5 +1,6 @@
 """D3, D5, C5: the terms on gists themselves reach what they are for, and nothing else; bands; gists of hidden states; arms side by side."""
 
+import dataclasses
 import math
 
 import pytest
@@ -49,6 +50,15 @@ def test_contrast_falls_when_gists_name_their_blocks_and_teaches_gistnet_and_emb
     alike = mc.build_tree(gpt.embed(torch.full((2, T), 3)))  # all blocks alike: nothing to tell apart
     expected = sum(math.log(n) for n in alike.shape.counts[1:]) / 2
     assert contrast_loss(alike).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_contrast_teaches_the_gist_and_not_what_it_is_to_name():
+    """A gradient into the content would pull embeddings towards gists; it reaches them through GistNet alone."""
+    built = tiny_mc(tiny_base()).model.build_tree(tiny_base().embed(tiny_batch().inputs))
+    table = built.table_BND.detach().requires_grad_()
+    contrast_loss(dataclasses.replace(built, table_BND=table)).backward()
+    tokens = built.shape.counts[0]
+    assert not table.grad[:, :tokens].any() and table.grad[:, tokens:].any()
 
 
 def test_the_horizon_loss_teaches_head_base_and_gistnet_but_neither_lens_nor_bias(monkeypatch):

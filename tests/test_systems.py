@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from mc.evaluation import plain_outcomes
 from mc.systems.catalogue import SYSTEMS, make_system
-from mc.systems.interface import KVChoice, Models, View, best, kv_bytes, pack, pass_flops
+from mc.systems.interface import KVChoice, Models, View, best, kv_bytes, pack, pass_flops, read_chosen
 from mc.systems.keep_drop import KeepDrop, KeepDropConfig
 from mc.systems.kv import PAGE
 from mc.working_context import check
@@ -224,3 +224,18 @@ def test_refusals(models):
         make_system("gists_lens", Models(models.gpt), W)
     with pytest.raises(UserError, match="does not hold"):
         make_system("bm25", models, 2 * K - 1)
+
+
+@torch.no_grad()
+def test_decoding_sees_of_the_history_what_is_chosen_and_no_more():
+    """Nothing chosen: other tokens before the last one change nothing. All chosen: they do, and decoding is full context."""
+    gpt, n, H = tiny_base(key_shift=False, smear=False), 77, 9  # neither mixes a token's key or embedding with the one before it
+    tokens = torch.randint(VOCAB, (2, n + H), generator=torch.Generator().manual_seed(0))
+    other = torch.cat([tokens[:, :n - 1].roll(5, 1), tokens[:, n - 1:]], 1)
+
+    def read(chosen: bool, of: torch.Tensor) -> torch.Tensor:
+        return read_chosen(gpt, of, n, KVChoice(lambda captured: lambda layer, q, k: torch.full((2, 1, q.shape[2], k.shape[2]), chosen)))
+
+    torch.testing.assert_close(read(False, tokens), read(False, other), rtol=0, atol=1e-12)
+    assert (read(True, tokens) - read(True, other)).abs().max() > 1e-3
+    torch.testing.assert_close(read(True, tokens), gpt.hidden(tokens[:, :-1])[:, n - 1:], rtol=0, atol=1e-11)

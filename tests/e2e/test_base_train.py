@@ -186,6 +186,15 @@ def test_frozen_base_only_megacontext_learns(teacher, base, train, reference):
     assert meta["flops"] < load_model_state(start)[1]["flops"] * 3 / 20
 
 
+def test_megacontext_starts_from_the_other_runs(base, train, reference):
+    """With rates of nothing it ends as it began: with the tensors that the other run had learned, which a fresh start does not have."""
+    start = reference["mc"] / "checkpoints" / "t"
+    flags = ["--freeze_base=1", "--mc_start=0", "--mc_gist_lr=1e-11", "--mc_lens_lr=1e-11", "--num_iterations=1"]
+    train(base, *[f for f in MC if "mc_start" not in f], f"--init_from={start}", *flags).ok()
+    theirs, own = load_mc_state(start, 20), load_mc_state(base / "checkpoints" / "t", 1)
+    assert theirs.keys() == own.keys() and max((theirs[name] - own[name]).abs().max() for name in own) < 1e-7
+
+
 def test_starting_from_another_model_is_refused(base, train, reference):
     start = reference["vanilla"] / "checkpoints" / "t"
     error = train(base, f"--init_from={start}", "--aspect_ratio=32").error
