@@ -125,6 +125,13 @@ def test_cells_are_run_once(tmp_path, capsys):
     assert "3 cells, 2 of them done before" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_cell_that_another_runner_has_finished_is_left(tmp_path, jobs):
+    """Two of one key, both waiting: as when two runners share a folder. The second finds a record and does nothing."""
+    run_cells(cells(tmp_path, [1, 1]), "experiment_cells:note", Records(tmp_path / "results.jsonl"), what="test", jobs=jobs)
+    assert (tmp_path / "marks").read_text().split() == ["k1"]
+
+
 def test_a_failing_cell_does_not_stop_the_others(tmp_path, capsys):
     records = Records(tmp_path / "results.jsonl")
     with pytest.raises(UserError, match="3 of 5 cells failed, the others are recorded; the first: cell 1: one is too many; log: "):
