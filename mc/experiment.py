@@ -236,32 +236,19 @@ def bootstrap_p(difference_D: np.ndarray) -> float:
     return float(min(1.0, 2 * (least + 1) / (len(difference_D) + 1)))
 
 
-def t_density(x: np.ndarray, df: int) -> np.ndarray:
-    scale = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
-    return scale * (1 + x**2 / df) ** (-(df + 1) / 2)
-
-
-def t_tail(t: float, df: int) -> float:
-    """P(|T| ≥ t) of Student's t: the density integrated by Simpson's rule on x = √df·tan θ, where it has no tail."""
-    theta = np.linspace(0, math.atan(abs(t) / math.sqrt(df)), 2001)
-    values = t_density(math.sqrt(df) * np.tan(theta), df) * math.sqrt(df) / np.cos(theta) ** 2
-    weights = np.r_[1, np.tile([4, 2], 999), 4, 1]
-    return float(np.clip(1 - 2 * (values * weights).sum() * (theta[1] - theta[0]) / 3, 0, 1))
-
-
 def t_test(difference_S: np.ndarray) -> tuple[tuple[float, float], float]:
-    """95 % interval of the mean, and the p-value of its being 0 (paired t-test, two-sided). One seed has neither: NaN."""
-    count = len(difference_S)
-    if count < 2:
+    """95 % interval of the mean, and the p-value of its being 0 (paired t-test, two-sided). One seed has neither: NaN. UserError without scipy."""
+    if len(difference_S) < 2:
         return (math.nan, math.nan), math.nan
-    mean, error = difference_S.mean(), difference_S.std(ddof=1) / math.sqrt(count)
-    if error == 0:
-        return (float(mean), float(mean)), 1.0 if mean == 0 else 0.0
-    low, high = 0.0, 1000.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, count - 1) > 0.05 else (low, middle)
-    return (float(mean - high * error), float(mean + high * error)), t_tail(mean / error, count - 1)
+    if np.ptp(difference_S) == 0:
+        return (float(difference_S[0]), float(difference_S[0])), 1.0 if difference_S[0] == 0 else 0.0
+    try:
+        from scipy.stats import ttest_1samp
+    except ImportError:
+        raise UserError("the paired t-test needs the package scipy: pip install 'megacontext[eval]'") from None
+    found = ttest_1samp(difference_S, 0)
+    low, high = found.confidence_interval(0.95)
+    return (float(low), float(high)), float(found.pvalue)
 
 
 def holm(p: list[float]) -> list[float]:
