@@ -4,11 +4,14 @@ Every arm has a GistNet of its own and, unless `frozen=1`, a copy of the base th
 the same order, and the base as it was gives them one full pass to learn from, so arms differ in what they name and nothing else. A
 working context is the whole history as gists of the highest level, a few recent tokens and the continuation; no budget, no lens.
 
-An arm is settings, comma-separated: any --mc_ flag without its prefix, and `frozen` (1: the base stands still). E.g.
-`gist=slots,block_size=8`, `gist=slots,block_size=16,gists_per_block=2,kl_weight=0,frozen=1`.
+An arm is settings, comma-separated: any --mc_ flag without its prefix, `frozen` (1: the base stands still), and `window`: instead of
+gists the last so many raw tokens, read by a copy of the base that is trained like the others. E.g.
+`gist=slots,block_size=8`, `gist=slots,block_size=16,gists_per_block=2,kl_weight=0,frozen=1`, `window=156`.
 
     ΔNLL    NLL(gists, the arm's base) − NLL(full history, the base as it was) on the next --horizon held-out tokens, mean over rows;
             beside it the windows of the base as it was: the recent tokens alone, and as many raw tokens as an arm has entries
+
+What gists carry is the lead over the arm `window=RECENT`; what they are worth, the lead over the `window` of as many entries.
 
 Shapes: B rows, T tokens, P positions read.
 """
@@ -16,6 +19,7 @@ Shapes: B rows, T tokens, P positions read.
 import argparse
 import copy
 import json
+import math
 import time
 from dataclasses import fields, replace
 from typing import NamedTuple
@@ -29,8 +33,8 @@ from mc.evaluation import FocusComparison, plain_outcomes
 from mc.gist_objectives import contrast_loss
 from mc.losses import distillation, row_mean
 from mc.measures import held_out
-from mc.mega_context import tiling
-from mc.model import MegaContext, read_rows, run_entries, take, with_continuation
+from mc.mega_context import Tree, tiling
+from mc.model import MegaContext, Rows, read_rows, run_entries, take, with_continuation
 from mc.report import bootstrap
 from nanochat.common import UserError
 from nanochat.dataloader import Loader, make_source
@@ -45,14 +49,15 @@ WARMUP = 10
 
 class Arm(NamedTuple):
     name: str
+    window: int  # raw tokens that are shown instead of gists; 0: gists
     gpt: GPT
     mc: MegaContext
     optimizer: torch.optim.Optimizer
 
 
-def parse(text: str, recent: int, horizon: int, n: int) -> tuple[MCConfig, bool]:
-    """Settings, and whether the base is frozen. UserError for what is no setting, or has no effect here."""
-    kinds = {f.name: type(f.default) for f in fields(MCConfig)} | {"frozen": int}
+def parse(text: str, recent: int, horizon: int, n: int) -> tuple[MCConfig, bool, int]:
+    """Settings, whether the base is frozen, and the window. UserError for what is no setting, or has no effect here."""
+    kinds = {f.name: type(f.default) for f in fields(MCConfig)} | {"frozen": int, "window": int}
     values: dict = {"max_lod": 1, "wc_weight": 1.0, "kl_weight": 1.0}
     for part in text.split(","):
         name, _, value = part.partition("=")
@@ -60,15 +65,20 @@ def parse(text: str, recent: int, horizon: int, n: int) -> tuple[MCConfig, bool]
             values[name] = kinds[name](value)
         except (KeyError, ValueError):
             raise UserError(f"--arms {text}: {part!r} is no setting=value of MegaContext") from None
-    frozen, c = bool(values.pop("frozen", 0)), MCConfig(**values | dict(recent=recent, horizon=horizon))
+    frozen, window = bool(values.pop("frozen", 0)), values.pop("window", 0)
+    if window:
+        if window < recent or window > n or frozen or set(values) - {"max_lod", "wc_weight", "kl_weight"}:
+            raise UserError(f"--arms {text}: a window is of {recent} (--recent) to {n} tokens, is read by a base that learns, and has no gists to set")
+        values["block_size"] = math.gcd(recent, n)
+    c = MCConfig(**values | dict(recent=recent, horizon=horizon))
     if n % c.block_size or c.horizon_gist_weight or c.bands or c.far_tokens:
         raise UserError(f"--arms {text}: blocks must divide {n} tokens; the horizon loss, bands and far histories are for base_train")
     entries = recent + c.block_size * c.max_lod * c.gists_per_block + tiling(n, c.block_size, c.max_lod, c.gists_per_block)
-    return replace(c, budget=entries), frozen
+    return replace(c, budget=entries), frozen, window
 
 
 def make_arm(text: str, base: GPT, seed: int, recent: int, horizon: int, n: int) -> Arm:
-    config, frozen = parse(text, recent, horizon, n)
+    config, frozen, window = parse(text, recent, horizon, n)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         mc = MegaContext(config, base.config.n_embd).to(base.lm_head.weight.device)
@@ -77,11 +87,11 @@ def make_arm(text: str, base: GPT, seed: int, recent: int, horizon: int, n: int)
     if not frozen:
         body = [p for name, p in gpt.named_parameters() if not name.startswith(("transformer.wte", "lm_head", "value_embeds"))]
         groups.append(dict(params=body, lr=BASE_LR))
-    return Arm(text, gpt, mc, torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0))
+    return Arm(text, window, gpt, mc, torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0))
 
 
-def loss_of(arm: Arm, tokens_BT: Tensor, targets_BT: Tensor, teacher_BPV: Tensor, middle_BTD: Tensor, n: int) -> Tensor:
-    """[] the arm's loss on the recent tokens and the continuation of rows with n tokens of history."""
+def read_gists(arm: Arm, tokens_BT: Tensor, middle_BTD: Tensor, n: int) -> tuple[Tensor, Rows, Tree]:
+    """Hidden states [B, M, D] of a working context of gists, the recent tokens and the continuation, where the raw ones are, and the gists."""
     c, (B, T) = arm.mc.config, tokens_BT.shape
     n_B = torch.full((B,), n, device=tokens_BT.device)
     tree = arm.mc.build_tree(arm.gpt.embed(tokens_BT), middle_BTD)
@@ -89,7 +99,21 @@ def loss_of(arm: Arm, tokens_BT: Tensor, targets_BT: Tensor, teacher_BPV: Tensor
     cut, _ = arm.mc.allocator.cut(arm.mc.allocator.allocate(nothing_BN, n_B))
     entries = with_continuation(cut, n_B, T - n - 1)
     hidden = run_entries(arm.gpt, arm.mc, tree, tokens_BT, entries)
-    read = read_rows(entries, c.block_size, c.protected + T - n - 1, c.protected, c.gists_per_block)
+    return hidden, read_rows(entries, c.block_size, c.protected + T - n - 1, c.protected, c.gists_per_block), tree
+
+
+def read_window(arm: Arm, tokens_BT: Tensor, n: int) -> tuple[Tensor, Rows, None]:
+    """As `read_gists`, of the last raw tokens: there are no gists."""
+    (B, T), begin = tokens_BT.shape, n - arm.window
+    hidden = arm.gpt.hidden(tokens_BT[:, begin:T - 1], positions=torch.arange(begin, T - 1, device=tokens_BT.device))
+    token_BP = torch.arange(n - arm.mc.config.protected, T - 1, device=tokens_BT.device).expand(B, -1)
+    return hidden, Rows(token_BP - begin, token_BP, torch.ones_like(token_BP, dtype=torch.bool)), None
+
+
+def loss_of(arm: Arm, tokens_BT: Tensor, targets_BT: Tensor, teacher_BPV: Tensor, middle_BTD: Tensor, n: int) -> Tensor:
+    """[] the arm's loss on the recent tokens and the continuation of rows with n tokens of history."""
+    c = arm.mc.config
+    hidden, read, tree = read_window(arm, tokens_BT, n) if arm.window else read_gists(arm, tokens_BT, middle_BTD, n)
     wanted = targets_BT.gather(1, read.token_BP)
     counted = read.valid_BP & (wanted >= 0)
     logits = arm.gpt.logits(take(hidden, read.slot_BP))
@@ -127,6 +151,10 @@ def judge(arms: list[Arm], base: GPT, meta: dict, contexts: int, T: int, n: int,
         with torch.autocast(tokens.device.type, torch.bfloat16):
             nll, sizes = {}, {recent}
             for arm in arms:
+                if arm.window:
+                    nll[arm.name] = plain_outcomes(arm.gpt, tokens, targets, n, arm.window)["window"].nll_B
+                    sizes.add(arm.window)
+                    continue
                 outcome = FocusComparison(arm.gpt, arm.mc, tokens, targets, n, seed, rows).at_lod(arm.mc.config.max_lod)
                 nll[arm.name] = outcome.nll_B
                 sizes.add(int(outcome.entries_B[0]))

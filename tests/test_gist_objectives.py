@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from mc import gist_benchmark
 from mc.focus_allocator import FocusConfig, GreedyAllocator
 from mc.gist_objectives import BAND_EDGES, HorizonHead, blocks_in_band, contrast_loss, naming
+from mc.losses import row_mean
 from mc.working_context import entries_used
 from nanochat.common import UserError
 from nanochat.dataloader import make_source
+from nanochat.gpt import token_losses
 from tiny_mc import K, T, VOCAB, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)
@@ -142,7 +144,7 @@ def test_gists_of_hidden_states_do_not_bend_the_base():
 def arms_alone_and_together():
     base = tiny_base(dtype=torch.float32, sequence_len=64).requires_grad_(False)
     settings = ["gist=binding,block_size=4,gist_width=16", "gist=slots,block_size=8,gists_per_block=2,gist_width=16,frozen=1",
-                "gist=mean,block_size=4,kl_weight=0"]
+                "gist=mean,block_size=4,kl_weight=0", "window=19"]
     source = make_source("random", "train", T=40, seed=0, tokenizer=type("Tokens", (), {"vocab_size": VOCAB})())
 
     def train(texts: list[str]) -> list[gist_benchmark.Arm]:
@@ -163,8 +165,25 @@ def test_arms_trained_together_are_the_arms_trained_alone(arms_alone_and_togethe
     assert moved and not any("wte" in name or "lm_head" in name for name in moved)
 
 
+@pytest.mark.parametrize("window", [8, 13, 32])
+def test_a_window_arm_is_trained_on_what_follows_its_last_raw_tokens_alone(window):
+    base = tiny_base(dtype=torch.float32, sequence_len=40)
+    arm = gist_benchmark.make_arm(f"window={window},kl_weight=0", base, 0, 8, 8, 32)
+    batch = tiny_batch(T=40)
+    tokens, targets = batch.inputs, batch.targets
+    loss = lambda rows: gist_benchmark.loss_of(arm, rows, targets, None, None, 32)
+    alone = arm.gpt.hidden(tokens[:, 32 - window:], positions=torch.arange(32 - window, 40))[:, -16:-1]  # 8 recent tokens, and the continuation but its last
+    wanted = row_mean(token_losses(arm.gpt.logits(alone), targets[:, 24:39]), targets[:, 24:39] >= 0).mean()
+    torch.testing.assert_close(loss(tokens), wanted)
+    other = tokens.clone()
+    other[:, :32 - window] = (other[:, :32 - window] + 1) % VOCAB
+    assert torch.equal(loss(other), loss(tokens))
+    other[:, 32 - window] = (other[:, 32 - window] + 1) % VOCAB
+    assert not torch.equal(loss(other), loss(tokens))
+
+
 @pytest.mark.parametrize("text", ["gist=slots,depth=3", "gist=slots,block_size=x", "gist=slots,block_size=4,lod=2",
-                                  "gist=slots,block_size=4,bands=1"])
+                                  "gist=slots,block_size=4,bands=1", "window=7", "window=33", "window=16,frozen=1", "window=16,block_size=4"])
 def test_arms_that_cannot_be_are_refused(text):
     with pytest.raises(UserError, match="--arms"):
         gist_benchmark.parse(text, 8, 8, 32)
