@@ -76,7 +76,7 @@ class KeySearch:
             raise ValueError(f"{cursor} tokens hold {blocks} blocks, the index has {self.n_blocks}: grow it first")
         tail = self.lens.config.tail
         queries, trust = (x[0, -tail:].cpu() for x in self.lens.queries(tail_BTD))
-        weight_T = trust[:, 0] * self.lens.log_gain.exp().cpu()
+        weight_T = trust[:, 0] * (self.lens.log_gain.exp() * self.lens.age_weights(len(trust))).cpu()
         also_I = torch.empty(0, dtype=torch.int64) if also_I is None else also_I.cpu().long()
         if self._fitted:
             found = self._scan(queries, weight_T, max(self.keep, 2 * m))

@@ -8,9 +8,10 @@ Queries, at every token of the tail, from embeddings alone: [embedding; previous
 read the hidden states of the full-context pass would have read the answer. All inputs are detached: the lens never bends the base.
 
     vote(t, node)   = gain · cosine(query_t, best key of the node)
-    logit(t, node)  = Σ over the last `tail` tokens of trust · vote  +  bias(log₂ distance to the node)
+    logit(t, node)  = Σ over the last `tail` tokens of trust · exp(age) · vote  +  bias(log₂ distance to the node)
 
-trust is a learned number per token, so that a tail of many tokens adds up its evidence and function words stay silent.
+trust is a learned number per token, so that a tail of many tokens adds up its evidence and function words stay silent; age is one
+per place in the tail, so that what was asked a while ago does not outvote what is asked now.
 `logits` does this at every position at once (training: hundreds of queries per context), `focus_logits` at the last one (use).
 What a network other than "bilinear" adds to these logits, at few positions: `mc.lens_networks`.
 
@@ -71,6 +72,7 @@ class LensNet(nn.Module):
         self.trust = nn.Linear(3 * config.d_model, 1)
         self.log_gain = nn.Parameter(torch.tensor(2.5))
         self.distance_steps = nn.Parameter(torch.zeros(DISTANCE_BUCKETS))
+        self.age = nn.Parameter(torch.zeros(config.tail))  # log weight of the vote of the last token, the one before, …
         with torch.no_grad():  # tied start: before it has learned anything, the lens looks for what is alike
             self.key.weight[:, :config.d_model] = self.query.weight
             self.key.weight[:, config.d_model:] = 0
@@ -84,7 +86,21 @@ class LensNet(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if (bias := state_dict.pop(prefix + "distance_bias", None)) is not None:  # earlier checkpoints hold the biases themselves
             state_dict[prefix + "distance_steps"] = bias.diff(prepend=bias.new_zeros(1))
+        state_dict.setdefault(prefix + "age", torch.zeros_like(self.age))  # … and no ages
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def age_weights(self, count: int) -> Tensor:
+        """[count] weight of the votes of the last `count` ≤ tail tokens, the oldest first."""
+        return self.age[:count].exp().flip(0)
+
+    def tail_sums(self, x_BTN: Tensor) -> Tensor:
+        """Sum over the last `tail` steps of dim 1 by their age, at every step."""
+        T = x_BTN.shape[1]
+        step = torch.arange(T, device=x_BTN.device)
+        age_TT = step[:, None] - step
+        inside_TT = (age_TT >= 0) & (age_TT < self.config.tail)
+        weight_TT = self.age.exp()[age_TT.clamp(0, self.config.tail - 1)] * inside_TT
+        return weight_TT.to(x_BTN.dtype) @ x_BTN
 
     def keys(self, embeds_BTD: Tensor) -> Tensor:
         """[B, N, P, C] unit keys of the N = T // block_size complete blocks. Independent of what stands around a block."""
@@ -126,7 +142,7 @@ class LensNet(nn.Module):
         queries, trust = self.queries(embeds_BTD[:, begin:positions.stop])
         votes = self.votes(queries, keys_BNPC)
         cursor = torch.arange(positions.start + 1, positions.stop + 1, device=votes.device)
-        own, tail = (x[:, positions.start - begin:] for x in (votes, trailing_sum(trust * votes, self.config.tail)))
+        own, tail = (x[:, positions.start - begin:] for x in (votes, self.tail_sums(trust * votes)))
         return own, tail + self.distance(cursor, torch.arange(keys_BNPC.shape[1], device=cursor.device))
 
     def focus_logits(self, tail_BTD: Tensor, keys_BNPC: Tensor, cursor_B: Tensor) -> Tensor:
@@ -136,8 +152,8 @@ class LensNet(nn.Module):
         as many, so that the result equals `logits` at that position.
         """
         queries, trust = self.queries(tail_BTD)
-        votes = (trust * self.votes(queries, keys_BNPC))[:, -self.config.tail:].sum(1)
-        return votes + self.distance(cursor_B, torch.arange(keys_BNPC.shape[1], device=cursor_B.device))
+        votes = (trust * self.votes(queries, keys_BNPC))[:, -self.config.tail:]
+        return self.age_weights(votes.shape[1]) @ votes + self.distance(cursor_B, torch.arange(keys_BNPC.shape[1], device=cursor_B.device))
 
 
 def focus_scores(logits_BN: Tensor, price_B1: Tensor, temperature: float = 1.0) -> Tensor:

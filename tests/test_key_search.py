@@ -80,6 +80,7 @@ def trained_like(n: int) -> tuple[LensNet, torch.Tensor]:
         lens.query.weight.copy_(spread)
         lens.trust.weight[:, :128] = torch.randn(128, generator=generator) / 8
         lens.distance_steps.copy_((torch.randn(32, generator=generator) / 4).diff(prepend=torch.zeros(1)))
+        lens.age.copy_(torch.linspace(0, -2, len(lens.age)))
     return lens, F.normalize(torch.randn(n, 4, 128, generator=generator) @ spread.T, dim=-1)
 
 

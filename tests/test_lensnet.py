@@ -75,7 +75,8 @@ def test_own_votes_see_one_token_and_the_sum_over_the_tail_weighs_them_by_trust(
     queries, trust = lens.queries(x)
     votes = lens.log_gain.exp() * torch.einsum("btc,bnpc->btnp", queries, keys).amax(-1)
     torch.testing.assert_close(own[:, 0], votes[:, 30])
-    distance = logits[:, 0] - (trust * votes)[:, 31 - TAIL:31].sum(1)
+    weight = lens.age.exp().flip(0)[:, None] * trust[:, 31 - TAIL:31]
+    distance = logits[:, 0] - (weight * votes[:, 31 - TAIL:31]).sum(1)
     torch.testing.assert_close(distance, lens.distance(torch.tensor([31]), torch.arange(T // K)).expand(3, -1))
 
 
@@ -100,6 +101,11 @@ def test_checkpoints_that_hold_the_biases_themselves_are_read(lens):
     bias = torch.randn(32, dtype=lens.distance_steps.dtype)
     lens.load_state_dict({name: x for name, x in lens.state_dict().items() if name != "distance_steps"} | {"distance_bias": bias})
     torch.testing.assert_close(lens.distance(torch.tensor([4096 * K]), torch.arange(4096))[0, [4095, 4094, 4092, 0]], bias[[0, 2, 4, 24]])
+
+
+def test_checkpoints_without_ages_weigh_every_token_of_the_tail_alike(lens):
+    lens.load_state_dict({name: x for name, x in lens.state_dict().items() if name != "age"})
+    assert lens.age.shape == (TAIL,) and not lens.age.any()
 
 
 @pytest.mark.parametrize("token", range(32 - TAIL - LOCAL_MEAN, 32))
