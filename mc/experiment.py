@@ -166,7 +166,9 @@ def run_cells(cells: list[dict], work: str, records: Records, *, what: str, jobs
     waiting = [cell for cell in cells if cell["key"] not in done]
     logs = records.path.parent / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    _context.set_forkserver_preload(["torch", "matplotlib.pyplot", work.partition(":")[0]])  # imported once, not by every cell
+    main = sys.modules["__main__"].__spec__
+    preload = {"torch", "matplotlib.pyplot", work.partition(":")[0]} - {main and main.name}  # every cell runs the main module anew anyway
+    _context.set_forkserver_preload(sorted(preload))
     print0(f"{what}: {len(cells)} cells, {len(cells) - len(waiting)} of them done before")
     running, failures, begin, finished, total = [], [], time.monotonic(), 0, len(waiting)
     while waiting or running:

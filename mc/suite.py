@@ -17,6 +17,8 @@ A suite is a YAML file:
     cost: {step: {model: tasks, command: "python -m scripts.mc_bench train --checkpoint_dir={checkpoint}"}, …}   by mc_bench train or decode
     overlay: {recall: [run of MC, run of vanilla]}             logs in $NANOCHAT_BASE_DIR/runs, drawn over each other
     texts: {prose: $TEXT/prose}                 folders of held-out text; their names are tasks, judged by the NLL of the 64 tokens after n
+    files: {qasper: {path: $DATA/qasper.jsonl, format: longbench}}   examples of your own (`nanochat.tasks.external`), tasks under these names: those whose
+                                                context holds n tokens, cut to n in its middle
     ablations: [runs/ablations/x.yaml]          studies that were run: their plots and tables go into the report
 
 A system without a budget (full) is judged once per length. A cell's documents are rows 0, 1, … of its task: the same for every system and
@@ -39,10 +41,11 @@ from mc.systems.catalogue import SYSTEMS, make_system
 from mc.systems.interface import Models
 from nanochat.common import UserError
 from nanochat.tasks.catalogue import TASKS
+from nanochat.tasks.external import FORMATS
 from nanochat.tasks.schema import TaskBatch
 from nanochat.tasks.text import BUCKETS, judged_buckets
 
-KEYS = ("title", "seeds", "models", "texts", "cells", "cost", "overlay", "ablations")
+KEYS = ("title", "seeds", "models", "texts", "files", "cells", "cost", "overlay", "ablations")
 MODEL_KEYS = ("tag", "train", "after", "finetune", "keep_drop")
 CELL_KEYS = ("model", "tasks", "systems", "lengths", "budgets", "documents", "batch")
 UNBOUNDED = ("full",)  # systems without a budget
@@ -55,6 +58,7 @@ class Suite:
     seeds: list[int]
     models: dict[str, dict]
     texts: dict[str, str]
+    files: dict[str, dict]
     groups: list[dict]
     cost: dict
     overlay: dict[str, list[str]]
@@ -83,6 +87,8 @@ class Suite:
     def _cell(self, group: dict, seed: int, system: str, task: str, length: int, budget: int) -> dict:
         cell = {"model": self.model(group["model"], seed), "system": system, "task": task, "length": length, "budget": budget, "seed": seed,
                 "documents": group.get("documents", 48), "batch": group.get("batch", 16), "text": filled(self.texts[task], seed) if task in self.texts else None}
+        if task in self.files:
+            cell["file"] = self.files[task]
         return {"key": digest(cell), "name": f"{system} on {task}, n {length}, W {budget}, seed {seed}", **cell}
 
 
@@ -90,20 +96,26 @@ def read_suite(path: Path) -> Suite:
     """UserError for a file that is no suite, with what it names that is not there."""
     found = read_yaml(path, KEYS, ("title", "seeds", "models", "cells"))
     seeds, models, groups, texts = found["seeds"], found["models"], found["cells"], found.get("texts") or {}
+    files = found.get("files") or {}
     if not (isinstance(seeds, list) and seeds and all(isinstance(seed, int) for seed in seeds) and len(set(seeds)) == len(seeds)):
         raise UserError(f"{path}: seeds must be a list of different whole numbers")
     if not isinstance(models, dict) or not isinstance(groups, list):
         raise UserError(f"{path}: models is a mapping, cells a list")
     if not isinstance(texts, dict) or set(texts) & set(TASKS):
         raise UserError(f"{path}: texts is a mapping of names, other than those of tasks, to folders")
+    if not isinstance(files, dict) or set(files) & {*TASKS, *texts}:
+        raise UserError(f"{path}: files is a mapping of names, other than those of tasks and texts, to path and format")
+    for name, file in files.items():
+        if not isinstance(file, dict) or set(file) != {"path", "format"} or file["format"] not in FORMATS:
+            raise UserError(f"{path}: files: {name} is a mapping of path and format, which is one of {', '.join(FORMATS)}")
     for name, model in models.items():
         if not isinstance(model, dict) or set(model) - set(MODEL_KEYS) or not isinstance(model.get("train"), dict):
             raise UserError(f"{path}: model {name} is a mapping of {', '.join(MODEL_KEYS)}, and train a mapping of flags")
         if "after" in model and model["after"] not in list(models)[:list(models).index(name)]:
             raise UserError(f"{path}: model {name} comes after {model['after']!r}, which is none of the models before it")
     for group in groups:
-        _check_group(path, group, models, {*TASKS, *texts})
-    return Suite(path.stem, str(found["title"]), seeds, models, texts, groups, found.get("cost") or {}, found.get("overlay") or {}, found.get("ablations") or [])
+        _check_group(path, group, models, {*TASKS, *texts, *files})
+    return Suite(path.stem, str(found["title"]), seeds, models, texts, files, groups, found.get("cost") or {}, found.get("overlay") or {}, found.get("ablations") or [])
 
 
 def _check_group(path: Path, group: dict, models: dict, tasks: set[str]) -> None:

@@ -28,7 +28,8 @@ from nanochat.checkpoint import complete_steps, load_model_state
 from nanochat.common import FlagParser, UserError, base_dir, print0, run_main
 from nanochat.dataset import Progress, open_corpus
 from nanochat.tasks.catalogue import task_rows
-from nanochat.tasks.schema import TaskBatch
+from nanochat.tasks.external import load_examples
+from nanochat.tasks.schema import Example, TaskBatch, batch_of
 from nanochat.tasks.text import TextRows
 from nanochat.tasks.words import Words
 from nanochat.token_cache import open_token_cache
@@ -128,9 +129,23 @@ def texts(data: str, n: int) -> TextRows:
     return TextRows(os.path.expandvars(data), "val", Tokenizer.load(), n, TEXT_HORIZON)
 
 
+@cache
+def examples(path: str, format: str, n: int) -> list[Example]:
+    """Those of a file whose context holds n tokens. UserError if there are none."""
+    found = [example for example in load_examples(os.path.expandvars(path), format) if len(Tokenizer.load().encode(example.context)) >= n]
+    if not found:
+        raise UserError(f"{path} has no example with a context of {n} tokens; ask for shorter histories")
+    return found
+
+
 @lru_cache(maxsize=256)
-def make_batch(task: str, text: str | None, length: int, block_size: int, first: int, last: int) -> TaskBatch:
+def make_batch(task: str, text: str | None, file: tuple[str, str] | None, length: int, block_size: int, first: int, last: int) -> TaskBatch:
     """Documents first … last − 1 of a task: every system's, so they are made once."""
+    if file:
+        found = examples(*file, length)
+        if last > len(found):
+            raise UserError(f"{file[0]} has {len(found)} examples with a context of {length} tokens; lower documents of {task}")
+        return batch_of(found[first:last], Tokenizer.load(), block_size, length)
     rows = np.arange(first, last)
     return texts(text, length).batch(rows) if text else task_rows(task, words(), "val", rows, length, block_size=block_size)
 
@@ -144,7 +159,8 @@ def judge(cell: dict) -> dict:
     """A cell's record."""
     begin = time.time()
     own = models_of(arm_folder(cell["model"], cell["system"]))
-    results = judge_cell(cell, own, partial(make_batch, cell["task"], cell["text"], cell["length"], own.mc.config.block_size))
+    file = (cell["file"]["path"], cell["file"]["format"]) if "file" in cell else None
+    results = judge_cell(cell, own, partial(make_batch, cell["task"], cell["text"], file, cell["length"], own.mc.config.block_size))
     return {**cell, "results": results, "total_seconds": round(time.time() - begin, 2), "commit": commit(), "environment": environment(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
 
@@ -155,6 +171,7 @@ def rerun(where: str) -> None:
     try:
         recorded = json.loads(Path(path).read_text().splitlines()[int(line) - 1])
         cell = {name: recorded[name] for name in ("key", "name", "model", "system", "task", "length", "budget", "seed", "documents", "batch", "text")}
+        cell |= {"file": recorded["file"]} if "file" in recorded else {}
     except (OSError, ValueError, IndexError, KeyError, TypeError) as e:
         raise UserError(f"--rerun={where}: no record of a cell there ({type(e).__name__}: {e}); name RESULTS.jsonl:LINE") from None
     prepare(cell)

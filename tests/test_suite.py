@@ -20,6 +20,7 @@ title: t
 seeds: [1, 2, 3]
 models: {m: {tag: "x_{seed}", train: {data: tasks, init_from: "base_{seed}"}, finetune: {steps: 3}}}
 texts: {prose: $SOMEWHERE/prose}
+files: {qa: {path: $SOMEWHERE/qa.jsonl, format: longbench}}
 cells:
   - {model: m, tasks: [alias, prose], systems: [full, window, gists_lens], lengths: [256, 512], budgets: [64, 128], documents: 8}
   - {model: m, tasks: [alias], systems: [window], lengths: [256], budgets: [64], documents: 8}
@@ -45,7 +46,8 @@ def test_cells_of_a_suite(tmp_path):
     ("seeds: [1, 2, 3]", "seeds: []", "seeds must be"), ("model: m,", "model: q,", "there is no model 'q'; there are m"), ("systems: [full,", "systems: [foll,", "systems: foll"),
     ("tasks: [alias, prose]", "tasks: [alias, verse]", "tasks: verse"), ("tasks: [alias, prose]", "tasks: alias", "tasks: alias: use a list"),
     ("lengths: [256, 512]", "lengths: [0]", "lengths: "), ("documents: 8}", "documents: none}", "documents: none"), ("lengths: [256]", "lenghts: [256]", "every entry of cells"),
-    ("systems: [full,", "systems: [drop_learned,", "drop_learned needs finetune and keep_drop"), ("finetune:", "after: q, finetune:", "model m comes after 'q'"), ("finetune:", "fine:", "model m is a mapping"), ("texts: {prose", "texts: {alias", "texts is a mapping"), ("title: t", "x: t", "unknown key x")])
+    ("systems: [full,", "systems: [drop_learned,", "drop_learned needs finetune and keep_drop"), ("finetune:", "after: q, finetune:", "model m comes after 'q'"), ("finetune:", "fine:", "model m is a mapping"), ("texts: {prose", "texts: {alias", "texts is a mapping"),
+    ("files: {qa", "files: {prose", "files is a mapping"), ("format: longbench", "format: long", "files: qa is a mapping of path and format, which is one of kvpress"), ("title: t", "x: t", "unknown key x")])
 def test_bad_suites(tmp_path, old, new, error):
     assert old in SUITE
     with pytest.raises(UserError, match=error) as found:

@@ -57,11 +57,24 @@ class TaskBatch(NamedTuple):
         return np.array([np.nan if e.depth is None else e.depth for e in self.examples])
 
 
-def batch_of(examples: Sequence[Example], tokenizer: Tokenizer, block_size: int) -> TaskBatch:
+def history_of(example: Example, tokenizer: Tokenizer, most: int = 0) -> list[int]:
+    """Tokens of context, question and answer prefix. most: of a longer history the middle of the context is left out, as LongBench does.
+    UserError where question and prefix alone are too long."""
+    whole = tokenizer.encode(example.context + example.question + example.answer_prefix, special=True)
+    if not most or len(whole) <= most:
+        return whole
+    context, asked = (tokenizer.encode(text, special=True) for text in (example.context, example.question + example.answer_prefix))
+    room = most - len(asked)
+    if room < 2:
+        raise UserError(f"an example of {example.task} asks in {len(asked)} tokens, which leaves no context in a history of {most}")
+    return context[: room // 2] + context[-(room - room // 2) :] + asked
+
+
+def batch_of(examples: Sequence[Example], tokenizer: Tokenizer, block_size: int, most: int = 0) -> TaskBatch:
     """Examples as one batch: encoded with special tokens, padded on the left with bos to a common multiple of `block_size`, on the
     right (where nothing counts) to the longest answer. Every token of an answer counts. Examples whose lengths differ much are
-    better batched apart. UserError without examples or for an empty answer."""
-    histories = [tokenizer.encode(e.context + e.question + e.answer_prefix, special=True) for e in examples]
+    better batched apart. most: see `history_of`. UserError without examples or for an empty answer."""
+    histories = [history_of(e, tokenizer, most) for e in examples]
     answers = [tokenizer.encode(e.answer, special=True) for e in examples]
     for example, answer in zip(examples, answers):
         if not answer:

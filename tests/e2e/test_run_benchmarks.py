@@ -12,16 +12,20 @@ SUITE = """
 title: seconds
 seeds: [1, 2]
 texts: {{code: {texts}}}
+files: {{qa: {{path: {files}/qa.jsonl, format: kvpress}}}}
 models: {{m: {{train: {base}, finetune: {{steps: 1, rows: 2, lr_scales: "0.1", dev: 1, budgets: "40", history: 64, horizon: 16}}}}}}
 cells:
   - {{model: m, tasks: [code], systems: [full, window, gists_lens], lengths: [64], budgets: [40, 48], documents: 4, batch: 2}}
+  - {{model: m, tasks: [qa], systems: [window], lengths: [64], budgets: [40], documents: 2, batch: 2}}
 """
+CONTEXTS = ["too short", "one two three " * 80, "four five six " * 120]
 
 
 @pytest.fixture(scope="module")
 def suite(prepared, tmp_path_factory):
     path = tmp_path_factory.mktemp("suite") / "seconds.yaml"
-    path.write_text(SUITE.format(texts=prepared / "texts", base=BASE.replace("data: random", f"data: {prepared / 'texts'}")))
+    (path.parent / "qa.jsonl").write_text("".join(json.dumps({"context": c, "question": "what?", "answer": " seven", "answer_prefix": " It is"}) + "\n" for c in CONTEXTS))
+    path.write_text(SUITE.format(texts=prepared / "texts", files=path.parent, base=BASE.replace("data: random", f"data: {prepared / 'texts'}")))
     return path
 
 
@@ -42,16 +46,18 @@ def test_a_suite_resumes_and_its_cells_can_be_run_again(suite, base, prepared, t
     under_way.kill()
     first = records(base)
     done = run(base, "run_benchmarks", str(suite)).ok()
-    assert records(base)[: len(first)] == first and len(records(base)) == 10 and len(numbers(base)) == 10
-    assert "10 cells, " in done.out and "training" not in done.out.split("10 cells")[1]
+    assert records(base)[: len(first)] == first and len(records(base)) == 12 and len(numbers(base)) == 12
+    assert "12 cells, " in done.out and "training" not in done.out.split("12 cells")[1]
     last = json.loads(done.out.splitlines()[-1])
-    assert last["cells"] == 10 and "| gists + LensNet (MC) |" in done.out and "**2 seeds only" in done.out
+    assert last["cells"] == 12 and "| gists + LensNet (MC) |" in done.out and "**2 seeds only" in done.out
     record = records(base)[0]
     assert {"commit", "environment", "model", "results", "seed"} <= record.keys() and len(record["results"]["nll"]) == 4 and record["results"]["buckets"]["never"]
 
     results = next((base / "evals").glob("*/seconds/results.jsonl"))
     line = 1 + next(i for i, r in enumerate(records(base)) if r["system"] == "gists_lens")
     recorded = records(base)[line - 1]
+    external = next(i for i, r in enumerate(records(base), 1) if r["task"] == "qa")
+    assert json.loads(run(base, "run_benchmarks", f"--rerun={results}:{external}").ok().out.splitlines()[-1])["same"]
     alone = tmp_path / "record.jsonl"
     alone.write_text(results.read_text().splitlines()[line - 1] + "\n")
     again = json.loads(run(base, "run_benchmarks", f"--rerun={results}:{line}").ok().out.splitlines()[-1])
