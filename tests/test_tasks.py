@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 from nanochat.common import UserError
 from nanochat.recall import CurriculumSchedule
 from nanochat.tasks.catalogue import TASKS, task_named, task_rows
-from nanochat.tasks.schema import Example, batch_of, ruler_score
+from nanochat.tasks.schema import Example, batch_of, history_of, ruler_score
 from nanochat.tasks.source import TaskSource, most_blocks, parse_mix
 from nanochat.tasks.words import Words
 from nanochat.tokenizer import Reserved, Tokenizer
@@ -223,6 +223,15 @@ def test_what_cannot_be_made_is_refused_in_one_line():
         assert "\n" not in str(caught.value)
 
 
+def test_no_block_gives_the_shared_topic_away():
+    topic_of_block = []
+    for example in task_rows("topic", WORDS, "val", np.arange(200), 1056).examples:
+        context = np.array([int(number) // 64 for number in re.findall(r"<\|key_(\d+)\|>", example.context)])
+        topic_of_block.append([context[place] == np.bincount(context).argmax() for place in range(40, len(context), 32)] + [context[-1] == np.bincount(context).argmax()])
+    share = np.mean(topic_of_block, 0)
+    assert (np.abs(share - share.mean()) < 0.15).all(), share
+
+
 def test_examples_of_any_length_become_one_batch():
     examples = [Example("the fox and ", "who?", " the", " dog", 4, "made"), Example("it", " is", "", "<|key_3|>!", 4, "made")]
     batch = batch_of(examples, TOKENIZER, 8)
@@ -233,6 +242,20 @@ def test_examples_of_any_length_become_one_batch():
         assert targets[batch.n - 1 :][: len(answer)].tolist() == answer and (targets >= 0).sum() == len(answer)
     with pytest.raises(UserError, match="empty answer"):
         batch_of([Example("a", "b", "", "", 1, "made")], TOKENIZER, 8)
+
+
+@pytest.mark.parametrize("most", [9, 10, 24, 32])
+def test_a_history_that_is_too_long_loses_the_middle_of_its_context(most):
+    example = Example(" ".join(f"the {i}" for i in range(20)), " who?", " the", " dog", 4, "made")
+    context, asked = (TOKENIZER.encode(text, special=True) for text in (example.context, example.question + example.answer_prefix))
+    found = history_of(example, TOKENIZER, most)
+    assert len(found) == most and found[-len(asked):] == asked
+    kept = found[:-len(asked)]
+    assert kept == context[: len(kept) // 2] + context[len(context) - (len(kept) + 1) // 2 :]
+    assert batch_of([example], TOKENIZER, 8, most).tokens[0, : -(-most // 8) * 8][-most:].tolist() == found
+    assert history_of(example, TOKENIZER, 1000) == history_of(example, TOKENIZER)
+    with pytest.raises(UserError, match="leaves no context"):
+        history_of(example, TOKENIZER, len(asked) + 1)
 
 
 def test_scores_are_rulers():

@@ -133,11 +133,7 @@ class Topic(_Aggregate):
         each, kinds = len(words.keys) // self.topics, min(self.topics, max(2, blocks // 3))
         counts = zipf_counts(blocks, kinds, self.power, 1)
         ranked = rng.permutation(self.topics)[:kinds]
-        topic_of_block = rng.permutation(np.repeat(ranked, counts))
-        last = int(
-            np.flatnonzero(topic_of_block == ranked[0])[0]
-        )  # the last block may be short: it is of the first topic, so that it stays the first
-        topic_of_block[[last, -1]] = topic_of_block[[-1, last]]
+        topic_of_block = rng.permutation(np.repeat(ranked, counts))  # a block ahead, the first topic stays it where the last block is short
         topic = np.repeat(topic_of_block, block_size)[:m]
         tokens = words.keys[topic * each + rng.integers(each, size=m)]
         tokens[0] = words.bos

@@ -28,7 +28,7 @@ TASKS: dict[str, Task] = {
     "common": Common(),
     "copy": Lookup("text", facts=2, statement=" this is", length=16, copied=True),
     "topic": Topic(),
-    "topic_lm": Topic(words_ahead=16),
+    "topic_lm": Topic(words_ahead=16, power=2.0),
     "qa1": Lookup("text", facts=4, statement=" now in the room", updates=3, mark="!"),
     "qa2": Chain(hops=1, updates=2, objects=True, statement=" now in the room"),
 }

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Models of obsidian/log/2026-11-22 Focus against the oracle.md: recall (recall_mc_SEED), from it two hops (hops_SEED), and from that gists and lens
+# alone, a lens key for each pair (hops_lens_SEED; the base stays as it is, bit for bit). Then the questions of two hops, put to sessions.
+# SEEDS="1 2 3" bash runs/focus_models.sh; a second run goes on. About 12 minutes a seed on one CPU core.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source runs/setup.sh
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+CKPT="$NANOCHAT_BASE_DIR/checkpoints"
+
+[ -f "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json" ] || python -m scripts.tok_train --data=stdlib
+
+SHARED=(--max_seq_len=1088 --head_dim=32 --key_shift=1 --tie_qk=1 --rope_fraction=0.5 --depth=2 --aspect_ratio=64 --value_embeds=0 --smear=0
+        --resid_scalars=0 --backout=0 --device_batch_size=4 --total_batch_size=4352 --eval_tokens=32640 --eval_every=0 --log_every=25
+        --save_every=100 --resume=1 --keep_last=1 --mc_enabled=1 --mc_budget=128 --mc_horizon=32 --mc_gist=transformer --mc_kl_weight=0.1
+        --mc_wc_weight=0.5 --mc_teacher=attention --mc_lens_queries=128 --mc_lens_horizon=1 --mc_max_lod=4)
+TEACHER=(--mc_cuts=random:0.1,recency:0,lens:0.3,teacher:0.6)  # shown too little that helps, the base unlearns to read a working context
+
+train() {  # tag, steps, flags…
+  local tag="$1" steps="$2"; shift 2
+  [ -f "$(printf '%s/%s/complete_%06d.json' "$CKPT" "$tag" "$steps")" ] && return
+  python -m scripts.base_train --model_tag="$tag" --num_iterations="$steps" "${SHARED[@]}" "$@"
+}
+
+TRAINED=()
+for SEED in ${SEEDS:-1 2 3}; do
+  train "recall_mc_$SEED" 400 --seed="$SEED" --data=recall --grad_clip=1 --recall_grow=0.75 --mc_start=0.25 --mc_row_stride=4 --mc_lens_lr=0.04 \
+    --mc_far_tokens=8388608
+  train "hops_$SEED" 320 --seed="$SEED" --data=hops --init_from="$CKPT/recall_mc_$SEED" --grad_clip=1 --recall_grow=0.2 --mc_start=0.5 --mc_row_stride=2 \
+    --mc_lens_lr=0.04 "${TEACHER[@]}"
+  train "hops_lens_$SEED" 1500 --seed="$SEED" --data=hops --init_from="$CKPT/hops_$SEED" --freeze_base=1 --recall_grow=0 --mc_start=0 --mc_row_stride=4 \
+    --mc_lens_lr=0.01 --mc_lens_keys=16 "${TEACHER[@]}"
+  TRAINED+=("$CKPT/hops_lens_$SEED")
+done
+python -m scripts.eval_focus --hops_mc="$(IFS=,; echo "${TRAINED[*]}")" --hops_budget=256 --contexts=32 --out="$NANOCHAT_BASE_DIR/hops"
