@@ -13,9 +13,7 @@ from nanochat.common import UserError
 from nanochat.tasks.context import Context
 from nanochat.tasks.words import Words
 
-LEARNABLE = (
-    1 / 4
-)  # share of a context's tokens that count in training: answers, here and in other rows, must not drown among a thousand words
+LEARNABLE = 1 / 32  # share of a context's tokens that count in training: answers, here and in other rows, must not drown among a thousand words
 
 
 def zipf_counts(total: int, kinds: int, power: float, top: int) -> np.ndarray:
