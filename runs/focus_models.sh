@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Models of obsidian/log/2026-11-22 Focus against the oracle.md: recall (recall_mc_SEED), from it two hops (hops_SEED), and from that gists and lens
 # alone, a lens key for each pair (hops_lens_SEED; the base stays as it is, bit for bit). Then the questions of two hops, put to sessions.
-# SEEDS="1 2 3" bash runs/focus_models.sh; a second run goes on. About 12 minutes a seed on one CPU core.
+# SEEDS="1 2 3" bash runs/focus_models.sh; a second run goes on. About 8 minutes a seed on one CPU core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
@@ -28,7 +28,7 @@ for SEED in ${SEEDS:-1 2 3}; do
     --mc_far_tokens=8388608
   train "hops_$SEED" 320 --seed="$SEED" --data=hops --init_from="$CKPT/recall_mc_$SEED" --grad_clip=1 --recall_grow=0.2 --mc_start=0.5 --mc_row_stride=2 \
     --mc_lens_lr=0.04 "${TEACHER[@]}"
-  train "hops_lens_$SEED" 1500 --seed="$SEED" --data=hops --init_from="$CKPT/hops_$SEED" --freeze_base=1 --recall_grow=0 --mc_start=0 --mc_row_stride=4 \
+  train "hops_lens_$SEED" 600 --seed="$SEED" --data=hops --init_from="$CKPT/hops_$SEED" --freeze_base=1 --recall_grow=0 --mc_start=0 --mc_row_stride=4 \
     --mc_lens_lr=0.01 --mc_lens_keys=16 "${TEACHER[@]}"
   TRAINED+=("$CKPT/hops_lens_$SEED")
 done
