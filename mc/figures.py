@@ -14,13 +14,18 @@ def new_figure(rows: int = 1, columns: int = 1, *, width: float = 5.0, height: f
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
                          "pdf.fonttype": 42})  # fonts as outlines that editors and printers take
-    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
+
+
+def legend_below(figure, axis) -> None:
+    """One legend for all panels, of what one of them draws."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
 
 
 def save_figure(figure, path: Path) -> None:
     """As PNG, at `path`, and beside it as PDF."""
     import matplotlib.pyplot as plt
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
     figure.savefig(path.with_suffix(".pdf"))
     plt.close(figure)

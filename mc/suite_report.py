@@ -13,7 +13,7 @@ from mc.ablation import plot as plot_ablation
 from mc.ablation import table
 from mc.decode_benchmark import plot as plot_decode
 from mc.experiment import bootstrap, bootstrap_p, holm, interval
-from mc.figures import COLOURS, GREY, MARKERS, new_figure, save_figure
+from mc.figures import COLOURS, GREY, MARKERS, legend_below, new_figure, save_figure
 from mc.report import LEAST_GAP
 from mc.suite import UNBOUNDED, Suite
 from nanochat.recorder import read_metrics
@@ -221,24 +221,25 @@ def plot_buckets(results: Results, path: Path) -> bool:
               if any(record["results"]["buckets"] for record in results.of(setting, task, MC).values())]
     if not panels:
         return False
-    columns = min(len(panels), 3)
+    columns = min(len(panels), 2)
     figure, axes = new_figure(math.ceil(len(panels) / columns), columns, width=4.2, height=3.2)
     for axis, (setting, task) in zip(axes.flat, panels):
         systems = [system for system in results.systems(setting) if system in COLOUR]
         for i, system in enumerate(systems):
             if not (found := results.of(setting, task, system)):
                 continue
-            names = list(next(iter(found.values()))["results"]["buckets"])
-            x_SCN = np.array([[record["results"]["buckets"][name] for name in names] for record in found.values()], dtype=float).transpose(0, 2, 1)
+            buckets = [record["results"]["buckets"] for record in found.values()]
+            names = [name for name in buckets[0] if any(value is not None for of_seed in buckets for value in of_seed[name])]
+            x_SCN = np.array([[of_seed[name] for name in names] for of_seed in buckets], dtype=float).transpose(0, 2, 1)
             draws = bootstrap(*x_SCN.shape[:2])
             drawn = [draws.means(x_SCN[..., k]) for k in range(len(names))]
             middle = np.array([np.nanmean(x_SCN[..., k]) if not np.isnan(x_SCN[..., k]).all() else np.nan for k in range(len(names))])
             errors = np.array([np.abs(np.nanquantile(d, [0.025, 0.975]) - m) if not np.isnan(d).all() else [0, 0] for d, m in zip(drawn, middle)]).T
-            axis.errorbar(np.arange(len(names)) + 0.06 * (i - len(systems) / 2), middle, yerr=errors, color=COLOUR[system], marker=MARKERS[i % len(MARKERS)],
-                          markersize=4, linewidth=1.2, capsize=2, label=LABELS[system])
-        axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
+            axis.errorbar(np.arange(len(names)) + 0.1 * (i - (len(systems) - 1) / 2), middle, yerr=errors, color=COLOUR[system], marker=MARKERS[i % len(MARKERS)],
+                          markersize=4, linestyle="none", elinewidth=1.2, capsize=2, label=LABELS[system])
+        axis.set_xticks(range(len(names)), names)
         axis.set(title=f"{task}, n = {setting.length:,}, W = {setting.budget}", xlabel="distance to the last occurrence [tokens]", ylabel="NLL [nats per token]")
-    axes.flat[0].legend(fontsize=7)
+    legend_below(figure, axes.flat[0])
     for axis in list(axes.flat)[len(panels):]:
         axis.remove()
     save_figure(figure, path)
@@ -253,7 +254,7 @@ def plot_gap(results: Results, trained: dict[str, int], path: Path) -> bool:
             panels.setdefault((setting.model, setting.length, task), []).append(setting.budget)
     closed = {key: {(system, budget): found for budget in sorted(budgets) for system in COLOUR if system not in ("full", "window")
                     if (found := gap_closed(results, Setting(key[0], key[1], budget), [key[2]], system))} for key, budgets in panels.items() if len(budgets) > 1}
-    panels = {key: sorted(panels[key]) for key, found in closed.items() if found}
+    panels = {key: sorted(panels[key]) for key, found in closed.items() if len({budget for _, budget in found}) > 1}
     if not panels:
         return False
     columns = min(len(panels), 3)
@@ -272,10 +273,9 @@ def plot_gap(results: Results, trained: dict[str, int], path: Path) -> bool:
         axis.set_xticks(ratios, [f"1/{ratio:.0f}" for ratio in ratios])
         axis.minorticks_off()
         axis.set(title=f"{task}, n = {length:,}", xlabel="budget, as a share of the history", ylabel="gap closed (window 0, full 1)")
-    free = list(axes.flat)[len(panels):]
-    (free or [axes.flat[len(panels) - 1]])[0].legend(*axes.flat[0].get_legend_handles_labels(), fontsize=8, loc="center" if free else "best")
-    for axis in free:
-        axis.axis("off")
+    legend_below(figure, axes.flat[0])
+    for axis in list(axes.flat)[len(panels):]:
+        axis.remove()
     save_figure(figure, path)
     return True
 
@@ -362,7 +362,7 @@ def write_report(suite: Suite, records: list[dict], out: Path, *, costs: dict[st
     plots = {"buckets": plot_buckets(results, out / "buckets.png"), "gap": plot_gap(results, trained, out / "gap.png")}
     for model in trained:
         plots[f"depth_{model}"] = plot_depth(results, model, out / f"depth_{model}.png")
-    captions = {"buckets": "NLL by distance to the last occurrence of the token", "gap": "Gap closed against the budget"}
+    captions = {"buckets": "NLL by distance to the last occurrence of the token; a system that was judged on fewer documents, on those", "gap": "Gap closed against the budget"}
     for name in (name for name, drawn in plots.items() if drawn):
         lines += [f"![{captions.get(name, 'Accuracy by depth of the fact and length of the history')}]({name}.png)", ""]
     if overlay:
