@@ -225,12 +225,12 @@ def plot_buckets(results: Results, path: Path) -> bool:
     figure, axes = new_figure(math.ceil(len(panels) / columns), columns, width=4.2, height=3.2)
     for axis, (setting, task) in zip(axes.flat, panels):
         systems = [system for system in results.systems(setting) if system in COLOUR]
+        every = [record["results"]["buckets"] for system in systems for record in results.of(setting, task, system).values()]
+        names = [name for name in every[0] if any(value is not None for buckets in every for value in buckets[name])]
         for i, system in enumerate(systems):
             if not (found := results.of(setting, task, system)):
                 continue
-            buckets = [record["results"]["buckets"] for record in found.values()]
-            names = [name for name in buckets[0] if any(value is not None for of_seed in buckets for value in of_seed[name])]
-            x_SCN = np.array([[of_seed[name] for name in names] for of_seed in buckets], dtype=float).transpose(0, 2, 1)
+            x_SCN = np.array([[record["results"]["buckets"][name] for name in names] for record in found.values()], dtype=float).transpose(0, 2, 1)
             draws = bootstrap(*x_SCN.shape[:2])
             drawn = [draws.means(x_SCN[..., k]) for k in range(len(names))]
             middle = np.array([np.nanmean(x_SCN[..., k]) if not np.isnan(x_SCN[..., k]).all() else np.nan for k in range(len(names))])
