@@ -29,7 +29,7 @@ for SEED in ${SEEDS:-1 2 3}; do
   train "hops_$SEED" 320 --seed="$SEED" --data=hops --init_from="$CKPT/recall_mc_$SEED" --grad_clip=1 --recall_grow=0.2 --mc_start=0.5 --mc_row_stride=2 \
     --mc_lens_lr=0.04 "${TEACHER[@]}"
   train "hops_lens_$SEED" 600 --seed="$SEED" --data=hops --init_from="$CKPT/hops_$SEED" --freeze_base=1 --recall_grow=0 --mc_start=0 --mc_row_stride=4 \
-    --mc_lens_lr=0.01 --mc_lens_keys=16 "${TEACHER[@]}"
+    --mc_lens_lr=0.01 --mc_lens_keys=16 --mc_lens_horizon=8 "${TEACHER[@]}"
   TRAINED+=("$CKPT/hops_lens_$SEED")
 done
 python -m scripts.eval_focus --hops_mc="$(IFS=,; echo "${TRAINED[*]}")" --hops_budget=256 --contexts=32 --out="$NANOCHAT_BASE_DIR/hops"
