@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Models of obsidian/log/2026-11-22 Focus against the oracle.md: recall (recall_mc_SEED), from it two hops (hops_SEED), and from that gists and lens
+# Models of obsidian/log/2026-11-22 Votes that fade with age.md: recall (recall_mc_SEED), from it two hops (hops_SEED), and from that gists and lens
 # alone, a lens key for each pair (hops_lens_SEED; the base stays as it is, bit for bit). Then the questions of two hops, put to sessions.
-# SEEDS="1 2 3" bash runs/focus_models.sh; a second run goes on. About 8 minutes a seed on one CPU core.
+# SEEDS="1 2 3" bash runs/focus_models.sh; a second run goes on. About ten minutes a seed on one CPU core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source runs/setup.sh
