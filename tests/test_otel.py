@@ -319,14 +319,14 @@ def test_a_burst_is_sent_before_the_interval_is_over(tmp_path, monkeypatch):
     with Receiver() as receiver:
         use(monkeypatch, receiver, OTEL_METRIC_EXPORT_INTERVAL="60000")
         with open_recorder(tmp_path, config={}, total_steps=1) as recorder:
-            for step in range(2 * otel.BATCH):
+            for step in range(otel.BATCH):  # with what the recorder says of itself six points each: some requests, and less than evicts
                 recorder.record("train.tokens", step)
                 recorder.flush(step)
             deadline = time.monotonic() + 10
             while not receiver.points() and time.monotonic() < deadline:
                 time.sleep(0.01)
-            assert len(receiver.points()) >= otel.BATCH
-    assert len([p for p in receiver.points() if p.name == "train.tokens"]) == 2 * otel.BATCH
+            assert otel.BATCH <= len(receiver.points()) <= otel.MOST
+    assert len([p for p in receiver.points() if p.name == "train.tokens"]) == otel.BATCH
 
 
 def test_an_exporter_that_raises_does_not_end_the_thread(tmp_path, monkeypatch, capsys):
