@@ -54,8 +54,8 @@ def solve(e: Example) -> str:
     assert e.answer_prefix == "=" + (names[0] if names else "")
     if e.task in ("frequent", "common"):
         counts = Counter(re.findall(r"<\|value_\d+\|>", e.context)).most_common()
-        assert counts[2][1] > counts[3][1]
-        top = [word for word, _ in counts[:3]]
+        assert counts[e.max_new_tokens - 1][1] > counts[e.max_new_tokens][1]
+        top = [word for word, _ in counts[: e.max_new_tokens]]
         return "".join(top if e.task == "frequent" else sorted(top, key=lambda word: int(word[8:-2])))
     if e.task == "topic":
         counts = Counter(int(number) // 64 for number in re.findall(r"<\|key_(\d+)\|>", e.context)).most_common()
@@ -98,6 +98,13 @@ def test_the_text_alone_gives_the_answer(name):
             assert ((judged == -1) | (judged == tokens[n:])).all() and judged[0] == tokens[n]
             assert [TOKENIZER.decode([t]) for t in judged[judged >= 0]] == list(e.references)
             check_evidence(e, tokens, targets, n)
+
+
+@pytest.mark.parametrize("name", ["frequent", "common"])
+@pytest.mark.parametrize("top", [1, 2, 3])
+def test_as_many_of_the_most_frequent_words_as_are_asked_for(name, top):
+    for e in task_rows(name, WORDS, "val", np.arange(20), 1056, top=top).examples:
+        assert e.max_new_tokens == top and e.answer == solve(e)
 
 
 def check_evidence(e: Example, tokens, targets, n: int):

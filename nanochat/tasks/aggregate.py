@@ -13,9 +13,6 @@ from nanochat.common import UserError
 from nanochat.tasks.context import Context
 from nanochat.tasks.words import Words
 
-LEARNABLE = 1 / 32  # share of a context's tokens that count in training: answers, here and in other rows, must not drown among a thousand words
-
-
 def zipf_counts(total: int, kinds: int, power: float, top: int) -> np.ndarray:
     """int64 [kinds] counts ∝ (rank + 1)^−power that add up to `total`; the first top + 1 are all different. UserError if they cannot be."""
     weights = (np.arange(kinds) + 2.0) ** -power
@@ -26,25 +23,12 @@ def zipf_counts(total: int, kinds: int, power: float, top: int) -> np.ndarray:
     return counts
 
 
-def _one_question(words: Words, tokens: np.ndarray, rng: np.random.Generator, mark: str, answer: np.ndarray) -> Context:
-    learnable = rng.random(len(tokens)) < LEARNABLE
-    learnable[0] = False
-    return Context(
-        tokens,
-        words.encode(mark)[None],
-        words.encode("=")[None],
-        answer[None],
-        np.ones((1, len(answer)), dtype=bool),
-        np.zeros((1, 0), dtype=np.int64),
-        learnable,
-    )
-
-
 class _Aggregate:
     """What tasks with one question about the whole context have in common."""
 
     one_question: ClassVar[bool] = True
     question_tokens: ClassVar[int] = 2
+    learnable: ClassVar[float]  # share of a context's tokens that count in training
 
     def _check(self, asks: int, depth: float | None) -> None:
         if asks != 1 or depth is not None:
@@ -52,12 +36,19 @@ class _Aggregate:
                 f"{type(self).__name__} asks one question about the whole context, which has no depth: asked for {asks} at {depth}"
             )
 
+    def _context(self, words: Words, tokens: np.ndarray, rng: np.random.Generator, mark: str, answer: np.ndarray) -> Context:
+        learnable = rng.random(len(tokens)) < self.learnable
+        learnable[0] = False
+        every, nowhere = np.ones((1, len(answer)), dtype=bool), np.zeros((1, 0), dtype=np.int64)
+        return Context(tokens, words.encode(mark)[None], words.encode("=")[None], answer[None], every, nowhere, learnable)
+
 
 @dataclass(frozen=True)
 class Frequent(_Aggregate):
     """RULER's frequent words: counts fall as a power of the rank; the answer is the most frequent ones, most frequent first."""
 
-    top: int = 3
+    learnable: ClassVar[float] = 1 / 4  # the words of a context are its counts: to predict them is to count
+    top: int = 1
     power: float = 1.0
 
     @property
@@ -75,15 +66,16 @@ class Frequent(_Aggregate):
             raise UserError(f"a context of {m} tokens is too short to tell the {self.top} most frequent words")
         ranked = words.values[rng.permutation(len(words.values))[:kinds]]
         tokens = np.concatenate([[words.bos], rng.permutation(np.repeat(ranked, counts))])
-        return _one_question(words, tokens, rng, "^", ranked[: self.top])
+        return self._context(words, tokens, rng, "^", ranked[: self.top])
 
 
 @dataclass(frozen=True)
 class Common(_Aggregate):
     """RULER's common words: `top` words occur `ratio` times as often as any other; the answer is those, in the order of their numbers."""
 
-    top: int = 3
-    ratio: float = 3.0
+    learnable: ClassVar[float] = 1 / 4
+    top: int = 1
+    ratio: float = 2.0
 
     @property
     def answer_tokens(self) -> int:
@@ -103,7 +95,7 @@ class Common(_Aggregate):
         drawn = words.values[rng.permutation(len(words.values))[:kinds]]
         others = np.resize(drawn[self.top :], rest)
         tokens = np.concatenate([[words.bos], rng.permutation(np.concatenate([np.repeat(drawn[: self.top], often), others]))])
-        return _one_question(words, tokens, rng, "~", np.sort(drawn[: self.top]))
+        return self._context(words, tokens, rng, "~", np.sort(drawn[: self.top]))
 
 
 @dataclass(frozen=True)
@@ -114,6 +106,7 @@ class Topic(_Aggregate):
     they are is chance, but how likely each topic is must be read off all blocks (language modelling: NLL is what counts).
     """
 
+    learnable: ClassVar[float] = 1 / 32  # which word of a topic comes is chance: answers must not drown in it
     topics: int = 8
     power: float = 1.0
     words_ahead: int = 0
@@ -139,4 +132,4 @@ class Topic(_Aggregate):
         if self.words_ahead:
             drawn = rng.choice(ranked, self.words_ahead, p=counts / counts.sum())
             answer, mark = words.keys[drawn * each + rng.integers(each, size=self.words_ahead)], "*"
-        return _one_question(words, tokens, rng, mark, answer)
+        return self._context(words, tokens, rng, mark, answer)
