@@ -215,7 +215,7 @@ def test_what_cannot_be_made_is_refused_in_one_line():
         lambda: task_rows("none", WORDS, "val", [0], 96),
         lambda: task_rows("vt1", WORDS, "val", [0], 1056, depth=0.5),
         lambda: task_rows("frequent", WORDS, "val", [0], 1056, depth=0.5),
-        lambda: task_rows("frequent", WORDS, "val", [0], 32),
+        lambda: task_rows("frequent", WORDS, "val", [0], 32, top=3),
         lambda: task_rows("niah_single", WORDS, "val", [0], 96, facts=40),
         lambda: task_rows("mqar", WORDS, "val", [0], 1056, depth=2.0),
         lambda: task_rows("mqar", WORDS, "val", [0], 1056, colour=1),
