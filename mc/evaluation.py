@@ -149,14 +149,17 @@ class FocusComparison:
         """
         best = _best([*tested.values(), *(self.outcome(s) for s in self.teacher_scores().values())])
         chosen, order, count = None, None, self.free_blocks
+        gains_B = torch.ones(len(self.tokens), dtype=torch.bool, device=self.tokens.device)  # a row's search ends with its first block that does not
         for done in range(self.most_shown):
             tried = [self._with(chosen, block if order is None else order[:, block]) for block in range(count)]
             outcomes = alone if alone and not done else [self._shown(blocks, progress) for blocks in tried]
             nll = torch.stack([o.nll_B for o in outcomes])
             round_best = _best(outcomes)
-            if done and bool((round_best.nll_B >= best.nll_B).all()):
-                break
-            best = _best([best, round_best])
+            if done:
+                gains_B &= round_best.nll_B < best.nll_B
+                if not gains_B.any():
+                    break
+            best = _best([best, replace(round_best, nll_B=round_best.nll_B.where(gains_B, torch.inf))])
             chosen = torch.stack(tried)[nll.argmin(0), torch.arange(len(self.tokens), device=nll.device)]
             if order is None and candidates is not None:
                 order, count = nll.argsort(0).T, min(candidates, self.free_blocks)

@@ -143,6 +143,18 @@ def test_where_sets_are_few_the_oracle_is_the_best_of_all():
     assert torch.equal(focus.oracle({}).nll_B, torch.stack(every).amin(0))
 
 
+def test_the_oracle_of_a_row_does_not_depend_on_the_rows_beside_it():
+    rows, budget = range(8), W + 4 * K
+    together, apart = comparison(rows, budget=budget).oracle({}), [comparison([row], budget=budget) for row in rows]
+    assert apart[0].most_shown >= 4
+    tried = []
+    for i, one in enumerate(apart):
+        count = len(tried)
+        torch.testing.assert_close(one.oracle({}, lambda: tried.append(i)).nll_B, together.nll_B[i:i + 1], rtol=0, atol=1e-12)
+        assert len(tried) > count
+    assert len({tried.count(i) for i in range(len(apart))}) > 1, "rows whose searches end in different rounds"
+
+
 def test_fewer_candidates_search_less_and_find_no_better():
     focus, tried = comparison(), []
     every = focus.oracle({}, lambda: tried.append(1))
