@@ -50,26 +50,32 @@ def base_folder(model: dict) -> Path:
 
 
 def classifier_folder(model: dict) -> Path:
-    return base_dir() / "checkpoints" / f"{model['tag']}_keep_drop_{digest(model['keep_drop'])}"
+    return base_dir() / "checkpoints" / f"{model['tag']}_keep_drop_{digest(model)}"
 
 
 def arm_folder(model: dict, system: str) -> Path:
     """The checkpoint that a system reads with."""
     if not model["finetune"]:
         return base_folder(model)
-    recipe = {"finetune": model["finetune"], "keep_drop": model["keep_drop"] if system == NEEDS_CLASSIFIER else None}
+    recipe = {"base": digest(model), "finetune": model["finetune"], "keep_drop": model["keep_drop"] if system == NEEDS_CLASSIFIER else None}
     return base_dir() / "checkpoints" / f"{model['tag']}_{SYSTEMS[system].arm or system}_{digest(recipe)}"
 
 
-def is_trained(folder: Path) -> bool:
+def is_trained(model: dict) -> bool:
+    """Whether its checkpoint is there and finished. UserError for one of that name which was trained with other flags (folders aside)."""
+    folder = base_folder(model)
     if not (folder.is_dir() and complete_steps(folder)):
         return False
     meta = load_model_state(folder)[1]
+    was = meta["flags"]
+    for name, value in model["flags"].items():
+        if name in was and "$" not in str(value) and str(was[name]) != str(type(was[name])(value)):
+            raise UserError(f"{folder} was trained with --{name}={was[name]}, the suite asks for {value}: remove or rename it, and what was fine-tuned from it")
     return meta["step"] == meta["num_iterations"]
 
 
 def make_base(model: dict) -> None:
-    if not is_trained(base_folder(model)):
+    if not is_trained(model):
         if model["after"]:
             make_base(model["after"])
         train({name: os.path.expandvars(value) for name, value in model["flags"].items()}, model["seed"], model["tag"])
@@ -110,7 +116,7 @@ def preparations(cells: list[dict]) -> list[list[dict]]:
             arm = SYSTEMS[system].arm or system
             arms[arm_folder(model, system)] = {"key": f"arm-{digest({'model': model, 'arm': arm})}", "name": f"fine-tuning {model['tag']} for {arm}", "model": model,
                                                "system": arm, "seed": model["seed"]}
-    return [[cell for cell in bases.values() if not is_trained(base_folder(cell["model"]))],
+    return [[cell for cell in bases.values() if not is_trained(cell["model"])],
             [cell for folder, cell in arms.items() if not complete_steps(folder)]]
 
 

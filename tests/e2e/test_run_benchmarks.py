@@ -69,6 +69,11 @@ def test_a_suite_resumes_and_its_cells_can_be_run_again(suite, base, prepared, t
     wrong = run(base, "run_benchmarks", f"--rerun={alone}:1")
     assert wrong.code == 1 and not json.loads(wrong.out.splitlines()[-1])["same"]
 
+    changed = tmp_path / "seconds.yaml"  # the same tags: their checkpoints are no longer what the suite says
+    changed.write_text(suite.read_text().replace("mc_lens_key_dim: 8", "mc_lens_key_dim: 16"))
+    stale = run(base, "run_benchmarks", str(changed))
+    assert stale.code and "was trained with --mc_lens_key_dim=8, the suite asks for 16" in stale.error and len(records(base)) == 12
+
 
 @pytest.mark.parametrize(("flags", "error"), [
     ([], "name one of"), (["quick", "--rerun=x:1"], "name one of"), (["--rerun=nothing.jsonl:1"], "--rerun=nothing.jsonl:1: no record"), (["nothing.yaml"], "cannot read nothing.yaml"),
