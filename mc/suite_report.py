@@ -21,9 +21,11 @@ from nanochat.recorder import read_metrics
 MC = "gists_lens"  # the system that the others are compared with
 LABELS = {
     "full": "full context", "window": "sliding window", "sinks": "window + sinks", "random_blocks": "random blocks", "bm25": "BM25 blocks",
-    "dense_mean": "dense retrieval, mean embeddings", "dense_learned": "dense retrieval, learned", "drop_surprisal": "token dropping, surprisal",
+    "bm25_again": "BM25 blocks, every token", "dense_mean": "dense retrieval, mean embeddings", "dense_learned": "dense retrieval, learned",
+    "dense_learned_again": "dense retrieval, learned, every token", "drop_surprisal": "token dropping, surprisal",
     "drop_learned": "token dropping, learned", "mean_gists": "mean-pool gists + recency", "gists_even": "gists, no focus", "gists_recency": "gists + recency",
-    "gists_random": "gists + random", "gists_lens": "gists + LensNet (MC)", "gists_oracle": "gists + oracle", "snapkv": "SnapKV", "quest": "Quest"}
+    "gists_random": "gists + random", "gists_lens": "gists + LensNet (MC)",
+    "gists_lens_again": "gists + LensNet, every token", "gists_oracle": "gists + oracle", "snapkv": "SnapKV", "quest": "Quest"}
 COLOUR = dict(zip(("gists_lens", "window", "gists_oracle", "full", "dense_learned", "gists_recency", "bm25", "snapkv"), COLOURS))
 
 

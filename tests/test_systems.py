@@ -52,7 +52,7 @@ def test_no_more_than_the_budget_with_the_tail_and_in_order(models, name, n):
         shown = system.show(tokens[:, :n], numbers)
     judged = system.judge(tokens, targets, n, numbers)
     limit = n if name == "full" else min(W, n)
-    assert int(judged.outcome.entries_B.max()) <= limit
+    assert int(judged.outcome.entries_B.max()) <= (min(W, n + H - 1) if name.endswith("_again") else limit)
     assert judged.outcome.nll_B.isfinite().all() and judged.cost.flops > 0 and judged.cost.bytes > 0
     if isinstance(shown, KVChoice):
         return  # the masks themselves: below
@@ -95,12 +95,27 @@ def test_a_batch_gives_what_its_rows_give_alone(models, name):
         assert alone.entries_B[0] == together.entries_B[i]
 
 
+@pytest.mark.parametrize("n", [31, 45])
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if name.endswith("_again")])
+def test_every_token_is_predicted_as_the_first_one_behind_it_would_be(models, name, n):
+    tokens, targets, numbers = rows(n)
+    once, again = make_system(name.removesuffix("_again"), models, W), make_system(name, models, W)
+    judged = again.judge(tokens, targets, n, numbers)
+    looks = [once.judge(tokens[:, :m + 1], targets[:, :m + 1], m, numbers) for m in range(n, n + H)]
+    for h, look in enumerate(looks):
+        torch.testing.assert_close(judged.outcome.nll_BP[:, h], look.outcome.nll_BP[:, 0], rtol=0, atol=1e-12)
+    assert not torch.allclose(judged.outcome.nll_BP, once.judge(tokens, targets, n, numbers).outcome.nll_BP), "a second look changes something"
+    assert judged.outcome.entries_B.tolist() == torch.stack([look.outcome.entries_B for look in looks]).amax(0).tolist()
+    assert judged.cost.flops == sum(look.cost.flops for look in looks) and judged.cost.bytes == looks[-1].cost.bytes
+    assert SYSTEMS[name].arm == once.name and SYSTEMS[name].looks == once.looks
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_where_all_fits_every_system_is_full_context(models, name):
     n = 29  # not a multiple of the block
     tokens, targets, numbers = rows(n)
     full = plain_outcomes(models.gpt, tokens, targets, n, 8)["full"]
-    judged = make_system(name, models, W).judge(tokens, targets, n, numbers).outcome
+    judged = make_system(name, models, W + K).judge(tokens, targets, n, numbers).outcome
     torch.testing.assert_close(judged.nll_BP, full.nll_BP, rtol=0, atol=1e-11)
 
 

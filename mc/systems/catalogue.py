@@ -11,10 +11,11 @@ from nanochat.common import UserError
 from nanochat.loading import load_model
 
 SYSTEMS: dict[str, type[System]] = {kind.name: kind for kind in (
-    raw.FullContext, raw.SlidingWindow, raw.WindowAndSinks, raw.RandomBlocks, raw.BM25Blocks, raw.MeanEmbeddingBlocks,
-    raw.LearnedRetrieverBlocks,
+    raw.FullContext, raw.SlidingWindow, raw.WindowAndSinks, raw.RandomBlocks, raw.BM25Blocks, raw.BM25BlocksEveryToken,
+    raw.MeanEmbeddingBlocks, raw.LearnedRetrieverBlocks, raw.LearnedRetrieverBlocksEveryToken,
     token_drop.SurprisalDrop, keep_drop.LearnedDrop,
-    gists.MeanGists, gists.EvenGists, gists.RecencyGists, gists.RandomGists, gists.LensGists, gists.OracleGists, kv.SnapKV, kv.Quest)}
+    gists.MeanGists, gists.EvenGists, gists.RecencyGists, gists.RandomGists, gists.LensGists,
+    gists.LensGistsEveryToken, gists.OracleGists, kv.SnapKV, kv.Quest)}
 
 
 def system_named(name: str) -> type[System]:

@@ -126,6 +126,20 @@ class System:
         return Cost(self.choosing_flops(n) + pass_flops(self.gpt, entries + H - 1, H), kv_bytes(self.gpt, entries))
 
 
+class EveryToken(System):
+    """Before a system: it chooses anew before every token of the continuation, which by then is history: what a session does that refocuses
+    at each token. Every prediction sees no more than `budget` entries, what was said since the question among them."""
+
+    def hidden(self, tokens_BT: Tensor, n: int, rows_B: Tensor) -> tuple[Tensor, Tensor]:
+        looks = [super(EveryToken, self).hidden(tokens_BT[:, :m + 1], m, rows_B) for m in range(n, tokens_BT.shape[1])]
+        return torch.cat([hidden for hidden, _ in looks], 1), torch.stack([entries for _, entries in looks]).amax(0)
+
+    def cost(self, n: int, H: int) -> Cost:
+        """Every look in full; a session keeps keys and gists, and the entries before its first edit."""
+        looks = [super(EveryToken, self).cost(m, 1) for m in range(n, n + H)]
+        return Cost(sum(look.flops for look in looks), looks[-1].bytes)
+
+
 NEEDED = {"mc": "a checkpoint with MegaContext (trained with --mc_enabled=1)",
           "keep_drop": "a keep/drop classifier (python -m scripts.keep_drop)"}
 
