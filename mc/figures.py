@@ -17,10 +17,10 @@ def new_figure(rows: int = 1, columns: int = 1, *, width: float = 5.0, height: f
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
 
 
-def legend_below(figure, axis) -> None:
-    """One legend for all panels, of what one of them draws."""
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
+def legend_below(figure) -> None:
+    """One legend for all panels, of whatever any of them draws."""
+    drawn = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=min(4, len(drawn)), fontsize=8)
 
 
 def save_figure(figure, path: Path) -> None:

@@ -224,9 +224,9 @@ def plot_buckets(results: Results, path: Path) -> bool:
     if not panels:
         return False
     columns = min(len(panels), 2)
-    figure, axes = new_figure(math.ceil(len(panels) / columns), columns, width=4.2, height=3.2)
+    figure, axes = new_figure(math.ceil(len(panels) / columns), columns, width=5.0, height=3.4)
     for axis, (setting, task) in zip(axes.flat, panels):
-        systems = [system for system in results.systems(setting) if system in COLOUR]
+        systems = [system for system in results.systems(setting) if system.removesuffix("_again") in COLOUR]
         every = [record["results"]["buckets"] for system in systems for record in results.of(setting, task, system).values()]
         names = [name for name in every[0] if any(value is not None for buckets in every for value in buckets[name])]
         for i, system in enumerate(systems):
@@ -237,11 +237,13 @@ def plot_buckets(results: Results, path: Path) -> bool:
             drawn = [draws.means(x_SCN[..., k]) for k in range(len(names))]
             middle = np.array([np.nanmean(x_SCN[..., k]) if not np.isnan(x_SCN[..., k]).all() else np.nan for k in range(len(names))])
             errors = np.array([np.abs(np.nanquantile(d, [0.025, 0.975]) - m) if not np.isnan(d).all() else [0, 0] for d, m in zip(drawn, middle)]).T
-            axis.errorbar(np.arange(len(names)) + 0.1 * (i - (len(systems) - 1) / 2), middle, yerr=errors, color=COLOUR[system], marker=MARKERS[i % len(MARKERS)],
-                          markersize=4, linestyle="none", elinewidth=1.2, capsize=2, label=LABELS[system])
+            once = system.removesuffix("_again")  # looks at every token: its colour and shape, open
+            axis.errorbar(np.arange(len(names)) + 0.8 / len(systems) * (i - (len(systems) - 1) / 2), middle, yerr=errors, color=COLOUR[once], linestyle="none",
+                          marker=MARKERS[list(COLOUR).index(once)], markerfacecolor=COLOUR[once] if system == once else "white", markersize=4, elinewidth=1.0,
+                          capsize=1.5, label=LABELS[system])
         axis.set_xticks(range(len(names)), names)
         axis.set(title=f"{task}, n = {setting.length:,}, W = {setting.budget}", xlabel="distance to the last occurrence [tokens]", ylabel="NLL [nats per token]")
-    legend_below(figure, axes.flat[0])
+    legend_below(figure)
     for axis in list(axes.flat)[len(panels):]:
         axis.remove()
     save_figure(figure, path)
@@ -275,7 +277,7 @@ def plot_gap(results: Results, trained: dict[str, int], path: Path) -> bool:
         axis.set_xticks(ratios, [f"1/{ratio:.0f}" for ratio in ratios])
         axis.minorticks_off()
         axis.set(title=f"{task}, n = {length:,}", xlabel="budget, as a share of the history", ylabel="gap closed (window 0, full 1)")
-    legend_below(figure, axes.flat[0])
+    legend_below(figure)
     for axis in list(axes.flat)[len(panels):]:
         axis.remove()
     save_figure(figure, path)
