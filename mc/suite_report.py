@@ -28,6 +28,15 @@ LABELS = {
     "gists_lens_again": "gists + LensNet, every token", "gists_oracle": "gists + oracle", "snapkv": "SnapKV", "quest": "Quest"}
 COLOUR = dict(zip(("gists_lens", "window", "gists_oracle", "full", "dense_learned", "gists_recency", "bm25", "snapkv"), COLOURS))
 
+DRAWN = [system for system in LABELS if system.removesuffix("_again") in COLOUR]
+
+
+def look_of(system: str) -> dict:
+    """How plots draw it; what looks at every token as its namesake, open and dashed."""
+    once = system.removesuffix("_again")
+    return dict(color=COLOUR[once], marker=MARKERS[list(COLOUR).index(once)], markerfacecolor=COLOUR[once] if system == once else "white",
+                linestyle="-" if system == once else "--", label=LABELS[system])
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -226,7 +235,7 @@ def plot_buckets(results: Results, path: Path) -> bool:
     columns = min(len(panels), 2)
     figure, axes = new_figure(math.ceil(len(panels) / columns), columns, width=5.0, height=3.4)
     for axis, (setting, task) in zip(axes.flat, panels):
-        systems = [system for system in results.systems(setting) if system.removesuffix("_again") in COLOUR]
+        systems = [system for system in results.systems(setting) if system in DRAWN]
         every = [record["results"]["buckets"] for system in systems for record in results.of(setting, task, system).values()]
         names = [name for name in every[0] if any(value is not None for buckets in every for value in buckets[name])]
         for i, system in enumerate(systems):
@@ -237,12 +246,10 @@ def plot_buckets(results: Results, path: Path) -> bool:
             drawn = [draws.means(x_SCN[..., k]) for k in range(len(names))]
             middle = np.array([np.nanmean(x_SCN[..., k]) if not np.isnan(x_SCN[..., k]).all() else np.nan for k in range(len(names))])
             errors = np.array([np.abs(np.nanquantile(d, [0.025, 0.975]) - m) if not np.isnan(d).all() else [0, 0] for d, m in zip(drawn, middle)]).T
-            once = system.removesuffix("_again")  # looks at every token: its colour and shape, open
-            axis.errorbar(np.arange(len(names)) + 0.8 / len(systems) * (i - (len(systems) - 1) / 2), middle, yerr=errors, color=COLOUR[once], linestyle="none",
-                          marker=MARKERS[list(COLOUR).index(once)], markerfacecolor=COLOUR[once] if system == once else "white", markersize=4, elinewidth=1.0,
-                          capsize=1.5, label=LABELS[system])
+            axis.errorbar(np.arange(len(names)) + 0.8 / len(systems) * (i - (len(systems) - 1) / 2), middle, yerr=errors,
+                          **look_of(system) | {"linestyle": "none"}, markersize=4, elinewidth=1.0, capsize=1.5)
         axis.set_xticks(range(len(names)), names)
-        axis.set(title=f"{task}, n = {setting.length:,}, W = {setting.budget}", xlabel="distance to the last occurrence [tokens]", ylabel="NLL [nats per token]")
+        axis.set(title=f"{task}, n = {setting.length:,}, W = {setting.budget} ({setting.model})", xlabel="distance to the last occurrence [tokens]", ylabel="NLL [nats per token]")
     legend_below(figure)
     for axis in list(axes.flat)[len(panels):]:
         axis.remove()
@@ -256,7 +263,7 @@ def plot_gap(results: Results, trained: dict[str, int], path: Path) -> bool:
     for setting in (setting for setting in results.settings() if setting.length <= trained[setting.model]):
         for task in results.tasks(setting):
             panels.setdefault((setting.model, setting.length, task), []).append(setting.budget)
-    closed = {key: {(system, budget): found for budget in sorted(budgets) for system in COLOUR if system not in ("full", "window")
+    closed = {key: {(system, budget): found for budget in sorted(budgets) for system in DRAWN if system not in ("full", "window")
                     if (found := gap_closed(results, Setting(key[0], key[1], budget), [key[2]], system))} for key, budgets in panels.items() if len(budgets) > 1}
     panels = {key: sorted(panels[key]) for key, found in closed.items() if len({budget for _, budget in found}) > 1}
     if not panels:
@@ -264,19 +271,21 @@ def plot_gap(results: Results, trained: dict[str, int], path: Path) -> bool:
     columns = min(len(panels), 3)
     figure, axes = new_figure(math.ceil(len(panels) / columns), columns, width=4.0, height=3.0)
     for axis, ((model, length, task), budgets) in zip(axes.flat, panels.items()):
-        for i, system in enumerate(name for name in COLOUR if name not in ("full", "window")):
+        for system in DRAWN:
             points = [(budget, found) for budget in budgets if (found := closed[model, length, task].get((system, budget)))]
             if points:
                 x, middle = [length / budget for budget, _ in points], np.array([f[0] for _, f in points])
                 errors = np.abs(np.array([f[1] for _, f in points]) - middle[:, None]).T
-                axis.errorbar(x, middle, yerr=errors, color=COLOUR[system], marker=MARKERS[i], markersize=4, linewidth=1.2, capsize=2, label=LABELS[system])
+                axis.errorbar(x, middle, yerr=errors, **look_of(system), markersize=4, linewidth=1.2, capsize=2)
         axis.axhline(1, color=GREY, linewidth=0.8, linestyle="--")
         axis.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
         ratios = [length / budget for budget in budgets]
         axis.set_xscale("log", base=2)
         axis.set_xticks(ratios, [f"1/{ratio:.0f}" for ratio in ratios])
         axis.minorticks_off()
-        axis.set(title=f"{task}, n = {length:,}", xlabel="budget, as a share of the history", ylabel="gap closed (window 0, full 1)")
+        low, high = axis.get_ylim()
+        axis.set_ylim(max(low, -2), min(high, 2.5))  # a gap that is hardly one has intervals that would hide all others
+        axis.set(title=f"{task}, n = {length:,} ({model})", xlabel="budget, as a share of the history", ylabel="gap closed (window 0, full 1)")
     legend_below(figure)
     for axis in list(axes.flat)[len(panels):]:
         axis.remove()
@@ -293,17 +302,17 @@ def plot_beyond(results: Results, model: str, budget: int, trained: int, path: P
         return False
     figure, axes = new_figure(2, len(tasks), width=3.8, height=2.8)
     for column, task in enumerate(tasks):
+        own_lengths = [n for n in lengths if task in results.tasks(Setting(model, n, budget))]
         for axis, measure, label in zip(axes[:, column], ("nll", "acc"), ("NLL [nats per token]", "accuracy")):
-            for i, system in enumerate(COLOUR):
-                points = [(n, own[0]) for n in lengths if (own := together(results.of(Setting(model, n, budget), task, system), measure=measure)) is not None]
+            for system in DRAWN:
+                points = [(n, own[0]) for n in own_lengths if (own := together(results.of(Setting(model, n, budget), task, system), measure=measure)) is not None]
                 if len(points) > 1:
                     middle = np.array([x.mean() for _, x in points])
                     errors = np.abs(np.array([interval(bootstrap(*x.shape).means(x)) for _, x in points]) - middle[:, None]).T
-                    axis.errorbar([n for n, _ in points], middle, yerr=errors, color=COLOUR[system], marker=MARKERS[i], markersize=4, linewidth=1.2, capsize=2,
-                                  label=LABELS[system])
+                    axis.errorbar([n for n, _ in points], middle, yerr=errors, **look_of(system), markersize=4, linewidth=1.2, capsize=2)
             axis.axvline(trained, color=GREY, linewidth=0.8, linestyle="--")
             axis.set_xscale("log", base=2)
-            axis.set_xticks(lengths, [f"{n:,}" for n in lengths], rotation=20, ha="right")
+            axis.set_xticks(own_lengths, [f"{n:,}" for n in own_lengths], rotation=20, ha="right")
             axis.minorticks_off()
             axis.set(xlabel="history [tokens]", ylabel=label, title=task)
     axes[0, 0].legend(fontsize=7)
