@@ -315,7 +315,7 @@ def plot_beyond(results: Results, model: str, budget: int, trained: int, path: P
             axis.set_xticks(own_lengths, [f"{n:,}" for n in own_lengths], rotation=20, ha="right")
             axis.minorticks_off()
             axis.set(xlabel="history [tokens]", ylabel=label, title=task)
-    axes[0, 0].legend(fontsize=7)
+    legend_below(figure)
     save_figure(figure, path)
     return True
 
