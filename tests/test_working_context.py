@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mc import working_context as wc
@@ -85,6 +85,7 @@ def test_from_expanded_is_the_walk_down_the_tree(case):
 
 @quick
 @given(shapes, st.sampled_from([1, 2, 4]), st.integers(-3, 3))
+@example((2, 1, [1], 0, 0.0), 1, -1)
 def test_entries_of_nodes_with_several_gists(case, n_gists, spare):
     """C5: every node of G entries, in order; they tile the history, are counted by the capacity, and a row beyond it is empty."""
     k, max_lod, sizes, seed, p = case
@@ -92,8 +93,8 @@ def test_entries_of_nodes_with_several_gists(case, n_gists, spare):
     expanded = random_expanded(n_B, k, max_lod, p, gen)
     want = [[(lod, i * (n_gists if lod else 1) + g) for lod, i in reference_cut([x[b].tolist() for x in expanded], n, k, max_lod)
              for g in range(n_gists if lod else 1)] for b, n in enumerate(sizes)]  # fmt: skip
-    capacity = max(map(len, want)) + spare
-    cut, fits_B = wc.from_expanded(expanded, n_B, k, max(capacity, 1), n_gists)
+    capacity = max(max(map(len, want)) + spare, 1)
+    cut, fits_B = wc.from_expanded(expanded, n_B, k, capacity, n_gists)
     assert fits_B.tolist() == [len(row) <= capacity for row in want]
     wc.check(wc.Cut(*(x[fits_B] for x in cut[:3]), k, n_gists), n_B[fits_B], capacity, max_lod)
     lod_BW, index_BW, valid_BW = wc.by_entry(cut)
