@@ -83,12 +83,14 @@ class Results:
 
 
 def together(*sides: dict[int, dict], measure: str) -> list[np.ndarray] | None:
-    """[S, C] of each side on the seeds and documents that all have; None if there is none."""
+    """[S, C] of each side on the seeds and documents that all have; None if there is none. measure: nll, acc, or a distance bucket of text,
+    whose NLL is NaN where a document has no such token."""
     seeds = sorted(set.intersection(*(set(side) for side in sides)))
     if not seeds:
         return None
-    documents = min(len(side[seed]["results"][measure]) for side in sides for seed in seeds)  # the first ones are the same
-    return [np.array([side[seed]["results"][measure][:documents] for seed in seeds], dtype=float) for side in sides]
+    values = [[side[seed]["results"].get(measure) or side[seed]["results"]["buckets"][measure] for seed in seeds] for side in sides]
+    documents = min(len(own) for side in values for own in side)  # the first ones are the same
+    return [np.array([own[:documents] for own in side], dtype=float) for side in values]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,7 +133,9 @@ def gap_closed(results: Results, setting: Setting, tasks: list[str], system: str
     if any(part is None for part in parts) or len({part[0].shape for part in parts}) > 1:
         return None
     window, own, full = (np.mean([part[i] for part in parts], axis=0) for i in range(3))
-    if (window - full).mean() < LEAST_GAP:
+    counted = ~np.isnan(window).any(0)
+    window, own, full = (x[:, counted] for x in (window, own, full))
+    if not counted.any() or (window - full).mean() < LEAST_GAP:
         return None
     draws = bootstrap(*window.shape)
     drawn_window, drawn_own, drawn_full = (draws.means(x) for x in (window, own, full))
@@ -151,6 +155,21 @@ def gap_table(results: Results, setting: Setting) -> list[str]:
         found = [gap_closed(results, setting, [task], system) for task in tasks]
         lines.append(f"| {LABELS[system]} | " + " | ".join("" if f is None else f"{f[0]:.2f} [{f[1][0]:.2f}, {f[1][1]:.2f}]" for f in found) + " |")
     return [*lines, ""]
+
+
+def bucket_table(results: Results, setting: Setting) -> list[str]:
+    """Lines of Markdown: for each text the same share by how far back the judged token last occurred, for buckets with a gap."""
+    lines = []
+    for task in results.tasks(setting):
+        buckets = next(iter(results.of(setting, task, "window").values()), {"results": {"buckets": {}}})["results"]["buckets"]
+        names = [name for name in buckets if gap_closed(results, setting, [task], "window", name) is not None]
+        if names:
+            lines += [f"The same on {task}, by how far back the judged token last occurred:", "", "| system | " + " | ".join(f"{name} tokens" for name in names) + " |", "|---" * (len(names) + 1) + "|"]
+            for system in (name for name in results.systems(setting) if name not in ("full", "window")):
+                found = [gap_closed(results, setting, [task], system, name) for name in names]
+                lines.append(f"| {LABELS[system]} | " + " | ".join("" if f is None else f"{f[0]:.2f} [{f[1][0]:.2f}, {f[1][1]:.2f}]" for f in found) + " |")
+            lines.append("")
+    return lines
 
 
 def cost_table(results: Results, setting: Setting) -> list[str]:
@@ -367,7 +386,7 @@ def write_report(suite: Suite, records: list[dict], out: Path, *, costs: dict[st
         if counts:
             lines += [f"{LABELS[MC]} against each system, in tasks:", "", "| system | MC better | MC worse | undecided |", "|---|---|---|---|",
                       *(f"| {LABELS[system]} | {better} | {worse} | {tie} |" for system, (better, worse, tie) in counts.items()), ""]
-        lines += ["Share of the gap between sliding window and full context that is closed (NLL; 1: as good as full context):", "", *gap_table(results, setting)]
+        lines += ["Share of the gap between sliding window and full context that is closed (NLL; 1: as good as full context):", "", *gap_table(results, setting), *bucket_table(results, setting)]
         if not i:
             lines += ["Cost of one document (medians over tasks; entries are what the model sees before the answer, FLOPs and bytes from shapes, seconds on a shared machine):", "",
                       *cost_table(results, setting)]

@@ -137,6 +137,16 @@ def test_gap_closed():
     assert gap_closed(Results(small), SETTING, ["alias"], "gists_lens") is None
 
 
+def test_gap_closed_by_distance():
+    """Near tokens, of which half of the documents have none: MC closes a quarter; far ones: three; where there is no gap, nothing."""
+    near = {"full": 1.0, "window": 3.0, "gists_lens": 2.5}
+    far = {"full": 2.0, "window": 6.0, "gists_lens": 3.0}
+    texts = [record(s, "code", seed, np.full(8, 4.0), np.zeros(8), text="/p", buckets={"<128": [near[s]] * 4 + [None] * 4, "128-511": [far[s]] * 8, "never": [5.0] * 8})
+             for s in near for seed in (1, 2, 3)]
+    lines = suite_report.bucket_table(Results([*texts, *records()]), SETTING)
+    assert lines[2] == "| system | <128 tokens | 128-511 tokens |" and lines[4:] == ["| gists + LensNet (MC) | 0.25 [0.25, 0.25] | 0.75 [0.75, 0.75] |", ""]
+
+
 def test_seeds_that_all_have_are_compared():
     some = [r for r in records() if not (r["system"] == "gists_lens" and r["seed"] == 3)]
     _, counts = score_table(Results(some), SETTING)
