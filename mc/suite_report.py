@@ -153,8 +153,13 @@ def gap_table(results: Results, setting: Setting) -> list[str]:
         if system in ("full", "window"):
             continue
         found = [gap_closed(results, setting, [task], system) for task in tasks]
-        lines.append(f"| {LABELS[system]} | " + " | ".join("" if f is None else f"{f[0]:.2f} [{f[1][0]:.2f}, {f[1][1]:.2f}]" for f in found) + " |")
+        lines.append(share_row(system, found))
     return [*lines, ""]
+
+
+def share_row(system: str, found: list[tuple[float, tuple[float, float]] | None]) -> str:
+    """A line of Markdown: shares of gaps with their intervals, nothing where there is none."""
+    return f"| {LABELS[system]} | " + " | ".join("" if f is None else f"{f[0]:.2f} [{f[1][0]:.2f}, {f[1][1]:.2f}]" for f in found) + " |"
 
 
 def bucket_table(results: Results, setting: Setting) -> list[str]:
@@ -167,7 +172,8 @@ def bucket_table(results: Results, setting: Setting) -> list[str]:
             lines += [f"The same on {task}, by how far back the judged token last occurred:", "", "| system | " + " | ".join(f"{name} tokens" for name in names) + " |", "|---" * (len(names) + 1) + "|"]
             for system in (name for name in results.systems(setting) if name not in ("full", "window")):
                 found = [gap_closed(results, setting, [task], system, name) for name in names]
-                lines.append(f"| {LABELS[system]} | " + " | ".join("" if f is None else f"{f[0]:.2f} [{f[1][0]:.2f}, {f[1][1]:.2f}]" for f in found) + " |")
+                if any(found):
+                    lines.append(share_row(system, found))
             lines.append("")
     return lines
 
