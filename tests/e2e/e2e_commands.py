@@ -85,7 +85,7 @@ class Started:
         self.process.join(20)
         return self.process.exitcode
 
-    def wait(self, timeout_s: float = 120) -> Result:
+    def wait(self, timeout_s: float = 300) -> Result:
         self.process.join(timeout_s)
         if self.process.exitcode is None:
             self.kill()

@@ -75,7 +75,7 @@ def troubled(reference, prepared, train_flags, tmp_path_factory):
             resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, (PREFILLED + 8000, PREFILLED + 8000))
         started[name] = base, running, receiver
     for name, (base, running, receiver) in started.items():
-        result = running.wait(150)
+        result = running.wait(400)
         done[name] = base, result, receiver
         if receiver:
             receiver.__exit__()
