@@ -157,6 +157,26 @@ def gap_table(results: Results, setting: Setting) -> list[str]:
     return [*lines, ""]
 
 
+def pair_table(results: Results, setting: Setting, system: str) -> list[str]:
+    """Lines of Markdown: NLL of `system` minus that of each other one, its interval, and p after Holm's correction over the systems."""
+    tasks = [task for task in results.tasks(setting) if results.of(setting, task, system)]
+    if not tasks:
+        return []
+    cells: dict[str, dict[str, str]] = {}
+    for task in tasks:
+        found = {}
+        for other in (name for name in results.systems(setting) if name != system):
+            if pair := together(results.of(setting, task, system), results.of(setting, task, other), measure="nll"):
+                difference = pair[0] - pair[1]
+                found[other] = float(difference.mean()), bootstrap(*difference.shape).means(difference)
+        p = holm([bootstrap_p(drawn) for _, drawn in found.values()])
+        for (other, (mean, drawn)), value in zip(found.items(), p):
+            low, high = interval(drawn)
+            cells.setdefault(other, {})[task] = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], p {value:.3f}"
+    return [f"NLL of {LABELS[system]} minus that of each system, p after Holm's correction over systems:", "", "| system | " + " | ".join(tasks) + " |",
+            "|---" * (len(tasks) + 1) + "|", *(f"| {LABELS[other]} | " + " | ".join(own.get(task, "") for task in tasks) + " |" for other, own in cells.items()), ""]
+
+
 def share_row(system: str, found: list[tuple[float, tuple[float, float]] | None]) -> str:
     """A line of Markdown: shares of gaps with their intervals, nothing where there is none."""
     return f"| {LABELS[system]} | " + " | ".join("" if f is None else f"{f[0]:.2f} [{f[1][0]:.2f}, {f[1][1]:.2f}]" for f in found) + " |"
@@ -392,7 +412,8 @@ def write_report(suite: Suite, records: list[dict], out: Path, *, costs: dict[st
         if counts:
             lines += [f"{LABELS[MC]} against each system, in tasks:", "", "| system | MC better | MC worse | undecided |", "|---|---|---|---|",
                       *(f"| {LABELS[system]} | {better} | {worse} | {tie} |" for system, (better, worse, tie) in counts.items()), ""]
-        lines += ["Share of the gap between sliding window and full context that is closed (NLL; 1: as good as full context):", "", *gap_table(results, setting), *bucket_table(results, setting)]
+        lines += ["Share of the gap between sliding window and full context that is closed (NLL; 1: as good as full context):", "", *gap_table(results, setting), *bucket_table(results, setting),
+                  *pair_table(results, setting, f"{MC}_again")]
         if not i:
             lines += ["Cost of one document (medians over tasks; entries are what the model sees before the answer, FLOPs and bytes from shapes, seconds on a shared machine):", "",
                       *cost_table(results, setting)]

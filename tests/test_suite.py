@@ -147,6 +147,17 @@ def test_gap_closed_by_distance():
     assert lines[2] == "| system | <128 tokens | 128-511 tokens |" and lines[4:] == ["| gists + LensNet (MC) | 0.25 [0.25, 0.25] | 0.75 [0.75, 0.75] |", ""]
 
 
+def test_what_looks_at_every_token_against_each_system():
+    again = [record("gists_lens_again", task, seed, np.zeros(40), np.ones(40)) for task in ("alias", "topic_lm") for seed in (1, 2, 3)]
+    lines = suite_report.pair_table(Results([*records(), *again]), SETTING, "gists_lens_again")
+    cells = {line.split("|")[1].strip(): [x.strip() for x in line.split("|")[2:-1]] for line in lines[4:-1]}
+    assert lines[2] == "| system | alias | topic_lm |" and "gists + LensNet (MC)" in cells and "gists + LensNet, every token" not in cells
+    assert cells["full context"] == ["+0.000 [+0.000, +0.000], p 1.000"] * 2
+    window = np.mean([r["results"]["nll"] for r in records() if (r["system"], r["task"]) == ("window", "alias")])
+    assert cells["sliding window"][0].startswith(f"{-window:+.3f} [-") and cells["sliding window"][0].endswith("p 0.002")
+    assert suite_report.pair_table(Results(records()), SETTING, "gists_lens_again") == []
+
+
 def test_seeds_that_all_have_are_compared():
     some = [r for r in records() if not (r["system"] == "gists_lens" and r["seed"] == 3)]
     _, counts = score_table(Results(some), SETTING)
