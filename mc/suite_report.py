@@ -88,7 +88,7 @@ def together(*sides: dict[int, dict], measure: str) -> list[np.ndarray] | None:
     seeds = sorted(set.intersection(*(set(side) for side in sides)))
     if not seeds:
         return None
-    values = [[side[seed]["results"].get(measure) or side[seed]["results"]["buckets"][measure] for seed in seeds] for side in sides]
+    values = [[(side[seed]["results"]["buckets"] | side[seed]["results"])[measure] for seed in seeds] for side in sides]
     documents = min(len(own) for side in values for own in side)  # the first ones are the same
     return [np.array([own[:documents] for own in side], dtype=float) for side in values]
 

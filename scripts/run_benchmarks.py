@@ -61,16 +61,24 @@ def arm_folder(model: dict, system: str) -> Path:
     return base_dir() / "checkpoints" / f"{model['tag']}_{SYSTEMS[system].arm or system}_{digest(recipe)}"
 
 
+def same_value(a: object, b: object) -> bool:
+    """Whether two values of a flag, parsed or as a suite writes them, are the same: 1 is 1.0 and "1"."""
+    try:
+        return float(a) == float(b)
+    except (TypeError, ValueError):
+        return str(a) == str(b)
+
+
 def is_trained(model: dict) -> bool:
     """Whether its checkpoint is there and finished. UserError for one of that name which was trained with other flags (folders aside)."""
     folder = base_folder(model)
     if not (folder.is_dir() and complete_steps(folder)):
         return False
     meta = load_model_state(folder)[1]
-    was = meta["flags"]
     for name, value in model["flags"].items():
-        if name in was and "$" not in str(value) and str(was[name]) != str(type(was[name])(value)):
-            raise UserError(f"{folder} was trained with --{name}={was[name]}, the suite asks for {value}: remove or rename it, and what was fine-tuned from it")
+        was = meta["flags"].get(name)
+        if "$" not in str(value) and not same_value(was, value):
+            raise UserError(f"{folder} was trained with --{name}={was}, the suite asks for {value}: remove or rename it, and what was fine-tuned from it")
     return meta["step"] == meta["num_iterations"]
 
 

@@ -127,8 +127,9 @@ class System:
 
 
 class EveryToken(System):
-    """Before a system: it chooses anew before every token of the continuation, which by then is history: what a session does that refocuses
-    at each token. Every prediction sees no more than `budget` entries, what was said since the question among them."""
+    """Mixin, named before a system: it chooses anew before every token of the continuation, which by then is history, as a session does that
+    refocuses at each token. Every prediction sees no more than `budget` entries, what was said since the question among them; a system that
+    chooses once sees its W entries and what was said besides."""
 
     def hidden(self, tokens_BT: Tensor, n: int, rows_B: Tensor) -> tuple[Tensor, Tensor]:
         looks = [super(EveryToken, self).hidden(tokens_BT[:, :m + 1], m, rows_B) for m in range(n, tokens_BT.shape[1])]
