@@ -1,5 +1,6 @@
 """What a study's cells are judged by: functions from a checkpoint directory to measures, one number per held-out context each."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from mc.config import MCConfig
 from mc.evaluation import FocusComparison, plain_outcomes
 from mc.losses import lens_loss, lens_targets, row_mean
 from mc.model import MegaContext, load_mega_context, recency_scores
+from mc.systems.gists import LensGists, RecencyGists
+from mc.systems.interface import Models, again
+from mc.systems.raw import FullContext, SlidingWindow
 from mc.teachers import gate_utility, over_horizon
 from nanochat.common import UserError
 from nanochat.dataloader import make_source
@@ -62,6 +66,25 @@ def focus(checkpoint_dir: Path, contexts: int = 64, batch: int = 32, oracle: int
         choosable = slice(0, (n - c.protected) // c.block_size)
         first_choice = scores["lens"][:, choosable].argmax(1)
         found.setdefault("hit", []).append((first_choice == comparison.teacher_scores()["gate"][:, choosable].argmax(1)).float())
+    return {name: torch.cat(parts).double().tolist() for name, parts in found.items()}
+
+
+def intervals(checkpoint_dir: Path, texts: dict[str, str], every: list[int], contexts: int = 24, horizon: int = 64, batch: int = 12, budget: int = 0) -> dict[str, list[float]]:
+    """NLL of the last `horizon` tokens of held-out rows when the lens chooses anew every so many tokens, by name of the text.
+
+    nll_TEXT_full, _window, _recency (gists, the last blocks raw) and _every_1 …: gists and the blocks that the lens names. texts: name ->
+    data. budget: W in entries; 0: as trained.
+    """
+    gpt, mc, meta = load(checkpoint_dir)
+    T = gpt.config.sequence_len
+    n, models = (T - horizon) // mc.config.block_size * mc.config.block_size, Models(gpt, mc)
+    kinds = {"full": FullContext, "window": SlidingWindow, "recency": RecencyGists} | {f"every_{interval}": again(LensGists, interval) for interval in every}
+    systems = {name: kind(models, budget or mc.config.budget) for name, kind in kinds.items()}
+    found: dict[str, list] = {}
+    for text, data in texts.items():
+        for rows, tokens, targets in held_out(meta, n + horizon, contexts, batch, os.path.expandvars(data)):
+            for name, system in systems.items():
+                found.setdefault(f"nll_{text}_{name}", []).append(system.judge(tokens, targets, n, rows).outcome.nll_B)
     return {name: torch.cat(parts).double().tolist() for name, parts in found.items()}
 
 

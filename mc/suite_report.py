@@ -16,6 +16,7 @@ from mc.experiment import bootstrap, bootstrap_p, holm, interval
 from mc.figures import COLOURS, GREY, MARKERS, legend_below, new_figure, save_figure
 from mc.report import LEAST_GAP
 from mc.suite import UNBOUNDED, Suite
+from mc.systems.catalogue import INTERVALS
 from nanochat.recorder import read_metrics
 
 MC = "gists_lens"  # the system that the others are compared with
@@ -25,7 +26,8 @@ LABELS = {
     "dense_learned_again": "dense retrieval, learned, every token", "drop_surprisal": "token dropping, surprisal",
     "drop_learned": "token dropping, learned", "mean_gists": "mean-pool gists + recency", "gists_even": "gists, no focus", "gists_recency": "gists + recency",
     "gists_random": "gists + random", "gists_lens": "gists + LensNet (MC)",
-    "gists_lens_again": "gists + LensNet, every token", "gists_oracle": "gists + oracle", "snapkv": "SnapKV", "quest": "Quest"}
+    "gists_lens_again": "gists + LensNet, every token", **{f"gists_lens_again_{i}": f"gists + LensNet, every {i} tokens" for i in INTERVALS[1:]},
+    "gists_oracle": "gists + oracle", "snapkv": "SnapKV", "quest": "Quest"}
 COLOUR = dict(zip(("gists_lens", "window", "gists_oracle", "full", "dense_learned", "gists_recency", "bm25", "snapkv"), COLOURS))
 
 DRAWN = [system for system in LABELS if system.removesuffix("_again") in COLOUR]

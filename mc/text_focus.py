@@ -25,7 +25,7 @@ from mc.losses import lens_loss, lens_targets
 from mc.teachers import gate_utility
 from nanochat.gpt import Captured, norm, token_losses
 
-HORIZONS = (4, 8, 16, 32, 64)
+HORIZONS = (1, 4, 8, 16, 32, 64)
 GREEDY = (8, 64)  # horizons for which the search goes on beyond one block
 
 

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from mc import measures
 from mc.measures import taught
+from mc.systems.catalogue import make_system
+from mc.systems.interface import Models
 from mc.teachers import gate_utility
 from nanochat.gpt import token_losses
-from tiny_mc import K, R, T, W, tiny_base, tiny_batch, tiny_mc
+from tiny_mc import H, K, R, T, VOCAB, W, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)
 CURSORS, HORIZON = torch.tensor([41, 48, 55]), 3
@@ -64,3 +67,29 @@ def test_a_lens_that_knows_wins_all_and_one_that_is_blank_is_even(lens, monkeypa
         blank = taught(gpt, mc, batch.inputs, batch.targets, CURSORS, HORIZON)
     torch.testing.assert_close(blank["nats_lens"], blank["nats_even"])
     assert (blank["won_lens"] <= found["won_lens"]).all()
+
+
+def test_a_lens_that_looks_again_is_judged_as_the_system_that_does(monkeypatch):
+    """Batches cut the contexts; `every_N` with as many tokens as are judged is one look."""
+    gpt = tiny_base()
+    mc, n = tiny_mc(gpt).model, (gpt.config.sequence_len - H) // K * K
+    tokens = torch.randint(VOCAB, (4, n + H + 1), generator=torch.Generator().manual_seed(0))
+    rows, tokens, targets = torch.arange(4), tokens[:, :-1], tokens[:, 1:]
+    asked = []
+
+    def held_out(meta, length, contexts, size, data):
+        asked.append((length, contexts, data))
+        for first in range(0, contexts, size):
+            part = slice(first, first + size)
+            yield rows[part], tokens[part], targets[part]
+
+    monkeypatch.setattr(measures, "load", lambda _: (gpt, mc, {}))
+    monkeypatch.setattr(measures, "held_out", held_out)
+    monkeypatch.setenv("CORPUS", "somewhere")
+    found = measures.intervals(None, {"code": "$CORPUS/code", "prose": "p"}, [1, 3, H], contexts=4, horizon=H, batch=3)
+    assert asked == [(n + H, 4, "somewhere/code"), (n + H, 4, "p")]
+    assert set(found) == {f"nll_{text}_{name}" for text in ("code", "prose") for name in ("full", "window", "recency", "every_1", "every_3", f"every_{H}")}
+    for name, system in {"full": "full", "window": "window", "recency": "gists_recency", "every_1": "gists_lens_again", f"every_{H}": "gists_lens"}.items():
+        whole = make_system(system, Models(gpt, mc), W).judge(tokens, targets, n, rows).outcome.nll_B
+        torch.testing.assert_close(torch.tensor(found[f"nll_code_{name}"], dtype=torch.double), whole.double(), rtol=0, atol=1e-6)
+    assert found["nll_code_every_1"] != found["nll_code_every_3"]

@@ -6,16 +6,18 @@ import torch
 
 from mc.model import load_mega_context
 from mc.systems import gists, keep_drop, kv, raw, token_drop
-from mc.systems.interface import Models, System
+from mc.systems.interface import Models, System, again
 from nanochat.common import UserError
 from nanochat.loading import load_model
 
+INTERVALS = (1, 4, 8, 16, 32)  # tokens between two looks of "gists_lens_again", "gists_lens_again_4", …
+
 SYSTEMS: dict[str, type[System]] = {kind.name: kind for kind in (
-    raw.FullContext, raw.SlidingWindow, raw.WindowAndSinks, raw.RandomBlocks, raw.BM25Blocks, raw.BM25BlocksEveryToken,
-    raw.MeanEmbeddingBlocks, raw.LearnedRetrieverBlocks, raw.LearnedRetrieverBlocksEveryToken,
+    raw.FullContext, raw.SlidingWindow, raw.WindowAndSinks, raw.RandomBlocks, raw.BM25Blocks, again(raw.BM25Blocks),
+    raw.MeanEmbeddingBlocks, raw.LearnedRetrieverBlocks, again(raw.LearnedRetrieverBlocks),
     token_drop.SurprisalDrop, keep_drop.LearnedDrop,
     gists.MeanGists, gists.EvenGists, gists.RecencyGists, gists.RandomGists, gists.LensGists,
-    gists.LensGistsEveryToken, gists.OracleGists, kv.SnapKV, kv.Quest)}
+    *(again(gists.LensGists, interval) for interval in INTERVALS), gists.OracleGists, kv.SnapKV, kv.Quest)}
 
 
 def system_named(name: str) -> type[System]:

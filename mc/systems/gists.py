@@ -14,7 +14,7 @@ from mc.evaluation import FocusComparison
 from mc.focus_allocator import check_feasible
 from mc.keyed_random import gumbel
 from mc.model import MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
-from mc.systems.interface import EveryToken, Judged, Models, System, lens_flops
+from mc.systems.interface import Judged, Models, System, lens_flops
 from mc.working_context import Cut, from_expanded
 
 
@@ -120,11 +120,6 @@ class LensGists(Gists):
 
     def choosing_flops(self, n: int) -> float:
         return super().choosing_flops(n) + lens_flops(self.mc, n)
-
-
-class LensGistsEveryToken(EveryToken, LensGists):
-    name = "gists_lens_again"
-    arm = "gists_lens"
 
 
 class OracleGists(LensGists):

@@ -126,19 +126,28 @@ class System:
         return Cost(self.choosing_flops(n) + pass_flops(self.gpt, entries + H - 1, H), kv_bytes(self.gpt, entries))
 
 
-class EveryToken(System):
-    """Mixin, named before a system: it chooses anew before every token of the continuation, which by then is history, as a session does that
-    refocuses at each token. Every prediction sees no more than `budget` entries, what was said since the question among them; a system that
-    chooses once sees its W entries and what was said besides."""
+class Again(System):
+    """Mixin, named before a system: it chooses anew before every `interval` tokens of the continuation, what was said by then being history, as a
+    session does that refocuses so often. Each look shows no more than `budget` entries, what was said before it among them; what is said
+    until the next look stands besides, as the whole continuation does where a system chooses once."""
+
+    interval = 1
 
     def hidden(self, tokens_BT: Tensor, n: int, rows_B: Tensor) -> tuple[Tensor, Tensor]:
-        looks = [super(EveryToken, self).hidden(tokens_BT[:, :m + 1], m, rows_B) for m in range(n, tokens_BT.shape[1])]
+        T = tokens_BT.shape[1]
+        looks = [super(Again, self).hidden(tokens_BT[:, :m + self.interval], m, rows_B) for m in range(n, T, self.interval)]
         return torch.cat([hidden for hidden, _ in looks], 1), torch.stack([entries for _, entries in looks]).amax(0)
 
     def cost(self, n: int, H: int) -> Cost:
         """Every look in full; a session keeps keys and gists, and the entries before its first edit."""
-        looks = [super(EveryToken, self).cost(m, 1) for m in range(n, n + H)]
+        looks = [super(Again, self).cost(m, min(self.interval, n + H - m)) for m in range(n, n + H, self.interval)]
         return Cost(sum(look.flops for look in looks), looks[-1].bytes)
+
+
+def again(kind: type[System], interval: int = 1) -> type[System]:
+    """The system that looks every `interval` tokens, and reads with the weights of the one that looks once."""
+    name = f"{kind.name}_again" + (f"_{interval}" if interval > 1 else "")
+    return type(f"{kind.__name__}Again{interval}", (Again, kind), {"name": name, "arm": kind.arm or kind.name, "interval": interval})
 
 
 NEEDED = {"mc": "a checkpoint with MegaContext (trained with --mc_enabled=1)",

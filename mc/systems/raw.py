@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mc.bm25 import bm25_scores
 from mc.keyed_random import gumbel
-from mc.systems.interface import Cost, EveryToken, System, View, best, kv_bytes, lens_flops, pack, pass_flops
+from mc.systems.interface import Cost, System, View, best, kv_bytes, lens_flops, pack, pass_flops
 
 SINKS = 4  # first tokens that StreamingLLM keeps
 
@@ -83,11 +83,6 @@ class BM25Blocks(Blocks):
         return bm25_scores(history_BN, self.block_size, history_BN[:, -self.recent:])
 
 
-class BM25BlocksEveryToken(EveryToken, BM25Blocks):
-    name = "bm25_again"
-    arm = "bm25"
-
-
 class MeanEmbeddingBlocks(Blocks):
     """Dense retrieval without training: cosine of mean embeddings, of a block and of the recent tokens."""
 
@@ -116,8 +111,3 @@ class LearnedRetrieverBlocks(Blocks):
 
     def choosing_flops(self, n: int) -> float:
         return lens_flops(self.models.mc, n)
-
-
-class LearnedRetrieverBlocksEveryToken(EveryToken, LearnedRetrieverBlocks):
-    name = "dense_learned_again"
-    arm = "dense_learned"
