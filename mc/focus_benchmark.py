@@ -7,6 +7,7 @@ generated, with a refocus every `--mc_interval` tokens. Everything comes from th
     residency     refocuses that blocks shown by an edit stayed shown, together ÷ times one of them was hidden (at least 1)
     thrash        share of the edits' flips that undo another edit's of at most 2 × cooldown refocuses ago
     utilization   entries ÷ the largest count reachable within the budget, mean over refocuses
+    nll_window    of the same tokens, read in the same pieces behind as many raw tokens as the budget has entries
 """
 
 import argparse
@@ -24,7 +25,7 @@ from mc.report import bootstrap
 from mc.session_meter import SessionMeter
 from nanochat.common import UserError
 from nanochat.dataset import Progress, open_corpus
-from nanochat.gpt import token_losses
+from nanochat.gpt import GPT, token_losses
 from nanochat.loading import load_model
 from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer
@@ -40,10 +41,26 @@ class Values:
         self.of[name.removeprefix("mc.session.")].append(float(value))
 
 
+@torch.no_grad()
+def window_nll(gpt: GPT, tokens_N: Tensor, begin: int, budget: int, interval: int, batch: int = 32) -> float:
+    """Nats per token from `begin` on, in pieces of `interval` tokens, each behind the `budget` tokens before it at their positions."""
+    starts, total = torch.arange(begin, len(tokens_N), interval), 0.0
+    for start_B in starts.split(batch):
+        place_BT = start_B[:, None] + torch.arange(-budget, interval)
+        inside = place_BT < len(tokens_N)
+        tokens_BT = tokens_N[place_BT.clamp_max(len(tokens_N) - 1)]
+        targets_BP = tokens_BT.masked_fill(~inside, -1)[:, budget:]
+        device = gpt.lm_head.weight.device
+        hidden = gpt.hidden(tokens_BT[:, :-1].to(device), positions=place_BT[:, :-1].to(device), lift_windows=True)[:, budget - 1:]
+        total += float(token_losses(gpt.logits(hidden), targets_BP.to(device)).sum())
+    return total / (len(tokens_N) - begin)
+
+
 class Stream(NamedTuple):
     """What one stream saw."""
 
     nll: float  # nats per token read
+    nll_window: float
     values: dict[str, list[float]]  # of `mc.session.*`, per refocus
     stays: list[float]  # of blocks shown by an edit and hidden again [refocuses]
     lasting: list[float]  # of those still shown at the end
@@ -58,7 +75,8 @@ def read(pool: sessions.SessionPool, tokens_N: Tensor, begin: int) -> Stream:
         total = 0.0
         for piece in tokens_N[begin:].split(pool.interval):
             total += float(token_losses(session.score(piece)[None], piece[None].to(pool.device)).sum())
-        return Stream(total / (len(tokens_N) - begin), values.of, values.of["residency"], session.meter.staying(session.focus.refocuses))
+        plain = window_nll(pool.gpt, tokens_N, begin, pool.focus_config.budget, pool.interval)
+        return Stream(total / (len(tokens_N) - begin), plain, values.of, values.of["residency"], session.meter.staying(session.focus.refocuses))
     finally:
         session.close()
 
@@ -69,7 +87,7 @@ def summary(streams: list[Stream]) -> dict[str, float]:
     stays = np.concatenate([s.stays for s in streams])
     every_stay = np.concatenate([stays, *(s.lasting for s in streams)])
     flipped = every["expands"].sum() + every["collapses"].sum()
-    return {"nll": float(np.mean([s.nll for s in streams])), "swap_rate": float(every["swap_rate"].mean()),
+    return {"nll": float(np.mean([s.nll for s in streams])), "nll_window": float(np.mean([s.nll_window for s in streams])), "swap_rate": float(every["swap_rate"].mean()),
             "swap_rate_p95": float(np.quantile(every["swap_rate"], 0.95)), "residency": float(every_stay.sum() / max(len(stays), 1)),
             "residency_p95": float(np.quantile(every_stay, 0.95)) if len(every_stay) else 0.0, "blocks_shown": len(every_stay),
             "thrash": float(every["undone"].sum() / max(flipped, 1)), "utilization": float(every["utilization"].mean()),

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from mc.config import MCConfig
 from mc.evaluation import FocusComparison, plain_outcomes
+from mc.focus_allocator import FocusConfig, entries_needed
 from mc.gist_objectives import contrast_loss
 from mc.losses import distillation, row_mean
 from mc.measures import held_out
@@ -73,8 +74,9 @@ def parse(text: str, recent: int, horizon: int, n: int) -> tuple[MCConfig, bool,
     c = MCConfig(**values | dict(recent=recent, horizon=horizon))
     if n % c.block_size or c.horizon_gist_weight or c.bands or c.far_tokens:
         raise UserError(f"--arms {text}: blocks must divide {n} tokens; the horizon loss, bands and far histories are for base_train")
+    one_raw = sum(entries_needed(n, FocusConfig(n, c.block_size, c.max_lod, recent=recent, n_gists=c.gists_per_block)))  # `judge` asks for that
     entries = recent + c.block_size * c.max_lod * c.gists_per_block + tiling(n, c.block_size, c.max_lod, c.gists_per_block)
-    return replace(c, budget=entries), frozen, window
+    return replace(c, budget=max(entries, one_raw)), frozen, window
 
 
 def make_arm(text: str, base: GPT, seed: int, recent: int, horizon: int, n: int) -> Arm:

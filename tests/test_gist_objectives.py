@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mc import gist_benchmark
-from mc.focus_allocator import FocusConfig, GreedyAllocator
+from mc.focus_allocator import FocusConfig, GreedyAllocator, check_feasible
 from mc.gist_objectives import BAND_EDGES, HorizonHead, blocks_in_band, contrast_loss, naming
 from mc.losses import row_mean
+from mc.model import MegaContext
 from mc.working_context import entries_used
 from nanochat.common import UserError
 from nanochat.dataloader import make_source
@@ -187,3 +188,9 @@ def test_a_window_arm_is_trained_on_what_follows_its_last_raw_tokens_alone(windo
 def test_arms_that_cannot_be_are_refused(text):
     with pytest.raises(UserError, match="--arms"):
         gist_benchmark.parse(text, 8, 8, 32)
+
+
+@pytest.mark.parametrize("text", ["gist=mean,block_size=8,max_lod=2", "gist=mean,block_size=32,max_lod=2", "gist=slots,block_size=16,max_lod=2,gists_per_block=2", "gist=mean,block_size=8"])
+def test_an_arm_has_the_entries_that_its_judge_asks_for(text):
+    config, _, _ = gist_benchmark.parse(text, 32, 64, 1024)
+    check_feasible(1024, MegaContext(config, 16).focus_config())
