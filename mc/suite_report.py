@@ -340,6 +340,36 @@ def plot_gap(results: Results, trained: dict[str, int], path: Path) -> bool:
     return True
 
 
+def plot_intervals(results: Results, path: Path) -> bool:
+    """Share of the gap that MC closes against the tokens between two looks, one panel per task, a line per model and budget."""
+    looks = {f"{MC}_again" + (f"_{tokens}" if tokens > 1 else ""): f"{tokens}" for tokens in INTERVALS} | {MC: "once"}
+    lines: dict[str, list[tuple[Setting, dict]]] = {}
+    for setting in sorted(results.settings(), key=lambda s: (s.budget, s.model)):
+        for task in results.tasks(setting):
+            found = {system: gap for system in looks if (gap := gap_closed(results, setting, [task], system))}
+            if len(found) > 2:
+                lines.setdefault(task, []).append((setting, found))
+    if not lines:
+        return False
+    figure, axes = new_figure(1, len(lines), width=4.4, height=3.2)
+    for axis, (task, own) in zip(axes.flat, lines.items()):
+        for i, (setting, found) in enumerate(own):
+            place = [list(looks).index(system) for system in found]
+            middle = np.array([gap for gap, _ in found.values()])
+            errors = np.abs(np.array([around for _, around in found.values()]) - middle[:, None]).T
+            axis.errorbar(np.array(place) + 0.08 * (i - (len(own) - 1) / 2), middle, yerr=errors, color=COLOURS[i], marker=MARKERS[i], markersize=4, linewidth=1.2, capsize=2,
+                          label=f"{setting.model}, W = {setting.budget}")
+        axis.axhline(1, color=GREY, linewidth=0.8, linestyle="--")
+        axis.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
+        axis.set_xticks(range(len(looks)), list(looks.values()))
+        low, high = axis.get_ylim()
+        axis.set_ylim(max(low, -2), min(high, 2.5))
+        axis.set(title=task, xlabel="tokens between two looks", ylabel="gap closed (window 0, full 1)")
+    legend_below(figure)
+    save_figure(figure, path)
+    return True
+
+
 def plot_beyond(results: Results, model: str, budget: int, trained: int, path: Path) -> bool:
     """NLL and accuracy against the length of the history, up to far beyond the training length."""
     lengths = sorted({s.length for s in results.settings() if (s.model, s.budget) == (model, budget)})
@@ -420,10 +450,10 @@ def write_report(suite: Suite, records: list[dict], out: Path, *, costs: dict[st
             lines += ["Cost of one document (medians over tasks; entries are what the model sees before the answer, FLOPs and bytes from shapes, seconds on a shared machine):", "",
                       *cost_table(results, setting)]
     lines += _beyond(results, trained, out)
-    plots = {"buckets": plot_buckets(results, out / "buckets.png"), "gap": plot_gap(results, trained, out / "gap.png")}
+    plots = {"buckets": plot_buckets(results, out / "buckets.png"), "gap": plot_gap(results, trained, out / "gap.png"), "intervals": plot_intervals(results, out / "intervals.png")}
     for model in trained:
         plots[f"depth_{model}"] = plot_depth(results, model, out / f"depth_{model}.png")
-    captions = {"buckets": "NLL by distance to the last occurrence of the token; a system that was judged on fewer documents, on those", "gap": "Gap closed against the budget"}
+    captions = {"buckets": "NLL by distance to the last occurrence of the token; a system that was judged on fewer documents, on those", "gap": "Gap closed against the budget", "intervals": "Gap closed against the tokens between two looks"}
     for name in (name for name, drawn in plots.items() if drawn):
         lines += [f"![{captions.get(name, 'Accuracy by depth of the fact and length of the history')}]({name}.png)", ""]
     if overlay:

@@ -193,3 +193,16 @@ def test_depth_is_where_the_fact_lies(tmp_path, monkeypatch):
     monkeypatch.setattr(suite_report, "save_figure", lambda figure, path: drawn.append(figure))
     assert suite_report.plot_depth(Results([record("window", "alias", 1, np.ones(7), [0, 0, 0, 0, 1, 0, 1], depth=depth)]), "m", tmp_path / "x.png")
     assert [t.get_text() for t in drawn[0].axes[0].texts] == ["0.00", "0.00", "0.00", "0.00", "0.50"]
+
+
+def test_the_gap_against_the_tokens_between_two_looks(tmp_path, monkeypatch):
+    """A line per model and budget, its points where they were measured; a setting with two of them is none."""
+    drawn, nll = [], {"gists_lens_again": 1.0, "gists_lens_again_8": 1.5, "gists_lens": 2.0}
+    monkeypatch.setattr(suite_report, "save_figure", lambda figure, path: drawn.append(figure))
+    every = [record(system, "prose", seed, np.full(9, value), np.zeros(9)) for seed in (1, 2, 3) for system, value in (nll | {"full": 0.0, "window": 2.0}).items()]
+    assert suite_report.plot_intervals(Results(every), tmp_path / "x.png")
+    (axis,) = drawn[0].axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "4", "8", "16", "32", "once"]
+    (line,) = [container.lines[0] for container in axis.containers]
+    np.testing.assert_allclose(line.get_xydata(), [[0, 0.5], [2, 0.25], [5, 0]])
+    assert not suite_report.plot_intervals(Results([r for r in every if r["system"] != "gists_lens_again_8"]), tmp_path / "x.png")
