@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,27 @@ def focus(checkpoint_dir: Path, contexts: int = 64, batch: int = 32, oracle: int
         choosable = slice(0, (n - c.protected) // c.block_size)
         first_choice = scores["lens"][:, choosable].argmax(1)
         found.setdefault("hit", []).append((first_choice == comparison.teacher_scores()["gate"][:, choosable].argmax(1)).float())
+    return {name: torch.cat(parts).double().tolist() for name, parts in found.items()}
+
+
+def compression(checkpoint_dir: Path, contexts: int = 48, batch: int = 16, ratios: tuple[int, ...] = (4, 8, 12), data: str = "") -> dict[str, list[float]]:
+    """NLL of the last `horizon` tokens of held-out rows, the farther the history the more compressed; the lens has no say.
+
+    nll_ full, window, recent (the protected tail alone), lod1 … (the whole history as gists of that level, as far as it has them, and the tail),
+    and ratio_4 …: n / 4 entries …, gists and the last blocks raw. data: other text than the training's.
+    """
+    gpt, mc, meta = load(checkpoint_dir)
+    c, T = mc.config, gpt.config.sequence_len
+    n = (T - c.horizon) // c.block_size * c.block_size
+    found: dict[str, list] = {}
+    for rows, tokens, targets in held_out(meta, n + c.horizon, contexts, batch, data):
+        at = partial(FocusComparison, gpt, mc, tokens, targets, n, meta["flags"]["seed"], rows)  # budget ->
+        usual = at(c.budget)
+        outcomes = plain_outcomes(gpt, tokens, targets, n, c.budget) | {"recent": plain_outcomes(gpt, tokens, targets, n, c.protected)["window"]}
+        outcomes |= {f"lod{lod}": usual.at_lod(lod) for lod in range(1, c.max_lod + 1)}
+        outcomes |= {f"ratio_{ratio}": (focus := at(n // ratio)).outcome(focus.scores("recency")) for ratio in ratios}
+        for name, outcome in outcomes.items():
+            found.setdefault(f"nll_{name}", []).append(outcome.nll_B)
     return {name: torch.cat(parts).double().tolist() for name, parts in found.items()}
 
 

@@ -93,3 +93,19 @@ def test_a_lens_that_looks_again_is_judged_as_the_system_that_does(monkeypatch):
         whole = make_system(system, Models(gpt, mc), W).judge(tokens, targets, n, rows).outcome.nll_B
         torch.testing.assert_close(torch.tensor(found[f"nll_code_{name}"], dtype=torch.double), whole.double(), rtol=0, atol=1e-6)
     assert found["nll_code_every_1"] != found["nll_code_every_3"]
+
+
+def test_what_is_more_compressed(monkeypatch):
+    gpt = tiny_base()
+    mc = tiny_mc(gpt).model
+    n, horizon = (gpt.config.sequence_len - mc.config.horizon) // K * K, mc.config.horizon
+    tokens = torch.randint(VOCAB, (4, n + horizon + 1), generator=torch.Generator().manual_seed(0))
+    rows, tokens, targets = torch.arange(4), tokens[:, :-1], tokens[:, 1:]
+    monkeypatch.setattr(measures, "load", lambda _: (gpt, mc, {"flags": {"seed": 0}}))
+    monkeypatch.setattr(measures, "held_out", lambda meta, length, contexts, size, data: [(rows[i:i + 2], tokens[i:i + 2, :length], targets[i:i + 2, :length]) for i in (0, 2)])
+    found = measures.compression(None, contexts=4, batch=2, ratios=(2, 3))
+    assert set(found) == {f"nll_{name}" for name in ("full", "window", "recent", *(f"lod{lod}" for lod in range(1, mc.config.max_lod + 1)), "ratio_2", "ratio_3")}
+    for ratio in (2, 3):
+        by_recency = make_system("gists_recency", Models(gpt, mc), n // ratio).judge(tokens, targets, n, rows).outcome.nll_B
+        torch.testing.assert_close(torch.tensor(found[f"nll_ratio_{ratio}"], dtype=torch.double), by_recency.double(), rtol=0, atol=1e-6)
+    assert len({tuple(values) for values in found.values()}) == len(found)
