@@ -66,7 +66,7 @@ class SessionConfig:
     untrained: str = setting("refuse", "levels of gists that were not trained: refuse histories that need them, or show and report them", ("refuse", "report"))
     candidates: int = setting(32, "blocks that the search of the history proposes at a refocus")
     allocator: str = setting("greedy", "how detail is chosen: greedy; bundle:BLOCKS, one edit shows up to so many adjacent blocks; stochastic:TEMPERATURE, with noise; threshold:a,b,c, a learned price")
-    price: str = setting("market", "price of an entry: what just fits the budget, or (adaptive) falling from there until the budget is used", ("market", "adaptive"))
+    price: str = setting("adaptive", "price of an entry: what just fits the budget, or (adaptive) falling from there until the budget is used", ("market", "adaptive"))
     max_edits: int = setting(4, "path edits per refocus")
     cooldown: int = setting(2, "refocuses during which an edit is not reversed")
     tau_expand: float = setting(0.2, "a block is shown above this score")

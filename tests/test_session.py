@@ -288,7 +288,7 @@ def test_the_approximate_policy_shows_an_edit_to_the_next_token():
 
 
 def test_a_refocus_that_changes_nothing_runs_nothing_again():
-    session = tiny_pool(budget=64).open()
+    session = tiny_pool(budget=64, price="market").open()
     session.begin(tokens(60))
     for _ in range(10):
         session.refocus()
@@ -709,7 +709,7 @@ def test_the_meter_records_every_session_metric_and_nothing_per_token(tmp_path):
     assert {name: sum(row.get(f"mc.session.{name}", 0) for row in rows) for name in sums} == sums and sums["expands"] > 0
     assert sum(row.get("mc.session.undone", 0) for row in rows) >= 0 and rows[-1]["mc.session.history"] == rows[-1]["step"] - 9
     assert all(0 < row["mc.session.utilization"] <= 1 and row["gen_ai.server.time_to_first_token"] > 0 for row in rows)
-    assert set(shown) == {int(name[-2]) for name in rows[-1] if name.startswith("mc.session.entries")}
+    assert set(shown) <= {int(name[-2]) for name in rows[-1] if name.startswith("mc.session.entries")}  # of every refocus since the row before
 
 
 @pytest.mark.parametrize("allocator", ["bundle:2", "stochastic:2"])
@@ -736,6 +736,6 @@ def test_allocator_and_price_change_what_is_shown():
         return seen
 
     usual = shown()
-    for config in (dict(price="adaptive"), dict(allocator="bundle:3"), dict(allocator="stochastic:2"), dict(allocator="threshold:-2,0,1")):
+    for config in (dict(price="market"), dict(allocator="bundle:3"), dict(allocator="stochastic:2"), dict(allocator="threshold:-2,0,1")):
         assert shown(**config) != usual, config
     assert shown(allocator="threshold:0,0,1") == usual
