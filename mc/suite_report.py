@@ -21,7 +21,7 @@ from nanochat.recorder import read_metrics
 
 MC = "gists_lens"  # the system that the others are compared with
 LABELS = {
-    "full": "full context", "window": "sliding window", "sinks": "window + sinks", "random_blocks": "random blocks", "bm25": "BM25 blocks",
+    "full": "full context", "window": "sliding window", "window_again": "sliding window, every token", "sinks": "window + sinks", "random_blocks": "random blocks", "bm25": "BM25 blocks",
     "bm25_again": "BM25 blocks, every token", "dense_mean": "dense retrieval, mean embeddings", "dense_learned": "dense retrieval, learned",
     "dense_learned_again": "dense retrieval, learned, every token", "drop_surprisal": "token dropping, surprisal",
     "drop_learned": "token dropping, learned", "mean_gists": "mean-pool gists + recency", "gists_even": "gists, no focus", "gists_recency": "gists + recency",

@@ -13,7 +13,7 @@ from nanochat.loading import load_model
 INTERVALS = (1, 4, 8, 16, 32)  # tokens between two looks of "gists_lens_again", "gists_lens_again_4", …
 
 SYSTEMS: dict[str, type[System]] = {kind.name: kind for kind in (
-    raw.FullContext, raw.SlidingWindow, raw.WindowAndSinks, raw.RandomBlocks, raw.BM25Blocks, again(raw.BM25Blocks),
+    raw.FullContext, raw.SlidingWindow, again(raw.SlidingWindow), raw.WindowAndSinks, raw.RandomBlocks, raw.BM25Blocks, again(raw.BM25Blocks),
     raw.MeanEmbeddingBlocks, raw.LearnedRetrieverBlocks, again(raw.LearnedRetrieverBlocks),
     token_drop.SurprisalDrop, keep_drop.LearnedDrop,
     gists.MeanGists, gists.EvenGists, gists.RecencyGists, gists.RandomGists, gists.LensGists,
