@@ -357,7 +357,7 @@ def plot_intervals(results: Results, path: Path) -> bool:
             place = [list(looks).index(system) for system in found]
             middle = np.array([gap for gap, _ in found.values()])
             errors = np.abs(np.array([around for _, around in found.values()]) - middle[:, None]).T
-            axis.errorbar(np.array(place) + 0.08 * (i - (len(own) - 1) / 2), middle, yerr=errors, color=COLOURS[i], marker=MARKERS[i], markersize=4, linewidth=1.2, capsize=2,
+            axis.errorbar(np.array(place) + 0.08 * (i - (len(own) - 1) / 2), middle, yerr=errors, color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.2, capsize=2,
                           label=f"{setting.model}, W = {setting.budget}")
         axis.axhline(1, color=GREY, linewidth=0.8, linestyle="--")
         axis.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
