@@ -57,7 +57,7 @@ class MCConfig:
     lens: str = setting("bilinear", "LensNet variant: each block by itself, or with a network on top that reads the blocks together", ("bilinear", *READERS))
     teacher: str = setting("gate", "what the lens is taught, a kind or kind:weight, …: gate (gradients of the full pass), attention (mass in it), softmax (its logit is a bias in the working context's attention), counterfactual (measured utilities of edits) or preference (the best of --mc_variants)")
     lens_horizon: int = setting(8, "tokens ahead whose need for a block the lens predicts")
-    lens_queries: int = setting(256, "last positions of a row that teach the lens")
+    lens_queries: int = setting(128, "last positions of a row that teach the lens")
     lens_row_stride: int = setting(1, "every how many rows teach the lens")
     lens_key_dim: int = setting(128, "width of a lens key")
     lens_keys: int = setting(4, "lens keys per block")

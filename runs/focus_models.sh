@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Models of obsidian/log/2026-11-22 Votes that fade with age.md: recall (recall_mc_SEED), from it two hops (hops_SEED), and from that gists and lens
-# alone, a lens key for each pair (hops_lens_SEED; the base stays as it is, bit for bit). Then the questions of two hops, put to sessions.
+# alone, a lens key for each pair (hops_lens_SEED; the base stays as it is, bit for bit). From recall also a base that has read working contexts of 512
+# entries (recall_wide_SEED; obsidian/log/2026-11-22 Focus against the oracle.md). Then 128 blocks at an eighth, and two hops, put to sessions.
 # SEEDS="1 2 3" bash runs/focus_models.sh; a second run goes on. About ten minutes a seed on one CPU core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,7 +23,7 @@ train() {  # tag, steps, flags…
   python -m scripts.base_train --model_tag="$tag" --num_iterations="$steps" "${SHARED[@]}" "$@"
 }
 
-TRAINED=()
+HOPS=() WIDE=()
 for SEED in ${SEEDS:-1 2 3}; do
   train "recall_mc_$SEED" 400 --seed="$SEED" --data=recall --grad_clip=1 --recall_grow=0.75 --mc_start=0.25 --mc_row_stride=4 --mc_lens_lr=0.04 \
     --mc_far_tokens=8388608
@@ -30,6 +31,10 @@ for SEED in ${SEEDS:-1 2 3}; do
     --mc_lens_lr=0.04 "${TEACHER[@]}"
   train "hops_lens_$SEED" 600 --seed="$SEED" --data=hops --init_from="$CKPT/hops_$SEED" --freeze_base=1 --recall_grow=0 --mc_start=0 --mc_row_stride=4 \
     --mc_lens_lr=0.01 --mc_lens_keys=16 --mc_lens_horizon=8 "${TEACHER[@]}"
-  TRAINED+=("$CKPT/hops_lens_$SEED")
+  train "recall_wide_$SEED" 100 --seed="$SEED" --data=recall --init_from="$CKPT/recall_mc_$SEED" --grad_clip=1 --recall_grow=0 --mc_start=0 --mc_row_stride=4 \
+    --mc_lens_lr=0.02 --mc_far_tokens=8388608 --mc_budget=512 --mc_recent=32
+  HOPS+=("$CKPT/hops_lens_$SEED")
+  WIDE+=("$CKPT/recall_wide_$SEED")
 done
-python -m scripts.eval_focus --hops_mc="$(IFS=,; echo "${TRAINED[*]}")" --hops_budget=256 --contexts=32 --out="$NANOCHAT_BASE_DIR/hops"
+python -m scripts.eval_focus --recall_mc="$(IFS=,; echo "${WIDE[*]}")" --recall_sizes=128:8,128:16 --contexts=16 --candidates=4 --out="$NANOCHAT_BASE_DIR/recall_wide"
+python -m scripts.eval_focus --hops_mc="$(IFS=,; echo "${HOPS[*]}")" --hops_budget=256 --contexts=32 --out="$NANOCHAT_BASE_DIR/hops"

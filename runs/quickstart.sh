@@ -18,7 +18,7 @@ TEXT=(--data=stdlib --depth=4 --aspect_ratio=32 --matrix_lr=0.04 --unembedding_l
 MC=(--mc_enabled=1 --mc_budget=128 --mc_horizon=32 --mc_gist=transformer --mc_kl_weight=0.1)
 MC_RECALL=(--mc_start=0.25 --mc_row_stride=4 --mc_wc_weight=0.5 --mc_teacher=attention --mc_lens_queries=128 --mc_lens_horizon=1
            --mc_lens_lr=0.04 --mc_max_lod=4 --mc_far_tokens=8388608)  # far histories: for sessions of millions of tokens
-MC_TEXT=(--mc_start=0.4 --mc_row_stride=2 --mc_wc_weight=0.1 --mc_lens_row_stride=2)
+MC_TEXT=(--mc_start=0.4 --mc_row_stride=2 --mc_wc_weight=0.1 --mc_lens_row_stride=2 --mc_lens_queries=256)
 
 train() {  # tag, steps, flags…
   local tag="$1" steps="$2" done_file; shift 2
