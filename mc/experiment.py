@@ -3,10 +3,12 @@
 A cell is one dict that says all its numbers depend on. Each runs in a process of its own and appends one line of JSON, its record, when it
 is done: so what a kill interrupts is lost, what was finished is not run again, and two runners may work on one file.
 
-Statistics. A measure is x_SC: one number per seed and document. Intervals and p-values come from the pigeonhole bootstrap (Owen 2007): seeds
-and documents are drawn with replacement, independently, the same draws for every arm and every measure, so that every comparison is paired and
-any arithmetic on means (a gap closed, say) has its distribution too. It covers both kinds of noise, and is conservative where they interact.
-A measure that has one number per seed is tested by the paired t-test over seeds instead.
+Statistics. A measure is x_SC: one number per seed and document. Intervals and p-values come from draws of how its mean would come out with other
+seeds and other documents, the same draws for every arm and every measure, so that every comparison is paired and any arithmetic on means (a gap
+closed, say) has its distribution too. Documents are drawn with replacement (the bootstrap). Seeds are too few for that: three agree by chance in
+one case of four, and would then agree in every draw. Their mean is spread as the t-distribution says instead. Both deviations are added, so what
+differs by seed and document together counts twice: conservative. A measure that has one number per seed is tested by the paired t-test over
+seeds, which is the same without documents. False positives, measured: obsidian/log/2026-11-23 What three seeds can say.md.
 
 Shapes: S seeds, C documents, D draws of the bootstrap.
 """
@@ -206,20 +208,36 @@ def _received(receiver) -> str:
 # Statistics
 
 
+def seed_weights(seeds: int, draws: int, rng: np.random.Generator) -> np.ndarray:
+    """[D, S] weights of sum 1, negative ones among them: for any x_S, weights @ x is distributed as mean + t · deviation / √S, t with S − 1 degrees
+    of freedom.
+
+    Beside 1/S a weight is a multivariate t in the S − 1 dimensions in which weights of sum 0 lie, and any projection of that is a t.
+    """
+    if seeds == 1:
+        return np.ones((draws, 1))
+    normal_DS = rng.standard_normal((draws, seeds))
+    normal_DS -= normal_DS.mean(1, keepdims=True)
+    chi_D1 = np.sqrt(rng.chisquare(seeds - 1, (draws, 1)) / (seeds - 1))
+    return 1 / seeds + normal_DS / chi_D1 / math.sqrt(seeds * (seeds - 1))
+
+
 class Bootstrap:
     """Draws of seeds and documents, the same for every measure of one shape."""
 
     def __init__(self, seeds: int, documents: int, draws: int = DRAWS):
         rng = np.random.default_rng(0)
-        self.seeds_DS = rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws).astype(float)
+        self.seeds_DS = seed_weights(seeds, draws, rng)
         self.documents_DC = rng.multinomial(documents, np.full(documents, 1 / documents), draws).astype(float)
 
     def means(self, x_SC: np.ndarray) -> np.ndarray:
-        """[D] mean of each draw; NaN stands for a document that has no such value, and counts for nothing."""
+        """[D] mean of each draw. NaN stands for a document that has no such value, and counts for nothing; a seed without any gives NaN."""
         there = ~np.isnan(x_SC)
-        total = lambda values: ((self.seeds_DS @ values) * self.documents_DC).sum(1)
+        mean = lambda axis: np.where(there, x_SC, 0.0).sum(axis) / there.sum(axis)
         with np.errstate(invalid="ignore", divide="ignore"):
-            return total(np.where(there, x_SC, 0.0)) / total(there.astype(float))
+            of_document_C, some_C = mean(0), there.any(0)
+            documents_D = self.documents_DC @ np.where(some_C, of_document_C, 0.0) / (self.documents_DC @ some_C)
+            return self.seeds_DS @ mean(1) + documents_D - mean(None)
 
 
 bootstrap = lru_cache(maxsize=16)(Bootstrap)

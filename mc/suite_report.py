@@ -429,8 +429,8 @@ def write_report(suite: Suite, records: list[dict], out: Path, *, costs: dict[st
     seeds = sorted({record["seed"] for record in records})
     lines = [f"# {suite.name}: {suite.title}", "",
              f"Seeds {', '.join(map(str, seeds))}: a model each, trained and fine-tuned alike; the same documents for every system and seed. Intervals are 95 %, by the "
-             "pigeonhole bootstrap (seeds and documents drawn with replacement, independently). acc: share of the answer's tokens predicted right; nll: nats per token. "
-             f"\"−\" behind a number: significantly worse than {LABELS[MC]} on the same documents, \"+\": better (paired bootstrap, p < 0.05 after Holm's correction "
+             "t-distribution over seeds and bootstrap over documents, together. acc: share of the answer's tokens predicted right; nll: nats per token. "
+             f"\"−\" behind a number: significantly worse than {LABELS[MC]} on the same documents, \"+\": better (paired, p < 0.05 after Holm's correction "
              "over systems); nothing: undecided.", ""]
     if len(seeds) < 3:
         lines += [f"**{len(seeds)} seed{'s' * (len(seeds) > 1)} only: these numbers show that everything runs, and support no claim.**", ""]

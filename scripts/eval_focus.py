@@ -3,7 +3,7 @@
     python -m scripts.eval_focus --recall_mc=DIR,DIR --text_mc=DIR --out=DIR     directories of runs with --mc_enabled=1, one per seed
     … --hops_mc=DIR,DIR                                                          and questions of two hops, put to a session
 
-Every setting (a length of history at a budget) is judged on the same held-out contexts for all seeds. The last line is JSON, of the
+Every setting (a length of history at a budget) is judged on held-out contexts: of text the same for all seeds, of recall each seed's own. The last line is JSON, of the
 lens: the worst over the settings of recall (of text, without any recall).
 """
 
@@ -92,16 +92,17 @@ def summary(found: list[dict[str, dict[str, np.ndarray]]], with_accuracy: bool) 
         for name in MEASURES:
             if name in found[0][system] and (name != "acc" or with_accuracy):
                 each = [one[system][name] for one in found]
-                values = np.concatenate(each)
-                values = values[~np.isnan(values)]  # contexts in which no block matters have no hits
-                row[name] = {**mean_of(values), "seeds": [float(np.nanmean(x)) for x in each]} if len(values) else None
+                row[name] = mean_of(each) if not all(np.isnan(x).all() for x in each) else None
         if "regret" in row:
             row["gap_closed"] = gap_closed(found, system)
     return systems
 
 
-def mean_of(values: np.ndarray) -> dict:
-    return {"mean": float(values.mean()), "interval": bootstrap(lambda i: values[i].mean(), len(values))}
+def mean_of(each: list[np.ndarray]) -> dict:
+    """Of one array of contexts per seed. NaN is a context without such a value: where no block matters there are no hits."""
+    values = np.concatenate(each)
+    return {"mean": float(np.nanmean(values)), "interval": bootstrap(lambda i: np.nanmean(values[i]), len(values), seeds=len(each)),
+            "seeds": [float(np.nanmean(x)) for x in each]}
 
 
 ANNOUNCED = (0, 5)  # chains of the same two blocks that are read before the question
@@ -121,7 +122,7 @@ def judge_hops(models: list[Model], directories: list[Path], tokenizer: Tokenize
             parts.append(ask_chains(pools, task, flags["recall_blocks"], args.contexts, announced))
             progress.update(sum(map(len, found.values())) * args.contexts)
     facts = {"blocks": flags["recall_blocks"], "budget": pools["once"].focus_config.budget, "contexts": args.contexts, "seeds": len(models), "checkpoints": list(map(str, directories))}
-    return [{"announced": announced, **facts, "systems": {name: {**mean_of(np.concatenate([one[name] for one in parts])), "seeds": [float(one[name].mean()) for one in parts]} for name in HOP_SYSTEMS}}
+    return [{"announced": announced, **facts, "systems": {name: mean_of([one[name] for one in parts]) for name in HOP_SYSTEMS}}
             for announced, parts in found.items()]
 
 
@@ -131,7 +132,7 @@ def gap_closed(found: list[dict[str, dict[str, np.ndarray]]], system: str) -> di
     if (window - full).mean() < LEAST_GAP:
         return None
     share = lambda i: (window[i] - mine[i]).mean() / max((window[i] - full[i]).mean(), 1e-9)
-    return {"mean": float(share(slice(None))), "interval": bootstrap(share, len(window))}
+    return {"mean": float(share(slice(None))), "interval": bootstrap(share, len(window), seeds=len(found))}
 
 
 def markdown(report: dict) -> str:
@@ -155,7 +156,7 @@ def markdown(report: dict) -> str:
                   "| chains of the same blocks read before | " + " | ".join(HOP_SYSTEMS) + " |", "|---" * (len(HOP_SYSTEMS) + 1) + "|"]
         lines += [f"| {row['announced']} | " + " | ".join(cell(row["systems"][name]) for name in HOP_SYSTEMS) + " |" for row in report["hops"]]
         lines.append("")
-    return "\n".join([*lines, f"Intervals: 95 %, bootstrap over the contexts of all seeds. Commit {report['commit']}.", ""])
+    return "\n".join([*lines, f"Intervals: 95 %, bootstrap over contexts, each with all seeds: of these models, not of others trained alike. Commit {report['commit']}.", ""])
 
 
 def cell(found: dict | None) -> str:

@@ -99,18 +99,18 @@ def of_horizon(system: str, horizon: int, count: int) -> str:
     return f"{system} {horizon}@{count}" if system in ("predictor", "oracle") else f"{system}@{count}"
 
 
-def share(upper: np.ndarray, mine: np.ndarray, lower: np.ndarray, weight: np.ndarray, least: float = 0.0) -> dict | None:
+def share(upper: np.ndarray, mine: np.ndarray, lower: np.ndarray, weight: np.ndarray, seeds: int, least: float = 0.0) -> dict | None:
     """(upper − mine) / (upper − lower) of weighted mean losses [contexts, P], with its 95 % bootstrap over contexts; None where the
     difference of the ends is below `least` nats, or its own interval reaches zero: such a share means nothing."""
     totals = np.stack([(x * weight).sum(1) for x in (upper - mine, upper - lower, np.ones_like(upper))], 1)
     part = lambda i: totals[i, 0].sum() / max(totals[i, 1].sum(), 1e-9)
-    if totals[:, 1].sum() <= max(least * totals[:, 2].sum(), 1e-9) or bootstrap(lambda i: totals[i, 1].sum(), len(totals))[0] <= 0:
+    if totals[:, 1].sum() <= max(least * totals[:, 2].sum(), 1e-9) or bootstrap(lambda i: totals[i, 1].sum(), len(totals), seeds=seeds)[0] <= 0:
         return None
     every = np.arange(len(totals))
-    return {"mean": float(part(every)), "interval": bootstrap(part, len(totals))}
+    return {"mean": float(part(every)), "interval": bootstrap(part, len(totals), seeds=seeds)}
 
 
-def summarize(found: dict[str, np.ndarray], counts: list[int], with_predictor: bool) -> dict:
+def summarize(found: dict[str, np.ndarray], counts: list[int], with_predictor: bool, seeds: int) -> dict:
     """Of all contexts of all seeds."""
     systems = [s for s in SYSTEMS if with_predictor or s != "predictor"]
     most, summary = counts[-1], {"horizons": {}, "far": {}}
@@ -122,20 +122,20 @@ def summarize(found: dict[str, np.ndarray], counts: list[int], with_predictor: b
             for count in counts if system != "gists" else [0]:
                 name = of_horizon(system, horizon, count) if count else "gists"
                 row["nll"][f"{system}@{count}"] = mean(name)
-                row["gap_closed"][f"{system}@{count}"] = share(found["window"], found[name], found["full"], mask, LEAST_GAP)
+                row["gap_closed"][f"{system}@{count}"] = share(found["window"], found[name], found["full"], mask, seeds, LEAST_GAP)
         chosen = lambda system: found[of_horizon(system, horizon, most)]
-        row["share_of_oracle"] = {s: share(chosen("random"), chosen(s), chosen("oracle"), mask) for s in systems if s not in ("random", "oracle")}
+        row["share_of_oracle"] = {s: share(chosen("random"), chosen(s), chosen("oracle"), mask, seeds) for s in systems if s not in ("random", "oracle")}
         if with_predictor:
-            row["share_of_predictor"] = share(chosen("random"), chosen("lens"), chosen("predictor"), mask)
+            row["share_of_predictor"] = share(chosen("random"), chosen("lens"), chosen("predictor"), mask, seeds)
         for system in ("lens", "bm25", "tail_attention", "next_gate", *([f"predictor {horizon}"] if with_predictor else [])):
             rho = found[f"rho {system}"][:, HORIZONS.index(horizon)]
-            row["spearman"][system.split()[0]] = {"mean": float(rho.mean()), "interval": bootstrap(lambda i: rho[i].mean(), len(rho))}
+            row["spearman"][system.split()[0]] = {"mean": float(rho.mean()), "interval": bootstrap(lambda i: rho[i].mean(), len(rho), seeds=seeds)}
     for label in FAR:
         mask = found[f"far {label}"]
         mean = lambda name: float((found[name] * mask).sum() / max(mask.sum(), 1))
         names = {s: of_horizon(s, HORIZONS[-1], most) for s in systems}
         summary["far"][label] = {"targets": int(mask.sum()), "share": float(mask.mean()), "nll": {name: mean(name) for name in ("full", "window", "gists")} | {s: mean(name) for s, name in names.items()},
-                                 "gap_closed": {s: share(found["window"], found[name], found["full"], mask, LEAST_GAP) for s, name in names.items()}}
+                                 "gap_closed": {s: share(found["window"], found[name], found["full"], mask, seeds, LEAST_GAP) for s, name in names.items()}}
     return summary
 
 
@@ -163,7 +163,7 @@ def markdown(report: dict) -> str:
             lines.append(f"| {label}: NLL | {far['targets']} ({far['share']:.1%}) | " + " | ".join(f"{far['nll'][name]:.3f}" for name in ("full", "window", "gists", *systems)) + " |")
             lines.append("| gap closed | | | | | " + " | ".join(cell(far["gap_closed"][name]) for name in systems) + " |")
         lines.append("")
-    return "\n".join([*lines, f"Intervals: 95 %, bootstrap over the contexts of all seeds; –: the gap is below {LEAST_GAP} nat or not sure to be one. Commit {report['commit']}.", ""])
+    return "\n".join([*lines, f"Intervals: 95 %, bootstrap over contexts, each with all seeds: of these models, not of others trained alike; –: the gap is below {LEAST_GAP} nat or not sure to be one. Commit {report['commit']}.", ""])
 
 
 def make_parser() -> FlagParser:
@@ -204,8 +204,8 @@ def main() -> None:
             found = [judged(model, directory, data, budget, counts, args, out, tokenizer) for model, directory in zip(models, args.text_mc)]
             joined = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
             settings.append({"data": data.name, "block_size": K, "budget": budget, "n": (T - HORIZONS[-1]) // K * K, "counts": counts, "contexts": args.contexts, "seeds": len(models),
-                             "checkpoints": list(map(str, args.text_mc)), "summary": summarize(joined, counts, bool(args.train_contexts)),
-                             "by_seed": [summarize(one, counts, bool(args.train_contexts))["horizons"] for one in found]})
+                             "checkpoints": list(map(str, args.text_mc)), "summary": summarize(joined, counts, bool(args.train_contexts), len(found)),
+                             "by_seed": [summarize(one, counts, bool(args.train_contexts), 1)["horizons"] for one in found]})
     report = {"settings": settings, "seed": args.seed, "train_contexts": args.train_contexts, "commit": commit()}
     out.mkdir(parents=True, exist_ok=True)
     (out / "text_focus.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -52,9 +52,9 @@ def test_bootstrap_sees_seeds_and_documents():
     width = {name: np.ptp(interval(draws.means(x))) for name, x in {
         "nothing": np.ones((4, 100)), "seeds": np.arange(4.0)[:, None] + np.zeros(100), "documents": effect + np.zeros((4, 1)),
         "both": np.arange(4.0)[:, None] + effect}.items()}
-    assert width["nothing"] == 0
+    assert width["nothing"] == pytest.approx(0, abs=1e-12)
     assert width["documents"] == pytest.approx(2 * 1.96 * effect.std() / 10, rel=0.1)  # as if there were one seed: they agree
-    assert width["seeds"] == pytest.approx(2 * 1.96 * np.arange(4).std() / 2, rel=0.15)
+    assert width["seeds"] == pytest.approx(2 * 3.18 * np.arange(4).std(ddof=1) / 2, rel=0.1)  # t with three degrees of freedom
     assert width["both"] > max(width["seeds"], width["documents"])
 
 
@@ -69,17 +69,33 @@ def test_bootstrap_is_paired():
     assert bootstrap_p(np.r_[np.ones(50), -np.ones(50)]) == 1 and math.isnan(bootstrap_p(np.array([1.0, math.nan])))
 
 
+def test_seeds_alone_are_the_t_test():
+    x_S = np.array([0.3, 0.1, 0.45])
+    drawn = Bootstrap(3, 5, draws=200_000).means(np.repeat(x_S[:, None], 5, 1))
+    (low, high), p = t_test(x_S)
+    assert interval(drawn) == pytest.approx((low, high), rel=0.02) and bootstrap_p(drawn) == pytest.approx(p, rel=0.05)
+
+
+@pytest.mark.parametrize("by_seed, by_document, by_both", [(0.1, 0, 0), (0.1, 0, 0.3), (0, 0.3, 0.1), (0, 0, 0.3)])
+def test_false_positives_with_three_seeds(by_seed, by_document, by_both):
+    """Where there is no effect, no more than one in twenty is called significant, whatever the noise comes from."""
+    rng, draws, found = np.random.default_rng(0), Bootstrap(3, 24, draws=1000), []
+    for _ in range(300):
+        x_SC = by_seed * rng.normal(size=(3, 1)) + by_document * rng.normal(size=(1, 24)) + by_both * rng.normal(size=(3, 24))
+        found.append(bootstrap_p(draws.means(x_SC)))
+    assert np.mean(np.array(found) < 0.05) < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300) and min(found) > 0.001
+
+
 @given(st.lists(st.lists(st.floats(-5, 5) | st.just(math.nan), min_size=3, max_size=3), min_size=1, max_size=4))
 def test_means_against_drawing_one_by_one(values):
     x = np.array(values)
     draws = Bootstrap(len(x), 3, draws=20)
-    for d, mean in enumerate(draws.means(x)):
-        rows = np.repeat(np.arange(len(x)), draws.seeds_DS[d].astype(int))
-        columns = np.repeat(np.arange(3), draws.documents_DC[d].astype(int))
-        drawn = x[np.ix_(rows, columns)]
-        there = drawn[~np.isnan(drawn)]
-        assert len(rows) == len(x) and len(columns) == 3
-        assert math.isnan(mean) if not len(there) else mean == pytest.approx(there.mean(), abs=1e-12)
+    mean = lambda cells: float(np.mean(kept)) if len(kept := [v for v in cells if not math.isnan(v)]) else math.nan
+    for d, drawn in enumerate(draws.means(x)):
+        columns = [mean(x[:, c]) for c in range(3) for _ in range(int(draws.documents_DC[d, c]))]
+        by_seed = sum(weight * mean(row) for weight, row in zip(draws.seeds_DS[d], x))
+        assert len(columns) == 3
+        assert drawn == pytest.approx(by_seed + mean(columns) - mean(x.flat), abs=1e-9, nan_ok=True)
 
 
 # -- formulas -------------------------------------------------------------------------------------------------------------

@@ -119,6 +119,16 @@ def test_bootstrap_is_that_of_a_mean():
     assert low == pytest.approx(x.mean() - error, abs=0.1 * error) and high == pytest.approx(x.mean() + error, abs=0.1 * error)
 
 
+def test_bootstrap_draws_a_context_with_all_of_its_seeds():
+    """The same contexts judged three times are no more contexts."""
+    once = np.random.default_rng(2).normal(3, 2, 80)
+    x = np.tile(once, 3)
+    assert report.bootstrap(lambda i: x[i].mean(), len(x), seeds=3) == pytest.approx(report.bootstrap(lambda i: once[i].mean(), len(once)))
+    seen = []
+    report.bootstrap(lambda i: seen.append(i) or 0.0, 6, draws=50, seeds=2)
+    assert all((i[3:] == i[:3] + 3).all() for i in seen) and set(np.concatenate(seen)) == set(range(6))
+
+
 # -- table ----------------------------------------------------------------------------------------------------------------
 
 

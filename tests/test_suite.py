@@ -159,7 +159,7 @@ def test_what_looks_at_every_token_against_each_system():
 
 
 def test_seeds_that_all_have_are_compared():
-    some = [r for r in records() if not (r["system"] == "gists_lens" and r["seed"] == 3)]
+    some = [r for r in records((1, 2, 3, 4)) if not (r["system"] == "gists_lens" and r["seed"] == 4)]
     _, counts = score_table(Results(some), SETTING)
     assert counts["window"] == [2, 0, 0]
     assert math.isclose(gap_closed(Results(some), SETTING, ["alias"], "gists_lens")[0], 0.75)

@@ -104,10 +104,10 @@ def test_far_targets(row, window, length):
 def test_shares_and_when_there_are_none():
     upper, mine, lower = (np.full((5, 4), x) for x in (3.0, 2.5, 2.0))
     mask = np.ones((5, 4))
-    assert share(upper, mine, lower, mask)["mean"] == pytest.approx(0.5)
-    assert share(upper, mine, upper - 0.05, mask, least=0.1) is None and share(upper, mine, upper, mask) is None
+    assert share(upper, mine, lower, mask, 1)["mean"] == pytest.approx(0.5)
+    assert share(upper, mine, upper - 0.05, mask, 1, least=0.1) is None and share(upper, mine, upper, mask, 1) is None
     unsure = upper - np.array([2.0, -1.0, 1.0, -1.0, 1.0])[:, None]
-    assert share(upper, mine, unsure, mask) is None, "a gap of 0.4 nats that is none in many resamples"
+    assert share(upper, mine, unsure, mask, 1) is None, "a gap of 0.4 nats that is none in many resamples"
     mine[:, 2:] = 99
     mask[:, 2:] = 0
-    assert share(upper, mine, lower, mask, least=0.1) == {"mean": pytest.approx(0.5), "interval": [pytest.approx(0.5)] * 2}
+    assert share(upper, mine, lower, mask, 1, least=0.1) == {"mean": pytest.approx(0.5), "interval": [pytest.approx(0.5)] * 2}
