@@ -83,9 +83,9 @@ def read_study(path: Path) -> Study:
     return Study(path.stem, found["question"], {DEFAULT: {}} | changes, found["base"], seeds, evaluate, report, found.get("step_time"))
 
 
-def step_time_cells(study: Study, arms: list[str]) -> list[dict]:
-    """One per arm whose training differs from the default's, on the first seed: a step's time does not depend on it."""
-    seed, timing = study.seeds[0], {"pairs": 6, "steps": 2} | (study.step_time or {})
+def step_time_cells(study: Study, arms: list[str], seed: int) -> list[dict]:
+    """One per arm whose training differs from the default's. seed: one that was trained; a step's time does not depend on it."""
+    timing = {"pairs": 6, "steps": 2} | (study.step_time or {})
     against = study.cell(DEFAULT, seed)["model_tag"]
     cells = [study.cell(arm, seed) | timing | {"against": against} for arm in arms]
     return [cell | {"key": f"time-{digest({k: cell[k] for k in ('model_tag', 'against', 'pairs', 'steps')})}", "name": f"{cell['arm']}, step time"}
@@ -93,9 +93,10 @@ def step_time_cells(study: Study, arms: list[str]) -> list[dict]:
 
 
 def study_results(study: Study, done: dict[str, dict], seeds: list[int]) -> tuple[dict[tuple[str, int], dict], dict[str, dict]]:
-    """((arm, seed) -> record, arm -> step time) of what was run. done: key -> record."""
+    """((arm, seed) -> record, arm -> step time on the first seed that has one) of what was run. done: key -> record."""
     records = {(arm, seed): done[key] for arm in study.arms for seed in seeds if (key := study.cell(arm, seed)["key"]) in done}
-    return records, {cell["arm"]: done[cell["key"]]["results"] for cell in step_time_cells(study, list(study.arms)) if cell["key"] in done}
+    timed = [cell for seed in reversed(seeds) for cell in step_time_cells(study, list(study.arms), seed) if cell["key"] in done]
+    return records, {cell["arm"]: done[cell["key"]]["results"] for cell in timed}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

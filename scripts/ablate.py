@@ -111,7 +111,7 @@ def main() -> None:
     records = Records(out / "results.jsonl")
     cells = [study.cell(arm, seed) for seed in seeds for arm in arms]
     run_cells(cells, "scripts.ablate:run_cell", records, what=study.name, jobs=args.jobs)
-    timings = step_time_cells(study, arms) if study.step_time is not None else []
+    timings = step_time_cells(study, arms, seeds[0]) if study.step_time is not None else []
     if timings:
         run_cells(timings, "scripts.ablate:run_step_time", records, what=f"{study.name}: step times")
 

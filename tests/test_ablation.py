@@ -5,7 +5,7 @@ import pytest
 from matplotlib.image import imread
 
 from mc import ablation
-from mc.ablation import estimates, read_study, table
+from mc.ablation import estimates, read_study, step_time_cells, study_results, table
 from mc.experiment import Formula
 from nanochat.common import UserError
 
@@ -59,6 +59,16 @@ def test_bad_studies(tmp_path, old, new, error):
     assert old in STUDY
     with pytest.raises(UserError, match=error):
         read_study(write(tmp_path / "s.yaml", STUDY.replace(old, new)))
+
+
+def test_step_times_are_of_a_seed_that_was_run(tmp_path):
+    """`--seeds=2` has trained nothing else. The keys of old records stay."""
+    study = read_study(write(tmp_path / "study.yaml", STUDY))
+    first, second = (step_time_cells(study, list(study.arms), seed) for seed in (1, 2))
+    assert [cell["key"] for cell in first] == ["time-9f5175511559", "time-22cd8eb0067f"]
+    assert {tag for cell in second for tag in (cell["model_tag"], cell["against"])} == {study.cell(arm, 2)["model_tag"] for arm in study.arms}
+    done = {cell["key"]: {"results": {"ratio": ratio}} for ratio, cell in ((1.5, second[0]), (1.6, second[1]), (1.1, first[1]))}
+    assert study_results(study, done, [1, 2])[1] == {"mc_teacher=attention": {"ratio": 1.5}, "both": {"ratio": 1.1}}
 
 
 # -- estimates ------------------------------------------------------------------------------------------------------------
