@@ -82,10 +82,10 @@ def edit_utilities(gpt: GPT, mc: MegaContext, tree: Tree, tokens_RT: Tensor, tar
         return x.repeat_interleave(1 + E, 0)
 
     n = each(n_R)
-    cut, fits = from_expanded([raw_CN, *map(each, expanded[1:])], n, c.block_size, c.budget)
+    cut, fits = from_expanded([raw_CN, *map(each, expanded[1:])], n, c.block_size, c.budget, c.gists_per_block)
     entries = with_continuation(cut, n, c.horizon - 1)
-    out = run_entries(gpt, mc, Tree(each(tree.table_BND), tree.shape), each(tokens_RT), entries)
-    read = read_rows(entries, c.block_size, c.horizon, 1)
+    out = run_entries(gpt, mc, tree.with_table(each(tree.table_BND)), each(tokens_RT), entries)
+    read = read_rows(entries, c.block_size, c.horizon, 1, c.gists_per_block)
     target = each(targets_RT).gather(1, read.token_BP)
     nll = row_mean(token_losses(gpt.logits(take(out, read.slot_BP)), target), target >= 0)
     nll_RC = nll.masked_fill(~fits, torch.nan).view(R, 1 + E)

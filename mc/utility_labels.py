@@ -28,7 +28,6 @@ from torch import Tensor
 from mc.config import to_dict
 from mc.counterfactual import can_flip, draw_cut, draw_edits, edit_utilities
 from mc.lens_objectives import standardized, visible_blocks
-from mc.mega_context import Tree
 from mc.model import MegaContext
 from mc.teachers import continuation_pass, gate_utility
 from nanochat.common import UserError
@@ -99,7 +98,7 @@ def measure(gpt: GPT, mc: MegaContext, tokens_CT: Tensor, targets_CT: Tensor, ro
     def each(x: Tensor) -> Tensor:
         return x.repeat_interleave(len(at), 0)
 
-    trees = Tree(each(tree.table_BND), tree.shape)
+    trees = tree.with_table(each(tree.table_BND))
     utility, nll = edit_utilities(gpt, mc, trees, each(tokens_CT), each(targets_CT), n_CQ.flatten(), expanded, block)
     shape = (len(tokens_CT), len(at))
     return Labels(rows_C, tokens_CT, n_CQ.contiguous(), *(x.unflatten(0, shape) for x in (block, utility.float().masked_fill(~valid, 0), valid, nll.float())))

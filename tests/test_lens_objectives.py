@@ -16,6 +16,7 @@ from mc.lens_objectives import (BIAS_LIMIT, EDIT_PRICE, MARGIN, RIVALS, bradley_
 from mc.model import Entries, read_rows, run_entries, take, with_continuation
 from mc.working_context import check as check_cut
 from mc.working_context import from_expanded
+from mc.utility_labels import measure
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig, token_losses
 from tiny_mc import H, K, N, R, T, VOCAB, W, step, tiny_base, tiny_batch, tiny_mc
@@ -98,10 +99,11 @@ def drawn(mc, n, rows, *key):
     return editable, expanded, can_flip(expanded, editable, n, K)
 
 
-@pytest.mark.parametrize("max_lod", [1, 2, 3])
-def test_measured_utilities_are_those_of_cuts_run_one_by_one(max_lod):
+@pytest.mark.parametrize("max_lod, n_gists", [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2)])
+def test_measured_utilities_are_those_of_cuts_run_one_by_one(max_lod, n_gists):
     gpt, batch, n = tiny_base(), tiny_batch(), torch.tensor([N, N, 44, 52])
-    mc = tiny_mc(gpt, max_lod=max_lod)
+    mc = tiny_mc(gpt, max_lod=max_lod, gists_per_block=n_gists, budget=W + 8 * (n_gists - 1), recent=R)
+    budget = mc.config.budget
     tree = mc.model.build_tree(gpt.embed(batch.inputs))
     _, expanded, there = drawn(mc, n, batch.rows, 0)
     block, valid = draw_edits(torch.zeros(4, BLOCKS), there, 5, batch.rows, 0, 1)
@@ -112,13 +114,13 @@ def test_measured_utilities_are_those_of_cuts_run_one_by_one(max_lod):
         row = slice(r, r + 1)
         raw = torch.zeros(1, BLOCKS, dtype=torch.bool)
         raw[0, sorted(blocks)] = True
-        cut, fits = from_expanded([raw, *(x[row] for x in expanded[1:])], n[row], K, W)
+        cut, fits = from_expanded([raw, *(x[row] for x in expanded[1:])], n[row], K, budget, n_gists)
         assert fits.all()
-        check_cut(cut, n[row], W, max_lod)
+        check_cut(cut, n[row], budget, max_lod)
         entries = with_continuation(cut, n[row], H - 1)
         with torch.no_grad():
             out = run_entries(gpt, mc.model, mc.model.build_tree(gpt.embed(batch.inputs[row])), batch.inputs[row], entries)
-            read = read_rows(entries, K, H, 1)
+            read = read_rows(entries, K, H, 1, n_gists)
             wanted = batch.targets[row].gather(1, read.token_BP)
             return (token_losses(gpt.logits(take(out, read.slot_BP)), wanted).sum() / (wanted >= 0).sum()).item()
 
@@ -127,6 +129,20 @@ def test_measured_utilities_are_those_of_cuts_run_one_by_one(max_lod):
         assert nll[r].item() == pytest.approx(one(r, base), abs=1e-10)
         expected = one(r, base - {edited}) - one(r, base | {edited})
         assert utility[r, e].item() == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("n_gists", [1, 2])
+def test_labels_are_the_measured_utilities_of_each_end_of_history(n_gists):
+    gpt, batch = tiny_base(), tiny_batch()
+    mc = tiny_mc(gpt, max_lod=1, gists_per_block=n_gists, budget=40, recent=R)
+    labels = measure(gpt, mc.model, batch.inputs, batch.targets, batch.rows, (48, 56), 3, 0)
+    for q, end in enumerate((48, 56)):
+        n = torch.full((4,), end)
+        _, expanded, _ = drawn(mc, n, batch.rows, 0, end)
+        utility, nll = edit_utilities(gpt, mc.model, mc.model.build_tree(gpt.embed(batch.inputs)), batch.inputs, batch.targets, n, expanded, labels.block_CQE[:, q])
+        assert labels.valid_CQE[:, q].any()
+        torch.testing.assert_close(labels.utility_CQE[:, q], utility.float().masked_fill(~labels.valid_CQE[:, q], 0))
+        torch.testing.assert_close(labels.nll_CQ[:, q], nll.float())
 
 
 @settings(max_examples=60, deadline=None)
