@@ -17,7 +17,8 @@ Terms, each with a weight:
     illegal     −log of the probability that is left when blocks that cannot be expanded, being protected and so raw anyway, compete too
     kl          KL from the lens's own earlier distribution, that of an exponential mean of its weights
 
-`--mc_lens_normalize=1` measures utilities in standard deviations over a row's (a query's) candidates instead of nats.
+`--mc_lens_normalize=1` measures utilities in standard deviations over a row's (a query's) candidates instead of nats: those of the dense
+targets from zero, so that what hurts stays no reason to look.
 
 Everything but the softmax target is computed after the backward pass and reaches the lens alone, whose inputs are detached.
 
@@ -82,11 +83,16 @@ class Lesson(NamedTuple):
 # Targets
 
 
+def rescaled(x_BQN: Tensor, visible_BQN: Tensor) -> Tensor:
+    """In standard deviations of the visible from zero (their root mean square): signs stay, 0 where they are all 0."""
+    x_BQN = x_BQN * visible_BQN
+    square = x_BQN.square().sum(-1, keepdim=True) / visible_BQN.sum(-1, keepdim=True).clamp_min(1)
+    return x_BQN / square.sqrt().clamp_min(1e-12)
+
+
 def standardized(x_BQN: Tensor, visible_BQN: Tensor) -> Tensor:
-    """Deviation from the mean of the visible, in standard deviations of theirs; 0 where they are all alike."""
-    deviation = beyond_average(x_BQN, visible_BQN) * visible_BQN
-    variance = deviation.square().sum(-1, keepdim=True) / visible_BQN.sum(-1, keepdim=True).clamp_min(1)
-    return deviation / variance.sqrt().clamp_min(1e-12)
+    """Deviation from the mean of the visible, in standard deviations of theirs; 0 where they are all alike. For what only compares."""
+    return rescaled(beyond_average(x_BQN, visible_BQN), visible_BQN)
 
 
 def utility_order(logits_BE: Tensor, utility_BE: Tensor, valid_BE: Tensor) -> Tensor:
@@ -306,5 +312,5 @@ def _dense_target(kind: str, c: MCConfig, lesson: Lesson, count: int, visible_BQ
     if kind == "attention":
         signal = beyond_average(signal, visible_BQN)
     if c.lens_normalize:
-        signal = standardized(signal, visible_BQN)
+        signal = rescaled(signal, visible_BQN)
     return lens_targets(signal, visible_BQN)

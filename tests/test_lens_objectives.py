@@ -2,16 +2,17 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc.config import DENSE_TEACHERS, TEACHERS
+from mc.config import DENSE_TEACHERS, TEACHERS, MCConfig
 from mc.counterfactual import can_flip, draw_cut, draw_edits, edit_utilities
 from mc.focus_allocator import FocusConfig, GreedyAllocator, entries_needed
-from mc.lens_objectives import (BIAS_LIMIT, EDIT_PRICE, MARGIN, RIVALS, bradley_terry, dense_parts, edit_loss, illegal_term, policy_term, rank_term,
+from mc.lens_objectives import (BIAS_LIMIT, EDIT_PRICE, MARGIN, RIVALS, _dense_target, bradley_terry, dense_parts, edit_loss, illegal_term, policy_term, rank_term,
                                 softmax_bias, standardized, utility_order, variant_cost, variant_loss, visible_blocks, zero_sum_term)  # fmt: skip
 from mc.model import Entries, read_rows, run_entries, take, with_continuation
 from mc.working_context import check as check_cut
@@ -218,6 +219,21 @@ def test_standardized():
             torch.testing.assert_close(got[b, q, seen], (x[b, q, seen] - x[b, q, seen].mean()) / x[b, q, seen].std(correction=0))
         else:
             assert not got[b, q].any()
+
+
+@pytest.mark.parametrize("kind", DENSE_TEACHERS)
+def test_normalizing_weighs_queries_alike_and_makes_no_target_of_what_hurts(kind, monkeypatch):
+    """By attention it is the deviation from the mean that counts, as in nats; by the gate the sign, even where all blocks hurt."""
+    signal = torch.tensor([[[-0.01, -0.5, -0.6, -0.7, 9], [0.3, 0.1, -0.2, 0.0, 9], [3e-4, 1e-4, -2e-4, 0.0, 9], [0.2, 0.2, 0.2, 0.2, 9]]]).double()
+    visible = torch.tensor([True, True, True, True, False]).expand(1, 4, 5)
+    teacher = {"gate": "gate_utility", "attention": "attention_mass"}[kind]
+    monkeypatch.setattr(f"mc.lens_objectives.{teacher}", lambda *_: signal)
+    lesson = SimpleNamespace(captured=[], embeds_BTD=torch.zeros(1, T, 2), targets_BT=torch.zeros(1, T))
+    (nats, won), (target, weight) = (_dense_target(kind, MCConfig(lens_queries=4, lens_horizon=1, lens_normalize=on), lesson, 5, visible) for on in (0, 1))
+    torch.testing.assert_close(target, nats)
+    assert ((weight > 0) == (won > 1e-12)).all() and weight[0, 1] == pytest.approx(weight[0, 2].item()) and weight.max() <= 4
+    if kind == "gate":
+        assert not target[0, 0].any() and not weight[0, 0]
 
 
 def test_utility_order():
