@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mc.experiment import Formula, bootstrap, bootstrap_p, digest, holm, interval, read_yaml, t_test
+from mc.experiment import Formula, bootstrap, bootstrap_p, digest, false_discovery, interval, read_yaml, t_test
 from nanochat.common import UserError
 
 DEFAULT = "default"
@@ -121,7 +121,7 @@ def quantities(study: Study, records: dict[tuple[str, int], dict]) -> dict[str, 
 def estimates(formula: Formula, records: dict[tuple[str, int], dict], arms: list[str]) -> dict[str, Estimate]:
     """arm -> its estimate. records: (arm, seed) -> record. Documents are paired by their place in the lists.
 
-    With one number per seed the paired t-test over seeds, else the pigeonhole bootstrap.
+    With one number per seed the paired t-test over seeds, else draws of seeds and documents. No p-value from one seed.
     """
     seeds = {arm: sorted(seed for a, seed in records if a == arm) for arm in arms}
     found = {}
@@ -151,7 +151,7 @@ def _estimate(formula: Formula, sides: list[list[dict]]) -> tuple[float, tuple[f
     draws = bootstrap(S, C)
     drawn = [formula({name: draws.means(x) for name, x in side.items()}) for side in measures]
     difference = drawn[0] - (drawn[1] if len(sides) == 2 else 0)
-    return value, interval(difference), bootstrap_p(difference)
+    return value, interval(difference), bootstrap_p(difference) if S > 1 else math.nan
 
 
 def _matrix(name: str, records: list[dict]) -> np.ndarray:
@@ -169,14 +169,14 @@ def table(study: Study, records: dict[tuple[str, int], dict], times: dict[str, d
     """The report in Markdown, and quantity -> arm -> estimate. times: arm -> {"ratio", "low", "high"} of its step to the default's."""
     arms = [arm for arm in study.arms if any(a == arm for a, _ in records)]
     contexts = max(len(np.atleast_1d(x)) for record in records.values() for x in record["results"].values())
-    test = (f"pigeonhole bootstrap over seeds and {contexts} contexts" if contexts > 1 else "t-test over seeds")
+    test = (f"t-distribution over seeds and bootstrap over {contexts} contexts" if contexts > 1 else "t-test over seeds")
     lines = [f"# {study.name}: {study.question}", "",
-             f"Intervals are 95 %. Each arm against the default on the same seeds and contexts: paired {test}; p after Holm's correction for {len(arms) - 1} arms.", ""]
+             f"Intervals are 95 %. Each arm against the default on the same seeds and contexts, paired: {test}; q: share of false discoveries (Benjamini and Hochberg) among {len(arms) - 1} arms.", ""]
     found = {}
     for name, formula in quantities(study, records).items():
         found[name] = estimates(formula, records, arms)
-        corrected = dict(zip(found[name], holm([e.p for e in found[name].values()])))
-        lines += [f"## {name}", "", "" if name == formula.text else f"`{formula.text}`", "", "| arm | seeds | mean | difference to the default | p (Holm) |", "|---|---|---|---|---|"]
+        corrected = dict(zip(found[name], false_discovery([e.p for e in found[name].values()])))
+        lines += [f"## {name}", "", "" if name == formula.text else f"`{formula.text}`", "", "| arm | seeds | mean | difference to the default | q |", "|---|---|---|---|---|"]
         for arm, e in found[name].items():
             count = sum(a == arm for a, _ in records)
             difference = "" if math.isnan(e.difference) else f"{e.difference:+.3f} {_range(e.difference_interval)}"

@@ -12,7 +12,7 @@ import numpy as np
 from mc.ablation import plot as plot_ablation
 from mc.ablation import table
 from mc.decode_benchmark import plot as plot_decode
-from mc.experiment import bootstrap, bootstrap_p, holm, interval
+from mc.experiment import bootstrap, bootstrap_p, false_discovery, interval
 from mc.figures import COLOURS, GREY, MARKERS, legend_below, new_figure, save_figure
 from mc.report import LEAST_GAP
 from mc.suite import UNBOUNDED, Suite
@@ -100,8 +100,7 @@ def together(*sides: dict[int, dict], measure: str) -> list[np.ndarray] | None:
 
 
 def score_table(results: Results, setting: Setting) -> tuple[list[str], dict[str, list[int]]]:
-    """Lines of Markdown: systems × tasks, mean and interval, with the sign of a difference to MC whose p is below 0.05 after Holm's correction
-    over systems; and system -> tasks on which MC is better, worse, neither."""
+    """Lines of Markdown: systems × tasks, mean and interval, with the sign of a difference to MC whose q over the systems is below 0.05; and system -> tasks on which MC is better, worse, neither."""
     systems, tasks = results.systems(setting), results.tasks(setting)
     text = {system: [] for system in systems}
     counts = {system: [0, 0, 0] for system in systems if system != MC}
@@ -120,7 +119,7 @@ def score_table(results: Results, setting: Setting) -> tuple[list[str], dict[str
             if both is not None:
                 difference = bootstrap(*both[0].shape).means(both[0] - both[1])
                 p[system], better[system] = bootstrap_p(difference), (both[0] - both[1]).mean() * (1 if measure == "acc" else -1)
-        for system, corrected in zip(p, holm(list(p.values()))):
+        for system, corrected in zip(p, false_discovery(list(p.values()))):
             verdict = 2 if corrected >= 0.05 else int(better[system] > 0)
             counts[system][verdict] += 1
             text[system][-1] += (" −", " +", "")[verdict]
@@ -160,7 +159,7 @@ def gap_table(results: Results, setting: Setting) -> list[str]:
 
 
 def pair_table(results: Results, setting: Setting, system: str) -> list[str]:
-    """Lines of Markdown: NLL of `system` minus that of each other one, its interval, and p after Holm's correction over the systems."""
+    """Lines of Markdown: NLL of `system` minus that of each other one, its interval, and q over the systems."""
     tasks = [task for task in results.tasks(setting) if results.of(setting, task, system)]
     if not tasks:
         return []
@@ -171,11 +170,11 @@ def pair_table(results: Results, setting: Setting, system: str) -> list[str]:
             if pair := together(results.of(setting, task, system), results.of(setting, task, other), measure="nll"):
                 difference = pair[0] - pair[1]
                 found[other] = float(difference.mean()), bootstrap(*difference.shape).means(difference)
-        p = holm([bootstrap_p(drawn) for _, drawn in found.values()])
-        for (other, (mean, drawn)), value in zip(found.items(), p):
+        q = false_discovery([bootstrap_p(drawn) for _, drawn in found.values()])
+        for (other, (mean, drawn)), value in zip(found.items(), q):
             low, high = interval(drawn)
-            cells.setdefault(other, {})[task] = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], p {value:.3f}"
-    return [f"NLL of {LABELS[system]} minus that of each system, p after Holm's correction over systems:", "", "| system | " + " | ".join(tasks) + " |",
+            cells.setdefault(other, {})[task] = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], q {value:.3f}"
+    return [f"NLL of {LABELS[system]} minus that of each system, q over the systems:", "", "| system | " + " | ".join(tasks) + " |",
             "|---" * (len(tasks) + 1) + "|", *(f"| {LABELS[other]} | " + " | ".join(own.get(task, "") for task in tasks) + " |" for other, own in cells.items()), ""]
 
 
@@ -430,8 +429,8 @@ def write_report(suite: Suite, records: list[dict], out: Path, *, costs: dict[st
     lines = [f"# {suite.name}: {suite.title}", "",
              f"Seeds {', '.join(map(str, seeds))}: a model each, trained and fine-tuned alike; the same documents for every system and seed. Intervals are 95 %, by the "
              "t-distribution over seeds and bootstrap over documents, together. acc: share of the answer's tokens predicted right; nll: nats per token. "
-             f"\"−\" behind a number: significantly worse than {LABELS[MC]} on the same documents, \"+\": better (paired, p < 0.05 after Holm's correction "
-             "over systems); nothing: undecided.", ""]
+             f"\"−\" behind a number: significantly worse than {LABELS[MC]} on the same documents, \"+\": better (paired, q < 0.05: of the marks "
+             "in a column one in twenty is expected to be none, Benjamini and Hochberg); nothing: undecided.", ""]
     if len(seeds) < 3:
         lines += [f"**{len(seeds)} seed{'s' * (len(seeds) > 1)} only: these numbers show that everything runs, and support no claim.**", ""]
     for i, setting in enumerate(results.settings()):

@@ -81,19 +81,21 @@ def record(**results) -> dict:
 def test_difference_to_the_default_is_paired():
     rng = np.random.default_rng(0)
     records = {}
-    for seed in (1, 2, 3):
+    for seed in (1, 2, 3, 4):
         hard = rng.normal(3, 2, 50)
         records["default", seed] = record(x=hard)
         records["better", seed] = record(x=hard - 0.2 + rng.normal(0, 0.05, 50))
         records["same", seed] = record(x=hard)
-    del records["better", 3]
+    del records["better", 4]
     found = estimates(Formula("x"), records, ["default", "better", "same"])
     better, same = found["better"], found["same"]
-    assert better.difference == pytest.approx(-0.2, abs=0.03) and better.difference_interval[0] < -0.2 < better.difference_interval[1] < -0.15 and better.p < 0.001
+    assert better.difference == pytest.approx(-0.2, abs=0.03) and better.difference_interval[0] < -0.2 < better.difference_interval[1] < -0.15 and better.p < 0.01
     assert better.interval[1] - better.interval[0] > 0.5  # of the mean itself: contexts differ much more
     assert (same.difference, same.difference_interval, same.p) == (0, (0, 0), 1)
-    assert found["default"].mean == pytest.approx(np.mean([records["default", s]["results"]["x"] for s in (1, 2, 3)]))
+    assert found["default"].mean == pytest.approx(np.mean([records["default", s]["results"]["x"] for s in (1, 2, 3, 4)]))
     assert math.isnan(found["default"].p)
+    one = estimates(Formula("x"), {key: r for key, r in records.items() if key[1] == 1}, ["default", "better"])["better"]
+    assert one.difference_interval[1] < 0 and math.isnan(one.p)  # one seed says nothing about others
 
 
 def test_one_number_per_seed_is_a_t_test():
@@ -118,7 +120,7 @@ def test_table(tmp_path):
     records = {(arm, seed): record(x=np.arange(4.0) + (arm != "default")) for arm in study.arms for seed in (1, 2, 3)}
     text, found = table(study, records, {"a=1": {"ratio": 1.5, "low": 1.4, "high": 1.6}})
     assert "| default | 3 | 1.500 [" in text and "| a=1 | 3 | 2.500 [" in text and "| +1.000 [1.000, 1.000] | 0.0005 |" in text
-    assert "| a=1 | 1.500 [1.400, 1.600] |" in text and "pigeonhole bootstrap over seeds and 4 contexts" in text and "Commits: abc. Seeds: 1, 2, 3." in text
+    assert "| a=1 | 1.500 [1.400, 1.600] |" in text and "paired: t-distribution over seeds and bootstrap over 4 contexts" in text and "Commits: abc. Seeds: 1, 2, 3." in text
     assert found["x"]["a=1"].difference == 1
     ablation.plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.pdf").read_bytes().startswith(b"%PDF") and imread(tmp_path / "plot.png").shape[0] > 200

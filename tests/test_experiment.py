@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mc.experiment import Bootstrap, Formula, Records, bootstrap_p, holm, interval, read_yaml, run_cells, t_test, whole_numbers
+from mc.experiment import Bootstrap, Formula, Records, bootstrap_p, false_discovery, interval, read_yaml, run_cells, t_test, whole_numbers
 from nanochat.common import UserError
 
 # -- statistics -----------------------------------------------------------------------------------------------------------
@@ -33,10 +33,10 @@ def test_t_test_by_hand():
     assert all(math.isnan(x) for x in (t_test(np.array([1.0]))[1], *t_test(np.array([1.0]))[0]))
 
 
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.5, 0.6]) == pytest.approx([1.0, 1.0])
-    assert holm([0.02, math.nan, 0.01])[0::2] == pytest.approx([0.02, 0.02]) and math.isnan(holm([math.nan])[0])
+def test_false_discovery_by_hand():
+    assert false_discovery([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.04, 0.04])
+    assert false_discovery([0.5, 0.6, 0.001]) == pytest.approx([0.6, 0.6, 0.003])
+    assert false_discovery([0.02, math.nan, 0.01])[0::2] == pytest.approx([0.02, 0.02]) and math.isnan(false_discovery([math.nan])[0])
 
 
 def test_bootstrap_of_one_seed_is_that_of_a_mean():

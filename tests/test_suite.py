@@ -152,9 +152,9 @@ def test_what_looks_at_every_token_against_each_system():
     lines = suite_report.pair_table(Results([*records(), *again]), SETTING, "gists_lens_again")
     cells = {line.split("|")[1].strip(): [x.strip() for x in line.split("|")[2:-1]] for line in lines[4:-1]}
     assert lines[2] == "| system | alias | topic_lm |" and "gists + LensNet (MC)" in cells and "gists + LensNet, every token" not in cells
-    assert cells["full context"] == ["+0.000 [+0.000, +0.000], p 1.000"] * 2
+    assert cells["full context"] == ["+0.000 [+0.000, +0.000], q 1.000"] * 2
     window = np.mean([r["results"]["nll"] for r in records() if (r["system"], r["task"]) == ("window", "alias")])
-    assert cells["sliding window"][0].startswith(f"{-window:+.3f} [-") and cells["sliding window"][0].endswith("p 0.002")
+    assert cells["sliding window"][0].startswith(f"{-window:+.3f} [-") and cells["sliding window"][0].endswith("q 0.001")
     assert suite_report.pair_table(Results(records()), SETTING, "gists_lens_again") == []
 
 
