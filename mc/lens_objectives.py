@@ -8,7 +8,8 @@ Targets (`--mc_teacher=kind:weight,…`), all of one sign: what lowers the loss 
     counterfactual    measured utilities of path edits (`mc.counterfactual`): of any two, the more useful comes first,
                       with as much weight as the difference is worth
     preference        Bradley–Terry over the variants of a row: the best one beats each other; a variant's strength is the summed
-                      logit of the blocks it shows. Best is the least loss + price · path edits away from what recency shows.
+                      logit of the blocks it shows. Best is the least next-token loss, unweighted, + price · path edits away from what recency
+                      shows.
 
 Terms, each with a weight:
 
@@ -46,7 +47,7 @@ from nanochat.recorder import Labelled
 MARGIN = 1.0  # logits by which the best block is to lead
 RIVALS = 8  # of the lens's best others that it is compared with
 BIAS_LIMIT = 2.0  # largest logit that the softmax target adds
-EDIT_PRICE = 1e-3  # nats per path edit: among variants that are as good, the cheapest wins
+EDIT_PRICE = 1e-3  # nats per token of next-token loss, a path edit: among variants that are as good, the cheapest wins
 
 
 class Edits(NamedTuple):
@@ -107,11 +108,11 @@ def utility_order(logits_BE: Tensor, utility_BE: Tensor, valid_BE: Tensor) -> Te
     return (gain_BEE * F.softplus(-lead_BEE) * pair_BEE).sum((1, 2)) / pairs_B.clamp_min(1)
 
 
-def variant_cost(loss_BV: Tensor, shown_BVN: Tensor, recency_BN: Tensor) -> Tensor:
-    """[B, V] nats: loss + price of the path edits from what recency shows; a block shown pays with a block hidden."""
+def variant_cost(nll_BV: Tensor, shown_BVN: Tensor, recency_BN: Tensor) -> Tensor:
+    """[B, V] nats per token: next-token loss + price of the path edits from what recency shows; a block shown pays with a block hidden."""
     added_BV = (shown_BVN & ~recency_BN[:, None]).sum(-1)
     removed_BV = (recency_BN[:, None] & ~shown_BVN).sum(-1)
-    return loss_BV + EDIT_PRICE * torch.maximum(added_BV, removed_BV)
+    return nll_BV + EDIT_PRICE * torch.maximum(added_BV, removed_BV)
 
 
 def bradley_terry(logits_BN: Tensor, visible_BN: Tensor, shown_BVN: Tensor, cost_BV: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ import mc.telemetry  # noqa: F401  registers the metrics
 Metrics = dict[str, Tensor | Reading]
 
 class StepResult(NamedTuple):
-    """What one micro-batch produced. Positions are those of the primary (lowest-loss) variant of each row (C14, C15)."""
+    """What one micro-batch produced. Positions are those of the primary variant of each row, that of lowest next-token loss (C14, C15)."""
 
     loss: Tensor
     metrics: Metrics
@@ -235,7 +235,8 @@ class MCController:
                 teacher = gpt.logits(take(hidden, token))
                 full = token_losses(teacher, wanted.masked_fill(~counted, -1))
             nll = token_losses(logits, wanted.masked_fill(~counted, -1))
-            loss_RV = c.wc_weight * row_mean(nll, counted)
+            nll_RV = row_mean(nll, counted)
+            loss_RV = c.wc_weight * nll_RV
             if c.kl_weight:
                 kl = row_mean(distillation(logits, teacher), counted)
                 loss_RV = loss_RV + c.kl_weight * kl
@@ -247,10 +248,10 @@ class MCController:
         metrics["mc.delta_nll"] = delta.mean()
         metrics["mc.focus.utilization"] = utilization(entries_used(cut), n_RV, self.model.focus_config()).mean()
         metrics |= shares_by_lod(cut, n_RV, c.max_lod) | gist_statistics(tree)
-        best = loss_RV.detach().view(c.variants, -1).argmin(0) * len(n_R) + torch.arange(len(n_R), device=rows.device)
+        best = nll_RV.detach().view(c.variants, -1).argmin(0) * len(n_R) + torch.arange(len(n_R), device=rows.device)
         for i, name in enumerate(POLICIES):
             metrics[f"mc.cuts.best.{name}"] = (policy[best] == i).float().mean()
-        variants = self._judged_variants(n_R, state.expanded[0], loss_RV.detach())
+        variants = self._judged_variants(n_R, state.expanded[0], nll_RV.detach())
         lesson = Lesson(captured, embeds.detach(), every_target, every_row, trees, edits, variants, (self.seed, step))
         return loss_RV.mean() + gist_loss, Entries(*(x[best] for x in entries)), lesson
 
@@ -346,15 +347,15 @@ class MCController:
         utility, _ = edit_utilities(gpt, self.model, tree, tokens, targets, n, expanded, block)
         return Edits(n, block, utility.masked_fill(~drawn, 0), drawn)
 
-    def _judged_variants(self, n: Tensor, shown: Tensor, loss: Tensor) -> Variants | None:
-        """The variants of every row with what they cost, for the preference target. shown [RV, N], loss [RV]."""
+    def _judged_variants(self, n: Tensor, shown: Tensor, nll: Tensor) -> Variants | None:
+        """The variants of every row with what they cost, for the preference target. shown [RV, N], nll [RV] in nats per token."""
         c = self.config
         if not c.teacher_weights()["preference"]:
             return None
         visible = visible_blocks(n, shown.shape[1], c.block_size, c.protected)
         recency = self.model.allocator.allocate(recency_scores(n, shown.shape[1]), n).expanded[0] & visible
         shown = shown.unflatten(0, (c.variants, len(n))).transpose(0, 1) & visible[:, None]
-        return Variants(n, shown, variant_cost(loss.view(c.variants, -1).T, shown, recency))
+        return Variants(n, shown, variant_cost(nll.view(c.variants, -1).T, shown, recency))
 
 
 SPANS = {"lm": "mc.lm.forward", "tree": "mc.tree.build", "score": "mc.lens.score", "focus": "mc.focus.apply", "wc": "mc.wc.forward",

@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mc.config import POLICIES, MCConfig
-from mc.model import run_entries, take
+from mc.lens_objectives import variant_cost
+from mc.model import recency_scores, run_entries, take
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig, token_losses
 from nanochat.optim import MuonAdamW, check_groups, gpt_param_groups
@@ -248,9 +249,11 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
     torch.testing.assert_close(result.loss, result.metrics["train.loss"] + ramp(1, 0, 4) * torch.stack(rows).mean())
 
 
-def test_the_primary_variant_of_a_row_is_its_best(monkeypatch):
-    gpt, batch, seen = tiny_base(), tiny_batch(), []
-    mc = tiny_mc(gpt, variants=4, kl_weight=0.0)
+@pytest.mark.parametrize("weights", [{"kl_weight": 0.0}, {"wc_weight": 0.01, "kl_weight": 3.0}, {"wc_weight": 0.0}])
+def test_the_best_variant_of_a_row_is_that_of_least_next_token_loss_whatever_its_weight(weights, monkeypatch):
+    """The primary by this loss in nats, the preferred one by it and the price of path edits."""
+    gpt, batch, seen = tiny_base(), tiny_batch(rows=range(8)), []
+    mc = tiny_mc(gpt, variants=4, micro_batch=8, teacher="preference", **weights)
 
     def listening(gpt, model, tree, tokens, entries, placed, focus):
         seen.append((tokens, entries, run_entries(gpt, model, tree, tokens, entries, placed)))
@@ -262,11 +265,14 @@ def test_the_primary_variant_of_a_row_is_its_best(monkeypatch):
     assert torch.equal(tokens, batch.inputs.repeat(4, 1))
     slot = entries.used_B[:, None] - R + torch.arange(R + H - 1)
     wanted = batch.targets[:, N - R:N + H - 1].repeat(4, 1)
-    nll = (token_losses(gpt.logits(take(out, slot)), wanted).sum(1) / (wanted >= 0).sum(1)).view(4, 4)
+    nll = (token_losses(gpt.logits(take(out, slot)), wanted).sum(1) / (wanted >= 0).sum(1)).view(4, 8).detach()
     assert len(nll.argmin(0).unique()) > 1
     for b, v in enumerate(nll.argmin(0).tolist()):
-        assert all(torch.equal(x[b], y[4 * v + b]) for x, y in zip(primary, entries))
-    assert not torch.equal(entries.lod_BM[:4], entries.lod_BM[4:8])
+        assert all(torch.equal(x[b], y[8 * v + b]) for x, y in zip(primary, entries))
+    assert not torch.equal(entries.lod_BM[:8], entries.lod_BM[8:16])
+    _, shown, cost = mc._pending.lesson.variants
+    recent = mc.model.allocator.allocate(recency_scores(torch.full((8,), N), T // K), torch.full((8,), N)).expanded[0]
+    torch.testing.assert_close(cost, variant_cost(nll.T, shown, recent & (torch.arange(T // K) < (N - R) // K)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
