@@ -99,6 +99,12 @@ def together(*sides: dict[int, dict], measure: str) -> list[np.ndarray] | None:
 # Tables
 
 
+def mean_interval(x_SC: np.ndarray, measure: str) -> tuple[float, float]:
+    """95 % of a mean; of an accuracy, what of it lies in [0, 1]."""
+    draws = bootstrap(*x_SC.shape).means(x_SC)
+    return interval(draws.clip(0, 1) if measure == "acc" else draws)
+
+
 def score_table(results: Results, setting: Setting) -> tuple[list[str], dict[str, list[int]]]:
     """Lines of Markdown: systems × tasks, mean and interval, with the sign of a difference to MC whose q over the systems is below 0.05; and system -> tasks on which MC is better, worse, neither."""
     systems, tasks = results.systems(setting), results.tasks(setting)
@@ -112,8 +118,7 @@ def score_table(results: Results, setting: Setting) -> tuple[list[str], dict[str
             if own is None:
                 text[system].append("")
                 continue
-            draws = bootstrap(*own[0].shape).means(own[0])
-            low, high = interval(draws)
+            low, high = mean_interval(own[0], measure)
             text[system].append(f"{own[0].mean():.2f} [{low:.2f}, {high:.2f}]")
             both = together(results.of(setting, task, system), results.of(setting, task, MC), measure=measure) if system != MC else None
             if both is not None:
@@ -218,7 +223,7 @@ def beyond_table(results: Results, settings: list[Setting], trained: int) -> lis
                 for measure in ("nll", "acc"):
                     own = together(results.of(setting, task, system), measure=measure)
                     if own is not None:
-                        low, high = interval(bootstrap(*own[0].shape).means(own[0]))
+                        low, high = mean_interval(own[0], measure)
                         cells.append(f"{own[0].mean():.2f} [{low:.2f}, {high:.2f}]")
                 if cells:
                     lines.append(f"| {setting.length:,} | {setting.length / trained:.0f} | {task} | {LABELS[system]} | {cells[0]} | {cells[1]} |")
@@ -384,7 +389,7 @@ def plot_beyond(results: Results, model: str, budget: int, trained: int, path: P
                 points = [(n, own[0]) for n in own_lengths if (own := together(results.of(Setting(model, n, budget), task, system), measure=measure)) is not None]
                 if len(points) > 1:
                     middle = np.array([x.mean() for _, x in points])
-                    errors = np.abs(np.array([interval(bootstrap(*x.shape).means(x)) for _, x in points]) - middle[:, None]).T
+                    errors = np.abs(np.array([mean_interval(x, measure) for _, x in points]) - middle[:, None]).T
                     axis.errorbar([n for n, _ in points], middle, yerr=errors, **look_of(system), markersize=4, linewidth=1.2, capsize=2)
             axis.axvline(trained, color=GREY, linewidth=0.8, linestyle="--")
             axis.set_xscale("log", base=2)

@@ -147,6 +147,11 @@ def test_gap_closed_by_distance():
     assert lines[2] == "| system | <128 tokens | 128-511 tokens |" and lines[4:] == ["| gists + LensNet (MC) | 0.25 [0.25, 0.25] | 0.75 [0.75, 0.75] |", ""]
 
 
+def test_intervals_of_accuracies_lie_between_0_and_1():
+    x_SC = np.array([[1.0, 1.0], [1.0, 0.5], [1.0, 1.0]])
+    assert suite_report.mean_interval(x_SC, "acc")[1] == 1 < suite_report.mean_interval(x_SC, "nll")[1]
+
+
 def test_what_looks_at_every_token_against_each_system():
     again = [record("gists_lens_again", task, seed, np.zeros(40), np.ones(40)) for task in ("alias", "topic_lm") for seed in (1, 2, 3)]
     lines = suite_report.pair_table(Results([*records(), *again]), SETTING, "gists_lens_again")
