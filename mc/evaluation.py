@@ -5,8 +5,8 @@ accuracy on the answers. From one checkpoint: full context, a sliding window of 
 detail is chosen at random, by recency, by the lens, or by an oracle that knows the continuation.
 
 The oracle is, per row, the best on true NLL of: every tested system's cut, the cuts its teachers name (gate gradient and attention
-mass of the continuation in the full pass), every set of blocks where there are few, and greedy search (each block alone, then each added
-to the best).
+mass of the continuation in the full pass), no block at all, every set of blocks where there are few, and greedy search (each block alone,
+then each added to the best). It does not search finer gists for their own sake: LOD2 nodes are opened only on the way to a block.
 
 Shapes: B rows, T tokens of a row = n + H, N blocks.
 """
@@ -136,6 +136,10 @@ class FocusComparison:
         return {"gate": (gate_utility(captured, every, queries, self.n_blocks, self.K) * counted).sum(1),
                 "attention": (attention_mass(captured, every, queries, self.n_blocks, self.K) * counted).sum(1)}
 
+    def nothing(self) -> Outcome:
+        """What the coarsest gists beside the protected tail would give."""
+        return self.outcome(torch.full((len(self.tokens), self.n_blocks), -torch.inf, device=self.tokens.device))
+
     def alone(self, progress: Callable[[], None] = lambda: None) -> list[Outcome]:
         """What showing each block that is not protected, and no other, would give."""
         return [self._shown(self._with(None, block), progress) for block in range(self.free_blocks)]
@@ -164,9 +168,9 @@ class FocusComparison:
             if order is None and candidates is not None:
                 order, count = nll.argsort(0).T, min(candidates, self.free_blocks)
         if sum(comb(self.free_blocks, size) for size in range(self.most_shown + 1)) <= FEW_SETS:
-            sets = (blocks for size in range(self.most_shown + 1) for blocks in combinations(range(self.free_blocks), size))
+            sets = (blocks for size in range(1, self.most_shown + 1) for blocks in combinations(range(self.free_blocks), size))
             best = _best([best, *(self._shown(self._with(None, list(blocks)), progress) for blocks in sets)])
-        return best
+        return _best([best, self.nothing()])  # last, for what it gives must not end a row's search
 
     def _with(self, chosen_BN: Tensor | None, block: Tensor | int | list[int]) -> Tensor:
         """bool [B, N]: the chosen blocks and one more, or several; a tensor names one of each row."""

@@ -100,7 +100,7 @@ def all_scores(focus: FocusComparison) -> dict[str, Tensor]:
 
 def utilities(focus: FocusComparison, alone: list[Outcome]) -> Tensor:
     """[B, F] nats per target of showing each of the F blocks that are not protected; alone: what `FocusComparison.alone` gave."""
-    nothing = focus.outcome(torch.full((len(focus.tokens), focus.n_blocks), -torch.inf, device=focus.tokens.device))
+    nothing = focus.nothing()
     return torch.stack([nothing.nll_B - one.nll_B for one in alone], 1)
 
 

@@ -143,6 +143,15 @@ def test_where_sets_are_few_the_oracle_is_the_best_of_all():
     assert torch.equal(focus.oracle({}).nll_B, torch.stack(every).amin(0))
 
 
+def test_the_oracle_shows_no_block_where_that_is_best(monkeypatch):
+    monkeypatch.setattr("mc.evaluation.FEW_SETS", 0)  # greedy search alone
+    focus = comparison(rows=range(48), n=24, budget=18, max_lod=1)
+    oracle, nothing = focus.oracle({}), focus.nothing()
+    assert torch.equal(nothing.nll_B, nll_of(focus, [])) and (oracle.nll_B <= nothing.nll_B).all()
+    empty_B = oracle.shown_BN.sum(1) == R // K
+    assert empty_B.any() and not empty_B.all() and torch.equal(oracle.nll_B == nothing.nll_B, empty_B)
+
+
 def test_the_oracle_of_a_row_does_not_depend_on_the_rows_beside_it():
     rows, budget = range(8), W + 4 * K
     together, apart = comparison(rows, budget=budget).oracle({}), [comparison([row], budget=budget) for row in rows]

@@ -117,7 +117,9 @@ def test_the_oracle_is_never_beaten():
         scores[:, block] = 0
         alone.append(focus.outcome(scores))
         assert alone[-1].shown_BN.sum(1).tolist() == [1 + R // K] * 6
-    for other in [*tested.values(), *teachers, *alone]:
+    nothing = focus.outcome(torch.full((6, BLOCKS), -torch.inf))
+    assert nothing.shown_BN.sum(1).tolist() == [R // K] * 6
+    for other in [*tested.values(), *teachers, *alone, nothing]:
         assert (oracle.nll_B <= other.nll_B).all()
     assert (oracle.nll_B < torch.stack([o.nll_B for o in tested.values()]).amin(0)).any()
     assert len(tried) % (BLOCKS - R // K) == 0 and len(tried) >= 2 * (BLOCKS - R // K)
