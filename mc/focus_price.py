@@ -5,7 +5,8 @@
     greedy               the market price: half way between the worst logit that fits and the best that does not
     bundle:S             the same; one edit shows up to S adjacent siblings (`mc.focus_allocator`)
     stochastic:T         the same, on logits with Gumbel noise of temperature T, drawn anew at every refocus: blocks are then drawn without
-                         replacement in proportion to exp(logit / T). Keyed by (seed, row, refocus, block): nothing else changes a draw
+                         replacement in proportion to exp(logit / T). Keyed by (seed, row, refocus, block): nothing else changes a draw.
+                         A session is row 0 of its own seed, so that the sessions beside it do not matter: other draws, another seed
     threshold:a,b,c      a learned price: a + b · best logit + c · market price, its scalars fitted by `mc.price_fit`
 
 The adaptive price adds a shift of its own to λ, which falls while less than TARGET of the budget is used and returns slowly towards 0

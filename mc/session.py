@@ -210,8 +210,8 @@ class SessionPool:
         return self.max_sessions * slots * (size * (g.n_embd + g.head_dim + slots) + 8 * len(FIELDS))
 
     def open(self, store: Store | None = None, *, seed: int = 0, catalog: Catalog | None = None) -> "Session":
-        """A session on a store, with what it holds as history; default: an empty one in memory. seed: of its draws. catalog: counts
-        at each refocus what is shown.
+        """A session on a store, with what it holds as history; default: an empty one in memory. seed: of its draws, of tokens and of the
+        allocator's noise; sessions of one seed draw alike. catalog: counts at each refocus what is shown.
 
         UserError when all places are taken, or the store's history is not the model's or too long for the budget.
         """

@@ -725,6 +725,17 @@ def test_a_restored_session_goes_on_with_its_price_and_its_noise(allocator):
     assert again.focus.expanded == first.focus.expanded and again.price_shift == first.price_shift
 
 
+def test_noise_is_of_the_sessions_seed_and_not_of_its_place():
+    pool, shown = tiny_pool(budget=60, max_sessions=3, allocator="stochastic:2", interval=4), []
+    for seed in (5, 5, 6):
+        session = pool.open(seed=seed)
+        session.begin(tokens(150))
+        session.score(tokens(12, seed=1))
+        shown.append(session.scores)
+    assert [session.row for session in pool.sessions.values()] == [0, 1, 2]
+    assert shown[0] == shown[1] != shown[2]
+
+
 def test_allocator_and_price_change_what_is_shown():
     def shown(**config):
         session = tiny_pool(budget=60, interval=4, max_edits=1, cooldown=0, **config).open()
