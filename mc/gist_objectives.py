@@ -67,23 +67,41 @@ class HorizonHead(torch.nn.Module):
         return torch.stack(losses).mean() if losses else hidden_BTD.new_zeros(())
 
 
-def blocks_in_band(draw_B: Tensor, done: float, n_B: Tensor, cfg: FocusConfig) -> Tensor:
-    """[B] int64: how many blocks to show raw beside the tail, so that a cut of n tokens has the compression that its band asks for.
+def entries_shown(rank_BN: Tensor, n_B: Tensor, cfg: FocusConfig) -> Tensor:
+    """[B, N + 1] int64: entries of the cut of n tokens that shows its m best blocks raw beside the tail, m = 0 … N.
+
+    rank: place of each block, best 0, one of a kind; those in the tail are raw anyway. A node is opened with the best of its blocks.
+    """
+    before_B, first_BM = (n_B - cfg.recent).clamp_min(0), rank_BN
+    added_BN = torch.zeros_like(F.pad(rank_BN, (1, 0)))
+    for lod in range(1, cfg.max_lod + 1):
+        if lod > 1:
+            count = first_BM.shape[1] // cfg.block_size
+            first_BM = first_BM[:, :count * cfg.block_size].unflatten(1, (count, cfg.block_size)).amin(-1)
+        end_M = cfg.block_size**lod * torch.arange(1, first_BM.shape[1] + 1, device=n_B.device)
+        added_BN.scatter_add_(1, first_BM + 1, cfg.price(lod) * (end_M <= before_B[:, None]))
+    blocks_B = before_B // cfg.block_size * cfg.block_size
+    return (tiling(blocks_B, cfg.block_size, cfg.max_lod, cfg.n_gists) + n_B - blocks_B)[:, None] + added_BN.cumsum(1)
+
+
+def blocks_in_band(draw_B: Tensor, done: float, n_B: Tensor, rank_BN: Tensor, cfg: FocusConfig) -> Tensor:
+    """[B] int64: how many blocks, best first, to show raw beside the tail, so that a cut of n tokens has the compression of its band.
 
     The compression is log-uniform within its band, and the band one of those that are open: each third of the training opens another,
-    the mildest first. What the budget does not hold is cut to it, what is coarser than the coarsest cut to that.
-    draw: uniform in [0, 1). done: share of the training with working contexts that is over.
+    the mildest first. Of the cuts within the band that whose entries are nearest, or the nearest of all where the band lies between
+    two. What the budget does not hold is cut to it, what is coarser than the coarsest cut to that: a budget that never gets
+    below 5 tokens per entry has no cut in the first band (`check_bands`), a short history none in the last.
+    draw: uniform in [0, 1). done: share of the training with working contexts that is over. rank: as `entries_shown` takes it.
     """
-    tiles_B = tiling((n_B - cfg.recent).clamp_min(0), cfg.block_size, cfg.max_lod, cfg.n_gists) + cfg.recent
-    mildest_B, coarsest_B = n_B.double() / cfg.budget, n_B.double() / tiles_B
+    entries_BN = entries_shown(rank_BN, n_B, cfg)
     bands = min(int(len(BAND_EDGES) * done) + 1, len(BAND_EDGES))
     place_B = draw_B.double() * bands
     edges = torch.tensor([0.0, *BAND_EDGES], dtype=torch.float64, device=draw_B.device)
     band_B = place_B.long()
-    low_B, high_B = (edges[i].clamp(mildest_B, coarsest_B) for i in (band_B, band_B + 1))
-    compression_B = low_B * (high_B / low_B) ** (place_B - band_B)
-    deep = sum(cfg.price(lod) for lod in range(1, cfg.max_lod + 1))
-    return ((n_B / compression_B - tiles_B) / deep).round().long().clamp_min(0)
+    most_B, least_B = ((n_B / edges[i]).clamp_max(cfg.budget).maximum(entries_BN[:, 0]) for i in (band_B, band_B + 1))
+    wanted_B = most_B * (least_B / most_B) ** (place_B - band_B)
+    outside_BN = (entries_BN < least_B[:, None]) | (entries_BN > most_B[:, None])
+    return ((entries_BN - wanted_B[:, None]).abs() + n_B[:, None] * outside_BN).argmin(1)
 
 
 def check_bands(n_tokens: int, cfg: FocusConfig) -> None:

@@ -308,7 +308,7 @@ class MCController:
         rank = scores.argsort(1, descending=True).argsort(1)
         if self.config.bands:
             done = (step - self.start_step) / (self.num_iterations - self.start_step)
-            return rank >= blocks_in_band(draw, done, n, self.model.focus_config())[:, None]
+            return rank >= blocks_in_band(draw, done, n, rank, self.model.focus_config())[:, None]
         most = self.config.budget // self.config.block_size
         return rank >= torch.where(draw < 0.75, most, (draw - 0.75) * 4 * most).long()[:, None]
 
