@@ -33,22 +33,25 @@ class Contexts(NamedTuple):
     matter_BN: Tensor | None  # bool: blocks that hold the answers, where that is known
 
 
-def recall_contexts(task: RecallTask, blocks: int, rows: np.ndarray) -> Contexts:
-    """Histories of `blocks` stored blocks and an announce part, then the ask part, about task.episode_blocks of them.
+def recall_contexts(task: RecallTask, blocks: int, rows: np.ndarray, block: int) -> Contexts:
+    """Histories of `blocks` stored blocks of the task and an announce part, then the ask part, about task.episode_blocks of them.
 
-    As in training where the keys suffice for all blocks to be different. Longer histories have the asked blocks among others
+    block: tokens of a block of the model, of which those matter that hold an answer. As in training where the keys suffice for all blocks to be different. Longer histories have the asked blocks among others
     made of the keys that nobody asks for, which repeat with other values.
     """
     if blocks <= task.blocks:
         made = task.rows("val", rows, blocks, blocks * task.block + task.episode)
-        tokens, mask, places = made.tokens, made.mask, made.episode_blocks
+        tokens, mask = made.tokens, made.mask
     else:
         places = np.stack([np.random.default_rng((task.seed, blocks, row)).permutation(blocks)[:task.episode_blocks] for row in rows.tolist()])
         stream = task.stream_rows("val", rows, blocks * task.block, places[:, None])
         tokens = np.concatenate([stream.tokens, stream.questions[:, 0], np.zeros((len(rows), 1), dtype=np.int64)], 1)
         mask = np.arange(tokens.shape[1]) % 2 == 1
-    matter = np.zeros((len(rows), blocks + -(-task.announce // task.block)), dtype=bool)
-    matter[np.arange(len(rows))[:, None], places] = True
+    n = blocks * task.block + task.announce
+    asked = task.keys.start + np.argsort(task.alias_of_key)[tokens[:, n:n + task.ask:2] - task.aliases.start]  # no other block has these keys
+    held = np.zeros((len(rows), -(-n // block) * block), dtype=bool)
+    held[:, :n] = (tokens[:, :n, None] == asked[:, None]).any(2)
+    matter = held.reshape(len(rows), -1, block).any(2)
     return Contexts(torch.from_numpy(tokens[:, :-1]), torch.from_numpy(np.where(mask, tokens, -1)[:, 1:]), torch.from_numpy(matter))
 
 

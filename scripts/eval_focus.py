@@ -64,8 +64,10 @@ def recall_setting(model: Model, tokenizer: Tokenizer, size: str) -> tuple[Setti
     blocks, _, ratio = size.partition(":")
     if not (blocks.isdecimal() and ratio.isdecimal() and int(blocks) and int(ratio)):
         raise UserError(f"--recall_sizes: {size!r} is not blocks:ratio, as in 64:8")
-    task = RecallTask.for_tokenizer(tokenizer, seed=model.meta["flags"]["seed"], block=model.mc.config.block_size)
+    task, K = RecallTask.for_tokenizer(tokenizer, seed=model.meta["flags"]["seed"]), model.mc.config.block_size
     stored = int(blocks) * task.block
+    if (stored + task.announce) % K:
+        raise UserError(f"--recall_sizes: {size} is a history of {stored + task.announce} tokens, the model's blocks have {K} (--mc_block_size={K}); choose a multiple")
     return Setting("recall", f"recall, {blocks} blocks at 1/{ratio}", stored + task.announce, stored // int(ratio)), task, int(blocks)
 
 
@@ -112,11 +114,13 @@ def judge_hops(models: list[Model], directories: list[Path], tokenizer: Tokenize
     """Accuracy of two-hop questions, by how many chains of the same blocks were read before."""
     if wrong := [d for model, d in zip(models, directories) if model.meta["flags"]["data"] != "hops"]:
         raise UserError(f"--hops_mc: {wrong[0]} was not trained on --data=hops")
+    if wrong := [f"{d} was trained with --mc_block_size={model.mc.config.block_size}" for model, d in zip(models, directories) if model.mc.config.block_size != HopTask.block]:
+        raise UserError(f"--hops_mc: {wrong[0]}, --data=hops stores facts in blocks of {HopTask.block} tokens; only models of that block size are judged")
     found: dict[int, list[dict[str, np.ndarray]]] = {announced: [] for announced in ANNOUNCED}
     progress = Progress("two hops", len(models) * len(ANNOUNCED) * args.contexts, "questions", every_s=15)
     for gpt, mc, meta in models:
         flags, lods = meta["flags"], meta["mc"]["trained_lods"]
-        task = HopTask.for_tokenizer(tokenizer, seed=flags["seed"], block=mc.config.block_size, blocks=flags["recall_blocks"])
+        task = HopTask.for_tokenizer(tokenizer, seed=flags["seed"], blocks=flags["recall_blocks"])
         pools = {name: SessionPool(gpt, mc, SessionConfig(budget=args.hops_budget, interval=interval), trained_lods=lods) for name, interval in (("refocused", 1), ("once", 0))}
         for announced, parts in found.items():
             parts.append(ask_chains(pools, task, flags["recall_blocks"], args.contexts, announced))
@@ -206,9 +210,11 @@ def text_settings(model: Model, args) -> list[tuple[Setting, Path | str]]:
 def settings_of(models: list[Model], tokenizer: Tokenizer, args, task: str):
     """(setting, what gives each model its contexts of rows), for every setting of a task."""
     if task == "recall":
+        if len({model.mc.config.block_size for model in models}) > 1:
+            raise UserError("--recall_mc: models of one block size are judged together; give them to separate commands")
         for size in args.recall_sizes.split(","):
             found = [recall_setting(model, tokenizer, size) for model in models]
-            yield found[0][0], [lambda rows, t=t, blocks=blocks: recall_contexts(t, blocks, rows) for _, t, blocks in found]
+            yield found[0][0], [lambda rows, t=t, blocks=blocks: recall_contexts(t, blocks, rows, models[0].mc.config.block_size) for _, t, blocks in found]
         return
     if len({(text_settings(model, args)[0][0], model.mc.config.block_size) for model in models}) > 1:
         raise UserError("--text_mc: models of one shape, block size and budget are judged together; give them to separate commands")

@@ -228,7 +228,10 @@ def main() -> None:
     pool, tokenizer, meta = load_pool(args.checkpoint_dir, args, args.mc_budget, device)
     if meta["flags"]["data"] != "recall":
         raise UserError(f"the model in {args.checkpoint_dir} was trained on {meta['flags']['data']}, not on --data=recall: it knows no facts to be asked for")
-    task = RecallTask.for_tokenizer(tokenizer, seed=meta["flags"]["seed"], block=pool.mc.config.block_size)
+    task = RecallTask.for_tokenizer(tokenizer, seed=meta["flags"]["seed"])
+    if (K := pool.mc.config.block_size) != task.block:
+        raise UserError(f"the model in {args.checkpoint_dir} was trained with --mc_block_size={K}, --data=recall stores facts in blocks of {task.block} tokens; "
+                        "only models of that block size are judged")
     text = open_token_cache(open_corpus("stdlib"), "val", tokenizer).tokens if "text" in kinds else None
     table, length_table = Table(), Table()
     with torch.inference_mode():

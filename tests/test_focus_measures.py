@@ -2,6 +2,7 @@
 
 import math
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from mc.focus_measures import CHEATS, SCORES, all_scores, average_ranks, hit_at,
 from mc.teachers import attention_mass
 from nanochat.common import UserError
 from nanochat.recall import RecallTask
+from scripts.eval_focus import Model, recall_setting
 from tiny_mc import H, K, N, R, W, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)
@@ -214,13 +216,15 @@ def test_a_budget_that_shows_nothing_is_refused():
 # -- contexts -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [8, 4, 16])
 @pytest.mark.parametrize("blocks", [2, 3, 9])
-def test_answers_stand_in_the_blocks_that_matter(blocks):
-    """Also where the blocks are more than the keys allow: three blocks of four keys, twelve keys."""
+def test_answers_stand_in_the_blocks_that_matter(blocks, size):
+    """Also where the blocks are more than the keys allow: three blocks of four keys, twelve keys; and in blocks of a model that are not the task's."""
     task = RecallTask(range(12), range(12, 24), range(24, 28), block=8, blocks=3, announce=4, ask=6, seed=5)
-    tokens, targets, matter = recall_contexts(task, blocks, np.arange(4))
+    tokens, targets, matter = recall_contexts(task, blocks, np.arange(4), size)
     n = blocks * 8 + 4
-    assert tokens.shape == (4, n + 6) == targets.shape and matter.shape == (4, blocks + 1) and matter.sum(1).tolist() == [2] * 4
+    assert tokens.shape == (4, n + 6) == targets.shape and matter.shape == (4, -(-n // size))
+    assert size != 8 or matter.sum(1).tolist() == [2] * 4
     key_of = {int(alias): key for key, alias in enumerate(task.alias_of_key)}
     assert len({tuple(row) for row in tokens.tolist()}) == 4
     for row, wanted, where in zip(tokens.tolist(), targets.tolist(), matter.tolist()):
@@ -232,5 +236,14 @@ def test_answers_stand_in_the_blocks_that_matter(blocks):
             assert len(holders) == 1, "an asked key stands in one block only"
             block = row[holders[0] * 8:(holders[0] + 1) * 8]
             assert block[block.index(key) + 1] == row[t + 1]
-            found.add(holders[0])
+            found.add((holders[0] * 8 + 2 * block[::2].index(key)) // size)
         assert found == {i for i, x in enumerate(where) if x}
+
+
+def test_a_history_of_broken_blocks_is_refused():
+    """33 blocks of the task, the announce part among them, are no blocks of 64 tokens; 34 are."""
+    tokenizer = SimpleNamespace(key_ids=range(512), alias_ids=range(512, 1024), value_ids=range(1024, 1034))
+    model = Model(None, SimpleNamespace(config=SimpleNamespace(block_size=64)), {"flags": {"data": "recall", "seed": 1}})
+    with pytest.raises(UserError, match="--recall_sizes: 32:8 is a history of 1056 tokens.*--mc_block_size=64"):
+        recall_setting(model, tokenizer, "32:8")
+    assert recall_setting(model, tokenizer, "33:8")[0].n == 1088

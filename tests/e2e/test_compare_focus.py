@@ -221,6 +221,21 @@ def test_eval_focus_on_hops(trained, tmp_path):
     assert last["accuracy_two_hops"] == report["hops"][0]["systems"]["refocused"]["mean"] and last["regret"] is None and report["settings"] == []
 
 
+def test_blocks_of_a_model_that_are_not_the_tasks(trained, tmp_path):
+    """Facts stand in blocks of 32 tokens, as in training: recall is judged in the model's blocks, chains and streams are refused."""
+    base = Path(shutil.copytree(trained, tmp_path / "base", ignore=shutil.ignore_patterns("runs", "tokens-*")))
+    for task, flags in {"recall": TASKS["recall"][0], "hops": ["--data=hops", "--recall_blocks=8", "--max_seq_len=320", "--total_batch_size=640"]}.items():
+        run(base, "base_train", *TINY, *LENS, *flags, "--mc_block_size=8", "--mc_budget=96", f"--model_tag={task}_8").ok()
+    recall, hops, out = base / "checkpoints" / "recall_8", base / "checkpoints" / "hops_8", f"--out={tmp_path / 'no'}"
+    eval_focus(base, tmp_path / "out", f"--recall_mc={recall}", "--recall_sizes=8:2").ok()
+    (setting,) = json.loads((tmp_path / "out" / "focus.json").read_text())["settings"]
+    assert (setting["n"], setting["budget"], setting["shown"]) == (288, 128, 13) and setting["systems"]["lens"]["hit_at_most"] is not None
+    errors = [run(base, "eval_focus", f"--hops_mc={hops}", out).error, run(base, "mc_stream", f"--checkpoint_dir={recall}", out).error,
+              run(base, "eval_focus", f"--recall_mc={recall},{trained / 'checkpoints' / 'recall_mc'}", out).error]
+    for error, message in zip(errors, ("--mc_block_size=8, --data=hops", "--mc_block_size=8, --data=recall", "of one block size")):
+        assert message in error
+
+
 def test_text_focus_study(trained, prepared, tmp_path):
     """Every number is there, also from what was kept, and the predictor is left out when it is not asked for."""
     flags = [f"--text_mc={trained / 'checkpoints' / 'long'}", "--contexts=3", "--batch=2", "--candidates=1", "--rounds=2", f"--out={tmp_path / 'out'}"]
