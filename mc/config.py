@@ -51,7 +51,7 @@ class MCConfig:
     wc_weight: float = setting(0.1, "weight of the working context's next-token loss; far fewer tokens than the LM's, so a noisier gradient")
     kl_weight: float = setting(0.1, "weight of the KL from the full-context distribution")
     contrast_weight: float = setting(0.0, "weight of the gists' contrast: each names its own block's content among the row's")
-    horizon_gist_weight: float = setting(0.0, "weight of the horizon loss: the base's hidden state at a node's end names the next node's gist among the row's, at LOD1 and LOD2")
+    horizon_gist_weight: float = setting(0.0, "weight of the horizon loss: the base's hidden state at a node's end names the next node's gist among the row's, at LOD1 and LOD2 as far as a row has two nodes of them")
     bands: int = setting(0, "1: cuts of up to 5 tokens per entry, then up to 10, then more as well, a third of the training each; 0: as full as the budget allows, one in four coarser", (0, 1))
     # the lens
     lens: str = setting("bilinear", "LensNet variant: each block by itself, or with a network on top that reads the blocks together", ("bilinear", *READERS))

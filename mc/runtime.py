@@ -14,6 +14,7 @@ between micro-batches. Before `start` a step is the vanilla step.
 Shapes: B rows, R rows with a working context (V variants of each: RV), T tokens, D width, N blocks, P positions read, Q queries.
 """
 
+import sys
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from mc.config import POLICIES, MCConfig, to_dict
 from mc.counterfactual import can_flip, draw_cut, draw_edits, edit_utilities
 from mc.diagnostics import gist_statistics, probe, shares_by_lod
 from mc.far_history import draw_far_history, most_entries
-from mc.gist_objectives import blocks_in_band, check_bands, contrast_loss
+from mc.gist_objectives import HORIZON_LODS, blocks_in_band, check_bands, contrast_loss
 from mc.focus_allocator import check_feasible, utilization
 from mc.keyed_random import gumbel, uniform
 from mc.lens_networks import CURSORS
@@ -36,7 +37,7 @@ from mc.mega_context import Tree, TreeShape
 from mc.model import Entries, MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
 from mc.teachers import attention_mass
 from mc.working_context import entries_used
-from nanochat.common import UserError
+from nanochat.common import UserError, print0
 from nanochat.gpt import GPT, Captured, token_losses
 from nanochat.schedule import ramp
 from nanochat.tracing import Reading, Trace
@@ -92,6 +93,10 @@ class MCController:
         self.start_step, self.num_iterations = int(config.start * num_iterations), num_iterations
         if config.bands:
             check_bands(history, self.model.focus_config())
+        few = [lod for lod in HORIZON_LODS[:config.max_lod] if T // K**lod < 2]
+        if config.horizon_gist_weight and few:
+            print0(f"note: --mc_horizon_gist_weight={config.horizon_gist_weight} teaches nothing at LOD{few[0]}, of which a row of {T} tokens has fewer "
+                   f"than two nodes; it would with a --max_seq_len of {2 * K**few[0]}", file=sys.stderr)
         self._pending: _Pending | None = None
         self._followed = -1  # the step before which the earlier lens moved last
 

@@ -75,6 +75,19 @@ def test_the_horizon_loss_teaches_head_base_and_gistnet_but_neither_lens_nor_bia
     assert {f"0.{n}" for n, _ in gpt.named_parameters() if "lm_head" not in n} == {n for n in got if n.startswith("0.")}
 
 
+@pytest.mark.parametrize("T, taught", [(32, [True, True]), (31, [True, False])])
+def test_a_level_of_which_a_row_has_one_node_learns_no_horizon_and_a_note_says_so(T, taught, capsys):
+    gpt = tiny_base()
+    mc = tiny_mc(gpt, T=T, budget=16, lens_queries=8, horizon_gist_weight=1.0)
+    said = capsys.readouterr().err
+    mc.training_step(gpt, tiny_batch(T=T), 0).loss.backward()
+    assert [m.weight.grad is not None for m in mc.model.horizon_head.levels] == taught
+    assert said == ("" if all(taught) else "note: --mc_horizon_gist_weight=1.0 teaches nothing at LOD2, of which a row of 31 tokens has fewer than two nodes; "
+                                           "it would with a --max_seq_len of 32\n")
+    tiny_mc(gpt, T=T, budget=16, lens_queries=8)
+    assert not capsys.readouterr().err
+
+
 def test_the_horizon_is_foreseen_from_the_past_and_is_the_next_node():
     """The query of node i does not change with what comes after it, and names node i + 1: a head that is told so has nothing to lose."""
     gpt, seen = tiny_base(), []
