@@ -36,8 +36,9 @@ class Contexts(NamedTuple):
 def recall_contexts(task: RecallTask, blocks: int, rows: np.ndarray, block: int) -> Contexts:
     """Histories of `blocks` stored blocks of the task and an announce part, then the ask part, about task.episode_blocks of them.
 
-    block: tokens of a block of the model, of which those matter that hold an answer. As in training where the keys suffice for all blocks to be different. Longer histories have the asked blocks among others
-    made of the keys that nobody asks for, which repeat with other values.
+    As in training where the keys suffice for all blocks to be different. Longer histories have the asked blocks among others
+    made of the keys that nobody asks for, which repeat with other values. block: tokens of a block of the model, of which those
+    matter that hold an answer.
     """
     if blocks <= task.blocks:
         made = task.rows("val", rows, blocks, blocks * task.block + task.episode)
