@@ -19,18 +19,20 @@ from mc.config import from_flags
 from mc.experiment import ROOT, Records, find_function, run_cells, whole_numbers
 from nanochat.checkpoint import load_model_state
 from nanochat.common import FlagParser, UserError, base_dir, run_main
+from nanochat.dataset import locked
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train
 
 
 def train(flags: dict[str, str], seed: int, tag: str) -> Path:
-    """The checkpoint directory of a finished training; what was begun goes on. In this process."""
+    """The checkpoint directory of a finished training; what was begun goes on. In this process, while others wait that want the same."""
     directory = base_dir() / "checkpoints" / tag
-    if directory.is_dir() and list(directory.glob("complete_*.json")):
-        _, meta = load_model_state(directory)
-        if meta["step"] == meta["num_iterations"]:
-            return directory
-    call(base_train, {"save_every": "50", "keep_last": "1"} | flags | {"resume": "1", "model_tag": tag, "seed": str(seed)})
+    with locked(base_dir() / ".locks" / f"train-{tag}"):
+        if directory.is_dir() and list(directory.glob("complete_*.json")):
+            _, meta = load_model_state(directory)
+            if meta["step"] == meta["num_iterations"]:
+                return directory
+        call(base_train, {"save_every": "50", "keep_last": "1"} | flags | {"resume": "1", "model_tag": tag, "seed": str(seed)})
     return directory
 
 

@@ -52,6 +52,15 @@ def test_a_study_resumes_where_it_was_killed(tokenizer_base, tmp_path):
     assert "2 cells, 2 of them done before" in again.out and results.read_text().startswith(first)
 
 
+def test_cells_of_one_training_share_it(tokenizer_base, tmp_path):
+    """Side by side: one trains, the other waits and finds it trained."""
+    study = write(tmp_path / "shared.yaml", STUDY.replace("evaluate.contexts: [3]", "evaluate.batch: [2]"))
+    done = run(tokenizer_base, "ablate", str(study), "--seeds=1", "--only=batch=2", "--jobs=2").ok()
+    assert json.loads(done.out.splitlines()[-1])["cells"] == 2
+    logs = [path.read_text() for path in (tokenizer_base / "ablations" / "shared" / "logs").glob("*.log")]
+    assert sorted("done: 6 steps" in log for log in logs) == [False, True]
+
+
 def test_evaluation_by_a_command(tokenizer_base, tmp_path):
     command = "python -m scripts.base_eval --checkpoint_dir={checkpoint} --eval_tokens=256 --data=random"
     study = write(tmp_path / "c.yaml", f"question: q\nbase: {BASE}\nseeds: [1]\nevaluate: {{command: '{command}'}}\n")
