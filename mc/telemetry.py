@@ -14,7 +14,7 @@ register(
     Metric("mc.loss.contrast", "{nat}", "histogram", "Cross-entropy of each gist naming its own content among its row's nodes, mean over levels (--mc_contrast_weight).",
            healthy="near 0: gists tell their blocks apart", where=RUNTIME, buckets=NATS),
     Metric("mc.loss.horizon_gist", "{nat}", "histogram",
-           "Cross-entropy of the hidden state at a node's end naming the next node's gist among its row's, mean over LOD1 and LOD2 (--mc_horizon_gist_weight).",
+           "Cross-entropy of the hidden state at a node's end naming the next node's gist among its row's, mean over the levels of which a row has two nodes (--mc_horizon_gist_weight).",
            healthy="below ln(nodes), falling slowly", where=RUNTIME, buckets=NATS),
     Metric("mc.loss.lens", "{nat}", "histogram", "What the lens is taught after the backward pass, all targets and terms: with a dense teacher cross-entropies against its distribution.", short="lens",
            healthy="falls; with one dense teacher towards twice mc.lens.teacher_entropy", where=RUNTIME, buckets=NATS),
