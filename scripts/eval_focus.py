@@ -102,7 +102,8 @@ def summary(found: list[dict[str, dict[str, np.ndarray]]], with_accuracy: bool) 
 
 def mean_of(each: list[np.ndarray]) -> dict:
     """Of one array of contexts per seed. NaN is a context without such a value: where no block matters there are no hits."""
-    values = np.concatenate(each)
+    some = ~np.isnan(each).all(0)  # a draw of contexts that are nothing but NaN has no mean
+    values = np.concatenate([x[some] for x in each])
     return {"mean": float(np.nanmean(values)), "interval": bootstrap(lambda i: np.nanmean(values[i]), len(values), seeds=len(each)),
             "seeds": [float(np.nanmean(x)) for x in each]}
 

@@ -15,7 +15,7 @@ from mc.focus_measures import CHEATS, SCORES, all_scores, average_ranks, hit_at,
 from mc.teachers import attention_mass
 from nanochat.common import UserError
 from nanochat.recall import RecallTask
-from scripts.eval_focus import Model, recall_setting
+from scripts.eval_focus import Model, gap_closed, mean_of, recall_setting
 from tiny_mc import H, K, N, R, W, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)
@@ -247,3 +247,17 @@ def test_a_history_of_broken_blocks_is_refused():
     with pytest.raises(UserError, match="--recall_sizes: 32:8 is a history of 1056 tokens.*--mc_block_size=64"):
         recall_setting(model, tokenizer, "32:8")
     assert recall_setting(model, tokenizer, "33:8")[0].n == 1088
+
+
+def test_summaries_of_contexts_without_a_value():
+    """Nothing matters in most contexts: the interval is of those in which something does, and a number."""
+    each = [np.array([math.nan] * 30 + [1.0, 0.0]), np.array([math.nan] * 30 + [1.0, math.nan])]
+    found = mean_of(each)
+    assert found["mean"] == pytest.approx(2 / 3) and found["seeds"] == [0.5, 1.0] and found["interval"] == [0.0, 1.0]
+
+
+def test_gap_closed_is_the_share_of_the_way_from_window_to_full():
+    seed = {name: {"nll": np.full(8, nll)} for name, nll in {"window": 3.0, "full": 2.0, "lens": 2.25, "worse": 3.5}.items()}
+    assert gap_closed([seed, seed], "lens") == {"mean": pytest.approx(0.75), "interval": [pytest.approx(0.75)] * 2}
+    assert gap_closed([seed], "worse")["mean"] == pytest.approx(-0.5)
+    assert gap_closed([{**seed, "full": {"nll": np.full(8, 2.95)}}], "lens") is None
