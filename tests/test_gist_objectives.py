@@ -17,7 +17,7 @@ from mc.working_context import entries_used
 from nanochat.common import UserError
 from nanochat.dataloader import make_source
 from nanochat.gpt import token_losses
-from tiny_mc import K, T, VOCAB, tiny_base, tiny_batch, tiny_mc
+from tiny_mc import K, T, VOCAB, planted, randomize, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)
 
@@ -239,3 +239,34 @@ def test_arms_that_cannot_be_are_refused(text):
 def test_an_arm_has_the_entries_that_its_judge_asks_for(text):
     config, _, _ = gist_benchmark.parse(text, 32, 64, 1024)
     check_feasible(1024, MegaContext(config, 16).focus_config())
+
+
+def test_an_arm_is_trained_on_the_next_token():
+    """A base that says the next of a counting row: no loss on targets that follow, a large one on the tokens themselves (trap 1)."""
+    tokens = (torch.arange(41) + 3 * torch.arange(4)[:, None]) % 40
+    losses = []
+    for shift in (1, 0):
+        arm = gist_benchmark.make_arm("gist=mean,block_size=4,kl_weight=0,frozen=1", planted(shift), 0, 8, 8, 32)
+        arm.mc.double()
+        losses.append(gist_benchmark.loss_of(arm, tokens[:, :-1], tokens[:, 1:], None, None, 32).item())
+    assert losses[0] < 0.01 and losses[1] > 10
+
+
+@pytest.mark.parametrize("term", ["wc_weight", "kl_weight", "contrast_weight"])
+def test_every_term_of_an_arm_teaches_gistnet(term):
+    base, batch, found = tiny_base(dtype=torch.float32, sequence_len=40), tiny_batch(T=40), []
+    with torch.no_grad():
+        teacher = base.logits(base.hidden(batch.inputs)[:, 24:-1])
+    for weight in (1, 2):
+        arm = gist_benchmark.make_arm(f"gist=slots,block_size=4,gist_width=16,{term}={weight}", base, 0, 8, 8, 32)
+        randomize(arm.mc.gistnet)
+        gist_benchmark.loss_of(arm, batch.inputs, batch.targets, teacher, None, 32).backward()
+        found.append([p.grad for p in arm.mc.gistnet.parameters()])
+    assert not any(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_an_arms_optimizer_has_gistnet_and_the_bases_body():
+    arm = gist_benchmark.make_arm("gist=slots,block_size=4,gist_width=16", tiny_base(dtype=torch.float32, sequence_len=40), 0, 8, 8, 32)
+    have = [id(p) for group in arm.optimizer.param_groups for p in group["params"]]
+    body = (p for name, p in arm.gpt.named_parameters() if not name.startswith(("transformer.wte", "lm_head", "value_embeds")))
+    assert sorted(have) == sorted(map(id, [*arm.mc.gistnet.parameters(), arm.mc.gist_bias, *body]))

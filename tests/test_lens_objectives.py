@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mc import lens_objectives
 from mc.config import DENSE_TEACHERS, TEACHERS, MCConfig
 from mc.counterfactual import can_flip, draw_cut, draw_edits, edit_utilities
 from mc.focus_allocator import FocusConfig, GreedyAllocator, entries_needed
@@ -75,6 +76,37 @@ def test_every_target_wants_the_planted_block_most(kind, block, more, monkeypatc
     gradient = logits.grad
     assert gradient.argmin() == block and gradient[block] < 0
     assert gradient[block] < gradient[torch.arange(BLOCKS) != block].min() - 1e-9
+
+
+@pytest.mark.parametrize("teacher", DENSE_TEACHERS)
+@pytest.mark.parametrize("horizon", [1, 4])
+@pytest.mark.parametrize("place", [T - 12, T - 7])
+def test_a_query_has_read_what_stands_before_its_target_and_nothing_of_it(teacher, horizon, place, monkeypatch):
+    """At the queries that a target names, the logits depend on the last token that was read and not on the one after it (trap 12a)."""
+    seen, true = [], lens_objectives.lens_loss
+    monkeypatch.setattr(lens_objectives, "lens_loss", lambda logits, target, visible:
+                        seen.append((logits.detach().masked_fill(~visible, 0), target.sum(-1) > 0)) or true(logits, target, visible))
+
+    def taught(changed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [B, Q, N] with the tail, and which queries [B, Q] have a target."""
+        seen.clear()
+        gpt = asking_base()
+        tokens = planted_batch(0).inputs
+        tokens[:, N - 1], tokens[:, place] = 3, ASKER
+        targets = torch.full_like(tokens, -1)
+        targets[:, place] = ANSWER
+        if changed is not None:
+            tokens[:, changed] = (tokens[:, changed] + 1 - 3) % (VOCAB - 3) + 3
+        step(tiny_mc(gpt, gist="mean", teacher=teacher, lens_horizon=horizon, cuts="recency:1", lens_queries=24), gpt, Batch(tokens, targets, torch.arange(4), 4))
+        return seen[1]
+
+    plain, asked = taught()
+    queries = asked.any(0).nonzero()[:, 0].tolist()
+    assert len(queries) == horizon
+    for query, last in zip(queries, range(place - horizon + 1, place + 1)):
+        assert torch.equal(taught(last + 1)[0][:, query], plain[:, query])
+        if last != place:  # without the asker there is no target
+            assert not torch.equal(taught(last)[0][:, query], plain[:, query])
 
 
 def test_measured_utility_is_positive_where_detail_helps_whether_shown_or_hidden():

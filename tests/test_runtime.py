@@ -5,17 +5,20 @@ from functools import cache
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from mc.config import POLICIES, MCConfig
 from mc.lens_objectives import variant_cost
 from mc.model import recency_scores, run_entries, take
+from mc.runtime import MCController
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig, token_losses
 from nanochat.optim import MuonAdamW, check_groups, gpt_param_groups
 from nanochat.schedule import ramp
 from scripts.base_train import vanilla_step
-from tiny_mc import H, K, N, R, SMALL, T, VOCAB, W, step, tiny_base, tiny_batch, tiny_mc, values
+from tiny_mc import H, K, N, R, SMALL, T, VOCAB, W, planted, step, tiny_base, tiny_batch, tiny_mc, values
 
 torch.set_num_threads(1)
 
@@ -162,6 +165,44 @@ def test_the_lens_reads_nothing_of_the_full_pass(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*seen))
 
 
+def test_lens_cuts_and_edits_do_not_know_the_full_pass():
+    """What the lens shows and which edits it wants stay as they are when the base's hidden states change (trap 12a)."""
+    gpt, batch = tiny_base(), tiny_batch()
+    mc, found = tiny_mc(gpt, cuts="lens:1", teacher="counterfactual"), []
+    for factor in (1.0, -1.5):
+        with torch.no_grad():
+            for block in gpt.transformer.h:
+                block.attn.c_v.weight.mul_(factor)
+        result = mc.training_step(gpt, batch, 0)
+        found.append((result.metrics["train.loss"], result.primary.lod_BM, result.primary.index_BM, mc._pending.lesson.edits.block_BE))
+    assert found[0][0] != found[1][0] and all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:]))
+
+
+def test_contrast_teaches_gistnet_alone():
+    gpt, found = tiny_base(), []
+    for weight in (0.0, 1.0):
+        gpt.zero_grad()
+        mc = tiny_mc(gpt, contrast_weight=weight)
+        mc.training_step(gpt, tiny_batch(), 0).loss.backward()
+        found.append(gradients(mc.model))
+    assert {name for name in found[1] if not torch.equal(found[0][name], found[1][name])} == {name for name in names(mc.model) if name.startswith("0.gistnet")}
+
+
+def test_a_far_history_teaches_the_levels_that_no_row_has():
+    gpt = tiny_base()
+    mc = tiny_mc(gpt, max_lod=4, gist_shared=0, far_tokens=1000, far_entries=60)
+    mc.training_step(gpt, tiny_batch(), 0).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in mc.model.gistnet.summaries[3].parameters() if p.ndim > 1)
+
+
+def test_bands_open_in_time():
+    """The last third of the training shows fewer entries than the first."""
+    gpt = tiny_base()
+    mc = tiny_mc(gpt, bands=1, cuts="recency:1", budget=40, max_lod=2, micro_batch=40, num_iterations=30)
+    early, late = (mc.training_step(gpt, tiny_batch(range(40)), at).primary.used_B.double().mean() for at in (0, 29))
+    assert late < early - 2
+
+
 def test_every_parameter_is_in_one_group_moves_is_saved_and_restored():
     gpt = tiny_base(dtype=torch.float32)
     mc = tiny_mc(gpt, horizon_gist_weight=0.1)
@@ -185,15 +226,6 @@ def test_every_parameter_is_in_one_group_moves_is_saved_and_restored():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which tokens
-
-
-def planted(shift: int) -> GPT:
-    """A base without layers' work whose head names (token + shift) mod 40, sure of it."""
-    gpt = GPT(GPTConfig(128, VOCAB, 1, 4, 4, 64, value_embeds=False)).double()
-    with torch.no_grad():
-        gpt.transformer.wte.weight.copy_(torch.eye(64))
-        gpt.lm_head.weight.zero_()[:40, :40] = 20 * torch.eye(40).roll(shift, 0)
-    return gpt
 
 
 @pytest.mark.parametrize("config", [{}, {"targets": "raw"}, {"split": "random"}, {"targets": "raw", "split": "random", "variants": 2}, {"gists_per_block": 2, "budget": 36}, {"far_tokens": 400, "far_entries": 40}])
@@ -516,3 +548,17 @@ def test_flops_follow_the_dials():
     assert fewer < plain < more and lens < plain and small < plain
     wc = more - plain
     assert plain - fewer > wc / 2 and plain - lens > 0
+
+
+@pytest.mark.parametrize("config", [{}, {"variants": 2}, {"targets": "raw"}, {"row_stride": 2}, {"teacher": "attention"}])
+def test_flops_are_those_that_run(config):
+    """Within a tenth of what torch counts, MC's step minus the vanilla one."""
+    gpt, length = GPT(GPTConfig(512, 512, 3, 4, 4, 128)), 256
+    mc = MCController(MCConfig(**{**SMALL, "block_size": 8, "recent": 8, "budget": 64, "horizon": 16, "lens_queries": 64, **config}), gpt, T=length, micro_batch=4,
+                      num_iterations=10, seed=0)
+    batch, counted = tiny_batch(T=length), []
+    for run in (lambda: vanilla_step(gpt, batch)[0].backward(), lambda: step(mc, gpt, batch)):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            run()
+        counted.append(counter.get_total_flops())
+    assert mc.flops_per_token(gpt) * 4 * length == pytest.approx(counted[1] - counted[0], rel=0.1)

@@ -6,7 +6,7 @@ from mc.config import MCConfig
 from mc.keyed_random import uniform
 from mc.runtime import MCController
 from nanochat.dataloader import Batch
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig
 from tiny_gpt import tiny_gpt
 
 K, T, H, W, R, N = 4, 64, 8, 32, 8, 56  # block, row, continuation, budget, protected tokens, history
@@ -18,6 +18,15 @@ SMALL = dict(block_size=K, max_lod=2, gist_width=16, budget=W, horizon=H, start=
 def tiny_base(seed: int = 0, dtype: torch.dtype = torch.float64, **config) -> GPT:
     """Every feature on, windows that see everything."""
     return tiny_gpt(seed, dtype, **{"sequence_len": 128, "n_layer": 3, **config})
+
+
+def planted(shift: int) -> GPT:
+    """A base without layers' work whose head names (token + shift) mod 40, sure of it."""
+    gpt = GPT(GPTConfig(128, VOCAB, 1, 4, 4, 64, value_embeds=False)).double()
+    with torch.no_grad():
+        gpt.transformer.wte.weight.copy_(torch.eye(64))
+        gpt.lm_head.weight.zero_()[:40, :40] = 20 * torch.eye(40).roll(shift, 0)
+    return gpt
 
 
 def randomize(module: torch.nn.Module, seed: int = 0, std: float = 0.3) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from e2e_commands import KINDS, MC, ROOT, TINY, last_checkpoint, losses, real, rows, same, start, tree
 
+from mc.runtime import MCController
 from nanochat.checkpoint import load_mc_state, load_model_state
 from nanochat.tokenizer import Reserved, Tokenizer
 from scripts import base_train
@@ -107,6 +108,52 @@ def test_two_ranks_are_one(kind, reference, base, prepared):
     assert worst_difference(base, reference[kind]) < RANKS_TOLERANCE
     assert abs(rows(base)[-1]["val.loss"] - rows(reference[kind])[-1]["val.loss"]) < RANKS_TOLERANCE
     assert len(list((base / "checkpoints" / "t").glob("optim_*"))) == 2
+    if kind == "mc":  # MegaContext's own losses and weights too: a lens that learns from one rank's rows has the same LM loss
+        for name in ("mc.loss.wc", "mc.loss.kl", "mc.loss.lens"):
+            assert max(abs(a[name] - b[name]) for a, b in zip(rows(base), rows(reference[kind])) if name in b) < SHAPE_TOLERANCE
+        mine, theirs = ({k: v for file, state in last_checkpoint(one).items() if file.startswith("mc_") for k, v in state.items()} for one in (base, reference[kind]))
+        assert all((mine[k] - theirs[k]).norm() <= 1e-2 * theirs[k].norm() for k in theirs)
+
+
+@pytest.mark.parametrize("method", ["training_step", "lens_step", "probe"])
+def test_megacontext_that_fails_stops_the_training(method, base, prepared, monkeypatch):
+    """It never goes on as vanilla training (trap 5)."""
+    true, calls = getattr(MCController, method), []
+
+    def failing(self, *args, **kwargs):
+        calls.append(method)
+        if len(calls) == 2:
+            raise RuntimeError("planted")
+        return true(self, *args, **kwargs)
+
+    monkeypatch.setattr(MCController, method, failing)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    monkeypatch.setattr(sys, "argv", ["base_train", *TINY, f"--data={prepared / 'texts'}", *MC, "--mc_start=0", "--probe_every=1", "--save_every=0", "--num_iterations=6"])
+    with pytest.raises(RuntimeError, match="planted"):
+        base_train.main()
+    assert not list(base.glob("checkpoints/t/complete_*"))
+
+
+@kinds
+def test_a_derived_horizon_is_the_same_given(kind, prepared, train, tmp_path):
+    """Schedules follow the steps that are trained, whoever named their number (trap 9)."""
+    found, steps = [], 0
+    for name in ("derived", "given"):
+        base = Path(shutil.copytree(prepared / "base", tmp_path / name))
+        train(base, *KINDS[kind], *(["--num_iterations=0", "--target_tokens_per_param=0.2"] if name == "derived" else [f"--num_iterations={steps}"])).ok()
+        steps = rows(base)[-1]["step"]
+        found.append(([(row["optim.lr"], row["optim.momentum"]) for row in rows(base)], losses(base)))
+    assert 6 < steps < 60 and found[0] == found[1]
+
+
+def test_settings_that_are_off_by_default_resume_too(prepared, train, tmp_path):
+    every = [*MC, "--mc_lens_kl=0.3", "--mc_variants=2", "--mc_teacher=gate:1,counterfactual:1,preference:1", "--mc_lens_edits=3", "--mc_far_tokens=400", "--mc_bands=1",
+             "--mc_split=random", "--mc_lens=slots", "--mc_contrast_weight=0.1", "--mc_horizon_gist_weight=0.1", "--grad_clip=1"]
+    whole, parts = (Path(shutil.copytree(prepared / "base", tmp_path / name)) for name in ("whole", "parts"))
+    train(whole, *every).ok()
+    train(parts, *every, "--stop_at=9").ok()
+    train(parts, *every, "--resume=1").ok()
+    assert losses(whole) == losses(parts) and same(last_checkpoint(whole), last_checkpoint(parts))
 
 
 @kinds

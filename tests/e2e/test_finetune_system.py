@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 from e2e_commands import run, tree
 
 from mc.systems.catalogue import load_models, make_system
+from mc.systems.rows import make_batches
+from nanochat.tokenizer import Tokenizer
 
 SHORT = ["--steps=2", "--rows=2", "--dev=1", "--budgets=40", "--device=cpu"]
 
@@ -17,6 +20,14 @@ def trained(reference):
 
 def last(done) -> dict:
     return json.loads(done.out.strip().splitlines()[-1])
+
+
+def test_rows_of_text_are_judged_on_the_next_token(prepared, monkeypatch):
+    """Trap 1, for what every fine-tuning reads."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(prepared / "base"))
+    flags = dict(seed=0, text_column="text", needles=1, recall_blocks=2)
+    made = make_batches(str(prepared / "texts"), "train", Tokenizer.load(), flags, history=64, horizon=8, block_size=8, rows=2)(0)
+    assert torch.equal(made.targets_BT[:, :-1], made.tokens_BT[:, 1:])
 
 
 def test_labels_classifier_and_arm(trained, tmp_path):

@@ -81,6 +81,9 @@ def test_a_lens_learns_from_labels_and_nothing_else_moves(labelled, tmp_path):
     mc, before = (load_mega_context(d, m["step"], m, gpt.config.n_embd) for d, m in ((base / "checkpoints" / "taught", meta), (source, old_meta)))
     changed = {name for name, x in mc.state_dict().items() if not torch.equal(x, before.state_dict()[name])}
     assert changed == {name for name in mc.state_dict() if name.startswith("lensnet.")}
+    run(base, "train_lensnet", f"--checkpoint_dir={source}", "--steps=0", "--out_tag=new", "--device=cpu").ok()  # the same new lens, untaught
+    untaught, taught = (next(state for name, state in last_checkpoint(base, tag).items() if name.startswith("mc_")) for tag in ("new", "taught"))
+    assert changed == {name for name in taught if not torch.equal(taught[name], untaught[name])}
     # any other command takes it, base_train too; and its labels still fit, the base being the same
     run(base, "train_lensnet", f"--checkpoint_dir={base}/checkpoints/taught", f"--labels={base}/labels", "--out_tag=more", "--new_lens=0", "--steps=2", "--device=cpu").ok()
     again = run(base, "train_lensnet", f"--checkpoint_dir={source}", *flags[:1], "--out_tag=twice", *flags[2:]).ok()
