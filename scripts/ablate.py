@@ -2,7 +2,7 @@
 
     python -m scripts.ablate runs/ablations/STUDY.yaml [--only=arm,…] [--seeds=1,2]
 
-What a study is: `mc/ablation.py`. Under $NANOCHAT_BASE_DIR/ablations/STUDY it writes results.jsonl (a record per cell: configuration, commit, environment, one number
+What a study is: `scripts/studies/study.py`. Under $NANOCHAT_BASE_DIR/ablations/STUDY it writes results.jsonl (a record per cell: configuration, commit, environment, one number
 per context), report.md and plot.png, plot.pdf. A finished cell is not run again; one that was interrupted goes on from its last checkpoint.
 """
 
@@ -13,15 +13,15 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from mc.ablation import DEFAULT, Study, plot, read_study, step_time_cells, study_results, table
-from mc.benchmark import step_time_ratio
 from mc.config import from_flags
-from mc.experiment import ROOT, Records, find_function, run_cells, whole_numbers
 from nanochat.checkpoint import load_model_state
 from nanochat.common import FlagParser, UserError, base_dir, run_main
 from nanochat.dataset import locked
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train
+from scripts.bench.train_step import step_time_ratio
+from scripts.studies.cells import ROOT, Records, find_function, run_cells, whole_numbers
+from scripts.studies.study import DEFAULT, Study, plot, read_study, step_time_cells, study_results, table
 
 
 def train(flags: dict[str, str], seed: int, tag: str) -> Path:

@@ -10,11 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mc.benchmark import training_step_times
 from mc.evaluation import FocusComparison, Outcome, plain_outcomes
-from mc.experiment import commit
 from mc.model import MegaContext, load_mega_context
-from mc.report import task_report, write
 from nanochat.common import FlagParser, UserError, base_dir, print0, run_main
 from nanochat.dataloader import eval_rows, make_source
 from nanochat.dataset import Progress
@@ -22,6 +19,9 @@ from nanochat.gpt import GPT
 from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
 from scripts.base_train import MAY_CHANGE
+from scripts.bench.train_step import training_step_times
+from scripts.eval.report import task_report, write
+from scripts.studies.cells import commit
 
 TASKS = ("recall", "text")
 MAY_DIFFER = MAY_CHANGE - {"data"}  # flags of twins: what a resumed run may change, but for the data

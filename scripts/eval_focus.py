@@ -15,20 +15,20 @@ import numpy as np
 import torch
 
 from mc.evaluation import FocusComparison, plain_outcomes
-from mc.focus_measures import Contexts, measure, recall_contexts, text_contexts
-from mc.hop_focus import SYSTEMS as HOP_SYSTEMS, ask_chains
 from mc.model import MegaContext, load_mega_context
-from mc.report import LEAST_GAP, bootstrap
 from mc.session import SessionConfig, SessionPool
 from nanochat.common import FlagParser, UserError, base_dir, print0, run_main
 from nanochat.dataloader import eval_rows, make_source
 from nanochat.dataset import Progress
 from nanochat.gpt import GPT
-from nanochat.hops import HopTask
 from nanochat.loading import load_model
-from nanochat.recall import RecallTask
+from nanochat.tasks.hops import HopTask
+from nanochat.tasks.recall import RecallTask
 from nanochat.tokenizer import Tokenizer
 from scripts.compare_focus import commit
+from scripts.eval.hop_questions import SYSTEMS as HOP_SYSTEMS, ask_chains
+from scripts.eval.report import LEAST_GAP, bootstrap
+from scripts.eval.scores import Contexts, measure, recall_contexts, text_contexts
 
 LABELS = {"lens": "LensNet", "random": "random", "recency": "recency", "bm25": "BM25 with the tail", "tail_attention": "attention mass of the tail",
           "next_attention": "attention mass of the continuation (cheats)", "next_gate": "gate gradient of the continuation (cheats)", "oracle": "oracle"}

@@ -11,15 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mc.config import MCConfig, to_dict
-from mc.systems.catalogue import SYSTEMS, load_models, system_named
-from mc.systems.finetune import RATES, Recipe, finetune
-from mc.systems.keep_drop import FILE, save_keep_drop
-from mc.systems.rows import add_row_flags, batches_from_flags
 from nanochat.checkpoint import complete_steps, load_model_state, save_checkpoint
 from nanochat.common import FlagParser, UserError, init_distributed, run_main
 from nanochat.dataset import Progress
 from nanochat.schedule import batch_lr_scale
 from nanochat.tokenizer import Tokenizer
+from scripts.eval.methods.registry import SYSTEMS, load_models, system_named
+from scripts.eval.methods.token_classifier import FILE, save_keep_drop
+from scripts.eval.rows import add_row_flags, batches_from_flags
+from scripts.studies.finetune import RATES, Recipe, finetune
 
 
 def numbers(text: str, name: str, kind: type) -> tuple:

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from mc.config import MCConfig
-from mc.importance import TEACHERS, importance, keep_labels, read_labels, read_manifest, write_labels
-from mc.systems.catalogue import load_models
-from mc.systems.keep_drop import FILE, KeepDrop, KeepDropConfig, save_keep_drop, train
-from mc.systems.rows import add_row_flags, batches_from_flags
 from nanochat.common import FlagParser, UserError, init_distributed, run_main, seed_everything
 from nanochat.dataset import Progress
 from nanochat.tokenizer import Tokenizer
+from scripts.eval.importance import TEACHERS, importance, keep_labels, read_labels, read_manifest, write_labels
+from scripts.eval.methods.registry import load_models
+from scripts.eval.methods.token_classifier import FILE, KeepDrop, KeepDropConfig, save_keep_drop, train
+from scripts.eval.rows import add_row_flags, batches_from_flags
 
 COMMANDS = {"label": "importance of every token of some rows, in shards", "train": "a classifier of tokens, taught by labels"}
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mc.experiment import commit
-from mc.networks import load_networks
+from mc.store.networks import load_networks
 from mc.utility_labels import LabelFolder, cursors, fingerprint, measure
 from nanochat.checkpoint import load_model_state
 from nanochat.common import FlagParser, UserError, init_distributed, print0, run_main
 from nanochat.dataloader import make_source
 from nanochat.dataset import Progress
+from scripts.studies.cells import commit
 
 
 def make_parser() -> FlagParser:

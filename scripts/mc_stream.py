@@ -14,17 +14,17 @@ import numpy as np
 import torch
 
 from mc.focus_allocator import check_feasible
-from mc.history import History
-from mc.report import bootstrap, save_figure
 from mc.session import SessionPool, add_flags, from_flags, open_pool
-from mc.stream import Answer, ask, ask_window, store_of
+from mc.store.history import History
 from nanochat.common import FlagParser, UserError, base_dir, init_distributed, print0, run_main
 from nanochat.dataloader import LongRows
 from nanochat.dataset import Progress, open_corpus
 from nanochat.loading import model_from_flags
-from nanochat.recall import RecallTask
+from nanochat.tasks.recall import RecallTask
 from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer
+from scripts.eval.report import bootstrap, save_figure
+from scripts.eval.stream import Answer, ask, ask_window, store_of
 
 SYSTEMS = ("lens", "oracle", "window")
 LABELS = {"lens": "LensNet focus", "oracle": "oracle focus", "window": "sliding window"}

@@ -3,7 +3,7 @@
     python -m scripts.run_benchmarks quick | paper | SUITE.yaml
     python -m scripts.run_benchmarks --rerun=RESULTS.jsonl:LINE      one cell again, from its record alone
 
-What a suite is: `mc/suite.py`. It trains what it needs, then judges cell after cell; a run that was stopped goes on. Under $NANOCHAT_BASE_DIR/evals/DATE/SUITE
+What a suite is: `scripts/studies/suite.py`. It trains what it needs, then judges cell after cell; a run that was stopped goes on. Under $NANOCHAT_BASE_DIR/evals/DATE/SUITE
 it writes results.jsonl (a record per cell: configuration, commit, environment, one number per document, cost), report.md and plots.
 """
 
@@ -17,13 +17,6 @@ from pathlib import Path
 
 import numpy as np
 
-from mc.ablation import read_study, study_results
-from mc.experiment import ROOT, Records, commit, digest, environment, run_cells, whole_numbers
-from mc.suite import Suite, judge_cell, read_suite
-from mc.suite_report import write_report
-from mc.systems.catalogue import SYSTEMS, load_models
-from mc.systems.interface import Models
-from mc.systems.keep_drop import FILE
 from nanochat.checkpoint import complete_steps, load_model_state
 from nanochat.common import FlagParser, UserError, base_dir, print0, run_main
 from nanochat.dataset import Progress, open_corpus
@@ -36,6 +29,13 @@ from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer
 from scripts import finetune_system, keep_drop, tok_train
 from scripts.ablate import call, run_command, train
+from scripts.eval.methods.interface import Models
+from scripts.eval.methods.registry import SYSTEMS, load_models
+from scripts.eval.methods.token_classifier import FILE
+from scripts.studies.cells import ROOT, Records, commit, digest, environment, run_cells, whole_numbers
+from scripts.studies.study import read_study, study_results
+from scripts.studies.suite import Suite, judge_cell, read_suite
+from scripts.studies.suite_report import write_report
 
 SUITES = ROOT / "runs" / "benchmarks"
 NEEDS_CLASSIFIER = "drop_learned"

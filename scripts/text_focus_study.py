@@ -14,16 +14,16 @@ from typing import Iterator
 import numpy as np
 import torch
 
-from mc.bm25 import bm25_scores
 from mc.evaluation import FocusComparison
-from mc.focus_measures import spearman, tail_attention, text_contexts
-from mc.report import LEAST_GAP, bootstrap
-from mc.text_focus import HORIZONS, Predictor, far_only, features, fit, judge_cuts, utilities_by_horizon, Tried
 from nanochat.common import FlagParser, UserError, base_dir, key_seed, print0, run_main
 from nanochat.dataloader import eval_rows, make_source
 from nanochat.dataset import Progress
 from nanochat.tokenizer import Tokenizer
 from scripts.compare_focus import commit
+from scripts.eval.bm25 import bm25_scores
+from scripts.eval.report import LEAST_GAP, bootstrap
+from scripts.eval.scores import spearman, tail_attention, text_contexts
+from scripts.eval.text_focus import HORIZONS, Predictor, far_only, features, fit, judge_cuts, utilities_by_horizon, Tried
 from scripts.eval_focus import Model, load, paths
 
 SYSTEMS = ("lens", "recency", "random", "bm25", "tail_attention", "predictor", "oracle")

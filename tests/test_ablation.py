@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from mc import ablation
-from mc.ablation import estimates, read_study, step_time_cells, study_results, table
-from mc.experiment import Formula
 from nanochat.common import UserError
+from scripts.studies import study as ablation
+from scripts.studies.cells import Formula
+from scripts.studies.study import estimates, read_study, step_time_cells, study_results, table
 
 BASE = ("{data: random, depth: 2, aspect_ratio: 16, head_dim: 16, max_seq_len: 128, device_batch_size: 2, total_batch_size: 256, num_iterations: 6, eval_every: 0, "
         "eval_tokens: 256, save_every: 2, mc_enabled: 1, mc_block_size: 8, mc_budget: 40, mc_horizon: 8, mc_recent: 8, mc_start: 0.2, mc_ramp: 2, mc_lens_queries: 48, "
@@ -18,7 +18,7 @@ base: {BASE}
 seeds: [1, 2]
 factors: {{mc_teacher: [attention], evaluate.contexts: [3]}}
 arms: {{both: {{mc_teacher: attention, mc_lens_keys: 2}}}}
-evaluate: {{function: "mc.measures:focus", contexts: 4}}
+evaluate: {{function: "scripts.eval.measures:focus", contexts: 4}}
 report: {{regret: nll_lens - nll_oracle, closed: (nll_window - nll_lens) / (nll_window - nll_full)}}
 step_time: {{pairs: 2, steps: 1}}
 """

@@ -25,13 +25,7 @@ BESIDE = (ARMS, OBSERVE)  # on top of the core; what is above the core may use t
 
 HOME = {  # files that still stand in another room than theirs
     **dict.fromkeys(("session", "key_search", "paged_cache", "path_edits", "focus_price", "session_meter"), SESSION),
-    **dict.fromkeys(("storage", "history", "catalog", "ingest", "edits", "regist", "pruning", "sensitivity", "export", "networks", "disk_commits",
-                     "disk_files", "disk_records", "disk_store"), "mc/store"),
-    **dict.fromkeys(("dash_page", "dashboards"), OBSERVE),
-    **dict.fromkeys(("evaluation", "diagnostics", "bm25", "harness", "stream", "figures", "report", "importance"), "scripts/eval"),
-    **dict.fromkeys(("benchmark", "decode_benchmark", "focus_benchmark", "gist_benchmark", "kv_benchmark", "lens_benchmark", "search_benchmark",
-                     "store_benchmark", "telemetry_benchmark", "price_fit", "knapsack"), "scripts/bench"),
-    **dict.fromkeys(("ablation", "experiment", "suite", "suite_report", "measures", "focus_measures", "hop_focus", "text_focus"), "scripts/studies"),
+    **dict.fromkeys(("evaluation", "diagnostics", "harness"), "scripts/eval"),
     **dict.fromkeys(("lens_networks", "gist_objectives", "counterfactual", "utility_labels"), ARMS),
 }
 
@@ -39,7 +33,6 @@ UPWARD = {
     ("mc/config.py", "mc/lens_networks.py"), ("mc/lensnet.py", "mc/lens_networks.py"), ("mc/lens_objectives.py", "mc/lens_networks.py"),
     ("mc/runtime.py", "mc/lens_networks.py"), ("mc/model.py", "mc/gist_objectives.py"), ("mc/runtime.py", "mc/gist_objectives.py"),
     ("mc/runtime.py", "mc/counterfactual.py"), ("mc/runtime.py", "mc/diagnostics.py"), ("mc/lens_objectives.py", "mc/diagnostics.py"),
-    ("mc/gist_benchmark.py", "mc/measures.py"), ("mc/lens_benchmark.py", "mc/measures.py"),
 }
 CIRCLES = {frozenset({"nanochat/recorder.py", "nanochat/otel.py"})}
 DOUBLES = {
@@ -60,8 +53,6 @@ def room(path: str) -> str:
     parts = path.split("/")
     if parts[0] == "mc" and len(parts) == 2 and parts[1].removesuffix(".py") in HOME:
         return HOME[parts[1].removesuffix(".py")]
-    if parts[:2] == ["mc", "systems"]:
-        return "scripts/eval"
     if parts[0] == "nanochat":
         return "nanochat"
     return max((r for r in (*ROOMS, *BESIDE) if path.startswith(f"{r}/")), key=len)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from mc.catalog import FILE, MAX_BUFFERED, Catalog
-from mc.storage import DROPPED, VOID, RamStore, StoreFormat
+from mc.store.catalog import FILE, MAX_BUFFERED, Catalog
+from mc.store.ram import DROPPED, VOID, RamStore, StoreFormat
 from nanochat.common import UserError
 
 K = 4

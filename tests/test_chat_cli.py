@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mc import config as mc_config
-from mc.catalog import Catalog
-from mc.disk_store import DiskStore
 from mc.model import MegaContext
+from mc.store.catalog import Catalog
+from mc.store.disk.store import DiskStore
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc.dash_page import MOST, Run, figure, page, series_of, standings, thinned, ticks
-from mc.dashboards import ALERTS, DASHBOARDS, TRAINING, WINDOW, Alert, Value, panel, prometheus_name
+from mc.observe.dashboards import ALERTS, DASHBOARDS, TRAINING, WINDOW, Alert, Value, panel, prometheus_name
+from mc.observe.page import MOST, Run, figure, page, series_of, standings, thinned, ticks
 from nanochat.common import UserError
 from nanochat.recorder import METRICS, SHARES, Metric, read_metrics
 from scripts.mc_dash import load_run

@@ -6,7 +6,7 @@ import torch
 
 from nanochat.common import UserError
 from nanochat.dataloader import Loader, LongRows, NeedleSource, PackedRows, RandomSource, RecallSource, eval_rows, make_source
-from nanochat.recall import CurriculumSchedule, RecallTask
+from nanochat.tasks.recall import CurriculumSchedule, RecallTask
 from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Tokenizer
 

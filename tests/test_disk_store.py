@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import mc.disk_commits
-import mc.disk_files
-import mc.disk_records
-from mc.disk_files import FileSystem, partition_files
-from mc.disk_store import DiskStore
-from mc.history import History, store_format
-from mc.storage import DROPPED, ERASED, VOID, StoreFormat
+import mc.store.disk.commits
+import mc.store.disk.files
+import mc.store.disk.records
+from mc.store.disk.files import FileSystem, partition_files
+from mc.store.disk.store import DiskStore
+from mc.store.history import History, store_format
+from mc.store.ram import DROPPED, ERASED, VOID, StoreFormat
 from nanochat.common import UserError
 from tiny_mc import VOCAB, tiny_base, tiny_mc
 from tiny_mc import K as TINY_K
@@ -65,7 +65,7 @@ def _newer(name: str):
     """A file whose header says format 9, checksums right."""
     def change(path: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            for module in (mc.disk_files, mc.disk_commits):
+            for module in (mc.store.disk.files, mc.store.disk.commits):
                 patch.setattr(module, "FORMAT_VERSION", 9)
             with DiskStore.create(path.parent / "newer", FORMAT, partition_bytes=64) as store:
                 fill(store, 150)
@@ -230,7 +230,7 @@ def test_ids_and_vectors_that_do_not_fit_are_refused(path):
 
 
 def test_one_writer(path):
-    hold = f"import sys, mc.disk_store as d; s = d.DiskStore.open({str(path)!r}); print('held', flush=True); sys.stdin.read()"
+    hold = f"import sys, mc.store.disk.store as d; s = d.DiskStore.open({str(path)!r}); print('held', flush=True); sys.stdin.read()"
     other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"is being written by process {other.pid}; .*mode='r'"):
@@ -408,7 +408,7 @@ def test_another_models_nodes_are_adopted_at_once(tmp_path):
 
 
 def test_more_partitions_than_can_be_mapped(path, monkeypatch):
-    monkeypatch.setattr(mc.disk_records, "MAX_MAPS", 3)
+    monkeypatch.setattr(mc.store.disk.records, "MAX_MAPS", 3)
     before = len(os.listdir("/proc/self/fd"))  # other tests of the process may have left some
     with DiskStore.open(path, "r") as store:
         for seed in range(20):

@@ -8,11 +8,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mc.catalog import Catalog
-from mc.disk_store import DiskStore
-from mc.edits import edit_source, pruned_blocks
-from mc.history import History, store_format
-from mc.storage import DROPPED, ERASED, RamStore
+from mc.store.catalog import Catalog
+from mc.store.disk.store import DiskStore
+from mc.store.edits import edit_source, pruned_blocks
+from mc.store.history import History, store_format
+from mc.store.ram import DROPPED, ERASED, RamStore
 from nanochat.common import UserError
 from tiny_gpt import random_tokens
 from tiny_mc import VOCAB, K, tiny_base, tiny_mc
@@ -197,7 +197,7 @@ def test_a_crash_between_store_and_catalog_is_settled(committed, new, monkeypatc
         monkeypatch.setattr(Catalog, "finish_edit", die)
     else:
         monkeypatch.setattr(Catalog, "abandon_edit", die)
-        monkeypatch.setattr("mc.edits._rechunk", die)
+        monkeypatch.setattr("mc.store.edits._rechunk", die)
     with pytest.raises(Killed):
         edit_source(history, catalog, 1, 2, 0, torch.arange(new))
     monkeypatch.undo()

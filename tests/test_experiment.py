@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mc.experiment import Bootstrap, Formula, Records, bootstrap_p, false_discovery, interval, read_yaml, run_cells, t_test, whole_numbers
 from nanochat.common import UserError
+from scripts.studies.cells import Bootstrap, Formula, Records, bootstrap_p, false_discovery, interval, read_yaml, run_cells, t_test, whole_numbers
 
 # -- statistics -----------------------------------------------------------------------------------------------------------
 

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from mc.importance import importance, keep_labels, read_labels, write_labels
-from mc.systems.catalogue import SYSTEMS, make_system
-from mc.systems.finetune import Recipe, finetune
-from mc.systems.interface import Models
-from mc.systems.keep_drop import KeepDrop, KeepDropConfig, load_keep_drop, save_keep_drop, train
-from mc.systems.rows import Rows
 from nanochat.common import UserError
 from nanochat.gpt import token_losses
+from scripts.eval.importance import importance, keep_labels, read_labels, write_labels
+from scripts.eval.methods.interface import Models
+from scripts.eval.methods.registry import SYSTEMS, make_system
+from scripts.eval.methods.token_classifier import KeepDrop, KeepDropConfig, load_keep_drop, save_keep_drop, train
+from scripts.eval.rows import Rows
+from scripts.studies.finetune import Recipe, finetune
 from tiny_mc import VOCAB, W, tiny_base, tiny_mc
 
 n, H, B = 48, 4, 6

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mc.focus_benchmark import window_nll
+from scripts.bench.focus import window_nll
 from tiny_mc import VOCAB, tiny_base
 
 torch.set_num_threads(1)

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from mc.evaluation import FocusComparison
-from mc.bm25 import bm25_scores
-from mc.focus_measures import CHEATS, SCORES, all_scores, average_ranks, hit_at, measure, most_useful, recall_contexts, spearman, tail_attention, utilities
 from mc.teachers import attention_mass
 from nanochat.common import UserError
-from nanochat.recall import RecallTask
+from nanochat.tasks.recall import RecallTask
+from scripts.eval.bm25 import bm25_scores
+from scripts.eval.scores import CHEATS, SCORES, all_scores, average_ranks, hit_at, measure, most_useful, recall_contexts, spearman, tail_attention, utilities
 from scripts.eval_focus import Model, gap_closed, mean_of, recall_setting
 from tiny_mc import H, K, N, R, W, tiny_base, tiny_batch, tiny_mc
 

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc import gist_benchmark
 from mc.focus_allocator import FocusConfig, GreedyAllocator, check_feasible, entries_needed
 from mc.gist_objectives import BAND_EDGES, HorizonHead, blocks_in_band, contrast_loss, entries_shown, naming
 from mc.losses import row_mean
@@ -17,6 +16,7 @@ from mc.working_context import entries_used
 from nanochat.common import UserError
 from nanochat.dataloader import make_source
 from nanochat.gpt import token_losses
+from scripts.bench import gists as gist_benchmark
 from tiny_mc import K, T, VOCAB, planted, randomize, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_mc import VOCAB, randomize, tiny_base
 
-import mc.history
+import mc.store.history
 from mc.config import MCConfig
-from mc.history import History, store_format
 from mc.mega_context import TreeShape, build_tree
 from mc.model import MegaContext
-from mc.storage import VOID, RamStore
+from mc.store.history import History, store_format
+from mc.store.ram import VOID, RamStore
 from nanochat.common import UserError
 
 torch.set_num_threads(1)
@@ -73,7 +73,7 @@ def test_token_by_token():
 
 def test_each_node_is_made_once_in_few_calls(monkeypatch):
     """An append makes the new blocks of a level together, at most MAX_BLOCKS at a time, and none twice."""
-    monkeypatch.setattr(mc.history, "MAX_BLOCKS", 5)
+    monkeypatch.setattr(mc.store.history, "MAX_BLOCKS", 5)
     found, made = history(networks()), []
     gistnet = found.mc.gistnet.forward
     monkeypatch.setattr(found.mc.gistnet, "forward", lambda x, mask, lod: (made.append((lod, len(x))), gistnet(x, mask, lod))[1])

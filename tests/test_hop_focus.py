@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from mc.hop_focus import SYSTEMS, ask_chains, base_writes, write_chain
 from mc.session import Session, SessionConfig, SessionPool
-from mc.stream import store_of
-from nanochat.hops import HopTask
+from nanochat.tasks.hops import HopTask
+from scripts.eval.hop_questions import SYSTEMS, ask_chains, base_writes, write_chain
+from scripts.eval.stream import store_of
 from tiny_mc import K, tiny_base, tiny_mc
 
 torch.set_num_threads(1)
@@ -74,8 +74,8 @@ def test_every_system_gets_the_same_questions(pools, monkeypatch):
             asked.clear()
             rows = TASK.rows("val", np.arange(2), 8, 8 * K + TASK.episode)
             made = torch.from_numpy(rows.tokens)
-            monkeypatch.setattr("mc.hop_focus.write_chain", written)
-            monkeypatch.setattr("mc.hop_focus.base_writes", lambda gpt, context, chain, first: answer and torch.equal(chain, made[:, len(context):len(context) + 3][(made[:, :len(context)] == context).all(1)][0]))
+            monkeypatch.setattr("scripts.eval.hop_questions.write_chain", written)
+            monkeypatch.setattr("scripts.eval.hop_questions.base_writes", lambda gpt, context, chain, first: answer and torch.equal(chain, made[:, len(context):len(context) + 3][(made[:, :len(context)] == context).all(1)][0]))
             right = ask_chains(pools, TASK, 8, 2, announced)
             assert set(right) == set(SYSTEMS) and all((x == answer).all() for x in right.values())
             assert asked[2][2] == rows.episode_blocks[0].tolist() and asked[0][:2] == (32, made[0, 32:33 + 3 * announced].tolist())

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 
 from nanochat.common import UserError
 from nanochat.dataloader import RecallSource
-from nanochat.hops import HopTask
+from nanochat.tasks.hops import HopTask
 
 IDS = dict(keys=range(2049, 2561), aliases=range(2561, 3073), values=range(3073, 3105))
 

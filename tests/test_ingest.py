@@ -11,11 +11,11 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from mc import ingest
-from mc.catalog import Catalog
-from mc.history import History, store_format
-from mc.ingest import Ingest, cut, find_files, texts_of
-from mc.storage import VOID, RamStore
+from mc.store import ingest
+from mc.store.catalog import Catalog
+from mc.store.history import History, store_format
+from mc.store.ingest import Ingest, cut, find_files, texts_of
+from mc.store.ram import VOID, RamStore
 from nanochat.common import UserError
 from nanochat.tokenizer import Reserved, Tokenizer
 from tiny_mc import K, tiny_base, tiny_mc

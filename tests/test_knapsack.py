@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from test_focus_allocator import check_state
 
 from mc.focus_allocator import FocusConfig, GreedyAllocator
-from mc.knapsack import optimum, value
 from mc.mega_context import tiling
+from scripts.bench.knapsack import optimum, value
 
 torch.set_num_threads(1)
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from mc import measures
-from mc.measures import taught
-from mc.systems.catalogue import make_system
-from mc.systems.interface import Models
 from mc.teachers import gate_utility
 from nanochat.gpt import token_losses
+from scripts.eval import measures
+from scripts.eval.measures import taught
+from scripts.eval.methods.interface import Models
+from scripts.eval.methods.registry import make_system
 from tiny_mc import H, K, R, T, VOCAB, W, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)

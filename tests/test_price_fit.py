@@ -7,7 +7,7 @@ from mc.config import MCConfig
 from mc.focus_allocator import FocusConfig
 from mc.focus_price import MARKET, room
 from mc.model import MegaContext
-from mc.price_fit import Examples, examples, fit, gained
+from scripts.bench.price import Examples, examples, fit, gained
 
 torch.set_num_threads(1)
 

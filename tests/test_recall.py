@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from nanochat.common import UserError
-from nanochat.recall import CurriculumSchedule, RecallTask
+from nanochat.tasks.recall import CurriculumSchedule, RecallTask
 
 IDS = dict(keys=range(2049, 2561), aliases=range(2561, 3073), values=range(3073, 3105))
 

@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from mc import benchmark, report, runtime, telemetry_benchmark
+from mc import runtime
 from mc.config import MCConfig, to_dict
 from mc.evaluation import Outcome
 from nanochat import tracing
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.recorder import read_metrics
+from scripts.bench import train_step as benchmark
+from scripts.bench import telemetry as telemetry_benchmark
+from scripts.eval import report
 from tiny_mc import SMALL, T
 
 matplotlib.use("Agg")

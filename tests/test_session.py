@@ -13,17 +13,17 @@ from tiny_mc import VOCAB, randomize, tiny_base
 
 from mc import working_context as wc
 from mc.config import MCConfig
-from mc.decode_benchmark import held_bytes
-from mc.disk_store import DiskStore
 from mc.focus_allocator import FocusConfig, check_feasible
 from mc.gaussian_rope import alibi_slopes, entry_rotary
-from mc.history import store_format
 from mc.model import MegaContext
 from mc.session import SessionConfig, SessionPool, SessionState
-from mc.storage import VOID, RamStore
+from mc.store.disk.store import DiskStore
+from mc.store.history import store_format
+from mc.store.ram import VOID, RamStore
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.recorder import METRICS, Recorder, read_metrics
+from scripts.bench.decode import held_bytes
 
 torch.set_num_threads(1)
 EXACT = {"atol": 1e-9, "rtol": 0}

@@ -12,9 +12,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from mc.disk_store import DiskStore
-from mc.history import History, store_format
-from mc.storage import DROPPED, ERASED, KEPT, VOID, RamStore, StoreFormat
+from mc.store.disk.store import DiskStore
+from mc.store.history import History, store_format
+from mc.store.ram import DROPPED, ERASED, KEPT, VOID, RamStore, StoreFormat
 from tiny_mc import VOCAB, tiny_base, tiny_mc
 from tiny_mc import K as tinyK
 

@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from mc.catalog import Catalog, measure_variance, open_history
-from mc.disk_store import DiskStore
-from mc.history import MAX_BLOCKS, History, store_format
 from mc.mega_context import build_tree
 from mc.model import Entries, run_entries
-from mc.networks import Networks, untrained_networks
-from mc.pruning import choose, prune, restore
-from mc.regist import regist
-from mc.sensitivity import CONTEXT, measure_sensitivity
-from mc.storage import DROPPED, ERASED, VOID, RamStore, StoreFormat
-from mc.store_benchmark import bytes_per_slot
+from mc.store.catalog import Catalog, measure_variance, open_history
+from mc.store.disk.store import DiskStore
+from mc.store.history import MAX_BLOCKS, History, store_format
+from mc.store.networks import Networks, untrained_networks
+from mc.store.pruning import choose, prune, restore
+from mc.store.ram import DROPPED, ERASED, VOID, RamStore, StoreFormat
+from mc.store.rebuild import regist
+from mc.store.sensitivity import CONTEXT, measure_sensitivity
 from nanochat.common import UserError
+from scripts.bench.store import bytes_per_slot
 from tiny_gpt import random_tokens
 from tiny_mc import K, tiny_base, tiny_mc
 
@@ -153,7 +153,7 @@ class Killed(BaseException):
 
 def test_gists_made_again_go_on_after_a_kill_and_switch_at_once(folder, monkeypatch):
     networks = Networks(GPT, OTHER, untrained_networks().tokenizer, json.dumps({"checkpoint_dir": "/other", "step": 1}))
-    monkeypatch.setattr("mc.regist.BATCH_BLOCKS", 20)
+    monkeypatch.setattr("mc.store.rebuild.BATCH_BLOCKS", 20)
     with DiskStore.open(folder) as store, Catalog(folder, K) as catalog:
         before, n = store.gists(1, torch.arange(store.n_nodes(1))), store.n_tokens
 
@@ -190,10 +190,10 @@ def catalog_model(gpt, mc) -> str:
 
 def test_gists_made_again_start_anew_after_an_edit(folder, monkeypatch):
     """What was done before an edit is of another text."""
-    from mc.edits import edit_source
+    from mc.store.edits import edit_source
 
     networks = Networks(GPT, OTHER, untrained_networks().tokenizer, "{}")
-    monkeypatch.setattr("mc.regist.BATCH_BLOCKS", 20)
+    monkeypatch.setattr("mc.store.rebuild.BATCH_BLOCKS", 20)
 
     def die(done, total):
         raise Killed

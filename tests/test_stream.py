@@ -5,8 +5,8 @@ import torch
 from test_session import from_scratch, tiny_pool
 from tiny_mc import VOCAB, tiny_base
 
-from mc.stream import ask, ask_window, judged, store_of
 from nanochat.gpt import token_losses
+from scripts.eval.stream import ask, ask_window, judged, store_of
 
 torch.set_num_threads(1)
 K, N = 4, 400

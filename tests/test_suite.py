@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from mc import suite_report
-from mc.suite import by_distance, judge_cell, read_suite
-from mc.suite_report import Results, Setting, gap_closed, score_table, write_report
-from mc.systems.interface import Models
 from nanochat.common import UserError
 from nanochat.tasks.schema import TaskBatch
+from scripts.eval.methods.interface import Models
+from scripts.studies import suite_report
+from scripts.studies.suite import by_distance, judge_cell, read_suite
+from scripts.studies.suite_report import Results, Setting, gap_closed, score_table, write_report
 from tiny_mc import T, H, N, VOCAB, tiny_base, tiny_mc
 
 SUITE = """

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from mc.evaluation import plain_outcomes
-from mc.systems.catalogue import SYSTEMS, make_system
-from mc.systems.interface import KVChoice, Models, View, best, kv_bytes, pack, pass_flops, read_chosen
-from mc.systems.keep_drop import KeepDrop, KeepDropConfig
-from mc.systems.kv import PAGE
 from mc.working_context import check
 from nanochat.common import UserError
 from nanochat.gpt import Captured
+from scripts.eval.methods.interface import KVChoice, Models, View, best, kv_bytes, pack, pass_flops, read_chosen
+from scripts.eval.methods.kv import PAGE
+from scripts.eval.methods.registry import SYSTEMS, make_system
+from scripts.eval.methods.token_classifier import KeepDrop, KeepDropConfig
 from tiny_mc import K, R, VOCAB, W, tiny_base, tiny_mc
 
 H = 6
@@ -203,7 +203,7 @@ def test_snapkv_keeps_what_recent_tokens_attend_to(models):
 
 
 def test_quest_bounds_hold_and_pages_are_the_best():
-    from mc.systems.kv import Quest
+    from scripts.eval.methods.kv import Quest
     generator = torch.Generator().manual_seed(1)
     q, k = torch.randn(2, 4, 3, 8, generator=generator), torch.randn(2, 2, 50, 8, generator=generator)
     missing = -50 % PAGE

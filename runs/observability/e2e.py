@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import nanochat.otel  # noqa: F401  registers the transport's metrics
-from mc.dashboards import prometheus_name
+from mc.observe.dashboards import prometheus_name
 from nanochat.common import FlagParser, UserError, run_main
 from nanochat.recorder import METRICS
 

@@ -71,7 +71,7 @@ def test_evaluation_by_a_command(tokenizer_base, tmp_path):
 
 @pytest.mark.parametrize(("old", "new", "error"), [
     ("depth: 2", "dept: 2", "unrecognized arguments: --dept=2"), ("mc_teacher: [attention]", "mc_teacher: [oracle]", "--mc_teacher=oracle: 'oracle' is not a kind"),
-    ("mc_recent: 8", "mc_recent: 9", "--mc_recent=9"), ("mc.measures:focus", "mc.measures:nothing", "there is no function mc.measures:nothing"),
+    ("mc_recent: 8", "mc_recent: 9", "--mc_recent=9"), ("scripts.eval.measures:focus", "scripts.eval.measures:nothing", "there is no function scripts.eval.measures:nothing"),
     ("pairs: 2", "pears: 2", "step_time is a mapping"), ("STUDY", "", "no arm x; it has default")])
 def test_refused_before_anything_is_run(tokenizer_base, tmp_path, old, new, error):
     study = write(tmp_path / "bad.yaml", STUDY.replace(old, new))

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from e2e_commands import ROOT, run, start, tree
 
-from mc.focus_measures import CHEATS, SCORES
-from mc.report import SYSTEMS
 from scripts import base_train, mc_stream
 from scripts.compare_focus import commit, make_parser
+from scripts.eval.report import SYSTEMS
+from scripts.eval.scores import CHEATS, SCORES
 from scripts.eval_focus import LABELS
 
 TINY = ["--depth=1", "--aspect_ratio=16", "--head_dim=16", "--smear=0", "--value_embeds=0", "--device_batch_size=2", "--num_iterations=2",

@@ -6,9 +6,9 @@ import pytest
 import torch
 from e2e_commands import run, tree
 
-from mc.systems.catalogue import load_models, make_system
-from mc.systems.rows import make_batches
 from nanochat.tokenizer import Tokenizer
+from scripts.eval.methods.registry import load_models, make_system
+from scripts.eval.rows import make_batches
 
 SHORT = ["--steps=2", "--rows=2", "--dev=1", "--budgets=40", "--device=cpu"]
 

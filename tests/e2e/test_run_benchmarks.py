@@ -83,7 +83,7 @@ def test_refused(base, flags, error):
 
 
 def test_shipped_suites_are_understood(monkeypatch):
-    from mc.suite import read_suite
+    from scripts.studies.suite import read_suite
     from scripts.run_benchmarks import SUITES
     for path in SUITES.glob("*.yaml"):
         suite = read_suite(path)
