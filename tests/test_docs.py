@@ -180,7 +180,7 @@ def test_every_page_is_reachable_from_home():
 
 @current
 def test_pages_name_files_that_exist(page):
-    """Every repository path in code font, `mc/runtime.py` or `tests/test_gpt.py`, is there."""
+    """Every repository path in code font, `mc/runtime.py` or `tests/nanochat/test_gpt.py`, is there."""
     for name in re.findall(r"`((?:nanochat|mc|scripts|runs|tests)/[\w/.]+\.(?:py|sh))`", page.read_text()):
         assert (ROOT / name).is_file(), f"{page.name}: {name}"
 

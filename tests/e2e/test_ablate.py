@@ -6,7 +6,7 @@ from shutil import copytree
 
 import pytest
 from e2e_commands import run, start
-from test_ablation import BASE, STUDY, write
+from test_study import BASE, STUDY, write
 
 
 @pytest.fixture(scope="session")

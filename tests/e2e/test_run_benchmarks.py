@@ -6,7 +6,7 @@ import time
 
 import pytest
 from e2e_commands import run, start
-from test_ablation import BASE
+from test_study import BASE
 
 SUITE = """
 title: seconds

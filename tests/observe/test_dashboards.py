@@ -22,9 +22,9 @@ from nanochat.common import UserError
 from nanochat.recorder import METRICS, SHARES, Metric, read_metrics
 from scripts.mc_dash import load_run
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OBSERVABILITY = ROOT / "runs" / "observability"
-DATA = ROOT / "tests" / "data" / "telemetry"
+DATA = ROOT / "tests" / "fixtures" / "data" / "telemetry"
 RUNS = {path.stem: read_metrics(path) for path in sorted(DATA.glob("*.jsonl"))}
 
 
@@ -182,7 +182,7 @@ def test_the_collectors_pipelines_are_of_parts_that_it_has():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Alerts on real runs: tests/data/telemetry holds what runs/observability/plant_faults.py wrote
+# Alerts on real runs: tests/fixtures/data/telemetry holds what runs/observability/plant_faults.py wrote
 
 
 EXPECTED = {"healthy": set(), "frozen_lens": {"NetworkFrozen"}, "thrashing": {"SwapRateHigh", "ResidencyLow", "Thrash"}, "nan": {"LossNotFinite"}}

@@ -17,7 +17,7 @@ from nanochat.tokenizer import Reserved, Tokenizer
 from scripts import base_eval, chat_cli
 
 torch.set_num_threads(1)
-GOLDEN = Path(__file__).parent / "data" / "nanochat_golden_a.pt"
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "data" / "nanochat_golden_a.pt"
 
 
 def byte_tokenizer(**reserved) -> Tokenizer:

@@ -160,7 +160,7 @@ for settings in {OFF!r}:
         del os.environ[name]
 assert not [m for m in sys.modules if m.startswith(('opentelemetry', 'grpc'))]
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

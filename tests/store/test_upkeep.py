@@ -247,7 +247,7 @@ def test_bytes_are_those_of_the_arithmetic(format, tmp_path):
 
 
 def test_the_sizing_table_is_the_arithmetic():
-    page = (Path(__file__).resolve().parents[1] / "obsidian" / "ops" / "Storage.md").read_text()
+    page = (Path(__file__).resolve().parents[2] / "obsidian" / "ops" / "Storage.md").read_text()
     rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
     assert len(rows) >= 5
     for width, *told in rows:

@@ -13,7 +13,7 @@ from nanochat.common import UserError
 from nanochat.gpt import GPT, Context, GPTConfig, attend, config_from_dict, mean_loss, token_losses
 
 torch.set_num_threads(1)
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "fixtures" / "data"
 
 
 @pytest.fixture(params="ab")
