@@ -33,11 +33,12 @@ UPWARD = {
     ("mc/config.py", "mc/lens_networks.py"), ("mc/lensnet.py", "mc/lens_networks.py"), ("mc/lens_objectives.py", "mc/lens_networks.py"),
     ("mc/runtime.py", "mc/lens_networks.py"), ("mc/model.py", "mc/gist_objectives.py"), ("mc/runtime.py", "mc/gist_objectives.py"),
     ("mc/runtime.py", "mc/counterfactual.py"), ("mc/runtime.py", "mc/diagnostics.py"), ("mc/lens_objectives.py", "mc/diagnostics.py"),
+    ("scripts/studies/run_compare.py", "scripts/base_train.py"),
 }
 CIRCLES = {frozenset({"nanochat/recorder.py", "nanochat/otel.py"})}
 DOUBLES = {
     "Context", "Cost", "Edits", "Records", "Rows", "Setting", "Slots", "Source", "Transformer", "by_distance", "cell", "choose", "describe",
-    "draw_cut", "evaluate", "examples", "fingerprint", "fit", "from_flags", "gap_closed", "hit_at", "interval", "judge", "judged", "load",
+    "draw_cut", "evaluate", "examples", "fingerprint", "fit", "from_flags", "gap_closed", "hit_at", "judge", "judged", "load",
     "make_arm", "markdown", "market_price", "measure", "place", "plot", "read", "report", "runs", "save_figure", "spread", "summary", "train",
     "utilities",
 }

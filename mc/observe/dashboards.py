@@ -327,7 +327,7 @@ RUNTIME = Dashboard("mc-runtime", "MegaContext: runtime", "Latency, memory and t
               Line(Value("telemetry.otlp.lost"), "lost"), Line(Value("telemetry.jsonl.lost"), "lines lost"), Line(Value("telemetry.otlp.failures"), "failures"), zero=True),
     ),
     "Preflight": (
-        panel("Checks", "Signals that `python -m scripts.mc_otel_check` sent. Healthy: one for each check that was run.", Value("telemetry.preflight"), zero=True),
+        panel("Checks", "Signals that `python -m scripts.mc_bench otlp` sent. Healthy: one for each check that was run.", Value("telemetry.preflight"), zero=True),
         panel("Time to send", "Of a preflight's request. Healthy: far below OTEL_METRIC_EXPORT_INTERVAL.", Value("telemetry.preflight_time", whole=True), unit="s", zero=True),
     ),
     "Session": (

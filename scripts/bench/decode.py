@@ -30,8 +30,9 @@ from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
-from scripts.bench.train_step import check_device, interval
+from scripts.bench.train_step import check_device
 from scripts.eval.report import COLOURS, save_figure
+from scripts.eval.statistics import median_interval
 
 LENGTHS = (1_024, 4_096, 16_384, 65_536, 262_144, 1_048_576, 10_485_760)
 CONTROLLER = ("lens", "allocator")
@@ -197,7 +198,7 @@ def measure(pool_of, gpt: GPT, history_N: Tensor, lengths: list[int], *, rounds:
 def ratio(over: Measured, under: Measured) -> dict[str, float]:
     """Median over rounds of the ratio of neighbours, with a 95 % bootstrap interval."""
     ratios = over.per_round / under.per_round
-    low, high = interval(ratios)
+    low, high = median_interval(ratios)
     return {"ratio": float(np.median(ratios)), "low": low, "high": high}
 
 

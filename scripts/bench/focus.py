@@ -28,7 +28,7 @@ from nanochat.loading import load_model
 from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer
 from scripts.bench.train_step import check_device
-from scripts.eval.report import bootstrap
+from scripts.eval.statistics import bootstrap_interval
 
 
 class Values:
@@ -125,4 +125,4 @@ def run(args: argparse.Namespace) -> None:
     for name, value in out.items():
         print(f"  {name:16s} {value:.4g}")
     print(json.dumps({"tokens": args.tokens, "budget": pool.focus_config.budget, "interval": pool.interval, "block_size": pool.focus_config.block_size,
-                      **out, "nll_interval": bootstrap(lambda i: nll[i].mean(), len(nll)), "nll_by_stream": nll.round(5).tolist()}))
+                      **out, "nll_interval": bootstrap_interval(lambda i: nll[i].mean(), len(nll)), "nll_by_stream": nll.round(5).tolist()}))

@@ -42,7 +42,7 @@ from nanochat.gpt import GPT, token_losses
 from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
 from scripts.eval.measures import held_out
-from scripts.eval.report import bootstrap
+from scripts.eval.statistics import bootstrap_interval
 
 BASE_LR = 5e-4  # AdamW, for the arm's copy of the base: enough to learn to read gists in a hundred steps
 WARMUP = 10
@@ -198,7 +198,7 @@ def run(args: argparse.Namespace) -> None:
     out = {}
     for name, value in nll.items():
         delta = value - nll["full"]
-        interval = [round(x, 4) for x in bootstrap(lambda i: delta[i].mean(), len(delta))]
+        interval = [round(x, 4) for x in bootstrap_interval(lambda i: delta[i].mean(), len(delta))]
         out[name] = {"nll": round(value.mean(), 4), "delta": round(delta.mean(), 4), "interval": interval}
         print(f"  {name:60s} NLL {value.mean():.3f}  Δ {delta.mean():+.3f} {interval}")
     settings = {name: getattr(args, name) for name in ("checkpoint_dir", "steps", "rows", "horizon", "recent", "contexts", "seed")}

@@ -20,8 +20,8 @@ from nanochat.common import UserError
 from nanochat.dataloader import eval_rows, make_source
 from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
-from scripts.bench.train_step import check_device, interval
-from scripts.eval.report import bootstrap
+from scripts.bench.train_step import check_device
+from scripts.eval.statistics import bootstrap_interval, median_interval
 
 
 class Read(NamedTuple):
@@ -81,9 +81,9 @@ def run(args: argparse.Namespace) -> None:
     speed = np.array([a.seconds / e.seconds for e, a in zip(found["exact"], found["approximate"])])
     out = {"rows": count, "history": T - args.ahead, "ahead": args.ahead, "interval": pools["exact"].interval, "budget": pools["exact"].focus_config.budget,
            "nll": {policy: float(np.mean([r.nll for r in reads])) for policy, reads in found.items()},
-           "delta_nll": float(cost.mean()), "delta_nll_interval": bootstrap(lambda i: cost[i].mean(), count),
+           "delta_nll": float(cost.mean()), "delta_nll_interval": bootstrap_interval(lambda i: cost[i].mean(), count),
            "computed_share": {policy: sum(r.computed for r in reads) / max(sum(r.shown for r in reads), 1) for policy, reads in found.items()},
-           "time_ratio": float(np.median(speed)), "time_ratio_interval": list(interval(speed))}
+           "time_ratio": float(np.median(speed)), "time_ratio_interval": list(median_interval(speed))}
     low, high = out["delta_nll_interval"]
     print(f"NLL approximate − exact: {out['delta_nll']:+.4f} [{low:+.4f}, {high:+.4f}] nats per token, {count} rows, {args.ahead} tokens each")
     for policy, share in out["computed_share"].items():

@@ -28,7 +28,7 @@ from nanochat.schedule import batch_lr_scale, lr_multiplier
 from nanochat.tasks.recall import CurriculumSchedule
 from nanochat.tokenizer import Tokenizer
 from scripts.eval.measures import held_out, lens_measures, utilities
-from scripts.eval.report import bootstrap
+from scripts.eval.statistics import bootstrap_interval
 
 KINDS = ("bilinear", *READERS)
 
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         row = {"of_the_pass": pupil.seconds / pass_seconds} | {name: float(np.mean(x)) for name, x in found[kind].items()}
         for name in ("nats_lens", "hit_lens", "won_lens"):
             difference = np.array(found[kind][name]) - np.array(found["bilinear"][name])
-            row[f"{name}_gain"] = [float(difference.mean()), *bootstrap(lambda i: difference[i].mean(), len(difference))]
+            row[f"{name}_gain"] = [float(difference.mean()), *bootstrap_interval(lambda i: difference[i].mean(), len(difference))]
         report["lenses"][kind] = row
         print0(f"{kind:12s} {row['nats_lens']:.4f} nats (even {row['nats_even']:.4f}, least {row['nats_least']:.4f}), "
                f"hit@1 {row['hit_lens']:.3f}, won {row['won_lens']:.4f} of {row['won_best']:.4f} nats (recency {row['won_recency']:.4f}); "

@@ -29,7 +29,7 @@ from nanochat.gpt import GPT, Captured, token_losses
 from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
 from scripts.bench.train_step import check_device
-from scripts.eval.report import bootstrap
+from scripts.eval.statistics import bootstrap_interval
 
 
 class Examples(NamedTuple):
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
     weights = fit(fitted, place)
     market, learned = (gained(judged, w, place).numpy() for w in (MARKET, weights))
     value = "threshold:" + ",".join(f"{w:.4g}" for w in weights)
-    interval = bootstrap(lambda i: (learned - market)[i].mean(), len(market))
+    interval = bootstrap_interval(lambda i: (learned - market)[i].mean(), len(market))
     print(f"a place is worth {place:.4f} nats; gained on {len(market)} refocuses that were not fitted: market {market.mean():+.4f}, learned {learned.mean():+.4f} nats")
     print(f"--mc_allocator={value}")
     print(json.dumps({"allocator": value, "place": place, "refocuses": len(market), "market": float(market.mean()), "learned": float(learned.mean()),

@@ -31,8 +31,7 @@ from nanochat.checkpoint import load_model_state
 from nanochat.common import UserError
 from nanochat.dataloader import eval_rows, make_source
 from nanochat.dataset import Progress
-from scripts.bench.train_step import interval
-from scripts.eval.report import bootstrap
+from scripts.eval.statistics import bootstrap_interval, median_interval
 
 COMPARED_EVERY = 2  # batches: one in so many is also computed without a store
 GATHERED, GATHERS = 256, 2000
@@ -117,8 +116,8 @@ def ingest(networks: Networks, folder: Path, text: Path, tokens: int) -> dict:
         "gistnet_alone_tokens_per_s": work.limit / float(np.median(alone[:, 1])),
         "commit_tokens_per_s": work.limit / float(np.median(stored[:, 0])),
         "pairs": len(pairs),
-        "store_over_alone_wall": [float(np.median(pairs[:, 0])), *interval(pairs[:, 0])],
-        "store_over_alone_processor": [float(np.median(pairs[:, 1])), *interval(pairs[:, 1])],
+        "store_over_alone_wall": [float(np.median(pairs[:, 0])), *median_interval(pairs[:, 0])],
+        "store_over_alone_processor": [float(np.median(pairs[:, 1])), *median_interval(pairs[:, 1])],
     }
 
 
@@ -237,7 +236,7 @@ def stored_dtypes(networks: Networks, checkpoint_dir: Path, contexts: int, batch
         found[f"{name} LOD{lod}"] = {
             "nll": float(nll_B.mean()),
             "added": float(delta_B.mean()),
-            "interval": bootstrap(lambda i: delta_B[i].mean(), len(delta_B)),
+            "interval": bootstrap_interval(lambda i: delta_B[i].mean(), len(delta_B)),
         }
     return found
 

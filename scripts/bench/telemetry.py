@@ -28,7 +28,8 @@ from nanochat.common import UserError
 from nanochat.recorder import open_recorder
 from nanochat.tokenizer import Tokenizer
 from nanochat.tracing import Trace
-from scripts.bench.train_step import check_device, interval, synchronize, training_step
+from scripts.bench.train_step import check_device, synchronize, training_step
+from scripts.eval.statistics import median_interval
 
 
 class Cost(NamedTuple):
@@ -83,7 +84,7 @@ def telemetry_cost(meta: dict, tokenizer: Tokenizer, run_dir: str | Path, *, pai
         accounted = recorder.take_spent()
     seconds = np.array(taken)  # [pairs, without or with, wall or CPU]
     wall, cpu = (seconds[:, 1] / seconds[:, 0]).T
-    return Cost(float(np.median(wall)), *interval(wall), float(np.median(cpu)), *interval(cpu), float(accounted / seconds[:, 1, 0].sum()),
+    return Cost(float(np.median(wall)), *median_interval(wall), float(np.median(cpu)), *median_interval(cpu), float(accounted / seconds[:, 1, 0].sum()),
                 float(np.median(seconds[:, 0, 0])) / steps, values / (pairs * steps))
 
 

@@ -28,6 +28,7 @@ from nanochat.schedule import batch_lr_scale
 from nanochat.tasks.recall import CurriculumSchedule
 from nanochat.tokenizer import Tokenizer
 from nanochat.tracing import Trace
+from scripts.eval.statistics import median_interval
 
 
 class StepTimes(NamedTuple):
@@ -37,13 +38,6 @@ class StepTimes(NamedTuple):
     vanilla_s: float  # seconds per step
     mc_s: float
     parts: dict[str, float]  # seconds per step of MC's parts; "backward and optimizer" is what is left beyond vanilla's
-
-
-def interval(values: np.ndarray, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the median."""
-    rng = np.random.default_rng(seed)
-    medians = np.median(rng.choice(values, (draws, len(values))), axis=1)
-    return float(np.quantile(medians, 0.025)), float(np.quantile(medians, 0.975))
 
 
 Step = Callable[[Callable[[dict], None], Trace], None]  # one optimizer step: hands every micro-step's metrics over, times its parts in the trace
@@ -114,7 +108,7 @@ def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, ste
     vanilla_s, mc_s = np.median(seconds, axis=0)
     if shares:
         shares["backward and optimizer"] = mc_s - vanilla_s - sum(shares.values())
-    return StepTimes(float(np.median(ratios)), *interval(ratios), float(vanilla_s), float(mc_s), shares)
+    return StepTimes(float(np.median(ratios)), *median_interval(ratios), float(vanilla_s), float(mc_s), shares)
 
 
 def alternate(first: Step, second: Step, pairs: int, steps: int, device: str, note: Callable[[dict], None] = lambda metrics: None,
@@ -143,7 +137,7 @@ def step_time_ratio(arm: dict, default: dict, tokenizer: Tokenizer, *, pairs: in
     """Step of one checkpoint's settings against another's; both are metas of MegaContext checkpoints."""
     seconds = alternate(*(training_step(meta, tokenizer, with_mc=True, device=device) for meta in (default, arm)), pairs, steps, device)
     ratios = seconds[:, 1] / seconds[:, 0]
-    return Ratio(float(np.median(ratios)), *interval(ratios))
+    return Ratio(float(np.median(ratios)), *median_interval(ratios))
 
 
 def synchronize(device: str) -> None:

@@ -8,13 +8,14 @@ median over pairs of blocks, with a 95 % bootstrap interval. Fails if the two do
 import json
 import math
 import time
+from argparse import Namespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat.common import FlagParser, UserError, init_distributed, run_main, seed_everything
+from nanochat.common import FlagParser, UserError, init_distributed, seed_everything
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, gpt_param_groups
 
@@ -102,8 +103,7 @@ class Trainee:
         return time.perf_counter() - start
 
 
-def make_parser() -> FlagParser:
-    parser = FlagParser(prog="python -m scripts.bench.vanilla", description=__doc__)
+def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--n_layer", type=int, default=4, help="layers")
     parser.add_argument("--n_head", type=int, default=4, help="heads")
     parser.add_argument("--n_embd", type=int, default=128, help="width")
@@ -115,11 +115,9 @@ def make_parser() -> FlagParser:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto (CUDA when there is one), cpu or cuda; CUDA runs under bfloat16 autocast")
-    return parser
 
 
-def main() -> None:
-    args = make_parser().parse_args()
+def run(args: Namespace) -> None:
     if min(args.row_tokens, args.rows, args.pairs - 1, args.block_steps) < 1:
         raise UserError("--row_tokens, --rows and --block_steps are at least 1, --pairs at least 2")
     if args.threads:
@@ -151,7 +149,3 @@ def main() -> None:
           f"losses within {difference:.1e} nats (ln V = {math.log(args.vocab_size):.3f})")
     print(json.dumps({"ratio": float(np.median(ratios)), "low": float(low), "high": float(high), "tokens_per_second": float(rates[0]),
                       "plain_tokens_per_second": float(rates[1]), "loss_difference": difference, "device": device.type}))
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -69,14 +69,14 @@ def read_manifest(directory: Path) -> dict:
     try:
         return json.loads((directory / "manifest.json").read_text())
     except (OSError, ValueError) as e:
-        raise UserError(f"no labels in {directory} ({e}); make them: python -m scripts.keep_drop label") from None
+        raise UserError(f"no labels in {directory} ({e}); make them: python -m scripts.mc_study importance") from None
 
 
 def read_labels(directory: Path) -> list[tuple[Tensor, Tensor]]:
     """Of each shard: tokens int64 [B, n], importance float32 [B, n]. UserError where there is none, or one is damaged."""
     paths = sorted(directory.glob("labels_*.safetensors"))
     if not paths:
-        raise UserError(f"no labels in {directory}; make them: python -m scripts.keep_drop label")
+        raise UserError(f"no labels in {directory}; make them: python -m scripts.mc_study importance")
     shards = []
     for path in paths:
         try:

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-import numpy as np
 
 from mc.evaluation import Outcome
 from nanochat.recorder import read_metrics
+from scripts.eval.statistics import bootstrap_interval
 
 SYSTEMS = {  # name in report.json -> (label, which checkpoint)
     "full": ("full context", "MC"), "sliding_window": ("sliding window", "MC"), "mc_random": ("MC, random focus", "MC"),
@@ -23,19 +23,11 @@ def task_report(outcomes: dict[str, Outcome], *, history: int, budget: int, with
         delta = (outcome.nll_B - full.nll_B).double().numpy()
         rows.append({
             "system": system, "nll": float(outcome.nll_B.double().mean()), "delta_nll": float(delta.mean()),
-            "delta_nll_interval": bootstrap(lambda i: delta[i].mean(), len(delta)),
+            "delta_nll_interval": bootstrap_interval(lambda i: delta[i].mean(), len(delta)),
             "acc": float(outcome.acc_B.double().mean()) if with_accuracy else None,
             "entries": round(float(outcome.entries_B.double().mean()))})
     return {"history": history, "budget": budget, "rows": rows, "contexts": len(outcomes["full"].nll_B),
             "gap_closed": {name: gap_closed(outcomes, name) for name in outcomes if name.startswith("mc_")}, **facts}
-
-
-def bootstrap(statistic, count: int, draws: int = 2000, seeds: int = 1) -> list[float]:
-    """95 % interval of statistic(indices) over `count` values. Of several seeds, one behind the other, a context is drawn with all of its seeds:
-    the interval is then of these models, not of others trained alike."""
-    rng, contexts = np.random.default_rng(0), count // seeds
-    values = [statistic((rng.integers(0, contexts, contexts) + contexts * np.arange(seeds)[:, None]).ravel()) for _ in range(draws)]
-    return [float(np.quantile(values, q)) for q in (0.025, 0.975)]
 
 
 def gap_closed(outcomes: dict[str, Outcome], system: str) -> dict | None:
@@ -44,7 +36,7 @@ def gap_closed(outcomes: dict[str, Outcome], system: str) -> dict | None:
     if (gap := (window - full).mean()) < LEAST_GAP:
         return None
     share = lambda i: (window[i] - mine[i]).mean() / max((window[i] - full[i]).mean(), 1e-9)
-    return {"share": float((window - mine).mean() / gap), "interval": bootstrap(share, len(window))}
+    return {"share": float((window - mine).mean() / gap), "interval": bootstrap_interval(share, len(window))}
 
 
 def markdown(report: dict) -> str:

@@ -23,7 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.common import UserError
-from scripts.studies.cells import Formula, bootstrap, bootstrap_p, digest, false_discovery, interval, read_yaml, t_test
+from scripts.eval.provenance import digest
+from scripts.eval.statistics import bootstrap, bootstrap_p, false_discovery, interval, t_test
+from scripts.studies.cells import read_yaml
+from scripts.studies.formula import Formula
 
 DEFAULT = "default"
 KEYS = ("question", "base", "seeds", "factors", "arms", "evaluate", "report", "step_time")

@@ -42,7 +42,8 @@ from nanochat.tasks.schema import TaskBatch
 from nanochat.tasks.text import BUCKETS, judged_buckets
 from scripts.eval.methods.interface import Models
 from scripts.eval.methods.registry import SYSTEMS, make_system
-from scripts.studies.cells import digest, read_yaml
+from scripts.eval.provenance import digest
+from scripts.studies.cells import read_yaml
 from scripts.studies.study import filled
 
 KEYS = ("title", "seeds", "models", "texts", "files", "cells", "cost", "overlay", "ablations")

@@ -14,7 +14,7 @@ from scripts.bench.decode import plot as plot_decode
 from scripts.eval.figures import COLOURS, GREY, MARKERS, legend_below, new_figure, save_figure
 from scripts.eval.methods.registry import INTERVALS
 from scripts.eval.report import LEAST_GAP
-from scripts.studies.cells import bootstrap, bootstrap_p, false_discovery, interval
+from scripts.eval.statistics import bootstrap, bootstrap_p, false_discovery, interval
 from scripts.studies.study import plot as plot_ablation
 from scripts.studies.study import table
 from scripts.studies.suite import UNBOUNDED, Suite

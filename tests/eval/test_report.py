@@ -23,6 +23,7 @@ from nanochat.recorder import read_metrics
 from scripts.bench import train_step as benchmark
 from scripts.bench import telemetry as telemetry_benchmark
 from scripts.eval import report
+from scripts.eval.statistics import bootstrap_interval, median_interval
 from tiny_mc import SMALL, T
 
 matplotlib.use("Agg")
@@ -117,7 +118,7 @@ def test_interval_of_the_share():
 
 def test_bootstrap_is_that_of_a_mean():
     x = np.random.default_rng(2).normal(3, 2, 400)
-    low, high = report.bootstrap(lambda i: x[i].mean(), len(x))
+    low, high = bootstrap_interval(lambda i: x[i].mean(), len(x))
     error = 1.96 * x.std() / 20
     assert low == pytest.approx(x.mean() - error, abs=0.1 * error) and high == pytest.approx(x.mean() + error, abs=0.1 * error)
 
@@ -126,9 +127,9 @@ def test_bootstrap_draws_a_context_with_all_of_its_seeds():
     """The same contexts judged three times are no more contexts."""
     once = np.random.default_rng(2).normal(3, 2, 80)
     x = np.tile(once, 3)
-    assert report.bootstrap(lambda i: x[i].mean(), len(x), seeds=3) == pytest.approx(report.bootstrap(lambda i: once[i].mean(), len(once)))
+    assert bootstrap_interval(lambda i: x[i].mean(), len(x), seeds=3) == pytest.approx(bootstrap_interval(lambda i: once[i].mean(), len(once)))
     seen = []
-    report.bootstrap(lambda i: seen.append(i) or 0.0, 6, draws=50, seeds=2)
+    bootstrap_interval(lambda i: seen.append(i) or 0.0, 6, draws=50, seeds=2)
     assert all((i[3:] == i[:3] + 3).all() for i in seen) and set(np.concatenate(seen)) == set(range(6))
 
 
@@ -212,10 +213,10 @@ def test_curves_are_the_logs(runs, figures):
 
 
 def test_interval_of_the_median():
-    assert benchmark.interval(np.full(5, 1.5)) == (1.5, 1.5)
+    assert median_interval(np.full(5, 1.5)) == (1.5, 1.5)
     values = np.array([1.1, 1.2, 1.25, 1.3, 9.0])  # one pair was disturbed
-    low, high = benchmark.interval(values)
-    assert 1.1 <= low < np.median(values) < high <= 9.0 and benchmark.interval(values) == (low, high)
+    low, high = median_interval(values)
+    assert 1.1 <= low < np.median(values) < high <= 9.0 and median_interval(values) == (low, high)
 
 
 def meta(**flags) -> dict:

@@ -14,8 +14,8 @@ from mc.teachers import attention_mass
 from nanochat.common import UserError
 from nanochat.tasks.recall import RecallTask
 from scripts.eval.bm25 import bm25_scores
+from scripts.eval.run_focus import Model, gap_closed, mean_of, recall_setting
 from scripts.eval.scores import CHEATS, SCORES, all_scores, average_ranks, hit_at, measure, most_useful, recall_contexts, spearman, tail_attention, utilities
-from scripts.eval_focus import Model, gap_closed, mean_of, recall_setting
 from tiny_mc import H, K, N, R, W, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)

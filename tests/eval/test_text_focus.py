@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from mc.evaluation import FocusComparison
+from scripts.eval.run_text import share
 from scripts.eval.text_focus import HORIZONS, Tried, far_only, features, fit, judge_cuts, keep_best, oracle, past_gate, search
-from scripts.text_focus_study import share
 from tiny_mc import H, K, N, R, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.common import UserError
-from scripts.studies.cells import Bootstrap, Formula, Records, bootstrap_p, false_discovery, interval, read_yaml, run_cells, t_test, whole_numbers
+from scripts.eval.statistics import Bootstrap, bootstrap_p, false_discovery, interval, t_test
+from scripts.studies.cells import Records, read_yaml, run_cells, whole_numbers
+from scripts.studies.formula import Formula
 
 # -- statistics -----------------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from matplotlib.image import imread
 
 from nanochat.common import UserError
 from scripts.studies import study as ablation
-from scripts.studies.cells import Formula
+from scripts.studies.formula import Formula
 from scripts.studies.study import estimates, read_study, step_time_cells, study_results, table
 
 BASE = ("{data: random, depth: 2, aspect_ratio: 16, head_dim: 16, max_seq_len: 128, device_batch_size: 2, total_batch_size: 256, num_iterations: 6, eval_every: 0, "

@@ -151,7 +151,7 @@ def again(kind: type[System], interval: int = 1) -> type[System]:
 
 
 NEEDED = {"mc": "a checkpoint with MegaContext (trained with --mc_enabled=1)",
-          "keep_drop": "a keep/drop classifier (python -m scripts.keep_drop)"}
+          "keep_drop": "a keep/drop classifier (python -m scripts.mc_study classifier)"}
 
 
 def read_view(gpt: GPT, tokens_BT: Tensor, n: int, view: View) -> tuple[Tensor, Tensor]:

@@ -108,5 +108,5 @@ def load_keep_drop(path: Path, device: torch.device | str = "cpu") -> KeepDrop:
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e:
         why = f"{type(e).__name__}: {str(e).splitlines()[0]}"
-        raise UserError(f"{path} is no keep/drop classifier ({why}); make one: python -m scripts.keep_drop") from None
+        raise UserError(f"{path} is no keep/drop classifier ({why}); make one: python -m scripts.mc_study classifier") from None
     return model.to(device).eval()

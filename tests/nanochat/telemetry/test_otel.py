@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from bisect import bisect_left
 from pathlib import Path
 
@@ -18,13 +19,13 @@ from hypothesis import strategies as st
 pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc")
 
 from nanochat import otel
+from nanochat import recorder as recorder_module
 from nanochat.common import UserError
 from nanochat.otel import otlp_sink
-from nanochat import recorder as recorder_module
 from nanochat.recorder import METRICS, NATS, Metric, Recorder, Sample, open_recorder, read_metrics
 from nanochat.tracing import Trace
 from otlp_receiver import Receiver, unused_port
-from scripts import mc_otel_check
+from scripts.bench import otlp as preflight
 
 CPU = torch.device("cpu")
 protocols = pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
@@ -350,8 +351,7 @@ def test_an_exporter_that_raises_does_not_end_the_thread(tmp_path, monkeypatch, 
 def test_preflight_says_what_was_accepted(protocol, monkeypatch, capsys):
     with Receiver(protocol) as receiver:
         use(monkeypatch, receiver)
-        monkeypatch.setattr(sys, "argv", ["mc_otel_check"])
-        mc_otel_check.main()
+        preflight.run(Namespace())
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (told["metrics"], told["traces"]) == (2, 2) == (len(receiver.points()), len(receiver.spans())) and 0 < told["seconds"] < 10
     assert {p.name for p in receiver.points()} == {"telemetry.preflight", "telemetry.preflight_time"}
@@ -364,7 +364,6 @@ def test_preflight_that_fails_is_one_line(fault, message, monkeypatch, capsys):
     with Receiver(fault=fault) as receiver:
         if fault != "off":
             use(monkeypatch, receiver)
-        monkeypatch.setattr(sys, "argv", ["mc_otel_check"])
         with pytest.raises(UserError, match=message) as refused:
-            mc_otel_check.main()
+            preflight.run(Namespace())
     assert "\n" not in str(refused.value) and not capsys.readouterr().out

@@ -1,6 +1,6 @@
 """What focus wins on real text, by horizon and number of blocks, and how much of it anything could have known.
 
-    python -m scripts.text_focus_study --text_mc=DIR,DIR --text_data=DIR,DIR --out=DIR     models of one shape, one per seed; kinds of text
+    python -m scripts.mc_eval text --text_mc=DIR,DIR --text_data=DIR,DIR --out=DIR     models of one shape, one per seed; kinds of text
 
 Every system is judged on the same continuations of 64 tokens; "horizon h" counts their first h, which is what a session reads that
 refocuses every h tokens. The predictor is fitted on rows of the training split. What a model gave is kept in --out, so that a command
@@ -8,6 +8,7 @@ that was interrupted, or has another seed, goes on from there.
 """
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Iterator
 
@@ -15,16 +16,18 @@ import numpy as np
 import torch
 
 from mc.evaluation import FocusComparison
-from nanochat.common import FlagParser, UserError, base_dir, key_seed, print0, run_main
+from nanochat.common import FlagParser, UserError, base_dir, key_seed, print0
 from nanochat.dataloader import eval_rows, make_source
 from nanochat.dataset import Progress
 from nanochat.tokenizer import Tokenizer
-from scripts.compare_focus import commit
 from scripts.eval.bm25 import bm25_scores
-from scripts.eval.report import LEAST_GAP, bootstrap
+from scripts.eval.provenance import commit
+from scripts.eval.report import LEAST_GAP
+from scripts.eval.statistics import bootstrap_interval
+from scripts.eval.run_focus import Model, load, paths
 from scripts.eval.scores import spearman, tail_attention, text_contexts
-from scripts.eval.text_focus import HORIZONS, Predictor, far_only, features, fit, judge_cuts, utilities_by_horizon, Tried
-from scripts.eval_focus import Model, load, paths
+from scripts.eval.subcommands import check_least
+from scripts.eval.text_focus import HORIZONS, Predictor, Tried, far_only, features, fit, judge_cuts, utilities_by_horizon
 
 SYSTEMS = ("lens", "recency", "random", "bm25", "tail_attention", "predictor", "oracle")
 FAR = {"words used again": 1, "pairs used again": 2}  # label -> length of what stood far back and not since
@@ -104,10 +107,10 @@ def share(upper: np.ndarray, mine: np.ndarray, lower: np.ndarray, weight: np.nda
     difference of the ends is below `least` nats, or its own interval reaches zero: such a share means nothing."""
     totals = np.stack([(x * weight).sum(1) for x in (upper - mine, upper - lower, np.ones_like(upper))], 1)
     part = lambda i: totals[i, 0].sum() / max(totals[i, 1].sum(), 1e-9)
-    if totals[:, 1].sum() <= max(least * totals[:, 2].sum(), 1e-9) or bootstrap(lambda i: totals[i, 1].sum(), len(totals), seeds=seeds)[0] <= 0:
+    if totals[:, 1].sum() <= max(least * totals[:, 2].sum(), 1e-9) or bootstrap_interval(lambda i: totals[i, 1].sum(), len(totals), seeds=seeds)[0] <= 0:
         return None
     every = np.arange(len(totals))
-    return {"mean": float(part(every)), "interval": bootstrap(part, len(totals), seeds=seeds)}
+    return {"mean": float(part(every)), "interval": bootstrap_interval(part, len(totals), seeds=seeds)}
 
 
 def summarize(found: dict[str, np.ndarray], counts: list[int], with_predictor: bool, seeds: int) -> dict:
@@ -129,7 +132,7 @@ def summarize(found: dict[str, np.ndarray], counts: list[int], with_predictor: b
             row["share_of_predictor"] = share(chosen("random"), chosen("lens"), chosen("predictor"), mask, seeds)
         for system in ("lens", "bm25", "tail_attention", "next_gate", *([f"predictor {horizon}"] if with_predictor else [])):
             rho = found[f"rho {system}"][:, HORIZONS.index(horizon)]
-            row["spearman"][system.split()[0]] = {"mean": float(rho.mean()), "interval": bootstrap(lambda i: rho[i].mean(), len(rho), seeds=seeds)}
+            row["spearman"][system.split()[0]] = {"mean": float(rho.mean()), "interval": bootstrap_interval(lambda i: rho[i].mean(), len(rho), seeds=seeds)}
     for label in FAR:
         mask = found[f"far {label}"]
         mean = lambda name: float((found[name] * mask).sum() / max(mask.sum(), 1))
@@ -166,8 +169,7 @@ def markdown(report: dict) -> str:
     return "\n".join([*lines, f"Intervals: 95 %, bootstrap over contexts, each with all seeds: of these models, not of others trained alike; –: the gap is below {LEAST_GAP} nat or not sure to be one. Commit {report['commit']}.", ""])
 
 
-def make_parser() -> FlagParser:
-    parser = FlagParser(prog="python -m scripts.text_focus_study", description=__doc__.split("\n\n")[0])
+def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--text_mc", type=paths, required=True, help="checkpoint directories of text models with --mc_enabled=1, one per seed, comma-separated")
     parser.add_argument("--text_data", type=paths, default=[], help="directories of text, comma-separated, judged apart; default: what the models were trained on")
     parser.add_argument("--text_budgets", default="", help="budgets W [entries], comma-separated; default: as trained")
@@ -178,14 +180,10 @@ def make_parser() -> FlagParser:
     parser.add_argument("--rounds", type=int, default=4, help="most blocks that the oracle's greedy search adds up")
     parser.add_argument("--seed", type=int, default=0, help="of random focus, and of the choice of rows")
     parser.add_argument("--out", type=Path, default=None, help="where the report goes; default $NANOCHAT_BASE_DIR/text_focus")
-    return parser
 
 
-def main() -> None:
-    args = make_parser().parse_args()
-    for name, least in dict(contexts=1, train_contexts=0, batch=1, candidates=1, rounds=1).items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
+def run(args: Namespace) -> None:
+    check_least(args, contexts=1, train_contexts=0, batch=1, candidates=1, rounds=1)
     if bad := [part for part in args.text_budgets.split(",") if part and not part.isdecimal()]:
         raise UserError(f"--text_budgets: {bad[0]!r} is no number of entries")
     out = args.out or base_dir() / "text_focus"
@@ -215,7 +213,3 @@ def main() -> None:
     print0(f"report in {out}")
     print(json.dumps({"gap_closed": {f"{s['data']} W={s['budget']}": {h: (row["gap_closed"][f"lens@{s['counts'][-1]}"] or {}).get("mean") for h, row in s["summary"]["horizons"].items()} for s in settings},
                       "report": str(out / "text_focus.json")}))
-
-
-if __name__ == "__main__":
-    run_main(main)

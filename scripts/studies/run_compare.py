@@ -1,9 +1,10 @@
 """Judge full context, sliding windows and MegaContext's working contexts on the same held-out tokens, and write the report.
 
-    python -m scripts.compare_focus --recall_mc=DIR --recall_vanilla=DIR --text_mc=DIR --text_vanilla=DIR --out=DIR
+    python -m scripts.mc_eval compare --recall_mc=DIR --recall_vanilla=DIR --text_mc=DIR --text_vanilla=DIR --out=DIR
 """
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 
 from mc.evaluation import FocusComparison, Outcome, plain_outcomes
 from mc.model import MegaContext, load_mega_context
-from nanochat.common import FlagParser, UserError, base_dir, print0, run_main
+from nanochat.common import FlagParser, UserError, base_dir, print0
 from nanochat.dataloader import eval_rows, make_source
 from nanochat.dataset import Progress
 from nanochat.gpt import GPT
@@ -20,8 +21,9 @@ from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
 from scripts.base_train import MAY_CHANGE
 from scripts.bench.train_step import training_step_times
+from scripts.eval.provenance import commit
 from scripts.eval.report import task_report, write
-from scripts.studies.cells import commit
+from scripts.eval.subcommands import check_least
 
 TASKS = ("recall", "text")
 MAY_DIFFER = MAY_CHANGE - {"data"}  # flags of twins: what a resumed run may change, but for the data
@@ -93,8 +95,7 @@ def compare(pair: Pair, tokenizer: Tokenizer, args, task: str) -> dict:
     return task_report(outcomes, history=n, budget=c.budget, with_accuracy=task == "recall", facts=facts)
 
 
-def make_parser() -> FlagParser:
-    parser = FlagParser(prog="python -m scripts.compare_focus", description=__doc__.split("\n\n")[0])
+def add_flags(parser: FlagParser) -> None:
     for task in TASKS:
         parser.add_argument(f"--{task}_mc", required=True, type=Path, help=f"checkpoint directory trained on {task} with --mc_enabled=1")
         parser.add_argument(f"--{task}_vanilla", required=True, type=Path, help="its vanilla twin: same flags but --mc_enabled=0")
@@ -103,13 +104,10 @@ def make_parser() -> FlagParser:
     parser.add_argument("--pairs", type=int, default=6, help="pairs of blocks of steps timed per task")
     parser.add_argument("--seed", type=int, default=0, help="of random focus")
     parser.add_argument("--out", type=Path, default=None, help="where the report goes; default $NANOCHAT_BASE_DIR/quickstart")
-    return parser
 
 
-def main() -> None:
-    args = make_parser().parse_args()
-    if min(args.contexts, args.batch, args.pairs) < 1:
-        raise UserError("--contexts, --batch and --pairs must be at least 1")
+def run(args: Namespace) -> None:
+    check_least(args, contexts=1, batch=1, pairs=1)
     out = args.out or base_dir() / "quickstart"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file; name a folder")
@@ -127,7 +125,3 @@ def main() -> None:
     print(write(report, {task: pair.logs for task, pair in pairs.items()}, out), flush=True)
     print(f"report in {out}")
     print(json.dumps({"report": str(out / "report.json"), "step_time_ratio": ratio}))
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,6 +1,6 @@
 """Train the lens of a checkpoint alone, from measured utilities: base and gists stay as they are, and no token goes through the base.
 
-    python -m scripts.train_lensnet --checkpoint_dir=DIR --labels=DIR --out_tag=NAME
+    python -m scripts.mc_study train_lensnet --checkpoint_dir=DIR --labels=DIR --out_tag=NAME
 
 Writes $NANOCHAT_BASE_DIR/checkpoints/NAME, a checkpoint like any other. With --steps=0 it has a new lens that has learned nothing.
 
@@ -9,6 +9,7 @@ Curriculum: at first only blocks near the end of history compete, later all of t
 
 import json
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -20,10 +21,11 @@ from mc.model import MegaContext
 from mc.store.networks import load_networks
 from mc.utility_labels import LabelFolder, Labels, fingerprint
 from nanochat.checkpoint import complete_steps, load_model_state, save_checkpoint
-from nanochat.common import FlagParser, UserError, base_dir, init_distributed, print0, run_main, seed_everything
+from nanochat.common import FlagParser, UserError, base_dir, init_distributed, print0, seed_everything
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW, assert_finite
 from nanochat.schedule import lr_multiplier, muon_momentum
+from scripts.eval.subcommands import check_least
 
 HELD_OUT = 8  # one context in so many is kept for the report
 WARMUP = 10  # steps
@@ -91,10 +93,9 @@ def train(gpt: GPT, mc: MegaContext, labels: Labels, args) -> None:
             print0(f"step {step + 1}/{args.steps}: loss {float(loss):.5f}, blocks up to {reach} back, ETA {(time.monotonic() - begin) / (step + 1) * (args.steps - step - 1):.0f} s")
 
 
-def make_parser() -> FlagParser:
-    parser = FlagParser(prog="python -m scripts.train_lensnet", description=__doc__.split("\n\n")[0])
+def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--checkpoint_dir", required=True, type=Path, help="checkpoint directory of a run with --mc_enabled=1: its base and gists are kept")
-    parser.add_argument("--labels", type=Path, default=None, help="folder that scripts.label_utility wrote for this base; needed unless --steps=0")
+    parser.add_argument("--labels", type=Path, default=None, help="folder that scripts.mc_study labels wrote for this base; needed unless --steps=0")
     parser.add_argument("--out_tag", required=True, help="name of the checkpoint directory that is written")
     parser.add_argument("--new_lens", type=int, choices=(0, 1), default=1, help="1: from a new lens; 0: from the checkpoint's")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
@@ -106,14 +107,10 @@ def make_parser() -> FlagParser:
     parser.add_argument("--log_every", type=int, default=50, help="steps between log lines")
     parser.add_argument("--seed", type=int, default=42, help="of the new lens and the order of contexts")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
-    return parser
 
 
-def main() -> None:
-    args = make_parser().parse_args()
-    for name, least in dict(steps=0, batch=1, near=2, log_every=1, seed=0).items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
+def run(args: Namespace) -> None:
+    check_least(args, steps=0, batch=1, near=2, log_every=1, seed=0)
     if not 0 <= args.grow <= 1:
         raise UserError(f"--grow={args.grow} must be in [0, 1]")
     if not 0 < args.lr < float("inf"):
@@ -154,7 +151,3 @@ def main() -> None:
     save_checkpoint(directory, meta["step"], model=state, optimizer_shard={}, meta=meta, mc=mc.state_dict())
     print0(f"checkpoint in {directory}")
     print(json.dumps({"checkpoint": str(directory)} | {f"{name}_{when}": value for when, values in report.items() for name, value in values.items()}))
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -1,12 +1,13 @@
 """Measure what showing blocks of history is worth to a checkpoint's base, as labels that train a lens.
 
-    python -m scripts.label_utility --checkpoint_dir=DIR --out=DIR [--data=…] --contexts=512 --edits=16
+    python -m scripts.mc_study labels --checkpoint_dir=DIR --out=DIR [--data=…] --contexts=512 --edits=16
 
 An interrupted run goes on where it stopped; the labels of another base, or drawn otherwise, are refused.
 """
 
 import json
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,14 @@ import torch
 from mc.store.networks import load_networks
 from mc.utility_labels import LabelFolder, cursors, fingerprint, measure
 from nanochat.checkpoint import load_model_state
-from nanochat.common import FlagParser, UserError, init_distributed, print0, run_main
+from nanochat.common import FlagParser, UserError, init_distributed, print0
 from nanochat.dataloader import make_source
 from nanochat.dataset import Progress
-from scripts.studies.cells import commit
+from scripts.eval.provenance import commit
+from scripts.eval.subcommands import check_least
 
 
-def make_parser() -> FlagParser:
-    parser = FlagParser(prog="python -m scripts.label_utility", description=__doc__.split("\n\n")[0])
+def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--checkpoint_dir", required=True, type=Path, help="checkpoint directory of a run with --mc_enabled=1")
     parser.add_argument("--data", default="", help="recall, stdlib, …, or a directory, as for base_train; default what the checkpoint was trained on")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="rows to label")
@@ -33,14 +34,10 @@ def make_parser() -> FlagParser:
     parser.add_argument("--batch", type=int, default=4, help="rows at a time, and per file")
     parser.add_argument("--seed", type=int, default=0, help="of the cuts and edits that are drawn")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to measure")
-    return parser
 
 
-def main() -> None:
-    args = make_parser().parse_args()
-    for name, least in dict(contexts=1, cursors=1, edits=2, batch=1, seed=0).items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
+def run(args: Namespace) -> None:
+    check_least(args, contexts=1, cursors=1, edits=2, batch=1, seed=0)
     if args.contexts % args.batch:
         raise UserError(f"--contexts={args.contexts} is not a multiple of --batch={args.batch}: a file holds a whole batch")
     device = init_distributed(args.device).device
@@ -78,7 +75,3 @@ def main() -> None:
                "seconds": round(time.monotonic() - begin, 1), "out": str(args.out)}
     print(f"{summary['labels']} labels in {args.out}, {summary['helpful']:.0%} of them of detail that helps")
     print(json.dumps(summary))
-
-
-if __name__ == "__main__":
-    run_main(main)

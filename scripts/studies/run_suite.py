@@ -1,7 +1,7 @@
 """Run a suite of benchmarks: systems × tasks × lengths × budgets × seeds at equal entries, with tables, tests and plots.
 
-    python -m scripts.run_benchmarks quick | paper | SUITE.yaml
-    python -m scripts.run_benchmarks --rerun=RESULTS.jsonl:LINE      one cell again, from its record alone
+    python -m scripts.mc_study suite quick | paper | SUITE.yaml
+    python -m scripts.mc_study suite --rerun=RESULTS.jsonl:LINE      one cell again, from its record alone
 
 What a suite is: `scripts/studies/suite.py`. It trains what it needs, then judges cell after cell; a run that was stopped goes on. Under $NANOCHAT_BASE_DIR/evals/DATE/SUITE
 it writes results.jsonl (a record per cell: configuration, commit, environment, one number per document, cost), report.md and plots.
@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import time
+from argparse import Namespace
 from datetime import date
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.checkpoint import complete_steps, load_model_state
-from nanochat.common import FlagParser, UserError, base_dir, print0, run_main
+from nanochat.common import FlagParser, UserError, base_dir, print0
 from nanochat.dataset import Progress, open_corpus
 from nanochat.tasks.catalogue import task_rows
 from nanochat.tasks.external import load_examples
@@ -27,12 +28,14 @@ from nanochat.tasks.text import TextRows
 from nanochat.tasks.words import Words
 from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer
-from scripts import finetune_system, keep_drop, tok_train
-from scripts.ablate import call, run_command, train
 from scripts.eval.methods.interface import Models
 from scripts.eval.methods.registry import SYSTEMS, load_models
 from scripts.eval.methods.token_classifier import FILE
-from scripts.studies.cells import ROOT, Records, commit, digest, environment, run_cells, whole_numbers
+from scripts.eval.subcommands import call, check_least
+from scripts.studies import run_classifier, run_finetune, run_importance
+from scripts.eval.provenance import ROOT, commit, digest, environment
+from scripts.studies.cells import Records, run_cells, whole_numbers
+from scripts.studies.run_ablate import run_command, run_script, train
 from scripts.studies.study import read_study, study_results
 from scripts.studies.suite import Suite, judge_cell, read_suite
 from scripts.studies.suite_report import write_report
@@ -92,15 +95,15 @@ def make_base(model: dict) -> None:
 def make_classifier(model: dict) -> None:
     base, labels = base_folder(model), classifier_folder(model)
     if not (labels / FILE).exists():
-        call(keep_drop, {"checkpoint_dir": base, "labels": labels, **model["keep_drop"].get("label", {})}, "label")
-        call(keep_drop, {"checkpoint_dir": base, "labels": labels, **model["keep_drop"].get("train", {})}, "train")
+        call(run_importance, {"checkpoint_dir": base, "labels": labels, **model["keep_drop"].get("label", {})})
+        call(run_classifier, {"checkpoint_dir": base, "labels": labels, **model["keep_drop"].get("train", {})})
 
 
 def make_arm(model: dict, system: str) -> None:
     system = SYSTEMS[system].arm or system
     folder, classifier = arm_folder(model, system), {"keep_drop": classifier_folder(model) / FILE} if system == NEEDS_CLASSIFIER else {}
     if not complete_steps(folder):
-        call(finetune_system, {"system": system, "checkpoint_dir": base_folder(model), "out": folder, **classifier, **model["finetune"]})
+        call(run_finetune, {"system": system, "checkpoint_dir": base_folder(model), "out": folder, **classifier, **model["finetune"]})
 
 
 def prepare(cell: dict) -> dict:
@@ -199,7 +202,7 @@ def rerun(where: str) -> None:
 
 
 def make_tokenizer(cell: dict) -> dict:
-    call(tok_train, {"data": cell["data"]})
+    run_script("scripts.tok_train", {"data": cell["data"]})
     return {}
 
 
@@ -207,10 +210,10 @@ def run_suite(suite: Suite, seeds: list[int], records: Records, jobs: int) -> No
     cells, made = suite.cells(seeds), Records(records.path.with_name("checkpoints.jsonl"))
     if not (base_dir() / "tokenizer" / "tokenizer.json").exists():
         print0(f"{suite.name}: no tokenizer in {base_dir()}: one is trained on the embedded corpus, as the quickstart does")
-        run_cells([{"key": "tokenizer", "name": "tokenizer", "data": "stdlib"}], "scripts.run_benchmarks:make_tokenizer", made, what=suite.name, again=True)
+        run_cells([{"key": "tokenizer", "name": "tokenizer", "data": "stdlib"}], "scripts.studies.run_suite:make_tokenizer", made, what=suite.name, again=True)
     for preparation in preparations(cells):
         if preparation:
-            run_cells(preparation, "scripts.run_benchmarks:prepare", made, what=suite.name, jobs=jobs, again=True)
+            run_cells(preparation, "scripts.studies.run_suite:prepare", made, what=suite.name, jobs=jobs, again=True)
     done = records.read()
     waiting = [cell for cell in cells if cell["key"] not in done]
     print0(f"{suite.name}: {len(cells)} cells, {len(cells) - len(waiting)} of them done before")
@@ -251,7 +254,7 @@ def report(suite: Suite, seeds: list[int], records: Records) -> str:
         if found[0]:
             studies.append((study, *found))
         else:
-            print0(f"note: no results of {name} in {path}: it is left out (python -m scripts.ablate {name})")
+            print0(f"note: no results of {name} in {path}: it is left out (python -m scripts.mc_study ablate {name})")
     return write_report(suite, own, out, costs=costs, trained=trained, overlay=logs, studies=studies)
 
 
@@ -261,24 +264,20 @@ def results_folder(suite: Suite) -> Path:
     return there[-1] if there else base_dir() / "evals" / date.today().isoformat() / suite.name
 
 
-def make_parser() -> FlagParser:
-    parser = FlagParser(prog="python -m scripts.run_benchmarks", description=__doc__.split("\n\n")[0])
+def add_flags(parser: FlagParser) -> None:
     parser.add_argument("suite", nargs="?", default="", help="quick, paper, or the YAML file of a suite")
     parser.add_argument("--rerun", default="", help="instead: RESULTS.jsonl:LINE, one cell again from its record, exit code 1 if a number differs")
     parser.add_argument("--seeds", default="", help="seeds to run, like 1,2; default the suite's")
     parser.add_argument("--jobs", type=int, default=1, help="trainings and fine-tunings at a time, each a process; cells are judged one after the other")
     parser.add_argument("--report", type=int, default=0, choices=(0, 1), help="1: only write the report on the cells that were run")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results; default the newest $NANOCHAT_BASE_DIR/evals/DATE/SUITE, today's if there is none")
-    return parser
 
 
-def main() -> None:
-    args = make_parser().parse_args()
+def run(args: Namespace) -> None:
     os.environ["NANOCHAT_BASE_DIR"] = str(base_dir())  # suites name it
     if bool(args.suite) == bool(args.rerun):
         raise UserError("name one of: a suite (quick, paper, or a YAML file), or --rerun=RESULTS.jsonl:LINE")
-    if args.jobs < 1:
-        raise UserError(f"--jobs={args.jobs}: at least 1")
+    check_least(args, jobs=1)
     if args.rerun:
         return rerun(args.rerun)
     path = SUITES / f"{args.suite}.yaml"
@@ -288,13 +287,9 @@ def main() -> None:
     records = Records(out / "results.jsonl")
     if not args.report:
         run_suite(suite, seeds, records, args.jobs)
-        run_cells(list(cost_cells(suite).values()), "scripts.run_benchmarks:measure_cost", records, what=f"{suite.name}: cost")
+        run_cells(list(cost_cells(suite).values()), "scripts.studies.run_suite:measure_cost", records, what=f"{suite.name}: cost")
     elif not records.path.exists():
         raise UserError(f"--report=1, but there are no results in {out}")
     text = report(suite, seeds, records)
     print(text, flush=True)
     print(json.dumps({"report": str(out / "report.md"), "results": str(records.path), "cells": len(records.read())}))
-
-
-if __name__ == "__main__":
-    run_main(main)

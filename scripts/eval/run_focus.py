@@ -1,6 +1,6 @@
 """Measure the lens, and scores that need no training, against an oracle that knows the continuation.
 
-    python -m scripts.eval_focus --recall_mc=DIR,DIR --text_mc=DIR --out=DIR     directories of runs with --mc_enabled=1, one per seed
+    python -m scripts.mc_eval focus --recall_mc=DIR,DIR --text_mc=DIR --out=DIR     directories of runs with --mc_enabled=1, one per seed
     … --hops_mc=DIR,DIR                                                          and questions of two hops, put to a session
 
 Every setting (a length of history at a budget) is judged on held-out contexts: of text the same for all seeds, of recall each seed's own. The last line is JSON, of the
@@ -8,6 +8,7 @@ lens: the worst over the settings of recall (of text, without any recall).
 """
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 
@@ -17,7 +18,7 @@ import torch
 from mc.evaluation import FocusComparison, plain_outcomes
 from mc.model import MegaContext, load_mega_context
 from mc.session import SessionConfig, SessionPool
-from nanochat.common import FlagParser, UserError, base_dir, print0, run_main
+from nanochat.common import FlagParser, UserError, base_dir, print0
 from nanochat.dataloader import eval_rows, make_source
 from nanochat.dataset import Progress
 from nanochat.gpt import GPT
@@ -25,10 +26,12 @@ from nanochat.loading import load_model
 from nanochat.tasks.hops import HopTask
 from nanochat.tasks.recall import RecallTask
 from nanochat.tokenizer import Tokenizer
-from scripts.compare_focus import commit
 from scripts.eval.hop_questions import SYSTEMS as HOP_SYSTEMS, ask_chains
-from scripts.eval.report import LEAST_GAP, bootstrap
+from scripts.eval.provenance import commit
+from scripts.eval.report import LEAST_GAP
+from scripts.eval.statistics import bootstrap_interval
 from scripts.eval.scores import Contexts, measure, recall_contexts, text_contexts
+from scripts.eval.subcommands import check_least
 
 LABELS = {"lens": "LensNet", "random": "random", "recency": "recency", "bm25": "BM25 with the tail", "tail_attention": "attention mass of the tail",
           "next_attention": "attention mass of the continuation (cheats)", "next_gate": "gate gradient of the continuation (cheats)", "oracle": "oracle"}
@@ -104,7 +107,7 @@ def mean_of(each: list[np.ndarray]) -> dict:
     """Of one array of contexts per seed. NaN is a context without such a value: where no block matters there are no hits."""
     some = ~np.isnan(each).all(0)  # a draw of contexts that are nothing but NaN has no mean
     values = np.concatenate([x[some] for x in each])
-    return {"mean": float(np.nanmean(values)), "interval": bootstrap(lambda i: np.nanmean(values[i]), len(values), seeds=len(each)),
+    return {"mean": float(np.nanmean(values)), "interval": bootstrap_interval(lambda i: np.nanmean(values[i]), len(values), seeds=len(each)),
             "seeds": [float(np.nanmean(x)) for x in each]}
 
 
@@ -137,7 +140,7 @@ def gap_closed(found: list[dict[str, dict[str, np.ndarray]]], system: str) -> di
     if (window - full).mean() < LEAST_GAP:
         return None
     share = lambda i: (window[i] - mine[i]).mean() / max((window[i] - full[i]).mean(), 1e-9)
-    return {"mean": float(share(slice(None))), "interval": bootstrap(share, len(window), seeds=len(found))}
+    return {"mean": float(share(slice(None))), "interval": bootstrap_interval(share, len(window), seeds=len(found))}
 
 
 def markdown(report: dict) -> str:
@@ -181,8 +184,7 @@ def paths(value: str) -> list[Path]:
     return [Path(part) for part in value.split(",") if part]
 
 
-def make_parser() -> FlagParser:
-    parser = FlagParser(prog="python -m scripts.eval_focus", description=__doc__.split("\n\n")[0])
+def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--recall_mc", type=paths, default=[], help="checkpoint directories trained on recall with --mc_enabled=1, one per seed, comma-separated")
     parser.add_argument("--text_mc", type=paths, default=[], help="checkpoint directories trained on text with --mc_enabled=1, one per seed, comma-separated")
     parser.add_argument("--hops_mc", type=paths, default=[], help="checkpoint directories trained on --data=hops with --mc_enabled=1, one per seed, comma-separated")
@@ -195,7 +197,6 @@ def make_parser() -> FlagParser:
     parser.add_argument("--candidates", type=int, default=8, help="blocks a context that the oracle's search tries after its first round")
     parser.add_argument("--seed", type=int, default=0, help="of random focus")
     parser.add_argument("--out", type=Path, default=None, help="where the report goes; default $NANOCHAT_BASE_DIR/focus")
-    return parser
 
 
 def text_settings(model: Model, args) -> list[tuple[Setting, Path | str]]:
@@ -226,10 +227,8 @@ def settings_of(models: list[Model], tokenizer: Tokenizer, args, task: str):
         yield setting, [lambda rows, s=source, n=setting.n + H: text_contexts(s, n, rows)] * len(models)
 
 
-def main() -> None:
-    args = make_parser().parse_args()
-    if min(args.contexts, args.batch, args.candidates) < 1:
-        raise UserError("--contexts, --batch and --candidates must be at least 1")
+def run(args: Namespace) -> None:
+    check_least(args, contexts=1, batch=1, candidates=1)
     if not (args.recall_mc or args.text_mc or args.hops_mc):
         raise UserError("nothing to judge: name checkpoints with --recall_mc=DIR, --text_mc=DIR or --hops_mc=DIR")
     out = args.out or base_dir() / "focus"
@@ -257,7 +256,3 @@ def main() -> None:
     print0(f"report in {out}")
     two_hops = {"accuracy_two_hops": hops[0]["systems"]["refocused"]["mean"]} if hops else {}
     print(json.dumps({**last_line(settings), **two_hops, "report": str(out / "focus.json")}))
-
-
-if __name__ == "__main__":
-    run_main(main)

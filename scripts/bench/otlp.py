@@ -1,24 +1,25 @@
 """Send a gauge, a histogram and a trace where the OTEL_* variables say, and see whether they are accepted: before a long run.
 
-    OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318 python -m scripts.mc_otel_check
+    OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318 python -m scripts.mc_bench otlp
 """
 
 import json
 import time
+from argparse import Namespace
 
 import torch
 
-from nanochat.common import FlagParser, UserError, run_main
+from nanochat.common import FlagParser, UserError
 from nanochat.otel import otlp_sink
 from nanochat.recorder import METRICS, Sample
 from nanochat.tracing import Trace
 
-def make_parser() -> FlagParser:
-    return FlagParser(prog="python -m scripts.mc_otel_check", description=__doc__.split("\n\n")[0])
+
+def add_flags(parser: FlagParser) -> None:
+    """None: the OTEL_* variables say it all."""
 
 
-def main() -> None:
-    make_parser().parse_args()
+def run(args: Namespace) -> None:
     sink = otlp_sink("megacontext", "preflight/0", {"mc.run.id": "preflight", "mc.stage": "preflight", "mc.variant": "preflight"}, background=False)
     if sink is None:
         raise UserError("OTLP is off: set OTEL_EXPORTER_OTLP_ENDPOINT, and neither OTEL_SDK_DISABLED=true nor OTEL_*_EXPORTER=none")
@@ -38,7 +39,3 @@ def main() -> None:
     sink.close()
     print(f"accepted after {taken:.3f} s")
     print(json.dumps({"seconds": round(taken, 4), **sink.accepted()}))
-
-
-if __name__ == "__main__":
-    run_main(main)

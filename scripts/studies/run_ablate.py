@@ -1,6 +1,6 @@
 """Run a study: arms that each change one thing of a default, times seeds, compared with paired tests.
 
-    python -m scripts.ablate runs/ablations/STUDY.yaml [--only=arm,…] [--seeds=1,2]
+    python -m scripts.mc_study ablate runs/ablations/STUDY.yaml [--only=arm,…] [--seeds=1,2]
 
 What a study is: `scripts/studies/study.py`. Under $NANOCHAT_BASE_DIR/ablations/STUDY it writes results.jsonl (a record per cell: configuration, commit, environment, one number
 per context), report.md and plot.png, plot.pdf. A finished cell is not run again; one that was interrupted goes on from its last checkpoint.
@@ -10,17 +10,18 @@ import json
 import shlex
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
-from types import ModuleType
 
 from mc.config import from_flags
 from nanochat.checkpoint import load_model_state
-from nanochat.common import FlagParser, UserError, base_dir, run_main
+from nanochat.common import FlagParser, UserError, base_dir
 from nanochat.dataset import locked
 from nanochat.tokenizer import Tokenizer
-from scripts import base_train
 from scripts.bench.train_step import step_time_ratio
-from scripts.studies.cells import ROOT, Records, find_function, run_cells, whole_numbers
+from scripts.eval.provenance import ROOT
+from scripts.eval.subcommands import check_least
+from scripts.studies.cells import Records, find_function, run_cells, whole_numbers
 from scripts.studies.study import DEFAULT, Study, plot, read_study, step_time_cells, study_results, table
 
 
@@ -32,14 +33,14 @@ def train(flags: dict[str, str], seed: int, tag: str) -> Path:
             _, meta = load_model_state(directory)
             if meta["step"] == meta["num_iterations"]:
                 return directory
-        call(base_train, {"save_every": "50", "keep_last": "1"} | flags | {"resume": "1", "model_tag": tag, "seed": str(seed)})
+        run_script("scripts.base_train", {"save_every": "50", "keep_last": "1"} | flags | {"resume": "1", "model_tag": tag, "seed": str(seed)})
     return directory
 
 
-def call(script: ModuleType, flags: dict, *commands: str) -> None:
-    """A script's main in this process, with these flags behind its sub-command."""
-    sys.argv = [script.__name__, *commands, *(f"--{name}={value}" for name, value in flags.items())]
-    script.main()
+def run_script(name: str, flags: dict) -> None:
+    """A command's main in this process, with these flags. By name, as in a shell: a study stands below the commands."""
+    sys.argv = [name, *(f"--{flag}={value}" for flag, value in flags.items())]
+    find_function(f"{name}:main")()
 
 
 def evaluate(directory: Path, options: dict) -> dict[str, list[float] | float]:
@@ -76,7 +77,7 @@ def run_step_time(cell: dict) -> dict:
 
 def check_study(study: Study, path: Path) -> None:
     """UserError or base_train's own refusal for flags that it does not take, and for an evaluation that is not there: before anything is run."""
-    parser = base_train.make_parser()
+    parser = find_function("scripts.base_train:make_parser")()
     for arm in study.arms:
         flags = study.flags(arm, study.seeds[0])
         args = parser.parse_args([f"--{name}={value}" for name, value in flags.items()])
@@ -88,19 +89,15 @@ def check_study(study: Study, path: Path) -> None:
         raise UserError(f"{path}: step_time is a mapping of pairs and steps")
 
 
-def make_parser() -> FlagParser:
-    parser = FlagParser(prog="python -m scripts.ablate", description=__doc__.split("\n\n")[0])
+def add_flags(parser: FlagParser) -> None:
     parser.add_argument("study", type=Path, help="YAML file of the study")
     parser.add_argument("--only", default="", help="arms to run beside the default, by name, with commas between them; default all")
     parser.add_argument("--seeds", default="", help="seeds to run, like 1,2; default the study's")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, each a process; step times are always taken alone")
-    return parser
 
 
-def main() -> None:
-    args = make_parser().parse_args()
-    if args.jobs < 1:
-        raise UserError(f"--jobs={args.jobs}: at least 1")
+def run(args: Namespace) -> None:
+    check_least(args, jobs=1)
     study = read_study(args.study)
     check_study(study, args.study)
     wanted = [name for name in args.only.split(",") if name] or list(study.arms)
@@ -112,10 +109,10 @@ def main() -> None:
     out = base_dir() / "ablations" / study.name
     records = Records(out / "results.jsonl")
     cells = [study.cell(arm, seed) for seed in seeds for arm in arms]
-    run_cells(cells, "scripts.ablate:run_cell", records, what=study.name, jobs=args.jobs)
+    run_cells(cells, "scripts.studies.run_ablate:run_cell", records, what=study.name, jobs=args.jobs)
     timings = step_time_cells(study, arms, seeds[0]) if study.step_time is not None else []
     if timings:
-        run_cells(timings, "scripts.ablate:run_step_time", records, what=f"{study.name}: step times")
+        run_cells(timings, "scripts.studies.run_ablate:run_step_time", records, what=f"{study.name}: step times")
 
     everything, times = study_results(study, records.read(), sorted({*study.seeds, *seeds}))
     text, found = table(study, everything, times)
@@ -123,7 +120,3 @@ def main() -> None:
     plot(found, out / "plot.png")
     print(text, flush=True)
     print(json.dumps({"report": str(out / "report.md"), "results": str(records.path), "cells": len(everything)}))
-
-
-if __name__ == "__main__":
-    run_main(main)

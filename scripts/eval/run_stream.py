@@ -1,6 +1,6 @@
 """Facts and loss in histories far longer than a training row, through the inference session.
 
-    python -m scripts.mc_stream --checkpoint_dir=DIR                              a model trained on recall: facts at distances up to 64 windows
+    python -m scripts.mc_eval stream --checkpoint_dir=DIR                              a model trained on recall: facts at distances up to 64 windows
     … --max_length=1048576                                                        and against the length of the history
     … --text_checkpoint_dir=DIR                                                   and the loss of a model of text, with more and more text in front
 """
@@ -14,17 +14,20 @@ import numpy as np
 import torch
 
 from mc.focus_allocator import check_feasible
-from mc.session import SessionPool, add_flags, from_flags, open_pool
+from mc import session as sessions
+from mc.session import SessionPool
 from mc.store.history import History
-from nanochat.common import FlagParser, UserError, base_dir, init_distributed, print0, run_main
+from nanochat.common import FlagParser, UserError, base_dir, init_distributed, print0
 from nanochat.dataloader import LongRows
 from nanochat.dataset import Progress, open_corpus
 from nanochat.loading import model_from_flags
 from nanochat.tasks.recall import RecallTask
 from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer
-from scripts.eval.report import bootstrap, save_figure
+from scripts.eval.report import save_figure
+from scripts.eval.statistics import bootstrap_interval
 from scripts.eval.stream import Answer, ask, ask_window, store_of
+from scripts.eval.subcommands import check_least
 
 SYSTEMS = ("lens", "oracle", "window")
 LABELS = {"lens": "LensNet focus", "oracle": "oracle focus", "window": "sliding window"}
@@ -47,8 +50,8 @@ class Table:
             entries = [sum(a.lods.values()) for a in answers]
             lods = {str(lod): round(float(np.mean([a.lods.get(lod, 0) for a in answers])), 1) for lod in sorted(set().union(*(a.lods for a in answers)))}
             rows.append({"group": group, "system": system, "place": place, "questions": len(answers), "acc": float(acc.mean()),
-                         "acc_interval": bootstrap(lambda i: acc[i].mean(), len(acc)), "nll": float(nll.mean()),
-                         "nll_interval": bootstrap(lambda i: nll[i].mean(), len(nll)), "entries": float(np.mean(entries)), "entries_by_lod": lods})
+                         "acc_interval": bootstrap_interval(lambda i: acc[i].mean(), len(acc)), "nll": float(nll.mean()),
+                         "nll_interval": bootstrap_interval(lambda i: nll[i].mean(), len(nll)), "entries": float(np.mean(entries)), "entries_by_lod": lods})
         return rows
 
 
@@ -187,8 +190,7 @@ def plot(parts: dict[str, list[dict]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def make_parser() -> FlagParser:
-    parser = FlagParser(prog="python -m scripts.mc_stream", description=__doc__.split("\n\n")[0])
+def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--checkpoint_dir", required=True, help="checkpoint directory of a run with --mc_enabled=1 on --data=recall")
     parser.add_argument("--text_checkpoint_dir", help="also: one trained with --mc_enabled=1 on text")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto (CUDA when there is one), cpu or cuda")
@@ -201,8 +203,7 @@ def make_parser() -> FlagParser:
     parser.add_argument("--passages", type=int, default=32, help="passages of text of these")
     parser.add_argument("--seed", type=int, default=0, help="of the places of the facts")
     parser.add_argument("--out", type=Path, default=None, help="where report and plot go; default $NANOCHAT_BASE_DIR/stream")
-    add_flags(parser, budget=256)
-    return parser
+    sessions.add_flags(parser, budget=256)
 
 
 def load_pool(checkpoint_dir: str, args: Namespace, budget: int, device: torch.device) -> tuple[SessionPool, Tokenizer, dict]:
@@ -210,15 +211,11 @@ def load_pool(checkpoint_dir: str, args: Namespace, budget: int, device: torch.d
     model, tokenizer, meta = model_from_flags(names, device)
     if not meta.get("mc"):
         raise UserError(f"the checkpoint in {checkpoint_dir} has no MegaContext: it was trained with --mc_enabled=0")
-    return open_pool(model, meta, checkpoint_dir, from_flags(args, budget=budget)), tokenizer, meta
+    return sessions.open_pool(model, meta, checkpoint_dir, sessions.from_flags(args, budget=budget)), tokenizer, meta
 
 
-def main() -> None:
-    args = make_parser().parse_args()
-    least = dict(windows=2, streams=1, max_length=0, length_budget=1, length_streams=1, passages=1)
-    for name, low in least.items():
-        if getattr(args, name) < low:
-            raise UserError(f"--{name}={getattr(args, name)} must be at least {low}")
+def run(args: Namespace) -> None:
+    check_least(args, windows=2, streams=1, max_length=0, length_budget=1, length_streams=1, passages=1)
     kinds = args.filler.split(",")
     if not set(kinds) <= {"pairs", "text"}:
         raise UserError(f"--filler={args.filler}: pairs, text, or pairs,text")
@@ -259,7 +256,3 @@ def main() -> None:
     accuracy = {group: {s: {r["place"]: round(r["acc"], 4) for r in parts["distance"] if r["group"] == group and r["system"] == s} for s in SYSTEMS} for group in kinds}
     summary = {key: report[key] for key in ("n", "windows", "budget", "streams", "seed")}
     print(json.dumps({**summary, "accuracy": accuracy, "least_lens": min(r["acc"] for r in parts["distance"] if r["system"] == "lens"), "report": str(out / "stream.json")}))
-
-
-if __name__ == "__main__":
-    run_main(main)

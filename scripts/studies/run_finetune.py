@@ -1,18 +1,19 @@
 """Fine-tune a base to read what one system shows, with the same steps, rows and learning rates for every system.
 
-    python -m scripts.finetune_system --system=bm25 --checkpoint_dir=DIR --out=DIR
+    python -m scripts.mc_study finetune --system=bm25 --checkpoint_dir=DIR --out=DIR
 
 What is there already is left as it is, so that a recipe can be run again.
 """
 
 import json
 import time
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
 from mc.config import MCConfig, to_dict
 from nanochat.checkpoint import complete_steps, load_model_state, save_checkpoint
-from nanochat.common import FlagParser, UserError, init_distributed, run_main
+from nanochat.common import FlagParser, UserError, init_distributed
 from nanochat.dataset import Progress
 from nanochat.schedule import batch_lr_scale
 from nanochat.tokenizer import Tokenizer
@@ -29,13 +30,12 @@ def numbers(text: str, name: str, kind: type) -> tuple:
         raise UserError(f"--{name}={text}: numbers with commas between") from None
 
 
-def make_parser() -> FlagParser:
-    parser = FlagParser(prog="python -m scripts.finetune_system", description=__doc__.split("\n\n")[0])
+def add_flags(parser: FlagParser) -> None:
     add = parser.add_argument
     add("--system", required=True, help=f"one of {', '.join(name for name, kind in SYSTEMS.items() if not kind.arm)}")
     add("--checkpoint_dir", required=True, help="the base, with its MegaContext where the system uses it")
     add("--step", default="latest", help="training step to load, or 'latest' (the newest intact one)")
-    add("--keep_drop", default="", help="file of the classifier that --system=drop_learned needs (made by scripts.keep_drop)")
+    add("--keep_drop", default="", help="file of the classifier that --system=drop_learned needs (made by scripts.mc_study classifier)")
     add("--out", required=True, type=Path, help="checkpoint directory to write")
     add("--budgets", default="128", help="entries before the continuation, with commas between: steps take them in turn")
     add("--steps", type=int, default=60, help="optimizer steps for each learning rate")
@@ -44,11 +44,9 @@ def make_parser() -> FlagParser:
     add("--seed", type=int, default=0, help="of the rows, and of random choices")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
     add_row_flags(parser)
-    return parser
 
 
-def main() -> None:
-    args = make_parser().parse_args()
+def run(args: Namespace) -> None:
     system_named(args.system)
     ranks = init_distributed(args.device)
     models, meta = load_models(args.checkpoint_dir, args.step, ranks.device, args.keep_drop)
@@ -83,7 +81,3 @@ def main() -> None:
     print(f"{args.system}: loss {tuned.losses[0]:.3f} -> {tuned.losses[-1]:.3f} in {args.steps} steps at {tuned.lr_scale} of the "
           f"learning rates, {seconds:.0f} s; {args.out}")
     print(json.dumps({"checkpoint": str(args.out), "lr_scale": tuned.lr_scale, "dev_nll": facts["dev_nll"], "seconds": round(seconds, 1)}))
-
-
-if __name__ == "__main__":
-    run_main(main)
