@@ -287,6 +287,27 @@ def make_source(
     return (LongRows if rows == "long" else PackedRows)(cache, T, seed, split)
 
 
+def source_of(meta: dict, split: str, *, tokenizer: Tokenizer, data: str = "", T: int = 0, seed: int | None = None, **options) -> Source:
+    """The rows that a checkpoint's training read, or others read alike. UserError if its `meta` names no flags of base_train.
+
+    data, T, seed: other than the training's; options: of `make_source`, instead of the training's or beside them.
+    """
+    try:
+        flags = meta["flags"]
+        own = {name: flags[name] for name in ("rows", "text_column", "needles", "recall_blocks") if name not in options}
+        data, seed = data or flags["data"], flags["seed"] if seed is None else seed
+    except KeyError as e:
+        raise UserError(f"the checkpoint names no --{e.args[0]}: it is not one of base_train") from None
+    return make_source(data, split, T=T or meta["model_config"]["sequence_len"], seed=seed, tokenizer=tokenizer, **own, **options)
+
+
+def judged_rows(source: Source, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of rows int64 [B]: tokens int64 [B, T], and the token after each, −1 where none is judged."""
+    tokens, mask = source.row_tokens(rows)
+    targets = tokens[:, 1:] if mask is None else np.where(mask[:, 1:], tokens[:, 1:], -1)
+    return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets.copy())
+
+
 def eval_rows(source: Source, tokens: int, multiple: int = 1) -> int:
     """How many rows, a multiple of `multiple`, cover `tokens` eval tokens. UserError if the source has fewer different rows."""
     if tokens < 1:

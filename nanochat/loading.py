@@ -98,6 +98,12 @@ def model_from_flags(args: Namespace, device: torch.device) -> tuple[GPT, Tokeni
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: they do not belong together; "
                         "a reference checkpoint needs --nanochat_tokenizer, ours the tokenizer it was trained with")
-    if meta.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
-        raise UserError(f"the model was trained with tokenizer {meta['tokenizer']}, here is {tokenizer.fingerprint}; restore that one")
+    if "tokenizer" in meta:
+        check_tokenizer(meta, tokenizer)
     return model, tokenizer, meta
+
+
+def check_tokenizer(meta: dict, tokenizer: Tokenizer, what: Path | str = "the model") -> None:
+    """UserError unless the checkpoint of that `meta` was trained with this tokenizer."""
+    if meta.get("tokenizer") != tokenizer.fingerprint:
+        raise UserError(f"{what} was trained with tokenizer {meta.get('tokenizer')}, here is {tokenizer.fingerprint}; restore that one")

@@ -16,6 +16,7 @@ import mc.telemetry  # noqa: F401  registers MegaContext's metrics
 import nanochat.otel  # noqa: F401  registers those of the transport
 from nanochat.common import FlagParser, UserError, base_dir, run_main
 from nanochat.recorder import metric_table
+from scripts.eval.tables import table
 
 ROOT = Path(__file__).resolve().parent.parent
 TELEMETRY = "obsidian/ops/Telemetry.md"
@@ -64,9 +65,8 @@ def flags_page() -> str:
             if not actions:
                 continue
             lines += [f"### {title}", ""] if title else []
-            lines += ["| Flag | Default | Meaning |", "|---|---|---|"]
-            lines += [f"| `{a.option_strings[0] if a.option_strings else a.dest}` | {default_of(a)} | {help_of(a)} |" for a in actions]
-            lines.append("")
+            rows = ((f"`{a.option_strings[0] if a.option_strings else a.dest}`", default_of(a), help_of(a)) for a in actions)
+            lines += [*table(("Flag", "Default", "Meaning"), rows), ""]
     return "\n".join(lines)
 
 

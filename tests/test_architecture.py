@@ -37,9 +37,9 @@ UPWARD = {
 }
 CIRCLES = {frozenset({"nanochat/recorder.py", "nanochat/otel.py"})}
 DOUBLES = {
-    "Context", "Cost", "Edits", "Records", "Rows", "Setting", "Slots", "Source", "Transformer", "by_distance", "cell", "choose", "describe",
+    "Context", "Cost", "Edits", "Records", "Rows", "Setting", "Slots", "Source", "Transformer", "by_distance", "choose", "describe",
     "draw_cut", "evaluate", "examples", "fingerprint", "fit", "from_flags", "gap_closed", "hit_at", "judge", "judged", "load",
-    "make_arm", "markdown", "market_price", "measure", "place", "plot", "read", "report", "runs", "save_figure", "spread", "summary", "train",
+    "make_arm", "markdown", "market_price", "measure", "place", "plot", "read", "report", "runs", "spread", "summary", "train",
     "utilities",
 }
 INTERFACE = {"main", "make_parser", "add_flags", "run"}  # what every command has

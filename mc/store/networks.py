@@ -11,9 +11,9 @@ import torch
 
 from mc.config import MCConfig
 from mc.model import MegaContext, fingerprint, load_mega_context
-from nanochat.common import UserError, base_dir
+from nanochat.common import base_dir
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loading import load_model
+from nanochat.loading import check_tokenizer, load_model
 from nanochat.tokenizer import Tokenizer, tokenizer_dir
 
 UNTRAINED_WIDTH = 128
@@ -57,10 +57,7 @@ def load_networks(checkpoint_dir: Path | str, step: int | str = "latest", device
     gpt, meta = load_model(checkpoint_dir, step, device)
     mc = load_mega_context(checkpoint_dir, meta["step"], meta, gpt.config.n_embd, device)
     tokenizer = Tokenizer.load()
-    if meta.get("tokenizer") != tokenizer.fingerprint:
-        raise UserError(
-            f"{checkpoint_dir} was trained with tokenizer {meta.get('tokenizer')}, here is {tokenizer.fingerprint}; restore that one"
-        )
+    check_tokenizer(meta, tokenizer, checkpoint_dir)
     origin = json.dumps({"checkpoint_dir": str(Path(checkpoint_dir).resolve()), "step": meta["step"]})
     return Networks(gpt, mc, tokenizer, origin, tuple(meta["mc"].get("trained_lods", ())))
 

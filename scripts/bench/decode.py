@@ -25,13 +25,13 @@ from mc.store.disk.store import DiskStore
 from mc.store.history import store_format
 from mc.store.ram import Store
 from nanochat.common import UserError, base_dir
-from nanochat.dataloader import make_source
+from nanochat.dataloader import source_of
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
-from scripts.bench.train_step import check_device
-from scripts.eval.report import COLOURS, save_figure
+from scripts.bench.base import add_checkpoint_flag, add_device_flag, check_device, print_json
+from scripts.eval.figures import BLUE, VERMILION, new_figure, save_figure
 from scripts.eval.statistics import median_interval
 
 LENGTHS = (1_024, 4_096, 16_384, 65_536, 262_144, 1_048_576, 10_485_760)
@@ -41,10 +41,8 @@ LABELS = {"mc": "MegaContext", "mc_disk": "MegaContext, history on disk", "vanil
 
 def history_tokens(meta: dict, tokenizer: Tokenizer, n: int) -> Tensor:
     """int64 [n] tokens of the kind that the model was trained on: its rows one after the other."""
-    flags = meta["flags"]
     T = meta["model_config"]["sequence_len"]
-    source = make_source(flags["data"], "train", T=T, seed=flags["seed"], tokenizer=tokenizer, rows=flags["rows"], text_column=flags["text_column"],
-                         needles=flags["needles"], recall_blocks=flags["recall_blocks"])
+    source = source_of(meta, "train", tokenizer=tokenizer)
     rows, parts = 256, []
     while len(parts) * rows * T < n:
         parts.append(source.row_tokens(np.arange(len(parts) * rows, (len(parts) + 1) * rows))[0][:, :T].ravel())
@@ -225,12 +223,8 @@ def report(results: dict[int, dict[str, Measured]], facts: dict) -> dict:
 
 def plot(found: dict, path: Path) -> None:
     """Time per token and device memory against length, PNG and PDF."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    for name, color, marker in (("mc", COLOURS["MC"], "o"), ("vanilla", COLOURS["vanilla"], "s")):
+    figure, (axes,) = new_figure(1, 2, width=4.5, height=3.4)
+    for name, color, marker in (("mc", BLUE, "o"), ("vanilla", VERMILION, "s")):
         points = [(c["history"], c[name]) for c in found["curve"] if name in c]
         if points:
             n = [p[0] for p in points]
@@ -240,18 +234,18 @@ def plot(found: dict, path: Path) -> None:
     for axis, title in zip(axes, ("ms per generated token (band: median to p95)", "device memory besides the weights [MiB]")):
         axis.set(xscale="log", yscale="log", xlabel="history [tokens]", title=title)
         axis.grid(True, which="major", alpha=0.3)
-    axes[0].legend(frameon=False)
+    axes[0].legend()
     save_figure(figure, path)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint_dir", required=True, help="checkpoint directory of a run with --mc_enabled=1")
+    add_checkpoint_flag(parser)
     parser.add_argument("--longest", type=int, default=1_048_576, help=f"longest history in tokens; measured are {', '.join(f'{n:,}' for n in LENGTHS)} up to it")
     parser.add_argument("--vanilla_longest", type=int, default=262_144, help="longest history for vanilla: its cache grows with it")
     parser.add_argument("--vanilla_prefill", type=int, default=16_384, help="history that vanilla really reads; a longer cache is filled with copies")
     parser.add_argument("--disk", type=int, choices=(0, 1), default=0, help="1: also sessions whose history is on disk, in a temporary folder")
     parser.add_argument("--rounds", type=int, default=16, help="refocus intervals timed at each length")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
+    add_device_flag(parser)
     parser.add_argument("--out", type=Path, default=None, help="folder of decode.json and the plot; default $NANOCHAT_BASE_DIR/evals/decode")
     sessions.add_flags(parser, untrained="report")
 
@@ -287,4 +281,4 @@ def run(args: argparse.Namespace) -> None:
     (out / "decode.json").write_text(json.dumps(found, indent=1))
     plot(found, out / "decode.png")
     print(f"decode.json and the plot are in {out}")
-    print(json.dumps(found))
+    print_json(found)

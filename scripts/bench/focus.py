@@ -11,7 +11,6 @@ generated, with a refocus every `--mc_interval` tokens. Everything comes from th
 """
 
 import argparse
-import json
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -27,7 +26,7 @@ from nanochat.gpt import GPT, token_losses
 from nanochat.loading import load_model
 from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer
-from scripts.bench.train_step import check_device
+from scripts.bench.base import add_checkpoint_flag, add_device_flag, check_device, print_json
 from scripts.eval.statistics import bootstrap_interval
 
 
@@ -95,11 +94,11 @@ def summary(streams: list[Stream]) -> dict[str, float]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint_dir", required=True, help="checkpoint directory of a run with --mc_enabled=1 on text")
+    add_checkpoint_flag(parser, "of a run with --mc_enabled=1 on text")
     parser.add_argument("--data", default="", help="what is read: stdlib, or a directory of texts; empty: what the model was trained on")
     parser.add_argument("--tokens", type=int, default=16384, help="length of a stream [tokens]")
     parser.add_argument("--streams", type=int, default=4, help="streams, from the start of the held-out text on")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
+    add_device_flag(parser)
     sessions.add_flags(parser, budget=256)
 
 
@@ -124,5 +123,5 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(streams)} streams of {args.tokens:,} tokens, {windows:g} budgets of {pool.focus_config.budget} entries; {out['refocuses']} refocuses")
     for name, value in out.items():
         print(f"  {name:16s} {value:.4g}")
-    print(json.dumps({"tokens": args.tokens, "budget": pool.focus_config.budget, "interval": pool.interval, "block_size": pool.focus_config.block_size,
-                      **out, "nll_interval": bootstrap_interval(lambda i: nll[i].mean(), len(nll)), "nll_by_stream": nll.round(5).tolist()}))
+    print_json({"tokens": args.tokens, "budget": pool.focus_config.budget, "interval": pool.interval, "block_size": pool.focus_config.block_size,
+                **out, "nll_interval": bootstrap_interval(lambda i: nll[i].mean(), len(nll)), "nll_by_stream": nll.round(5).tolist()})

@@ -18,7 +18,6 @@ Shapes: B rows, T tokens, P positions read.
 
 import argparse
 import copy
-import json
 import math
 import time
 from dataclasses import fields, replace
@@ -36,11 +35,12 @@ from mc.losses import distillation, row_mean
 from mc.mega_context import Tree, tiling
 from mc.model import MegaContext, Rows, read_rows, run_entries, take, with_continuation
 from nanochat.common import UserError
-from nanochat.dataloader import Loader, make_source
+from nanochat.dataloader import Loader, source_of
 from nanochat.dataset import Progress
 from nanochat.gpt import GPT, token_losses
 from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
+from scripts.bench.base import add_checkpoint_flag, print_json
 from scripts.eval.measures import held_out
 from scripts.eval.statistics import bootstrap_interval
 
@@ -169,7 +169,7 @@ def judge(arms: list[Arm], base: GPT, meta: dict, contexts: int, T: int, n: int,
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint_dir", required=True, help="checkpoint directory of a base model, with or without MegaContext")
+    add_checkpoint_flag(parser, "of a base model, with or without MegaContext")
     parser.add_argument("--arms", nargs="+", required=True, help="settings of each arm, comma-separated, e.g. gist=slots,block_size=8")
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps of every arm")
     parser.add_argument("--rows", type=int, default=4, help="rows per step")
@@ -189,9 +189,7 @@ def run(args: argparse.Namespace) -> None:
                         f"and --recent={args.recent} below the history of {n} tokens")
     T = n + args.horizon
     arms = [make_arm(text, base, args.seed, args.recent, args.horizon, n) for text in args.arms]
-    flags = meta["flags"]
-    source = make_source(flags["data"], "train", T=T, seed=args.seed, tokenizer=Tokenizer.load(), rows=flags["rows"],
-                         text_column=flags["text_column"], needles=flags["needles"], recall_blocks=flags["recall_blocks"])
+    source = source_of(meta, "train", tokenizer=Tokenizer.load(), T=T, seed=args.seed)
     begin = time.perf_counter()
     train(arms, base, source, args.steps, args.rows, T, n, args.recent)
     nll = judge(arms, base, meta, args.contexts, T, n, args.recent, args.seed)
@@ -202,4 +200,4 @@ def run(args: argparse.Namespace) -> None:
         out[name] = {"nll": round(value.mean(), 4), "delta": round(delta.mean(), 4), "interval": interval}
         print(f"  {name:60s} NLL {value.mean():.3f}  Δ {delta.mean():+.3f} {interval}")
     settings = {name: getattr(args, name) for name in ("checkpoint_dir", "steps", "rows", "horizon", "recent", "contexts", "seed")}
-    print(json.dumps({**settings, "history": n, "seconds": round(time.perf_counter() - begin), "arms": out}))
+    print_json({**settings, "history": n, "seconds": round(time.perf_counter() - begin), "arms": out})

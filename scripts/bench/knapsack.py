@@ -7,7 +7,6 @@ A reference: row by row and node by node, O(N · C²) for N nodes of which the b
 """
 
 import argparse
-import json
 import time
 
 import numpy as np
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from mc.focus_allocator import NEVER, FocusConfig, FocusState, GreedyAllocator
 from mc.mega_context import tiling
-from nanochat.common import UserError
+from scripts.bench.base import print_json
+from scripts.eval.subcommands import check_least
 
 Node = tuple[int, int]  # (lod, index)
 
@@ -115,8 +115,7 @@ def _bumps(u_BN: Tensor) -> Tensor:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.trials < 1:
-        raise UserError(f"--trials={args.trials} must be at least 1")
+    check_least(args, trials=1)
     rows = []
     print("| instance | utilities | by score: mean, least | per cost: mean, least | optimum [ms a row] |\n|---|---|---|---|---|")
     for name, (n, k, max_lod, nodes) in INSTANCES.items():
@@ -133,4 +132,4 @@ def run(args: argparse.Namespace) -> None:
             cells = " | ".join(f"{x.mean():.3f}, {x.min():.3f}" for x in share.values())
             print(f"| {name}: n {n}, K {k}, {max_lod} levels, {nodes} nodes | {kind} | {cells} | {ms:.1f} |", flush=True)
     least = {rule: min(r[rule][0] for r in rows) for rule in ("by score", "per cost")}
-    print(json.dumps({"trials": args.trials, "seed": args.seed, "least_mean_share": least, "rows": rows}))
+    print_json({"trials": args.trials, "seed": args.seed, "least_mean_share": least, "rows": rows})

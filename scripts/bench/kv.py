@@ -5,7 +5,6 @@ Held-out rows of the model's own data, read as a history and then token by token
 """
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from typing import NamedTuple
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from mc import session as sessions
 from nanochat.common import UserError
-from nanochat.dataloader import eval_rows, make_source
+from nanochat.dataloader import eval_rows, judged_rows, source_of
 from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
-from scripts.bench.train_step import check_device
+from scripts.bench.base import add_checkpoint_flag, add_device_flag, check_device, print_json
 from scripts.eval.statistics import bootstrap_interval, median_interval
 
 
@@ -52,10 +51,10 @@ def read(pool: sessions.SessionPool, tokens_T: Tensor, targets_T: Tensor, ahead:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint_dir", required=True, help="checkpoint directory of a run with --mc_enabled=1")
+    add_checkpoint_flag(parser)
     parser.add_argument("--rows", type=int, default=64, help="held-out rows")
     parser.add_argument("--ahead", type=int, default=256, help="last tokens of each row that are read one by one")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
+    add_device_flag(parser)
     sessions.add_flags(parser)
 
 
@@ -65,16 +64,12 @@ def run(args: argparse.Namespace) -> None:
     T = gpt.config.sequence_len
     if args.rows < 2 or not 1 <= args.ahead < T:
         raise UserError(f"--rows={args.rows} --ahead={args.ahead}: at least 2 rows, and 1 to {T - 1} tokens of their {T}")
-    flags = meta["flags"]
-    source = make_source(flags["data"], "val", T=T, seed=flags["seed"], tokenizer=Tokenizer.load(), rows=flags["rows"], text_column=flags["text_column"],
-                         needles=flags["needles"], recall_blocks=flags["recall_blocks"])
+    source = source_of(meta, "val", tokenizer=Tokenizer.load())
     count = eval_rows(source, args.rows * T)
-    rows, mask = source.row_tokens(np.arange(count))
-    targets = torch.from_numpy(rows[:, 1:] if mask is None else np.where(mask[:, 1:], rows[:, 1:], -1))
     config = sessions.from_flags(args)
     pools = {policy: sessions.open_pool(gpt, meta, args.checkpoint_dir, replace(config, kv_policy=policy)) for policy in ("exact", "approximate")}
     found: dict[str, list[Read]] = {policy: [] for policy in pools}
-    for tokens_T, targets_T in zip(torch.from_numpy(rows[:, :-1]), targets):
+    for tokens_T, targets_T in zip(*judged_rows(source, np.arange(count))):
         for policy, pool in pools.items():
             found[policy].append(read(pool, tokens_T, targets_T, args.ahead))
     cost = np.array([a.nll - e.nll for e, a in zip(found["exact"], found["approximate"])])
@@ -88,4 +83,4 @@ def run(args: argparse.Namespace) -> None:
     print(f"NLL approximate − exact: {out['delta_nll']:+.4f} [{low:+.4f}, {high:+.4f}] nats per token, {count} rows, {args.ahead} tokens each")
     for policy, share in out["computed_share"].items():
         print(f"  {policy:12s} runs {share:.1%} of the shown entries again after a refocus")
-    print(json.dumps(out))
+    print_json(out)

@@ -6,10 +6,8 @@ a lens takes, over the pass. Settings: those of the checkpoint's MegaContext, or
 """
 
 import argparse
-import json
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,23 +16,25 @@ from mc.config import MCConfig, from_dict
 from mc.lens_networks import READERS
 from mc.lens_objectives import Lesson, lens_objective
 from mc.model import MegaContext
-from nanochat.common import UserError, print0, seed_everything
-from nanochat.dataloader import Loader, make_source
+from nanochat.common import print0, seed_everything
+from nanochat.dataloader import Loader, source_of
 from nanochat.dataset import Progress
 from nanochat.gpt import GPT, Captured
-from nanochat.loading import load_model
+from nanochat.loading import check_tokenizer, load_model
 from nanochat.optim import MuonAdamW
 from nanochat.schedule import batch_lr_scale, lr_multiplier
 from nanochat.tasks.recall import CurriculumSchedule
 from nanochat.tokenizer import Tokenizer
+from scripts.bench.base import add_checkpoint_flag, print_json
 from scripts.eval.measures import held_out, lens_measures, utilities
 from scripts.eval.statistics import bootstrap_interval
+from scripts.eval.subcommands import check_least
 
 KINDS = ("bilinear", *READERS)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="checkpoint directory of the base")
+    add_checkpoint_flag(parser, "of the base")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
     parser.add_argument("--teacher", default="gate", choices=("gate", "attention"), help="what teaches the lenses, as --mc_teacher")
     parser.add_argument("--horizon", type=int, default=8,
@@ -48,8 +48,7 @@ def training_loader(meta: dict) -> Loader:
     recall = {}
     if flags["data"] == "recall":
         recall = dict(schedule=CurriculumSchedule(flags["recall_blocks"], grow=0, seed=flags["seed"]), total_rows=1)
-    source = make_source(flags["data"], "train", T=T, seed=flags["seed"], tokenizer=Tokenizer.load(), rows=flags["rows"],
-                         text_column=flags["text_column"], needles=flags["needles"], recall_blocks=flags["recall_blocks"], **recall)
+    source = source_of(meta, "train", tokenizer=Tokenizer.load(), **recall)
     return Loader(source, flags["device_batch_size"], flags["device_batch_size"], T)
 
 
@@ -74,12 +73,10 @@ class Pupil:
 
 
 def run(args: argparse.Namespace) -> None:
-    if min(args.steps, args.horizon, args.contexts) < 1:
-        raise UserError(f"--steps={args.steps} --horizon={args.horizon} --contexts={args.contexts}: at least 1")
+    check_least(args, steps=1, horizon=1, contexts=1)
     gpt, meta = load_model(args.checkpoint_dir)
     flags, T = meta["flags"], gpt.config.sequence_len
-    if (tokenizer := Tokenizer.load()).fingerprint != meta["tokenizer"]:
-        raise UserError(f"{args.checkpoint_dir} was trained with tokenizer {meta['tokenizer']}, here is {tokenizer.fingerprint}; restore that one")
+    check_tokenizer(meta, Tokenizer.load(), args.checkpoint_dir)
     loader = training_loader(meta)
     scale = batch_lr_scale(flags["device_batch_size"] * T)
     settings = from_dict(meta["mc"]["config"]) if meta.get("mc") else MCConfig()
@@ -109,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
         print0(f"{kind:12s} {row['nats_lens']:.4f} nats (even {row['nats_even']:.4f}, least {row['nats_least']:.4f}), "
                f"hit@1 {row['hit_lens']:.3f}, won {row['won_lens']:.4f} of {row['won_best']:.4f} nats (recency {row['won_recency']:.4f}); "
                f"teaching it takes {row['of_the_pass']:.1%} of the pass")
-    print(json.dumps(report))
+    print_json(report)
 
 
 def judge(gpt: GPT, models: dict[str, MegaContext], meta: dict, args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:

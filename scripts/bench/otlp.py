@@ -3,7 +3,6 @@
     OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318 python -m scripts.mc_bench otlp
 """
 
-import json
 import time
 from argparse import Namespace
 
@@ -13,6 +12,7 @@ from nanochat.common import FlagParser, UserError
 from nanochat.otel import otlp_sink
 from nanochat.recorder import METRICS, Sample
 from nanochat.tracing import Trace
+from scripts.bench.base import print_json
 
 
 def add_flags(parser: FlagParser) -> None:
@@ -26,7 +26,7 @@ def run(args: Namespace) -> None:
     trace = Trace("mc.preflight", torch.device("cpu"), keep=True)
     with trace.span("mc.preflight.part"):
         trace.event("mc.preflight.event", number=1)
-    trace.finish()
+    trace.print_json()
     sink.trace(trace)
     sink.write(0, time.time(), [Sample(METRICS["telemetry.preflight"], {}, [1.0])])
     begin = time.perf_counter()
@@ -38,4 +38,4 @@ def run(args: Namespace) -> None:
         raise UserError("; ".join(problems.values()))
     sink.close()
     print(f"accepted after {taken:.3f} s")
-    print(json.dumps({"seconds": round(taken, 4), **sink.accepted()}))
+    print_json({"seconds": round(taken, 4), **sink.accepted()})

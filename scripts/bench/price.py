@@ -10,7 +10,6 @@ Shapes: B rows, Q refocuses of a row, N blocks, X = B · Q.
 """
 
 import argparse
-import json
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +23,11 @@ from mc.model import MegaContext, load_mega_context
 from mc.store.history import check_sessions
 from mc.teachers import gate_utility, over_horizon
 from nanochat.common import UserError
-from nanochat.dataloader import make_source
+from nanochat.dataloader import judged_rows, source_of
 from nanochat.gpt import GPT, Captured, token_losses
 from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
-from scripts.bench.train_step import check_device
+from scripts.bench.base import add_checkpoint_flag, add_device_flag, check_device, print_json
 from scripts.eval.statistics import bootstrap_interval
 
 
@@ -97,11 +96,11 @@ def fit(found: Examples, place: float) -> tuple[float, float, float]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint_dir", required=True, help="checkpoint directory of a run with --mc_enabled=1")
+    add_checkpoint_flag(parser)
     parser.add_argument("--rows", type=int, default=64, help="training rows; half are fitted, half judge")
     parser.add_argument("--batch", type=int, default=8, help="rows at a time")
     parser.add_argument("--interval", type=int, default=32, help="tokens between two refocuses")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
+    add_device_flag(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -109,16 +108,14 @@ def run(args: argparse.Namespace) -> None:
     gpt, meta = load_model(args.checkpoint_dir, device=args.device)
     mc = load_mega_context(args.checkpoint_dir, meta["step"], meta, gpt.config.n_embd, args.device)
     check_sessions(mc)
-    T, flags = gpt.config.sequence_len, meta["flags"]
+    T = gpt.config.sequence_len
     if args.rows < 2 or args.batch < 1 or not 1 <= args.interval <= T // 2:
         raise UserError(f"--rows={args.rows} --batch={args.batch} --interval={args.interval}: at least 2, 1, and 1 to {T // 2}")
-    source = make_source(flags["data"], "train", T=T, seed=flags["seed"], tokenizer=Tokenizer.load(), rows=flags["rows"], text_column=flags["text_column"],
-                         needles=flags["needles"], recall_blocks=flags["recall_blocks"])
+    source = source_of(meta, "train", tokenizer=Tokenizer.load())
     parts = []
     for first in range(0, args.rows, args.batch):
-        rows, mask = source.row_tokens(np.arange(first, min(first + args.batch, args.rows)))
-        targets = torch.from_numpy(rows[:, 1:] if mask is None else np.where(mask[:, 1:], rows[:, 1:], -1)).to(args.device)
-        parts.append(examples(gpt, mc, mc.focus_config(), torch.from_numpy(rows[:, :-1]).to(args.device), targets, args.interval))
+        tokens, targets = (x.to(args.device) for x in judged_rows(source, np.arange(first, min(first + args.batch, args.rows))))
+        parts.append(examples(gpt, mc, mc.focus_config(), tokens, targets, args.interval))
     every, half = Examples.cat(parts), sum(len(p.room_X) for p in parts) // 2
     fitted, judged = Examples(*(x[:half] for x in every)), Examples(*(x[half:] for x in every))
     place = fitted.place()
@@ -128,5 +125,5 @@ def run(args: argparse.Namespace) -> None:
     interval = bootstrap_interval(lambda i: (learned - market)[i].mean(), len(market))
     print(f"a place is worth {place:.4f} nats; gained on {len(market)} refocuses that were not fitted: market {market.mean():+.4f}, learned {learned.mean():+.4f} nats")
     print(f"--mc_allocator={value}")
-    print(json.dumps({"allocator": value, "place": place, "refocuses": len(market), "market": float(market.mean()), "learned": float(learned.mean()),
-                      "difference_interval": interval}))
+    print_json({"allocator": value, "place": place, "refocuses": len(market), "market": float(market.mean()), "learned": float(learned.mean()),
+                "difference_interval": interval})

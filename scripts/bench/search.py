@@ -11,7 +11,6 @@ Shapes: N blocks, T tokens of a tail, D width.
 """
 
 import argparse
-import json
 import time
 from typing import NamedTuple
 
@@ -23,10 +22,11 @@ from mc.lensnet import LOCAL_MEAN
 from mc.model import load_mega_context
 from nanochat.common import UserError
 from nanochat.dataset import open_corpus
-from nanochat.loading import load_model
+from nanochat.loading import check_tokenizer, load_model
 from nanochat.tasks.recall import RecallTask
 from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer
+from scripts.bench.base import add_checkpoint_flag, print_json
 
 LENGTHS = (4_096, 65_536, 262_144, 1_048_576, 10_485_760)
 FOUND_WITHIN = 16
@@ -80,7 +80,7 @@ def recall_case(task: RecallTask, n: int, queries: int, length: int, filler_N: n
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint_dir", required=True, help="checkpoint directory of a run with --mc_enabled=1")
+    add_checkpoint_flag(parser)
     parser.add_argument("--history", default="rows", choices=("rows", "needle"), help="rows: what the model was trained on; needle: pairs in text")
     parser.add_argument("--data", default="stdlib", help="text of a history: the embedded corpus 'stdlib' or a directory")
     parser.add_argument("--longest", type=int, default=1_048_576, help=f"tokens of the longest history, of {', '.join(map(str, LENGTHS))}")
@@ -94,8 +94,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--longest={args.longest} --queries={args.queries}: at least {LENGTHS[0]} tokens and one tail")
     gpt, meta = load_model(args.checkpoint_dir)
     mc, tokenizer = load_mega_context(args.checkpoint_dir, meta["step"], meta, gpt.config.n_embd), Tokenizer.load()
-    if meta["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(f"the model was trained with tokenizer {meta['tokenizer']}, here is {tokenizer.fingerprint}; restore that one")
+    check_tokenizer(meta, tokenizer, args.checkpoint_dir)
     lens, flags, K = mc.lensnet, meta["flags"], mc.config.block_size
     of_pairs, tail = flags["data"] == "recall", lens.config.tail + LOCAL_MEAN
     if args.history == "needle" and not of_pairs:
@@ -149,4 +148,4 @@ def run(args: argparse.Namespace) -> None:
         hit = "{search_found:6.3f} {flat_found:5.3f}".format(**row) if case.about else "            "
         print("{tokens:9d} {search_ms:14.2f} {search_p95_ms:5.2f} {search_cpu_ms:5.2f} | {flat_ms:12.2f} {flat_p95_ms:5.1f} {flat_cpu_ms:5.1f} | "
               "{recall_1:8.3f} {recall_4:5.3f} {recall_16:5.3f} |".format(**row), hit, "| {scored:6d} {grow_s:7.2f}".format(**row))
-    print(json.dumps({"history": args.history, "data": flags["data"], "threads": threads, "queries": len(tails), "lengths": result}))
+    print_json({"history": args.history, "data": flags["data"], "threads": threads, "queries": len(tails), "lengths": result})

@@ -29,8 +29,9 @@ from mc.store.networks import Networks, load_networks
 from mc.store.ram import VOID, StoreFormat, int8_rows
 from nanochat.checkpoint import load_model_state
 from nanochat.common import UserError
-from nanochat.dataloader import eval_rows, make_source
+from nanochat.dataloader import eval_rows, judged_rows, source_of
 from nanochat.dataset import Progress
+from scripts.bench.base import add_checkpoint_flag, print_json
 from scripts.eval.statistics import bootstrap_interval, median_interval
 
 COMPARED_EVERY = 2  # batches: one in so many is also computed without a store
@@ -99,7 +100,7 @@ def ingest(networks: Networks, folder: Path, text: Path, tokens: int) -> dict:
             break
     else:
         raise UserError(f"--text={text} holds {work.report.tokens:,} tokens, --tokens={tokens:,} asks for more")
-    work.finish()
+    work.print_json()
     closing = _seconds(lambda: (history.store.close(), catalog.close()))
     wall = time.perf_counter() - begin - sum(seconds for _, seconds, _ in work.alone)
     stored, alone = np.array(work.stored[:-1]), np.array(work.alone)
@@ -204,27 +205,16 @@ def editing(networks: Networks, folder: Path) -> dict:
 def stored_dtypes(networks: Networks, checkpoint_dir: Path, contexts: int, batch: int = 16) -> dict:
     """What keeping gists in fewer bits than float32 adds to ΔNLL [nats]: held-out rows, their history as gists, recent tokens raw."""
     _, meta = load_model_state(checkpoint_dir)
-    gpt, mc, c, flags = networks.gpt, networks.mc, networks.mc.config, meta["flags"]
+    gpt, mc, c = networks.gpt, networks.mc, networks.mc.config
     T = gpt.config.sequence_len
     n = (T - c.horizon) // c.block_size * c.block_size
-    source = make_source(
-        flags["data"],
-        "val",
-        T=T,
-        seed=flags["seed"],
-        tokenizer=networks.tokenizer,
-        rows=flags["rows"],
-        text_column=flags["text_column"],
-        needles=flags["needles"],
-        recall_blocks=flags["recall_blocks"],
-    )
+    source = source_of(meta, "val", tokenizer=networks.tokenizer)
     contexts = eval_rows(source, contexts * T)
     nll: dict[tuple[str, int], list[Tensor]] = {}
     for first in range(0, contexts, batch):
         rows = np.arange(first, min(first + batch, contexts))
-        tokens, mask = source.row_tokens(rows)
-        targets = torch.from_numpy(tokens[:, 1:] if mask is None else np.where(mask[:, 1:], tokens[:, 1:], -1))[:, : n + c.horizon]
-        focus = FocusComparison(gpt, mc, torch.from_numpy(tokens[:, : n + c.horizon]), targets, n, 0, torch.from_numpy(rows))
+        tokens, targets = (x[:, :n + c.horizon] for x in judged_rows(source, rows))
+        focus = FocusComparison(gpt, mc, tokens, targets, n, 0, torch.from_numpy(rows))
         for dtype in (torch.float32, *STORED):
             focus.tree = build_tree(focus.embeds, lambda x, m, lod: as_stored(mc.gistnet(x, m, lod), dtype), c.block_size, c.max_lod)
             for lod in range(1, c.max_lod + 1):
@@ -250,7 +240,7 @@ def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="checkpoint directory of a run with --mc_enabled=1")
+    add_checkpoint_flag(parser, "of a run with --mc_enabled=1")
     parser.add_argument("--text", type=Path, required=True, help="folder of text files, e.g. what runs/fetch_text.sh fetches")
     parser.add_argument("--tokens", type=int, default=10_000_000, help="tokens of history to ingest")
     parser.add_argument(
@@ -308,4 +298,4 @@ def run(args: argparse.Namespace) -> None:
         print(f"edits in the middle: {json.dumps(found['editing'])}", flush=True)
     finally:
         shutil.rmtree(folder)
-    print(json.dumps(found))
+    print_json(found)

@@ -10,7 +10,6 @@ thread included, which other processes on the machine disturb less; and the shar
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import tempfile
@@ -23,12 +22,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanochat.checkpoint import load_model_state
-from nanochat.common import UserError
 from nanochat.recorder import open_recorder
 from nanochat.tokenizer import Tokenizer
 from nanochat.tracing import Trace
-from scripts.bench.train_step import check_device, synchronize, training_step
+from scripts.bench.base import add_block_flags, print_json, synchronize, timed_meta
+from scripts.bench.train_step import training_step
 from scripts.eval.statistics import median_interval
 
 
@@ -128,20 +126,14 @@ def collector() -> Iterator[None]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint_dir", required=True, help="checkpoint directory of a run with --mc_enabled=1")
-    parser.add_argument("--pairs", type=int, default=10, help="pairs of blocks, with and without telemetry in turn")
-    parser.add_argument("--steps", type=int, default=10, help="steps per block, each with one log line")
+    add_block_flags(parser, pairs=10, steps=10, about="with and without telemetry")
     parser.add_argument("--run", default="dummy", help="name of a Weights & Biases run, to have its cost too; dummy: none")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
 
 
 def run(args: argparse.Namespace) -> None:
-    if min(args.pairs, args.steps) < 1:
-        raise UserError(f"--pairs={args.pairs} --steps={args.steps}: at least 1")
-    check_device(args.device)
-    _, meta = load_model_state(args.checkpoint_dir)
+    meta = timed_meta(args)
     with collector(), tempfile.TemporaryDirectory() as run_dir:
         cost = telemetry_cost(meta, Tokenizer.load(), run_dir, pairs=args.pairs, steps=args.steps, device=args.device, run=args.run)
     print(f"with telemetry / without: step time {cost.ratio:.4f} [{cost.low:.4f}, {cost.high:.4f}], CPU time {cost.cpu_ratio:.4f} [{cost.cpu_low:.4f}, {cost.cpu_high:.4f}], "
           f"{args.pairs} pairs of {args.steps} steps of {cost.step_s:.3f} s; {cost.values_per_step:.0f} values per step; accounted for by the recorder {cost.accounted:.3%}")
-    print(json.dumps(cost._asdict()))
+    print_json(cost._asdict())

@@ -7,7 +7,6 @@ interval from a bootstrap over them.
 """
 
 import argparse
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -19,16 +18,16 @@ import torch
 
 from mc.config import from_dict
 from mc.runtime import MCController
-from nanochat.checkpoint import load_model_state
 from nanochat.common import UserError, seed_everything
-from nanochat.dataloader import Loader, make_source
+from nanochat.dataloader import Loader, source_of
 from nanochat.gpt import GPT, config_from_dict
+from nanochat.loading import check_tokenizer
 from nanochat.optim import MuonAdamW, gpt_param_groups
 from nanochat.schedule import batch_lr_scale
 from nanochat.tasks.recall import CurriculumSchedule
 from nanochat.tokenizer import Tokenizer
 from nanochat.tracing import Trace
-from scripts.eval.statistics import median_interval
+from scripts.bench.base import Ratio, add_block_flags, print_json, ratio_of, synchronize, timed_meta
 
 
 class StepTimes(NamedTuple):
@@ -50,16 +49,14 @@ def training_step(meta: dict, tokenizer: Tokenizer, *, with_mc: bool, device: st
     """
     if not meta.get("mc"):
         raise UserError("the checkpoint was trained with --mc_enabled=0: it has no MegaContext settings to time")
-    if meta["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(f"the checkpoint was trained with tokenizer {meta['tokenizer']}, here is {tokenizer.fingerprint}; restore that one")
+    check_tokenizer(meta, tokenizer, "the checkpoint")
     flags, config = meta["flags"], config_from_dict(meta["model_config"])
     T, total = config.sequence_len, flags["total_batch_size"] or meta["tokens"] // meta["step"]
     rows = total // T
     recall = {}
     if flags["data"] == "recall":
         recall = dict(schedule=CurriculumSchedule(flags["recall_blocks"], grow=flags["recall_grow"], seed=flags["seed"]), total_rows=rows * meta["num_iterations"])
-    source = make_source(flags["data"], "train", T=T, seed=flags["seed"], tokenizer=tokenizer, rows=flags["rows"],
-                         text_column=flags["text_column"], needles=flags["needles"], recall_blocks=flags["recall_blocks"], **recall)
+    source = source_of(meta, "train", tokenizer=tokenizer, **recall)
     scale = batch_lr_scale(total)
     half = flags["dtype"] == "bfloat16" or (flags["dtype"] == "auto" and device != "cpu")
     seed_everything(flags["seed"])
@@ -103,12 +100,11 @@ def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, ste
                 parts[name.removeprefix("mc.time.")].append(value)
 
     seconds = alternate(vanilla, mega, pairs, steps, device, note, warmed=parts.clear)
-    ratios = seconds[:, 1] / seconds[:, 0]
     shares = {name: sum(map(float, values)) / (pairs * steps) for name, values in parts.items() if name != "lm"}
     vanilla_s, mc_s = np.median(seconds, axis=0)
     if shares:
         shares["backward and optimizer"] = mc_s - vanilla_s - sum(shares.values())
-    return StepTimes(float(np.median(ratios)), *median_interval(ratios), float(vanilla_s), float(mc_s), shares)
+    return StepTimes(*ratio_of(seconds), float(vanilla_s), float(mc_s), shares)
 
 
 def alternate(first: Step, second: Step, pairs: int, steps: int, device: str, note: Callable[[dict], None] = lambda metrics: None,
@@ -127,44 +123,21 @@ def alternate(first: Step, second: Step, pairs: int, steps: int, device: str, no
     return np.array([[timed(first), timed(second)] for _ in range(pairs)])
 
 
-class Ratio(NamedTuple):
-    ratio: float  # median over pairs of blocks
-    low: float  # 95 % interval
-    high: float
-
-
 def step_time_ratio(arm: dict, default: dict, tokenizer: Tokenizer, *, pairs: int = 6, steps: int = 2, device: str = "cpu") -> Ratio:
     """Step of one checkpoint's settings against another's; both are metas of MegaContext checkpoints."""
     seconds = alternate(*(training_step(meta, tokenizer, with_mc=True, device=device) for meta in (default, arm)), pairs, steps, device)
-    ratios = seconds[:, 1] / seconds[:, 0]
-    return Ratio(float(np.median(ratios)), *median_interval(ratios))
-
-
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
+    return ratio_of(seconds)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint_dir", required=True, help="checkpoint directory of a run with --mc_enabled=1")
-    parser.add_argument("--pairs", type=int, default=8, help="pairs of blocks, vanilla and MegaContext in turn")
-    parser.add_argument("--steps", type=int, default=3, help="steps per block")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
+    add_block_flags(parser, pairs=8, steps=3, about="vanilla and MegaContext")
 
 
 def run(args: argparse.Namespace) -> None:
-    if min(args.pairs, args.steps) < 1:
-        raise UserError(f"--pairs={args.pairs} --steps={args.steps}: at least 1")
-    check_device(args.device)
-    _, meta = load_model_state(args.checkpoint_dir)
+    meta = timed_meta(args)
     times = training_step_times(meta, Tokenizer.load(), pairs=args.pairs, steps=args.steps, device=args.device)
     print(f"step time MC / vanilla {times.ratio:.3f} [{times.low:.3f}, {times.high:.3f}]: {times.mc_s:.3f} s against {times.vanilla_s:.3f} s, "
           f"{args.pairs} pairs of {args.steps} steps")
     for name, seconds in times.parts.items():
         print(f"  {name:24s} {seconds / times.vanilla_s:6.1%} of a vanilla step")
-    print(json.dumps(times._asdict()))
-
-
-def check_device(device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda, but torch sees no CUDA device; use --device=cpu")
+    print_json(times._asdict())

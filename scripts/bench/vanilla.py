@@ -5,7 +5,6 @@ one process, so that a noisy machine slows both. The ratio is that of tokens per
 median over pairs of blocks, with a 95 % bootstrap interval. Fails if the two do not give the same losses.
 """
 
-import json
 import math
 import time
 from argparse import Namespace
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from nanochat.common import FlagParser, UserError, init_distributed, seed_everything
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, gpt_param_groups
+from scripts.bench.base import print_json, ratio_of
 
 SAME_LOSS, COMPARED_STEPS = 1e-4, 3  # nats; later on rounding has grown
 
@@ -141,11 +141,9 @@ def run(args: Namespace) -> None:
     difference = max(abs(a - b) for a, b in zip(*(t.losses for t in trainees)))
     if not difference < (SAME_LOSS if device.type == "cpu" else 0.02):  # bfloat16 rounds at other places
         raise UserError(f"losses of the same weights differ by {difference:.2g} nats: {trainees[0].losses} and {trainees[1].losses}")
-    ratios = seconds[1:, 1] / seconds[1:, 0]
-    resampled = np.median(np.random.default_rng(0).choice(ratios, (4000, len(ratios))), axis=1)
-    low, high = np.quantile(resampled, [0.025, 0.975])
+    ratio = ratio_of(seconds[1:])
     rates = args.block_steps * args.rows * T / np.median(seconds[1:], axis=0)
-    print(f"{rates[0]:,.0f} tokens/s against {rates[1]:,.0f} in plain PyTorch: ratio {np.median(ratios):.3f} [{low:.3f}, {high:.3f}], "
+    print(f"{rates[0]:,.0f} tokens/s against {rates[1]:,.0f} in plain PyTorch: ratio {ratio}, "
           f"losses within {difference:.1e} nats (ln V = {math.log(args.vocab_size):.3f})")
-    print(json.dumps({"ratio": float(np.median(ratios)), "low": float(low), "high": float(high), "tokens_per_second": float(rates[0]),
-                      "plain_tokens_per_second": float(rates[1]), "loss_difference": difference, "device": device.type}))
+    print_json({**ratio._asdict(), "tokens_per_second": float(rates[0]),
+                "plain_tokens_per_second": float(rates[1]), "loss_difference": difference, "device": device.type})

@@ -15,7 +15,7 @@ from mc.losses import lens_loss, lens_targets, row_mean
 from mc.model import MegaContext, load_mega_context, recency_scores
 from mc.teachers import gate_utility, over_horizon
 from nanochat.common import UserError
-from nanochat.dataloader import make_source
+from nanochat.dataloader import judged_rows, source_of
 from nanochat.gpt import GPT, Captured, token_losses
 from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
@@ -31,16 +31,12 @@ def load(checkpoint_dir: Path) -> tuple[GPT, MegaContext, dict]:
 
 def held_out(meta: dict, T: int, contexts: int, batch: int, data: str = "") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches of held-out rows: their numbers [B], tokens and targets (−1 where none counts) [B, T]. data: other than the training's."""
-    flags = meta["flags"]
-    source = make_source(data or flags["data"], "val", T=T, seed=flags["seed"], tokenizer=Tokenizer.load(), rows=flags["rows"], text_column=flags["text_column"],
-                         needles=flags["needles"], recall_blocks=flags["recall_blocks"])
+    source = source_of(meta, "val", tokenizer=Tokenizer.load(), data=data, T=T)
     if (have := source.count_rows(contexts)) < contexts:
         raise UserError(f"contexts: {contexts}: the held-out split has {have} rows of {T} tokens")
     for first in range(0, contexts, batch):
         rows = np.arange(first, min(first + batch, contexts))
-        tokens, mask = source.row_tokens(rows)
-        targets = tokens[:, 1:] if mask is None else np.where(mask[:, 1:], tokens[:, 1:], -1)
-        yield torch.from_numpy(rows), torch.from_numpy(tokens[:, :-1]), torch.from_numpy(targets)
+        yield torch.from_numpy(rows), *judged_rows(source, rows)
 
 
 def focus(checkpoint_dir: Path, contexts: int = 64, batch: int = 32, oracle: int = 1, data: str = "") -> dict[str, list[float]]:

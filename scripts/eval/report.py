@@ -6,7 +6,9 @@ from pathlib import Path
 
 from mc.evaluation import Outcome
 from nanochat.recorder import read_metrics
+from scripts.eval.figures import BLUE, GREEN, VERMILION, new_figure, save_figure
 from scripts.eval.statistics import bootstrap_interval
+from scripts.eval.tables import cell, table
 
 SYSTEMS = {  # name in report.json -> (label, which checkpoint)
     "full": ("full context", "MC"), "sliding_window": ("sliding window", "MC"), "mc_random": ("MC, random focus", "MC"),
@@ -48,23 +50,19 @@ def markdown(report: dict) -> str:
             f"R = {task['recent']} recent tokens protected, H = {task['horizon']} tokens judged, block size {task['block_size']}, "
             f"{task['contexts']} held-out contexts. Both models were trained on {task['tokens']:,} tokens: "
             f"{task['flops']['mc']:.3g} FLOPs with MC, {task['flops']['vanilla']:.3g} without.", "",
-            "| model | system | NLL | ΔNLL@H (95 %) | accuracy | entries |", "|---|---|---|---|---|---|"]
-        for row in task["rows"]:
-            label, checkpoint = SYSTEMS[row["system"]]
-            accuracy = "" if row["acc"] is None else f"{row['acc']:.3f}"
-            low, high = row["delta_nll_interval"]
-            lines.append(f"| {checkpoint} | {label} | {row['nll']:.3f} | {row['delta_nll']:+.3f} [{low:+.3f}, {high:+.3f}] | {accuracy} | {row['entries']} |")
+            *table(("model", "system", "NLL", "ΔNLL@H (95 %)", "accuracy", "entries"), (
+                (*SYSTEMS[row["system"]][::-1], cell(row["nll"]), cell(row["delta_nll"], row["delta_nll_interval"], "+.3f"), cell(row["acc"]), row["entries"])
+                for row in task["rows"]))]
         lens = task["gap_closed"]["mc_lens"]
         if lens is None:
             closed = f"Window and full context differ by less than {LEAST_GAP} nat: the share of the gap that MC closes is not measurable."
         else:
-            low, high = lens["interval"]
-            closed = f"LensNet focus closes {lens['share']:.2f} [{low:.2f}, {high:.2f}] of the gap between sliding window and full context."
+            closed = f"LensNet focus closes {cell(lens['share'], lens['interval'], '.2f')} of the gap between sliding window and full context."
         lines += ["", closed, ""]
     lines += ["## Cost", ""]
     for name, cost in report["step_times"].items():
         parts = ", ".join(f"{part} {share:.1%}" for part, share in cost["shares"].items())
-        lines.append(f"* {name}: a training step with MC takes {cost['ratio']:.3f} [{cost['low']:.3f}, {cost['high']:.3f}] times a vanilla step. "
+        lines.append(f"* {name}: a training step with MC takes {cell(cost['ratio'], (cost['low'], cost['high']))} times a vanilla step. "
                      f"In shares of a vanilla step: {parts}.")
     lines += ["", f"Seed {report['seed']}, commit {report['commit']}.", ""]
     return "\n".join(lines)
@@ -76,23 +74,20 @@ def write(report: dict, runs: dict[str, dict[str, Path]], out: Path) -> str:
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     text = markdown(report)
     (out / "report.md").write_text(text)
-    import matplotlib
-    matplotlib.use("Agg")
     plot_systems(report, out / "systems.png")
     plot_training(runs, out / "training.png")
     return text
 
 
-COLOURS = {"MC": "#0072B2", "vanilla": "#D55E00"}  # Okabe-Ito, told apart by the colour-blind
+COLOUR_OF = {"MC": BLUE, "vanilla": VERMILION}
 
 
 def plot_systems(report: dict, path: Path) -> None:
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(report["tasks"]), figsize=(5.2 * len(report["tasks"]), 3.6), squeeze=False)
+    figure, axes = new_figure(1, len(report["tasks"]), width=5.2, height=3.6)
     for axis, (name, task) in zip(axes[0], report["tasks"].items()):
         rows = task["rows"][::-1]
         labels = [f"{SYSTEMS[r['system']][0]} ({SYSTEMS[r['system']][1]})" for r in rows]
-        axis.barh(labels, [r["nll"] for r in rows], color=[COLOURS[SYSTEMS[r["system"]][1]] for r in rows])
+        axis.barh(labels, [r["nll"] for r in rows], color=[COLOUR_OF[SYSTEMS[r["system"]][1]] for r in rows])
         for place, row in enumerate(rows):
             accuracy = "" if row["acc"] is None else f"  acc {row['acc']:.2f}"
             axis.text(row["nll"], place, f" {row['nll']:.2f}{accuracy}", va="center", fontsize=8)
@@ -104,26 +99,18 @@ def plot_systems(report: dict, path: Path) -> None:
 
 
 def plot_training(runs: dict[str, dict[str, Path]], path: Path) -> None:
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(runs), figsize=(5.2 * len(runs), 3.2), squeeze=False)
+    figure, axes = new_figure(1, len(runs), width=5.2, height=3.2)
     for axis, (name, kinds) in zip(axes[0], runs.items()):
         for kind, label in (("mc", "MC"), ("vanilla", "vanilla")):
             lines = read_metrics(kinds[kind])
             points = [(line["train.tokens"], line["train.loss"]) for line in lines if "train.loss" in line and "train.tokens" in line]
-            axis.plot(*zip(*points), color=COLOURS[label], label=f"{label}: LM loss", linewidth=1.2)
+            axis.plot(*zip(*points), color=COLOUR_OF[label], label=f"{label}: LM loss", linewidth=1.2)
             working = [(line["train.tokens"], line["mc.loss.wc"]) for line in lines if "mc.loss.wc" in line]
             if working:
-                axis.plot(*zip(*working), color="#009E73", label="MC: working-context loss", linewidth=1.2)
+                axis.plot(*zip(*working), color=GREEN, label="MC: working-context loss", linewidth=1.2)
         axis.set_xlabel("tokens")
         axis.set_ylabel("nats per token")
         axis.set_title(f"{name}: training", fontsize=10)
         axis.legend(fontsize=8, frameon=False)
         axis.tick_params(labelsize=8)
     save_figure(figure, path)
-
-
-def save_figure(figure, path: Path) -> None:
-    """As PNG, at `path`, and beside it as PDF."""
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    figure.savefig(path.with_suffix(".pdf"))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mc.config import MCConfig
 from nanochat.common import FlagParser, UserError
-from nanochat.dataloader import make_source
+from nanochat.dataloader import judged_rows, source_of
 from nanochat.dataset import open_corpus
 from nanochat.tasks.catalogue import task_rows
 from nanochat.tasks.source import parse_mix
@@ -52,16 +52,10 @@ def make_batches(data: str, split: str, tokenizer: Tokenizer, flags: dict, *, hi
 
         return of_tasks
     T = history + horizon
-    try:
-        source = make_source(data, split, T=T, seed=flags["seed"], tokenizer=tokenizer, text_column=flags["text_column"],
-                             needles=flags["needles"], recall_blocks=flags["recall_blocks"])
-    except KeyError as e:
-        raise UserError(f"the checkpoint names no --{e.args[0]}: it is not one of base_train") from None
+    source = source_of({"flags": flags}, split, tokenizer=tokenizer, data=data, T=T, rows="long")
 
     def of_source(i: int) -> Rows:
-        tokens, mask = source.row_tokens(numbers(i))
-        targets = tokens[:, 1:] if mask is None else np.where(mask[:, 1:], tokens[:, 1:], -1)
-        return Rows(torch.from_numpy(tokens[:, :T]), torch.from_numpy(targets), history, torch.from_numpy(numbers(i)))
+        return Rows(*judged_rows(source, numbers(i)), history, torch.from_numpy(numbers(i)))
 
     return of_source
 

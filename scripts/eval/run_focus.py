@@ -19,19 +19,20 @@ from mc.evaluation import FocusComparison, plain_outcomes
 from mc.model import MegaContext, load_mega_context
 from mc.session import SessionConfig, SessionPool
 from nanochat.common import FlagParser, UserError, base_dir, print0
-from nanochat.dataloader import eval_rows, make_source
+from nanochat.dataloader import eval_rows, source_of
 from nanochat.dataset import Progress
 from nanochat.gpt import GPT
-from nanochat.loading import load_model
+from nanochat.loading import check_tokenizer, load_model
 from nanochat.tasks.hops import HopTask
 from nanochat.tasks.recall import RecallTask
 from nanochat.tokenizer import Tokenizer
 from scripts.eval.hop_questions import SYSTEMS as HOP_SYSTEMS, ask_chains
 from scripts.eval.provenance import commit
 from scripts.eval.report import LEAST_GAP
-from scripts.eval.statistics import bootstrap_interval
 from scripts.eval.scores import Contexts, measure, recall_contexts, text_contexts
+from scripts.eval.statistics import bootstrap_interval
 from scripts.eval.subcommands import check_least
+from scripts.eval.tables import cell, table
 
 LABELS = {"lens": "LensNet", "random": "random", "recency": "recency", "bm25": "BM25 with the tail", "tail_attention": "attention mass of the tail",
           "next_attention": "attention mass of the continuation (cheats)", "next_gate": "gate gradient of the continuation (cheats)", "oracle": "oracle"}
@@ -55,8 +56,7 @@ class Setting(NamedTuple):
 
 def load(directory: Path, tokenizer: Tokenizer) -> Model:
     gpt, meta = load_model(directory)
-    if meta.get("tokenizer") != tokenizer.fingerprint:
-        raise UserError(f"{directory} was trained with tokenizer {meta.get('tokenizer')}, here is {tokenizer.fingerprint}; restore that one")
+    check_tokenizer(meta, tokenizer, directory)
     return Model(gpt, load_mega_context(directory, meta["step"], meta, gpt.config.n_embd), meta)
 
 
@@ -152,23 +152,19 @@ def markdown(report: dict) -> str:
                         for label, row in (("Full context", full), ("window", window)))
         lines += [f"## {s['name']}", "", f"n = {s['n']:,} tokens, W = {s['budget']}, at most {s['shown']} blocks shown beside the tail; {s['contexts']} contexts × {s['seeds']} seed(s). "
                   f"{plain}blocks that matter: {known}.", "",
-                  "| scores | NLL | accuracy | regret | hit@1 | hit@most | Spearman | gap closed |", "|---" * 8 + "|"]
-        for system, label in LABELS.items():
-            row = s["systems"][system]
-            cells = [cell(row.get(name)) for name in (*MEASURES, "gap_closed")]
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        lines.append("")
+                  *table(("scores", "NLL", "accuracy", "regret", "hit@1", "hit@most", "Spearman", "gap closed"), (
+                      (label, *(estimate_cell(s["systems"][system].get(name)) for name in (*MEASURES, "gap_closed"))) for system, label in LABELS.items())), ""]
     if report["hops"]:
         facts = report["hops"][0]
         lines += [f"## Two hops, {facts['blocks']} blocks at W = {facts['budget']}", "", f"Share of questions of which both tokens are written; {facts['contexts']} questions × {facts['seeds']} seed(s).", "",
-                  "| chains of the same blocks read before | " + " | ".join(HOP_SYSTEMS) + " |", "|---" * (len(HOP_SYSTEMS) + 1) + "|"]
-        lines += [f"| {row['announced']} | " + " | ".join(cell(row["systems"][name]) for name in HOP_SYSTEMS) + " |" for row in report["hops"]]
-        lines.append("")
+                  *table(("chains of the same blocks read before", *HOP_SYSTEMS), (
+                      (row["announced"], *(estimate_cell(row["systems"][name]) for name in HOP_SYSTEMS)) for row in report["hops"])), ""]
     return "\n".join([*lines, f"Intervals: 95 %, bootstrap over contexts, each with all seeds: of these models, not of others trained alike. Commit {report['commit']}.", ""])
 
 
-def cell(found: dict | None) -> str:
-    return "" if found is None else "{:.3f} [{:.3f}, {:.3f}]".format(found["mean"], *found["interval"])
+def estimate_cell(found: dict | None) -> str:
+    """Of what `mean_of` gives."""
+    return "" if found is None else cell(found["mean"], found["interval"])
 
 
 def last_line(settings: list[dict]) -> dict:
@@ -221,8 +217,8 @@ def settings_of(models: list[Model], tokenizer: Tokenizer, args, task: str):
     if len({(text_settings(model, args)[0][0], model.mc.config.block_size) for model in models}) > 1:
         raise UserError("--text_mc: models of one shape, block size and budget are judged together; give them to separate commands")
     for setting, data in text_settings(models[0], args):
-        flags, H = models[0].meta["flags"], models[0].mc.config.horizon
-        source = make_source(str(data), "val", T=models[0].gpt.config.sequence_len, seed=args.seed, tokenizer=tokenizer, rows=flags["rows"], text_column=flags["text_column"])
+        H = models[0].mc.config.horizon
+        source = source_of(models[0].meta, "val", tokenizer=tokenizer, data=str(data), seed=args.seed)
         eval_rows(source, args.contexts * source.T)  # refuses more contexts than there are
         yield setting, [lambda rows, s=source, n=setting.n + H: text_contexts(s, n, rows)] * len(models)
 

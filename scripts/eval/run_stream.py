@@ -13,8 +13,8 @@ from typing import Iterator
 import numpy as np
 import torch
 
-from mc.focus_allocator import check_feasible
 from mc import session as sessions
+from mc.focus_allocator import check_feasible
 from mc.session import SessionPool
 from mc.store.history import History
 from nanochat.common import FlagParser, UserError, base_dir, init_distributed, print0
@@ -24,28 +24,29 @@ from nanochat.loading import model_from_flags
 from nanochat.tasks.recall import RecallTask
 from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer
-from scripts.eval.report import save_figure
+from scripts.eval.figures import GREEN, GREY, VERMILION, new_figure, save_figure
 from scripts.eval.statistics import bootstrap_interval
 from scripts.eval.stream import Answer, ask, ask_window, store_of
 from scripts.eval.subcommands import check_least
+from scripts.eval.tables import cell, table
 
 SYSTEMS = ("lens", "oracle", "window")
 LABELS = {"lens": "LensNet focus", "oracle": "oracle focus", "window": "sliding window"}
-COLOURS = {"lens": "#D55E00", "oracle": "#009E73", "window": "#999999"}
+COLOUR_OF = {"lens": VERMILION, "oracle": GREEN, "window": GREY}
 
 
-class Table:
+class Answers:
     """Answers by (group, system, place); a cell is the mean over questions with its 95 % bootstrap."""
 
     def __init__(self):
-        self.cells: dict[tuple[str, str, str], list[Answer]] = {}
+        self.by_place: dict[tuple[str, str, str], list[Answer]] = {}
 
     def add(self, group: str, system: str, place: str, answer: Answer) -> None:
-        self.cells.setdefault((group, system, place), []).append(answer)
+        self.by_place.setdefault((group, system, place), []).append(answer)
 
     def report(self) -> list[dict]:
         rows = []
-        for (group, system, place), answers in self.cells.items():
+        for (group, system, place), answers in self.by_place.items():
             acc, nll = np.array([a.acc for a in answers]), np.array([a.nll for a in answers])
             entries = [sum(a.lods.values()) for a in answers]
             lods = {str(lod): round(float(np.mean([a.lods.get(lod, 0) for a in answers])), 1) for lod in sorted(set().union(*(a.lods for a in answers)))}
@@ -55,13 +56,13 @@ class Table:
         return rows
 
 
-def put(table: Table, pool: SessionPool, group: str, place: str, store, history: torch.Tensor, said: torch.Tensor, scored: torch.Tensor,
+def put(answers: Answers, pool: SessionPool, group: str, place: str, store, history: torch.Tensor, said: torch.Tensor, scored: torch.Tensor,
         counted: torch.Tensor, known: list[int] | None) -> None:
     """One question to every system; without known blocks there is no oracle."""
-    table.add(group, "lens", place, ask(pool, store, said, scored, counted))
+    answers.add(group, "lens", place, ask(pool, store, said, scored, counted))
     if known is not None:
-        table.add(group, "oracle", place, ask(pool, store, said, scored, counted, known))
-    table.add(group, "window", place, ask_window(pool, history, said, scored, counted))
+        answers.add(group, "oracle", place, ask(pool, store, said, scored, counted, known))
+    answers.add(group, "window", place, ask_window(pool, history, said, scored, counted))
 
 
 def bins(windows: int) -> Iterator[tuple[int, int]]:
@@ -72,7 +73,7 @@ def bins(windows: int) -> Iterator[tuple[int, int]]:
         low *= 2
 
 
-def by_distance(table: Table, pool: SessionPool, task: RecallTask, fillers: dict[str, np.ndarray | None], args: Namespace) -> int:
+def by_distance(answers: Answers, pool: SessionPool, task: RecallTask, fillers: dict[str, np.ndarray | None], args: Namespace) -> int:
     """Facts at distances up to `windows` times the budget; the length of the streams."""
     W, K = pool.focus_config.budget, task.block
     n = args.windows * W // K * K
@@ -86,7 +87,7 @@ def by_distance(table: Table, pool: SessionPool, task: RecallTask, fillers: dict
             store = store_of(pool, tokens)
             for (low, high), where, question in zip(ranges, places, questions):
                 said, scored = question.split([task.announce, task.ask])
-                put(table, pool, group, f"{low}-{high}", store, tokens, said, scored, values_of(scored), where.tolist())
+                put(answers, pool, group, f"{low}-{high}", store, tokens, said, scored, values_of(scored), where.tolist())
             progress.update(g * args.streams + s + 1)
     return n
 
@@ -110,7 +111,7 @@ def lengths(shortest: int, longest: int, pool: SessionPool, beyond: int) -> list
     return found
 
 
-def recall_by_length(table: Table, pool: SessionPool, task: RecallTask, args: Namespace) -> None:
+def recall_by_length(answers: Answers, pool: SessionPool, task: RecallTask, args: Namespace) -> None:
     """Facts at the start of the stream, and among its last 32 blocks, asked for when it has each length."""
     K, shown = task.block, lengths(32 * task.block, args.max_length, pool, task.episode)
     progress = Progress("tokens of recall streams", args.length_streams * sum(shown), "tokens", every_s=15)
@@ -127,11 +128,11 @@ def recall_by_length(table: Table, pool: SessionPool, task: RecallTask, args: Na
             history.append(tokens[history.n_tokens:n])
             for group, places, question in (("start", starts[i], questions[i]), ("near", near[i], questions[len(shown) + i])):
                 said, scored = question.split([task.announce, task.ask])
-                put(table, pool, f"recall, {group}", str(n), store, tokens[:n], said, scored, values_of(scored), places.tolist())
+                put(answers, pool, f"recall, {group}", str(n), store, tokens[:n], said, scored, values_of(scored), places.tolist())
             progress.update(s * sum(shown) + sum(shown[:i + 1]))
 
 
-def text_by_length(table: Table, pool: SessionPool, tokenizer: Tokenizer, args: Namespace) -> None:
+def text_by_length(answers: Answers, pool: SessionPool, tokenizer: Tokenizer, args: Namespace) -> None:
     """The loss of the same continuations of the same passages, with more and more other text in front of them."""
     c, n = pool.mc.config, pool.gpt.config.sequence_len // pool.mc.config.block_size * pool.mc.config.block_size - pool.mc.config.horizon
     n = n // c.block_size * c.block_size
@@ -147,7 +148,7 @@ def text_by_length(table: Table, pool: SessionPool, tokenizer: Tokenizer, args: 
         before = torch.from_numpy(front[np.arange(max(history.n_tokens - pool.focus_config.budget, 0), history.n_tokens) % len(front)].astype(np.int64))
         for p, passage in enumerate(torch.from_numpy(passages)):
             said, scored = passage[:n], passage[n:n + c.horizon]
-            put(table, pool, "text", str(length), store, before, said, scored, torch.ones(c.horizon, dtype=torch.bool), None)
+            put(answers, pool, "text", str(length), store, before, said, scored, torch.ones(c.horizon, dtype=torch.bool), None)
             progress.update(i * args.passages + p + 1)
 
 
@@ -156,19 +157,16 @@ def markdown(title: str, rows: list[dict], value: str) -> list[str]:
     places = list(dict.fromkeys((r["group"], r["place"]) for r in rows))
     systems = [s for s in SYSTEMS if any(r["system"] == s for r in rows)]
     cells = {(r["group"], r["place"], r["system"]): r for r in rows}
-    lines = [f"### {title}", "", "| history | place | " + " | ".join(LABELS[s] for s in systems) + " | questions | entries by LOD (lens) |",
-             "|---" * (len(systems) + 4) + "|"]
+    shown = []
     for group, place in places:
         found = [cells[group, place, s] for s in systems]
-        shown = " | ".join("{:.3f} [{:.3f}, {:.3f}]".format(r[value], *r[f"{value}_interval"]) for r in found)
         lods = ", ".join(f"{count:g} LOD{lod}" for lod, count in found[0]["entries_by_lod"].items())
-        lines.append(f"| {group} | {place} | {shown} | {found[0]['questions']} | {lods} |")
-    return [*lines, ""]
+        shown.append((group, place, *(cell(r[value], r[f"{value}_interval"]) for r in found), found[0]["questions"], lods))
+    return [f"### {title}", "", *table(("history", "place", *(LABELS[s] for s in systems), "questions", "entries by LOD (lens)"), shown), ""]
 
 
 def plot(parts: dict[str, list[dict]], path: Path) -> None:
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(parts), figsize=(5.2 * len(parts), 3.4), squeeze=False)
+    figure, axes = new_figure(1, len(parts), width=5.2, height=3.4)
     for axis, (part, rows) in zip(axes[0], parts.items()):
         distance, value = part == "distance", "acc" if part == "distance" else "nll"
         for style, group in zip(("-", "--"), dict.fromkeys(r["group"] for r in rows)):
@@ -176,8 +174,8 @@ def plot(parts: dict[str, list[dict]], path: Path) -> None:
                 line = [r for r in rows if r["group"] == group and r["system"] == system]
                 if line:
                     places = range(len(line)) if distance else [int(r["place"]) for r in line]
-                    axis.plot(places, [r[value] for r in line], style, marker="o", markersize=3, color=COLOURS[system], label=f"{LABELS[system]}, {group}")
-                    axis.fill_between(places, *zip(*(r[f"{value}_interval"] for r in line)), color=COLOURS[system], alpha=0.12, linewidth=0)
+                    axis.plot(places, [r[value] for r in line], style, marker="o", markersize=3, color=COLOUR_OF[system], label=f"{LABELS[system]}, {group}")
+                    axis.fill_between(places, *zip(*(r[f"{value}_interval"] for r in line)), color=COLOUR_OF[system], alpha=0.12, linewidth=0)
         if distance:
             axis.set_xticks(range(len(line)), [r["place"] for r in line])
             axis.set_ylim(-0.02, 1.02)
@@ -230,20 +228,20 @@ def run(args: Namespace) -> None:
         raise UserError(f"the model in {args.checkpoint_dir} was trained with --mc_block_size={K}, --data=recall stores facts in blocks of {task.block} tokens; "
                         "only models of that block size are judged")
     text = open_token_cache(open_corpus("stdlib"), "val", tokenizer).tokens if "text" in kinds else None
-    table, length_table = Table(), Table()
+    by_place, by_length = Answers(), Answers()
     with torch.inference_mode():
-        n = by_distance(table, pool, task, {kind: text if kind == "text" else None for kind in kinds}, args)
+        n = by_distance(by_place, pool, task, {kind: text if kind == "text" else None for kind in kinds}, args)
         if args.max_length:
-            recall_by_length(length_table, load_pool(args.checkpoint_dir, args, args.length_budget, device)[0], task, args)
-        text_table = Table()
+            recall_by_length(by_length, load_pool(args.checkpoint_dir, args, args.length_budget, device)[0], task, args)
+        of_text = Answers()
         if args.max_length and args.text_checkpoint_dir:
             text_pool, text_tokenizer, _ = load_pool(args.text_checkpoint_dir, args, args.length_budget, device)
-            text_by_length(text_table, text_pool, text_tokenizer, args)
-    parts = {name: t.report() for name, t in (("distance", table), ("length", length_table), ("text", text_table)) if t.cells}
+            text_by_length(of_text, text_pool, text_tokenizer, args)
+    parts = {name: t.report() for name, t in (("distance", by_place), ("length", by_length), ("text", of_text)) if t.by_place}
     titles = {"distance": f"Accuracy by distance in windows of {pool.focus_config.budget} entries, streams of {n:,} tokens", "length": "NLL of recall by length of the history",
               "text": "NLL of text by length of the history"}
     lines = [line for name, rows in parts.items() for line in markdown(titles[name], rows, "acc" if name == "distance" else "nll")]
-    if length_table.cells:
+    if by_length.by_place:
         lines += markdown("Accuracy of recall by length of the history", parts["length"], "acc")
     out.mkdir(parents=True, exist_ok=True)
     (out / "stream.md").write_text("\n".join(lines))

@@ -17,16 +17,17 @@ import torch
 
 from mc.evaluation import FocusComparison
 from nanochat.common import FlagParser, UserError, base_dir, key_seed, print0
-from nanochat.dataloader import eval_rows, make_source
+from nanochat.dataloader import eval_rows, source_of
 from nanochat.dataset import Progress
 from nanochat.tokenizer import Tokenizer
 from scripts.eval.bm25 import bm25_scores
 from scripts.eval.provenance import commit
 from scripts.eval.report import LEAST_GAP
-from scripts.eval.statistics import bootstrap_interval
 from scripts.eval.run_focus import Model, load, paths
 from scripts.eval.scores import spearman, tail_attention, text_contexts
+from scripts.eval.statistics import bootstrap_interval
 from scripts.eval.subcommands import check_least
+from scripts.eval.tables import cell, table
 from scripts.eval.text_focus import HORIZONS, Predictor, Tried, far_only, features, fit, judge_cuts, utilities_by_horizon
 
 SYSTEMS = ("lens", "recency", "random", "bm25", "tail_attention", "predictor", "oracle")
@@ -80,14 +81,13 @@ def judge(model: Model, source, budget: int, counts: list[int], fitted: dict[int
 
 def judged(model: Model, directory: Path, data: Path, budget: int, counts: list[int], args, out: Path, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """What `judge` gives, from --out if it was judged before with the same settings."""
-    flags, what = model.meta["flags"], f"{directory.name}, {data.name}, W = {budget}"
+    what = f"{directory.name}, {data.name}, W = {budget}"
     settings = (str(directory.resolve()), model.meta["step"], str(data), budget, *(getattr(args, name) for name in ("contexts", "train_contexts", "candidates", "rounds", "seed")))
     kept = out / f"{directory.name}-{data.name}-{budget}-{key_seed(*settings):016x}.npz"
     if kept.exists():
         with np.load(kept) as found:
             return dict(found)
-    make = dict(T=model.gpt.config.sequence_len, seed=args.seed, tokenizer=tokenizer, rows=flags["rows"], text_column=flags["text_column"])
-    held, train = (make_source(str(data), split, **make) for split in ("val", "train"))
+    held, train = (source_of(model.meta, split, tokenizer=tokenizer, data=str(data), seed=args.seed) for split in ("val", "train"))
     eval_rows(held, args.contexts * held.T)  # refuses more contexts than there are
     fitted = predictors(model, train, budget, args, what) if args.train_contexts else {}
     found = judge(model, held, budget, counts, fitted, args, what)
@@ -142,8 +142,8 @@ def summarize(found: dict[str, np.ndarray], counts: list[int], with_predictor: b
     return summary
 
 
-def cell(found: dict | None) -> str:
-    return "–" if found is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(found["mean"], *found["interval"])
+def share_cell(found: dict | None) -> str:
+    return "–" if found is None else cell(found["mean"], found["interval"], "+.2f")
 
 
 def markdown(report: dict) -> str:
@@ -151,22 +151,28 @@ def markdown(report: dict) -> str:
     for s in report["settings"]:
         counts, most, by = s["counts"], s["counts"][-1], s["summary"]["horizons"]
         systems = [name for name in SYSTEMS if f"{name}@{most}" in by[HORIZONS[0]]["nll"]]
-        head = "| " + " | ".join(f"{h} tokens" for h in HORIZONS) + " |"
-        table = lambda label, row: f"| {label} | " + " | ".join(row(by[h]) for h in HORIZONS) + " |"
-        lines += [f"## {s['data']}, blocks of {s['block_size']}, W = {s['budget']}", "", f"n = {s['n']:,} tokens; {s['contexts']} contexts × {s['seeds']} seed(s); at most {most} blocks beside the tail.", "",
-                  f"Gap between window and full context that is closed, {most} blocks shown:", "", "| | " + head[2:], "|---" * (len(HORIZONS) + 1) + "|",
-                  table("NLL full / window", lambda r: f"{r['nll']['full']:.3f} / {r['nll']['window']:.3f}"), table("no block", lambda r: cell(r["gap_closed"]["gists@0"]))]
-        lines += [table(name, lambda r: cell(r["gap_closed"][f"{name}@{most}"])) for name in systems]
-        lines += [table(f"{name}, {count} block(s)", lambda r: cell(r["gap_closed"][f"{name}@{count}"])) for count in counts[:-1] for name in ("recency", "lens", "predictor", "oracle") if name in systems]
-        lines += ["", "Share of what the oracle wins over random choice, and rank correlation with the true utilities:", "", "| | " + head[2:], "|---" * (len(HORIZONS) + 1) + "|"]
-        lines += [table(f"{name}, share", lambda r: cell(r["share_of_oracle"][name])) for name in systems if name not in ("random", "oracle")]
-        lines += [table(f"{name}, ρ", lambda r: cell(r["spearman"][name])) for name in by[HORIZONS[0]]["spearman"]]
-        lines += ["", "Targets that stood far back and not in the window since, 64 tokens:", "", "| | targets | full | window | no block | " + " | ".join(systems) + " |", "|---" * (len(systems) + 5) + "|"]
+        head = ("", *(f"{h} tokens" for h in HORIZONS))
+        row = lambda label, shown: (label, *(shown(by[h]) for h in HORIZONS))
+        closed = [row("NLL full / window", lambda r: f"{r['nll']['full']:.3f} / {r['nll']['window']:.3f}"),
+                  row("no block", lambda r: share_cell(r["gap_closed"]["gists@0"]))]
+        closed += [row(name, lambda r: share_cell(r["gap_closed"][f"{name}@{most}"])) for name in systems]
+        closed += [row(f"{name}, {count} block(s)", lambda r: share_cell(r["gap_closed"][f"{name}@{count}"]))
+                   for count in counts[:-1] for name in ("recency", "lens", "predictor", "oracle") if name in systems]
+        of_oracle = [row(f"{name}, share", lambda r: share_cell(r["share_of_oracle"][name])) for name in systems if name not in ("random", "oracle")]
+        of_oracle += [row(f"{name}, ρ", lambda r: share_cell(r["spearman"][name])) for name in by[HORIZONS[0]]["spearman"]]
+        far_rows = []
         for label, far in s["summary"]["far"].items():
-            lines.append(f"| {label}: NLL | {far['targets']} ({far['share']:.1%}) | " + " | ".join(f"{far['nll'][name]:.3f}" for name in ("full", "window", "gists", *systems)) + " |")
-            lines.append("| gap closed | | | | | " + " | ".join(cell(far["gap_closed"][name]) for name in systems) + " |")
-        lines.append("")
-    return "\n".join([*lines, f"Intervals: 95 %, bootstrap over contexts, each with all seeds: of these models, not of others trained alike; –: the gap is below {LEAST_GAP} nat or not sure to be one. Commit {report['commit']}.", ""])
+            nll = [f"{far['nll'][name]:.3f}" for name in ("full", "window", "gists", *systems)]
+            far_rows += [(f"{label}: NLL", f"{far['targets']} ({far['share']:.1%})", *nll),
+                         ("gap closed", "", "", "", "", *(share_cell(far["gap_closed"][name]) for name in systems))]
+        lines += [f"## {s['data']}, blocks of {s['block_size']}, W = {s['budget']}", "",
+                  f"n = {s['n']:,} tokens; {s['contexts']} contexts × {s['seeds']} seed(s); at most {most} blocks beside the tail.", "",
+                  f"Gap between window and full context that is closed, {most} blocks shown:", "", *table(head, closed), "",
+                  "Share of what the oracle wins over random choice, and rank correlation with the true utilities:", "", *table(head, of_oracle), "",
+                  "Targets that stood far back and not in the window since, 64 tokens:", "",
+                  *table(("", "targets", "full", "window", "no block", *systems), far_rows), ""]
+    return "\n".join([*lines, "Intervals: 95 %, bootstrap over contexts, each with all seeds: of these models, not of others trained alike; "
+                      f"–: the gap is below {LEAST_GAP} nat or not sure to be one. Commit {report['commit']}.", ""])
 
 
 def add_flags(parser: FlagParser) -> None:

@@ -22,7 +22,7 @@ from scripts.bench.train_step import step_time_ratio
 from scripts.eval.provenance import ROOT
 from scripts.eval.subcommands import check_least
 from scripts.studies.cells import Records, find_function, run_cells, whole_numbers
-from scripts.studies.study import DEFAULT, Study, plot, read_study, step_time_cells, study_results, table
+from scripts.studies.study import DEFAULT, Study, plot, read_study, step_time_cells, study_report, study_results
 
 
 def train(flags: dict[str, str], seed: int, tag: str) -> Path:
@@ -115,7 +115,7 @@ def run(args: Namespace) -> None:
         run_cells(timings, "scripts.studies.run_ablate:run_step_time", records, what=f"{study.name}: step times")
 
     everything, times = study_results(study, records.read(), sorted({*study.seeds, *seeds}))
-    text, found = table(study, everything, times)
+    text, found = study_report(study, everything, times)
     (out / "report.md").write_text(text)
     plot(found, out / "plot.png")
     print(text, flush=True)

@@ -14,10 +14,10 @@ import torch
 from mc.evaluation import FocusComparison, Outcome, plain_outcomes
 from mc.model import MegaContext, load_mega_context
 from nanochat.common import FlagParser, UserError, base_dir, print0
-from nanochat.dataloader import eval_rows, make_source
+from nanochat.dataloader import eval_rows, judged_rows, source_of
 from nanochat.dataset import Progress
 from nanochat.gpt import GPT
-from nanochat.loading import load_model
+from nanochat.loading import check_tokenizer, load_model
 from nanochat.tokenizer import Tokenizer
 from scripts.base_train import MAY_CHANGE
 from scripts.bench.train_step import training_step_times
@@ -52,8 +52,7 @@ def load_pair(mc_dir: Path, vanilla_dir: Path, tokenizer: Tokenizer) -> Pair:
                   if not name.startswith("mc_") and name not in MAY_DIFFER and meta["flags"].get(name) != vanilla_meta["flags"].get(name)]
     if different:
         raise UserError(f"{mc_dir} and {vanilla_dir} differ in {', '.join(different)}: only models of one shape, trained alike on the same tokens, are compared")
-    if meta["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(f"{mc_dir} was trained with tokenizer {meta['tokenizer']}, here is {tokenizer.fingerprint}; restore that one")
+    check_tokenizer(meta, tokenizer, mc_dir)
     logs = {kind: base_dir() / "runs" / directory.name / "metrics.jsonl" for kind, directory in (("mc", mc_dir), ("vanilla", vanilla_dir))}
     for path in logs.values():
         if not path.exists():
@@ -64,19 +63,16 @@ def load_pair(mc_dir: Path, vanilla_dir: Path, tokenizer: Tokenizer) -> Pair:
 def compare(pair: Pair, tokenizer: Tokenizer, args, task: str) -> dict:
     """One task's part of the report."""
     gpt, mc, meta, vanilla, vanilla_meta, _ = pair
-    flags, c = meta["flags"], mc.config
+    c = mc.config
     T = gpt.config.sequence_len
     n = (T - c.horizon) // c.block_size * c.block_size
-    source = make_source(flags["data"], "val", T=T, seed=flags["seed"], tokenizer=tokenizer, rows=flags["rows"], text_column=flags["text_column"],
-                         needles=flags["needles"], recall_blocks=flags["recall_blocks"])
+    source = source_of(meta, "val", tokenizer=tokenizer)
     count = eval_rows(source, args.contexts * T)
     progress = Progress(f"{task}: contexts judged", count, "contexts", every_s=15)
     parts: dict[str, list[Outcome]] = {}
     for first in range(0, count, args.batch):
         rows = np.arange(first, min(first + args.batch, count))
-        tokens, mask = source.row_tokens(rows)
-        targets = torch.from_numpy(tokens[:, 1:] if mask is None else np.where(mask[:, 1:], tokens[:, 1:], -1))[:, :n + c.horizon]
-        tokens = torch.from_numpy(tokens[:, :n + c.horizon])
+        tokens, targets = (x[:, :n + c.horizon] for x in judged_rows(source, rows))
         plain = plain_outcomes(gpt, tokens, targets, n, c.budget)
         focus = FocusComparison(gpt, mc, tokens, targets, n, args.seed, torch.from_numpy(rows))
         tested = {f"mc_{policy}": focus.outcome(focus.scores(policy)) for policy in ("random", "recency", "lens")}

@@ -15,6 +15,7 @@ from mc.config import MCConfig, to_dict
 from nanochat.checkpoint import complete_steps, load_model_state, save_checkpoint
 from nanochat.common import FlagParser, UserError, init_distributed
 from nanochat.dataset import Progress
+from nanochat.loading import check_tokenizer
 from nanochat.schedule import batch_lr_scale
 from nanochat.tokenizer import Tokenizer
 from scripts.eval.methods.registry import SYSTEMS, load_models, system_named
@@ -51,9 +52,7 @@ def run(args: Namespace) -> None:
     ranks = init_distributed(args.device)
     models, meta = load_models(args.checkpoint_dir, args.step, ranks.device, args.keep_drop)
     tokenizer = Tokenizer.load()
-    if meta["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(f"{args.checkpoint_dir} was trained with tokenizer {meta['tokenizer']}, here is {tokenizer.fingerprint}; "
-                        f"restore that one")
+    check_tokenizer(meta, tokenizer, args.checkpoint_dir)
     config = models.mc.config if models.mc else MCConfig()
     batches, rows = batches_from_flags(args, config, meta, tokenizer)
     flags = meta["flags"]

@@ -17,7 +17,7 @@ from mc.store.networks import load_networks
 from mc.utility_labels import LabelFolder, cursors, fingerprint, measure
 from nanochat.checkpoint import load_model_state
 from nanochat.common import FlagParser, UserError, init_distributed, print0
-from nanochat.dataloader import make_source
+from nanochat.dataloader import judged_rows, source_of
 from nanochat.dataset import Progress
 from scripts.eval.provenance import commit
 from scripts.eval.subcommands import check_least
@@ -42,14 +42,13 @@ def run(args: Namespace) -> None:
         raise UserError(f"--contexts={args.contexts} is not a multiple of --batch={args.batch}: a file holds a whole batch")
     device = init_distributed(args.device).device
     found = load_networks(args.checkpoint_dir, device=device)
-    gpt, mc, flags = found.gpt, found.mc, load_model_state(args.checkpoint_dir)[1]["flags"]
+    gpt, mc, meta = found.gpt, found.mc, load_model_state(args.checkpoint_dir)[1]
     T = gpt.config.sequence_len
     at = cursors(mc, T, args.cursors)
     if args.edits > (most := (min(at) - mc.config.protected) // mc.config.block_size):
         raise UserError(f"--edits={args.edits}: a history of {min(at)} tokens has {most} blocks to edit")
-    data = args.data or flags["data"]
-    source = make_source(data, args.split, T=T, seed=flags["seed"], tokenizer=found.tokenizer, rows=flags["rows"], text_column=flags["text_column"],
-                         needles=flags["needles"], recall_blocks=flags["recall_blocks"])
+    data = args.data or meta["flags"]["data"]
+    source = source_of(meta, args.split, tokenizer=found.tokenizer, data=data)
     if (have := source.count_rows(args.contexts)) < args.contexts:
         raise UserError(f"--contexts={args.contexts}: {data} has {have} rows of {T} tokens in its {args.split} split")
     folder = LabelFolder(args.out)
@@ -63,9 +62,7 @@ def run(args: Namespace) -> None:
     progress, begin = Progress("labels", len(waiting), "files"), time.monotonic()
     for done, index in enumerate(waiting, 1):
         rows = np.arange(index * args.batch, (index + 1) * args.batch)
-        tokens, mask = source.row_tokens(rows)
-        targets = torch.from_numpy(tokens[:, 1:] if mask is None else np.where(mask[:, 1:], tokens[:, 1:], -1)).to(device)
-        tokens = torch.from_numpy(tokens[:, :-1]).contiguous().to(device)
+        tokens, targets = (x.to(device) for x in judged_rows(source, rows))
         folder.add(index, measure(gpt, mc, tokens, targets, torch.from_numpy(rows).to(device), at, args.edits, args.seed))
         progress.update(done)
     labels = folder.read()

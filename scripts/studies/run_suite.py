@@ -31,9 +31,9 @@ from nanochat.tokenizer import Tokenizer
 from scripts.eval.methods.interface import Models
 from scripts.eval.methods.registry import SYSTEMS, load_models
 from scripts.eval.methods.token_classifier import FILE
+from scripts.eval.provenance import ROOT, commit, digest, environment
 from scripts.eval.subcommands import call, check_least
 from scripts.studies import run_classifier, run_finetune, run_importance
-from scripts.eval.provenance import ROOT, commit, digest, environment
 from scripts.studies.cells import Records, run_cells, whole_numbers
 from scripts.studies.run_ablate import run_command, run_script, train
 from scripts.studies.study import read_study, study_results

@@ -25,6 +25,7 @@ import numpy as np
 from nanochat.common import UserError
 from scripts.eval.provenance import digest
 from scripts.eval.statistics import bootstrap, bootstrap_p, false_discovery, interval, t_test
+from scripts.eval.tables import cell, table
 from scripts.studies.cells import read_yaml
 from scripts.studies.formula import Formula
 
@@ -168,7 +169,7 @@ def _matrix(name: str, records: list[dict]) -> np.ndarray:
     return np.stack(rows)
 
 
-def table(study: Study, records: dict[tuple[str, int], dict], times: dict[str, dict]) -> tuple[str, dict[str, dict[str, Estimate]]]:
+def study_report(study: Study, records: dict[tuple[str, int], dict], times: dict[str, dict]) -> tuple[str, dict[str, dict[str, Estimate]]]:
     """The report in Markdown, and quantity -> arm -> estimate. times: arm -> {"ratio", "low", "high"} of its step to the default's."""
     arms = [arm for arm in study.arms if any(a == arm for a, _ in records)]
     contexts = max(len(np.atleast_1d(x)) for record in records.values() for x in record["results"].values())
@@ -179,22 +180,15 @@ def table(study: Study, records: dict[tuple[str, int], dict], times: dict[str, d
     for name, formula in quantities(study, records).items():
         found[name] = estimates(formula, records, arms)
         corrected = dict(zip(found[name], false_discovery([e.p for e in found[name].values()])))
-        lines += [f"## {name}", "", "" if name == formula.text else f"`{formula.text}`", "", "| arm | seeds | mean | difference to the default | q |", "|---|---|---|---|---|"]
-        for arm, e in found[name].items():
-            count = sum(a == arm for a, _ in records)
-            difference = "" if math.isnan(e.difference) else f"{e.difference:+.3f} {_range(e.difference_interval)}"
-            lines.append(f"| {arm} | {count} | {e.mean:.3f} {_range(e.interval)} | {difference} | {'' if math.isnan(corrected[arm]) else f'{corrected[arm]:.4f}'} |")
-        lines.append("")
+        rows = [(arm, sum(a == arm for a, _ in records), cell(e.mean, e.interval), cell(e.difference, e.difference_interval, "+.3f"), cell(corrected[arm], form=".4f"))
+                for arm, e in found[name].items()]
+        lines += [f"## {name}", "", "" if name == formula.text else f"`{formula.text}`", "", *table(("arm", "seeds", "mean", "difference to the default", "q"), rows), ""]
     if times:
         lines += ["## Step time", "", "A training step against the default's, blocks in alternation in one process; median over pairs of blocks.", "",
-                  "| arm | ratio |", "|---|---|", *(f"| {arm} | {t['ratio']:.3f} {_range((t['low'], t['high']))} |" for arm, t in times.items()), ""]
+                  *table(("arm", "ratio"), ((arm, cell(t["ratio"], (t["low"], t["high"]))) for arm, t in times.items())), ""]
     commits = sorted({record["commit"] for record in records.values()})
     lines += [f"Commits: {', '.join(commits)}. Seeds: {', '.join(map(str, sorted({seed for _, seed in records})))}.", ""]
     return "\n".join(lines), found
-
-
-def _range(bounds: tuple[float, float]) -> str:
-    return "" if math.isnan(bounds[0]) else f"[{bounds[0]:.3f}, {bounds[1]:.3f}]"
 
 
 def plot(found: dict[str, dict[str, Estimate]], path: Path) -> None:

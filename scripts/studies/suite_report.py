@@ -15,8 +15,9 @@ from scripts.eval.figures import COLOURS, GREY, MARKERS, legend_below, new_figur
 from scripts.eval.methods.registry import INTERVALS
 from scripts.eval.report import LEAST_GAP
 from scripts.eval.statistics import bootstrap, bootstrap_p, false_discovery, interval
-from scripts.studies.study import plot as plot_ablation
-from scripts.studies.study import table
+from scripts.eval.tables import cell, table
+from scripts.studies.study import plot as plot_study
+from scripts.studies.study import study_report
 from scripts.studies.suite import UNBOUNDED, Suite
 
 MC = "gists_lens"  # the system that the others are compared with
@@ -118,8 +119,7 @@ def score_table(results: Results, setting: Setting) -> tuple[list[str], dict[str
             if own is None:
                 text[system].append("")
                 continue
-            low, high = mean_interval(own[0], measure)
-            text[system].append(f"{own[0].mean():.2f} [{low:.2f}, {high:.2f}]")
+            text[system].append(mean_cell(own[0], measure))
             both = together(results.of(setting, task, system), results.of(setting, task, MC), measure=measure) if system != MC else None
             if both is not None:
                 difference = bootstrap(*both[0].shape).means(both[0] - both[1])
@@ -128,9 +128,8 @@ def score_table(results: Results, setting: Setting) -> tuple[list[str], dict[str
             verdict = 2 if corrected >= 0.05 else int(better[system] > 0)
             counts[system][verdict] += 1
             text[system][-1] += (" −", " +", "")[verdict]
-    lines = ["| system | " + " | ".join(f"{task} ({results.judged_by(setting, task)})" for task in tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
-    lines += [f"| {LABELS[system]} | " + " | ".join(text[system]) + " |" for system in systems]
-    return lines, counts
+    head = ("system", *(f"{task} ({results.judged_by(setting, task)})" for task in tasks))
+    return table(head, ((LABELS[system], *text[system]) for system in systems)), counts
 
 
 def gap_closed(results: Results, setting: Setting, tasks: list[str], system: str, measure: str = "nll") -> tuple[float, tuple[float, float]] | None:
@@ -154,13 +153,8 @@ def gap_table(results: Results, setting: Setting) -> list[str]:
     tasks = [task for task in results.tasks(setting) if gap_closed(results, setting, [task], "window") is not None]
     if not tasks:
         return ["No task with a gap of 0.1 nat between sliding window and full context: the share that is closed is not measurable.", ""]
-    lines = ["| system | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
-    for system in results.systems(setting):
-        if system in ("full", "window"):
-            continue
-        found = [gap_closed(results, setting, [task], system) for task in tasks]
-        lines.append(share_row(system, found))
-    return [*lines, ""]
+    systems = [system for system in results.systems(setting) if system not in ("full", "window")]
+    return [*table(("system", *tasks), (share_row(system, [gap_closed(results, setting, [task], system) for task in tasks]) for system in systems)), ""]
 
 
 def pair_table(results: Results, setting: Setting, system: str) -> list[str]:
@@ -177,15 +171,18 @@ def pair_table(results: Results, setting: Setting, system: str) -> list[str]:
                 found[other] = float(difference.mean()), bootstrap(*difference.shape).means(difference)
         q = false_discovery([bootstrap_p(drawn) for _, drawn in found.values()])
         for (other, (mean, drawn)), value in zip(found.items(), q):
-            low, high = interval(drawn)
-            cells.setdefault(other, {})[task] = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], q {value:.3f}"
-    return [f"NLL of {LABELS[system]} minus that of each system, q over the systems:", "", "| system | " + " | ".join(tasks) + " |",
-            "|---" * (len(tasks) + 1) + "|", *(f"| {LABELS[other]} | " + " | ".join(own.get(task, "") for task in tasks) + " |" for other, own in cells.items()), ""]
+            cells.setdefault(other, {})[task] = f"{cell(mean, interval(drawn), '+.3f')}, q {value:.3f}"
+    rows = ((LABELS[other], *(own.get(task, "") for task in tasks)) for other, own in cells.items())
+    return [f"NLL of {LABELS[system]} minus that of each system, q over the systems:", "", *table(("system", *tasks), rows), ""]
 
 
-def share_row(system: str, found: list[tuple[float, tuple[float, float]] | None]) -> str:
-    """A line of Markdown: shares of gaps with their intervals, nothing where there is none."""
-    return f"| {LABELS[system]} | " + " | ".join("" if f is None else f"{f[0]:.2f} [{f[1][0]:.2f}, {f[1][1]:.2f}]" for f in found) + " |"
+def mean_cell(x_SC: np.ndarray, measure: str) -> str:
+    return cell(x_SC.mean(), mean_interval(x_SC, measure), ".2f")
+
+
+def share_row(system: str, found: list[tuple[float, tuple[float, float]] | None]) -> list[str]:
+    """Shares of gaps with their intervals, nothing where there is none."""
+    return [LABELS[system], *("" if f is None else cell(*f, ".2f") for f in found)]
 
 
 def bucket_table(results: Results, setting: Setting) -> list[str]:
@@ -195,39 +192,32 @@ def bucket_table(results: Results, setting: Setting) -> list[str]:
         buckets = next(iter(results.of(setting, task, "window").values()), {"results": {"buckets": {}}})["results"]["buckets"]
         names = [name for name in buckets if gap_closed(results, setting, [task], "window", name) is not None]
         if names:
-            lines += [f"The same on {task}, by how far back the judged token last occurred:", "", "| system | " + " | ".join(f"{name} tokens" for name in names) + " |", "|---" * (len(names) + 1) + "|"]
-            for system in (name for name in results.systems(setting) if name not in ("full", "window")):
-                found = [gap_closed(results, setting, [task], system, name) for name in names]
-                if any(found):
-                    lines.append(share_row(system, found))
-            lines.append("")
+            shares = {system: [gap_closed(results, setting, [task], system, name) for name in names]
+                      for system in results.systems(setting) if system not in ("full", "window")}
+            rows = (share_row(system, found) for system, found in shares.items() if any(found))
+            lines += [f"The same on {task}, by how far back the judged token last occurred:", "", *table(("system", *(f"{name} tokens" for name in names)), rows), ""]
     return lines
 
 
 def cost_table(results: Results, setting: Setting) -> list[str]:
-    lines = ["| system | entries | FLOPs | KV bytes | seconds |", "|---|---|---|---|---|"]
+    rows = []
     for system in results.systems(setting):
         found = [record["results"] for task in results.tasks(setting) for record in results.of(setting, task, system).values()]
         entries, flops, size, seconds = (np.median([f[name] for f in found]) for name in ("entries", "flops", "bytes", "seconds"))
-        lines.append(f"| {LABELS[system]} | {entries:.0f} | {flops:.3g} | {size:,.0f} | {seconds:.4f} |")
-    return [*lines, ""]
+        rows.append((LABELS[system], f"{entries:.0f}", f"{flops:.3g}", f"{size:,.0f}", f"{seconds:.4f}"))
+    return [*table(("system", "entries", "FLOPs", "KV bytes", "seconds"), rows), ""]
 
 
 def beyond_table(results: Results, settings: list[Setting], trained: int) -> list[str]:
     """Lines of Markdown: full context, window and MC at histories longer than the rows that were trained on."""
-    lines = ["| history | × training | task | system | NLL | accuracy |", "|---|---|---|---|---|---|"]
+    rows = []
     for setting in sorted(settings, key=lambda s: s.length):
         for task in results.tasks(setting):
             for system in results.systems(setting):
-                cells = []
-                for measure in ("nll", "acc"):
-                    own = together(results.of(setting, task, system), measure=measure)
-                    if own is not None:
-                        low, high = mean_interval(own[0], measure)
-                        cells.append(f"{own[0].mean():.2f} [{low:.2f}, {high:.2f}]")
-                if cells:
-                    lines.append(f"| {setting.length:,} | {setting.length / trained:.0f} | {task} | {LABELS[system]} | {cells[0]} | {cells[1]} |")
-    return [*lines, ""]
+                of = {measure: together(results.of(setting, task, system), measure=measure) for measure in ("nll", "acc")}
+                if of["nll"] is not None:
+                    rows.append((f"{setting.length:,}", f"{setting.length / trained:.0f}", task, LABELS[system], *(mean_cell(own[0], measure) for measure, own in of.items())))
+    return [*table(("history", "× training", "task", "system", "NLL", "accuracy"), rows), ""]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -446,8 +436,8 @@ def write_report(suite: Suite, records: list[dict], out: Path, *, costs: dict[st
         lines += [f"## {setting.model}: n = {setting.length:,}, W = {setting.budget} (1/{setting.length / setting.budget:.0f}), up to {documents} documents per task and seed", "",
                   *table_lines, ""]
         if counts:
-            lines += [f"{LABELS[MC]} against each system, in tasks:", "", "| system | MC better | MC worse | undecided |", "|---|---|---|---|",
-                      *(f"| {LABELS[system]} | {better} | {worse} | {tie} |" for system, (better, worse, tie) in counts.items()), ""]
+            lines += [f"{LABELS[MC]} against each system, in tasks:", "",
+                      *table(("system", "MC better", "MC worse", "undecided"), ((LABELS[system], *own) for system, own in counts.items())), ""]
         lines += ["Share of the gap between sliding window and full context that is closed (NLL; 1: as good as full context):", "", *gap_table(results, setting), *bucket_table(results, setting),
                   *pair_table(results, setting, f"{MC}_again")]
         if not i:
@@ -465,8 +455,8 @@ def write_report(suite: Suite, records: list[dict], out: Path, *, costs: dict[st
         lines += ["## Training: MC and vanilla at equal tokens, FLOPs and seconds", "", "![Loss by tokens, FLOPs and seconds](overlay.png)", ""]
     lines += _costs(costs, out)
     for study, study_records, times in studies:
-        text, found = table(study, study_records, times)
-        plot_ablation(found, out / f"ablation_{study.name}.png")
+        text, found = study_report(study, study_records, times)
+        plot_study(found, out / f"ablation_{study.name}.png")
         lines += ["#" + text.replace("\n#", "\n##"), f"![{study.name}](ablation_{study.name}.png)", ""]
     commits, machines = sorted({record["commit"] for record in records}), {str(record["environment"]) for record in records}
     lines += ["## Where this comes from", "", f"Commits {', '.join(commits)}. {' '.join(sorted(machines))}", ""]
@@ -496,14 +486,17 @@ def _costs(costs: dict[str, dict], out: Path) -> list[str]:
         if "curve" in found:
             plot_decode(found, out / f"{name}.png")
             lines += [f"Decoding ({name}), W = {found['budget']}, {found['threads']} thread(s); ratios are medians over {found['rounds']} rounds in alternation:", "",
-                      "| history | MC ms / token | vanilla ms / token | vanilla / MC | MC bytes | vanilla bytes |", "|---|---|---|---|---|---|"]
-            for c in found["curve"]:
-                vanilla, speedup = c.get("vanilla"), c.get("speedup")
-                ratio = f"{speedup['ratio']:.2f} [{speedup['low']:.2f}, {speedup['high']:.2f}]" if speedup else ""
-                lines.append(f"| {c['history']:,} | {c['mc']['mean_ms']:.2f} | {f'''{vanilla['mean_ms']:.2f}''' if vanilla else ''} | {ratio} | {c['mc']['bytes']:,} | "
-                             f"{f'''{vanilla['bytes']:,}''' if vanilla else ''} |")
-            lines += ["", f"![Time per token and device memory against history]({name}.png)", ""]
+                      *table(("history", "MC ms / token", "vanilla ms / token", "vanilla / MC", "MC bytes", "vanilla bytes"), map(_decoding, found["curve"])),
+                      "", f"![Time per token and device memory against history]({name}.png)", ""]
         else:
             parts = ", ".join(f"{part} {seconds / found['vanilla_s']:.1%}" for part, seconds in found["parts"].items())
-            lines += [f"* Training step ({name}): MC takes {found['ratio']:.3f} [{found['low']:.3f}, {found['high']:.3f}] times a vanilla step. In shares of a vanilla step: {parts}.", ""]
+            lines += [f"* Training step ({name}): MC takes {cell(found['ratio'], (found['low'], found['high']))} times a vanilla step. In shares of a vanilla step: {parts}.", ""]
     return lines
+
+
+def _decoding(c: dict) -> tuple[str, ...]:
+    """A row: one length of history."""
+    vanilla, speedup = c.get("vanilla"), c.get("speedup")
+    return (f"{c['history']:,}", f"{c['mc']['mean_ms']:.2f}", f"{vanilla['mean_ms']:.2f}" if vanilla else "",
+            cell(speedup["ratio"], (speedup["low"], speedup["high"]), ".2f") if speedup else "", f"{c['mc']['bytes']:,}",
+            f"{vanilla['bytes']:,}" if vanilla else "")

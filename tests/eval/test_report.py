@@ -196,7 +196,7 @@ def test_bars_are_the_nlls(whole, figures):
             label, checkpoint = report.SYSTEMS[row["system"]]
             bar = bars[f"{label} ({checkpoint})"]
             assert bar.get_width() == pytest.approx(row["nll"])
-            assert bar.get_facecolor()[:3] == matplotlib.colors.to_rgb(report.COLOURS[checkpoint])
+            assert bar.get_facecolor()[:3] == matplotlib.colors.to_rgb(report.COLOUR_OF[checkpoint])
             written = next(t.get_text() for t in axis.texts if t.get_position()[1] == round(bar.get_y() + bar.get_height() / 2))
             assert f"{row['nll']:.2f}" in written and ("acc" in written) == (name == "recall")
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.dataloader import Loader, LongRows, NeedleSource, PackedRows, RandomSource, RecallSource, eval_rows, make_source
+from nanochat.dataloader import Loader, LongRows, NeedleSource, PackedRows, RandomSource, RecallSource, eval_rows, judged_rows, make_source, source_of
 from nanochat.tasks.recall import CurriculumSchedule, RecallTask
 from nanochat.token_cache import TokenCache
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import Reserved, Tokenizer
 
 torch.set_num_threads(1)
 BOS = 60_000
@@ -268,3 +268,21 @@ def test_needle_source_hides_answerable_facts_in_text():
             assert (row[: T // 2] < 50).any()
     with pytest.raises(UserError, match="multiple of the block"):
         NeedleSource(task, filler, 300, "train", 3)
+
+
+# -- from a checkpoint ----------------------------------------------------------------------------------------------------
+
+
+def test_source_of_reads_what_the_training_read():
+    tokenizer = Tokenizer.train(["some words and more words here for a small tokenizer"], 260, Reserved(512, 512, 32))
+    flags = dict(data="recall", seed=3, rows="long", text_column="text", needles=2, recall_blocks=8)
+    meta = {"flags": flags, "model_config": {"sequence_len": 512}}
+    rows = np.arange(3)
+    tokens, mask = make_source("recall", "train", T=512, seed=3, tokenizer=tokenizer, recall_blocks=8).row_tokens(rows)
+    inputs, targets = judged_rows(source_of(meta, "train", tokenizer=tokenizer), rows)
+    assert np.array_equal(inputs.numpy(), tokens[:, :-1]) and np.array_equal(targets.numpy(), np.where(mask[:, 1:], tokens[:, 1:], -1))
+    assert (targets < 0).any() and (targets >= 0).any()
+    other = source_of(meta, "val", tokenizer=tokenizer, data="random", T=64, seed=4)
+    assert other.fingerprint == make_source("random", "val", T=64, seed=4, tokenizer=tokenizer).fingerprint
+    with pytest.raises(UserError, match="names no --needles"):
+        source_of(meta | {"flags": {k: v for k, v in flags.items() if k != "needles"}}, "train", tokenizer=tokenizer)

@@ -7,7 +7,7 @@ from matplotlib.image import imread
 from nanochat.common import UserError
 from scripts.studies import study as ablation
 from scripts.studies.formula import Formula
-from scripts.studies.study import estimates, read_study, step_time_cells, study_results, table
+from scripts.studies.study import estimates, read_study, step_time_cells, study_report, study_results
 
 BASE = ("{data: random, depth: 2, aspect_ratio: 16, head_dim: 16, max_seq_len: 128, device_batch_size: 2, total_batch_size: 256, num_iterations: 6, eval_every: 0, "
         "eval_tokens: 256, save_every: 2, mc_enabled: 1, mc_block_size: 8, mc_budget: 40, mc_horizon: 8, mc_recent: 8, mc_start: 0.2, mc_ramp: 2, mc_lens_queries: 48, "
@@ -118,8 +118,8 @@ def test_measures_must_fit():
 def test_table(tmp_path):
     study = study_of(tmp_path, factors="{a: [1]}")
     records = {(arm, seed): record(x=np.arange(4.0) + (arm != "default")) for arm in study.arms for seed in (1, 2, 3)}
-    text, found = table(study, records, {"a=1": {"ratio": 1.5, "low": 1.4, "high": 1.6}})
-    assert "| default | 3 | 1.500 [" in text and "| a=1 | 3 | 2.500 [" in text and "| +1.000 [1.000, 1.000] | 0.0005 |" in text
+    text, found = study_report(study, records, {"a=1": {"ratio": 1.5, "low": 1.4, "high": 1.6}})
+    assert "| default | 3 | 1.500 [" in text and "| a=1 | 3 | 2.500 [" in text and "| +1.000 [+1.000, +1.000] | 0.0005 |" in text
     assert "| a=1 | 1.500 [1.400, 1.600] |" in text and "paired: t-distribution over seeds and bootstrap over 4 contexts" in text and "Commits: abc. Seeds: 1, 2, 3." in text
     assert found["x"]["a=1"].difference == 1
     ablation.plot(found, tmp_path / "plot.png")
