@@ -37,10 +37,8 @@ UPWARD = {
 }
 CIRCLES = {frozenset({"nanochat/recorder.py", "nanochat/otel.py"})}
 DOUBLES = {
-    "Context", "Cost", "Edits", "Records", "Rows", "Setting", "Slots", "Source", "Transformer", "by_distance", "choose", "describe",
-    "draw_cut", "evaluate", "examples", "fingerprint", "fit", "from_flags", "gap_closed", "hit_at", "judge", "judged", "load",
-    "make_arm", "markdown", "market_price", "measure", "place", "plot", "read", "report", "runs", "spread", "summary", "train",
-    "utilities",
+    "Context", "Edits", "Slots", "Source", "Transformer", "choose", "describe", "draw_cut", "fingerprint", "from_flags", "hit_at", "market_price", "place",
+    "runs", "spread",
 }
 INTERFACE = {"main", "make_parser", "add_flags", "run"}  # what every command has
 NOT_VARIED = {"alibi", "damping_floor", "far_entries", "gist_head", "gist_pool", "gist_shared", "gist_source", "gist_width", "gists_per_block",

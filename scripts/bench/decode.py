@@ -168,7 +168,7 @@ class InSession:
         return seconds
 
 
-def measure(pool_of, gpt: GPT, history_N: Tensor, lengths: list[int], *, rounds: int, vanilla_longest: int, vanilla_prefill: int,
+def measure_decoding(pool_of, gpt: GPT, history_N: Tensor, lengths: list[int], *, rounds: int, vanilla_longest: int, vanilla_prefill: int,
             disk: Path | None) -> dict[int, dict[str, Measured]]:
     """Every length and all systems in turn. pool_of() makes a pool for one session; disk: a folder for sessions on disk stores."""
     running: dict[int, dict] = {}
@@ -209,7 +209,7 @@ def crossover(results: dict[int, dict[str, Measured]]) -> int | None:
     return None
 
 
-def report(results: dict[int, dict[str, Measured]], facts: dict) -> dict:
+def decoding_report(results: dict[int, dict[str, Measured]], facts: dict) -> dict:
     least, most = min(results, key=lambda n: abs(n - 4096)), max((n for n in results if n <= 2 ** 20), default=max(results))
     share = {n: sum(r["mc"].parts.get(part, 0) for part in CONTROLLER) / r["mc"].per_round.mean() for n, r in results.items()}
     speedups = {n: ratio(r["vanilla"], r["mc"]) for n, r in results.items() if "vanilla" in r}
@@ -221,7 +221,7 @@ def report(results: dict[int, dict[str, Measured]], facts: dict) -> dict:
             "curve": [{"history": n, "controller_share": share[n], "speedup": speedups.get(n), **{name: m.summary() for name, m in r.items()}} for n, r in results.items()]}
 
 
-def plot(found: dict, path: Path) -> None:
+def plot_decoding(found: dict, path: Path) -> None:
     """Time per token and device memory against length, PNG and PDF."""
     figure, (axes,) = new_figure(1, 2, width=4.5, height=3.4)
     for name, color, marker in (("mc", BLUE, "o"), ("vanilla", VERMILION, "s")):
@@ -267,9 +267,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"note: LOD {', '.join(map(str, pool.untrained))} were not trained; what is measured here is time and memory")
     history_N = history_tokens(meta, Tokenizer.load(), max(lengths))
     with tempfile.TemporaryDirectory() as folder:
-        results = measure(lambda: sessions.open_pool(gpt, meta, args.checkpoint_dir, config), gpt, history_N, lengths, rounds=args.rounds,
+        results = measure_decoding(lambda: sessions.open_pool(gpt, meta, args.checkpoint_dir, config), gpt, history_N, lengths, rounds=args.rounds,
                           vanilla_longest=args.vanilla_longest, vanilla_prefill=args.vanilla_prefill, disk=Path(folder) if args.disk else None)
-    found = report(results, {"budget": config.budget or pool.focus_config.budget, "interval": pool.interval, "rounds": args.rounds, "kv_policy": config.kv_policy,
+    found = decoding_report(results, {"budget": config.budget or pool.focus_config.budget, "interval": pool.interval, "rounds": args.rounds, "kv_policy": config.kv_policy,
                              "device": args.device, "threads": torch.get_num_threads(), "untrained_lods": pool.untrained})
     print(f"{'history':>10}  {'MC ms/token':>11} {'p95':>6}  {'base':>6} {'refill':>6} {'lens':>6} {'alloc.':>6} {'ingest':>6}  {'vanilla':>8}  {'speed-up':>20}")
     for c in found["curve"]:
@@ -279,6 +279,6 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or base_dir() / "evals" / "decode"
     out.mkdir(parents=True, exist_ok=True)
     (out / "decode.json").write_text(json.dumps(found, indent=1))
-    plot(found, out / "decode.png")
+    plot_decoding(found, out / "decode.png")
     print(f"decode.json and the plot are in {out}")
     print_json(found)

@@ -65,7 +65,7 @@ class Stream(NamedTuple):
     lasting: list[float]  # of those still shown at the end
 
 
-def read(pool: sessions.SessionPool, tokens_N: Tensor, begin: int) -> Stream:
+def read_stream(pool: sessions.SessionPool, tokens_N: Tensor, begin: int) -> Stream:
     """The first `begin` tokens as a history, the others one by one."""
     session, values = pool.open(), Values()
     try:
@@ -80,7 +80,7 @@ def read(pool: sessions.SessionPool, tokens_N: Tensor, begin: int) -> Stream:
         session.close()
 
 
-def summary(streams: list[Stream]) -> dict[str, float]:
+def stream_summary(streams: list[Stream]) -> dict[str, float]:
     """Means over all refocuses of all streams."""
     every = {name: np.concatenate([s.values[name] for s in streams]) for name in ("swap_rate", "expands", "collapses", "forced", "undone", "utilization")}
     stays = np.concatenate([s.stays for s in streams])
@@ -115,9 +115,9 @@ def run(args: argparse.Namespace) -> None:
     progress, streams = Progress("streams", args.streams, "streams", every_s=15), []
     for s in range(args.streams):
         text = torch.from_numpy(tokens[s * args.tokens:(s + 1) * args.tokens].astype(np.int64))
-        streams.append(read(pool, text, begin))
+        streams.append(read_stream(pool, text, begin))
         progress.update(s + 1)
-    out = summary(streams)
+    out = stream_summary(streams)
     nll = np.array([s.nll for s in streams])
     windows = args.tokens / pool.focus_config.budget
     print(f"{len(streams)} streams of {args.tokens:,} tokens, {windows:g} budgets of {pool.focus_config.budget} entries; {out['refocuses']} refocuses")

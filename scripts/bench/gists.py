@@ -79,7 +79,7 @@ def parse(text: str, recent: int, horizon: int, n: int) -> tuple[MCConfig, bool,
     return replace(c, budget=max(entries, one_raw)), frozen, window
 
 
-def make_arm(text: str, base: GPT, seed: int, recent: int, horizon: int, n: int) -> Arm:
+def gist_arm(text: str, base: GPT, seed: int, recent: int, horizon: int, n: int) -> Arm:
     config, frozen, window = parse(text, recent, horizon, n)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -125,7 +125,7 @@ def loss_of(arm: Arm, tokens_BT: Tensor, targets_BT: Tensor, teacher_BPV: Tensor
     return loss + c.contrast_weight * contrast_loss(tree) if c.contrast_weight else loss
 
 
-def train(arms: list[Arm], base: GPT, source, steps: int, rows: int, T: int, n: int, recent: int) -> None:
+def train_arms(arms: list[Arm], base: GPT, source, steps: int, rows: int, T: int, n: int, recent: int) -> None:
     loader, progress = Loader(source, rows, rows, T, 0, 1, base.lm_head.weight.device), Progress("steps", steps, "steps", every_s=30)
     for step in range(steps):
         batch = loader.next()
@@ -146,7 +146,7 @@ def train(arms: list[Arm], base: GPT, source, steps: int, rows: int, T: int, n: 
 
 
 @torch.no_grad()
-def judge(arms: list[Arm], base: GPT, meta: dict, contexts: int, T: int, n: int, recent: int, seed: int) -> dict[str, np.ndarray]:
+def judge_arms(arms: list[Arm], base: GPT, meta: dict, contexts: int, T: int, n: int, recent: int, seed: int) -> dict[str, np.ndarray]:
     """NLL of every row by arm; of "full"; of "window W", the last W tokens, for the recent ones and for as many as an arm has entries."""
     found: dict[str, list[Tensor]] = {}
     for rows, tokens, targets in held_out(meta, T, contexts, 16):
@@ -188,11 +188,11 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--steps, --rows, --contexts and --horizon must be at least 1, "
                         f"and --recent={args.recent} below the history of {n} tokens")
     T = n + args.horizon
-    arms = [make_arm(text, base, args.seed, args.recent, args.horizon, n) for text in args.arms]
+    arms = [gist_arm(text, base, args.seed, args.recent, args.horizon, n) for text in args.arms]
     source = source_of(meta, "train", tokenizer=Tokenizer.load(), T=T, seed=args.seed)
     begin = time.perf_counter()
-    train(arms, base, source, args.steps, args.rows, T, n, args.recent)
-    nll = judge(arms, base, meta, args.contexts, T, n, args.recent, args.seed)
+    train_arms(arms, base, source, args.steps, args.rows, T, n, args.recent)
+    nll = judge_arms(arms, base, meta, args.contexts, T, n, args.recent, args.seed)
     out = {}
     for name, value in nll.items():
         delta = value - nll["full"]

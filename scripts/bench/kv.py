@@ -32,7 +32,7 @@ class Read(NamedTuple):
     seconds: float
 
 
-def read(pool: sessions.SessionPool, tokens_T: Tensor, targets_T: Tensor, ahead: int) -> Read:
+def read_row(pool: sessions.SessionPool, tokens_T: Tensor, targets_T: Tensor, ahead: int) -> Read:
     """The last `ahead` tokens of a row after the rest of it. targets: the next token of each, −1 where it does not count."""
     session = pool.open()
     try:
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     found: dict[str, list[Read]] = {policy: [] for policy in pools}
     for tokens_T, targets_T in zip(*judged_rows(source, np.arange(count))):
         for policy, pool in pools.items():
-            found[policy].append(read(pool, tokens_T, targets_T, args.ahead))
+            found[policy].append(read_row(pool, tokens_T, targets_T, args.ahead))
     cost = np.array([a.nll - e.nll for e, a in zip(found["exact"], found["approximate"])])
     speed = np.array([a.seconds / e.seconds for e, a in zip(found["exact"], found["approximate"])])
     out = {"rows": count, "history": T - args.ahead, "ahead": args.ahead, "interval": pools["exact"].interval, "budget": pools["exact"].focus_config.budget,

@@ -26,7 +26,7 @@ from nanochat.schedule import batch_lr_scale, lr_multiplier
 from nanochat.tasks.recall import CurriculumSchedule
 from nanochat.tokenizer import Tokenizer
 from scripts.bench.base import add_checkpoint_flag, print_json
-from scripts.eval.measures import held_out, lens_measures, utilities
+from scripts.eval.measures import held_out, lens_measures, gate_utilities
 from scripts.eval.statistics import bootstrap_interval
 from scripts.eval.subcommands import check_least
 
@@ -52,7 +52,7 @@ def training_loader(meta: dict) -> Loader:
     return Loader(source, flags["device_batch_size"], flags["device_batch_size"], T)
 
 
-class Pupil:
+class TaughtLens:
     """A MegaContext of which only the lens learns."""
 
     def __init__(self, config: MCConfig, gpt: GPT, seed: int):
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     scale = batch_lr_scale(flags["device_batch_size"] * T)
     settings = from_dict(meta["mc"]["config"]) if meta.get("mc") else MCConfig()
     settings = replace(settings, teacher=args.teacher, lens_horizon=args.horizon)
-    pupils = {kind: Pupil(replace(settings, lens=kind), gpt, flags["seed"]) for kind in KINDS}
+    pupils = {kind: TaughtLens(replace(settings, lens=kind), gpt, flags["seed"]) for kind in KINDS}
     pass_seconds, progress = 0.0, Progress("teaching", args.steps, "steps", every_s=15)
     for step in range(args.steps):
         batch, captured, begin = loader.next(), list[Captured](), time.perf_counter()
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
             lesson = Lesson(captured, embeds.detach(), batch.targets, batch.rows, tree, None, None, (flags["seed"], step))
             pupil.learn(lesson, scale * lr_multiplier(step, args.steps))
         progress.update(step + 1)
-    found = judge(gpt, {kind: pupil.model for kind, pupil in pupils.items()}, meta, args)
+    found = judge_lenses(gpt, {kind: pupil.model for kind, pupil in pupils.items()}, meta, args)
     report = {"steps": args.steps, "contexts": args.contexts, "lenses": {}}
     for kind, pupil in pupils.items():
         row = {"of_the_pass": pupil.seconds / pass_seconds} | {name: float(np.mean(x)) for name, x in found[kind].items()}
@@ -109,13 +109,13 @@ def run(args: argparse.Namespace) -> None:
     print_json(report)
 
 
-def judge(gpt: GPT, models: dict[str, MegaContext], meta: dict, args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+def judge_lenses(gpt: GPT, models: dict[str, MegaContext], meta: dict, args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """kind -> measure -> one number per held-out row."""
     c, T = next(iter(models.values())).config, gpt.config.sequence_len
     cursor_Q = T - c.lens_queries + 1 + torch.linspace(0, c.lens_queries - args.horizon, 16).long()
     found: dict[str, dict[str, list[float]]] = {kind: {} for kind in models}
     for _, tokens, targets in held_out(meta, T, args.contexts, 8):
-        utility_BQN = utilities(gpt, c, tokens, targets, cursor_Q, args.horizon)
+        utility_BQN = gate_utilities(gpt, c, tokens, targets, cursor_Q, args.horizon)
         for kind, model in models.items():
             for name, values_B in lens_measures(gpt, model, tokens, cursor_Q, utility_BQN).items():
                 found[kind].setdefault(name, []).extend(values_B.tolist())

@@ -47,7 +47,7 @@ class Examples(NamedTuple):
         return max(float(self.utility_XN.gather(1, last_X1).mean()), 0.0)
 
 
-def examples(gpt: GPT, mc: MegaContext, cfg: FocusConfig, tokens_BT: Tensor, targets_BT: Tensor, interval: int) -> Examples:
+def refocus_examples(gpt: GPT, mc: MegaContext, cfg: FocusConfig, tokens_BT: Tensor, targets_BT: Tensor, interval: int) -> Examples:
     """Of the second half of each row, one query every `interval` tokens."""
     T, K, every = tokens_BT.shape[1], cfg.block_size, slice(None)
     captured: list[Captured] = []
@@ -72,7 +72,7 @@ def gained(found: Examples, weights: tuple[float, float, float], place: float) -
     return ((found.utility_XN - place) * above_XN).sum(1)
 
 
-def fit(found: Examples, place: float) -> tuple[float, float, float]:
+def fit_price(found: Examples, place: float) -> tuple[float, float, float]:
     """The weights of the learned price."""
     worth_XN = (found.utility_XN - place).masked_fill(found.logits_XN.isinf(), 0)
     worth_XN = worth_XN / worth_XN.abs().mean()
@@ -115,11 +115,11 @@ def run(args: argparse.Namespace) -> None:
     parts = []
     for first in range(0, args.rows, args.batch):
         tokens, targets = (x.to(args.device) for x in judged_rows(source, np.arange(first, min(first + args.batch, args.rows))))
-        parts.append(examples(gpt, mc, mc.focus_config(), tokens, targets, args.interval))
+        parts.append(refocus_examples(gpt, mc, mc.focus_config(), tokens, targets, args.interval))
     every, half = Examples.cat(parts), sum(len(p.room_X) for p in parts) // 2
     fitted, judged = Examples(*(x[:half] for x in every)), Examples(*(x[half:] for x in every))
     place = fitted.place()
-    weights = fit(fitted, place)
+    weights = fit_price(fitted, place)
     market, learned = (gained(judged, w, place).numpy() for w in (MARKET, weights))
     value = "threshold:" + ",".join(f"{w:.4g}" for w in weights)
     interval = bootstrap_interval(lambda i: (learned - market)[i].mean(), len(market))

@@ -30,7 +30,7 @@ from scripts.bench.train_step import training_step
 from scripts.eval.statistics import median_interval
 
 
-class Cost(NamedTuple):
+class TelemetryCost(NamedTuple):
     ratio: float  # recorded / unrecorded, median over pairs of blocks
     low: float  # 95 % interval
     high: float
@@ -42,7 +42,7 @@ class Cost(NamedTuple):
     values_per_step: float
 
 
-def telemetry_cost(meta: dict, tokenizer: Tokenizer, run_dir: str | Path, *, pairs: int = 10, steps: int = 10, device: str = "cpu", run: str = "") -> Cost:
+def telemetry_cost(meta: dict, tokenizer: Tokenizer, run_dir: str | Path, *, pairs: int = 10, steps: int = 10, device: str = "cpu", run: str = "") -> TelemetryCost:
     """run_dir: where the sinks' files go. steps: of a block, which ends with a log line and holds one trace that is kept."""
     step = training_step(meta, tokenizer, with_mc=True, device=device)
     values = 0
@@ -82,7 +82,7 @@ def telemetry_cost(meta: dict, tokenizer: Tokenizer, run_dir: str | Path, *, pai
         accounted = recorder.take_spent()
     seconds = np.array(taken)  # [pairs, without or with, wall or CPU]
     wall, cpu = (seconds[:, 1] / seconds[:, 0]).T
-    return Cost(float(np.median(wall)), *median_interval(wall), float(np.median(cpu)), *median_interval(cpu), float(accounted / seconds[:, 1, 0].sum()),
+    return TelemetryCost(float(np.median(wall)), *median_interval(wall), float(np.median(cpu)), *median_interval(cpu), float(accounted / seconds[:, 1, 0].sum()),
                 float(np.median(seconds[:, 0, 0])) / steps, values / (pairs * steps))
 
 

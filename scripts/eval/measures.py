@@ -24,7 +24,7 @@ from scripts.eval.methods.interface import Models, again
 from scripts.eval.methods.raw import FullContext, SlidingWindow
 
 
-def load(checkpoint_dir: Path) -> tuple[GPT, MegaContext, dict]:
+def load_with_mc(checkpoint_dir: Path) -> tuple[GPT, MegaContext, dict]:
     gpt, meta = load_model(checkpoint_dir)
     return gpt, load_mega_context(checkpoint_dir, meta["step"], meta, gpt.config.n_embd), meta
 
@@ -45,7 +45,7 @@ def focus(checkpoint_dir: Path, contexts: int = 64, batch: int = 32, oracle: int
     nll_, acc_ of full, window, random, recency, lens and gist (no block raw), of oracle if asked for (it tries every block), and hit: whether
     the lens's first choice is the block that the continuation's gate gradient names. data: other text than the training's.
     """
-    gpt, mc, meta = load(checkpoint_dir)
+    gpt, mc, meta = load_with_mc(checkpoint_dir)
     c, T = mc.config, gpt.config.sequence_len
     n = (T - c.horizon) // c.block_size * c.block_size
     found: dict[str, list] = {}
@@ -72,7 +72,7 @@ def compression(checkpoint_dir: Path, contexts: int = 48, batch: int = 16, ratio
     nll_ full, window, recent (the protected tail alone), lod1 … (the whole history as gists of that level, as far as it has them, and the tail),
     and ratio_4 …: n / 4 entries …, gists and the last blocks raw. data: other text than the training's.
     """
-    gpt, mc, meta = load(checkpoint_dir)
+    gpt, mc, meta = load_with_mc(checkpoint_dir)
     c, T = mc.config, gpt.config.sequence_len
     n = (T - c.horizon) // c.block_size * c.block_size
     found: dict[str, list] = {}
@@ -93,7 +93,7 @@ def intervals(checkpoint_dir: Path, texts: dict[str, str], every: list[int], con
     nll_TEXT_full, _window, _recency (gists, the last blocks raw) and _every_1 …: gists and the blocks that the lens names. texts: name ->
     data. budget: W in entries; 0: as trained.
     """
-    gpt, mc, meta = load(checkpoint_dir)
+    gpt, mc, meta = load_with_mc(checkpoint_dir)
     T = gpt.config.sequence_len
     n, models = (T - horizon) // mc.config.block_size * mc.config.block_size, Models(gpt, mc)
     kinds = {"full": FullContext, "window": SlidingWindow, "recency": RecencyGists} | {f"every_{interval}": again(LensGists, interval) for interval in every}
@@ -108,7 +108,7 @@ def intervals(checkpoint_dir: Path, texts: dict[str, str], every: list[int], con
 
 def lens(checkpoint_dir: Path, contexts: int = 64, batch: int = 16, queries: int = 256, cursors: int = 16, horizon: int = 8, data: str = "") -> dict[str, list[float]]:
     """`taught` on held-out rows: at `cursors` positions spread over their last `queries`. data: other text than the training's."""
-    gpt, mc, meta = load(checkpoint_dir)
+    gpt, mc, meta = load_with_mc(checkpoint_dir)
     T = gpt.config.sequence_len
     cursor_Q = T - queries + 1 + torch.linspace(0, queries - horizon, cursors).long()
     found: dict[str, list] = {}
@@ -120,7 +120,7 @@ def lens(checkpoint_dir: Path, contexts: int = 64, batch: int = 16, queries: int
 
 def taught(gpt: GPT, mc: MegaContext, tokens_BT: Tensor, targets_BT: Tensor, cursor_Q: Tensor, horizon: int) -> dict[str, Tensor]:
     """`lens_measures` against the gate gradients of the `horizon` tokens that follow each cursor (tokens of history)."""
-    return lens_measures(gpt, mc, tokens_BT, cursor_Q, utilities(gpt, mc.config, tokens_BT, targets_BT, cursor_Q, horizon))
+    return lens_measures(gpt, mc, tokens_BT, cursor_Q, gate_utilities(gpt, mc.config, tokens_BT, targets_BT, cursor_Q, horizon))
 
 
 def rated(c: MCConfig, T: int, cursor_Q: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def rated(c: MCConfig, T: int, cursor_Q: Tensor) -> Tensor:
     return (torch.arange((T - c.protected) // c.block_size) + 1) * c.block_size <= cursor_Q[:, None] - c.protected
 
 
-def utilities(gpt: GPT, c: MCConfig, tokens_BT: Tensor, targets_BT: Tensor, cursor_Q: Tensor, horizon: int) -> Tensor:
+def gate_utilities(gpt: GPT, c: MCConfig, tokens_BT: Tensor, targets_BT: Tensor, cursor_Q: Tensor, horizon: int) -> Tensor:
     """[B, Q, N] gate utility of blocks [nats] for the `horizon` tokens after each cursor; 0 for those it does not rate."""
     visible_QN = rated(c, tokens_BT.shape[1], cursor_Q)
     asked = slice(int(cursor_Q.min()) - 1, tokens_BT.shape[1])

@@ -7,14 +7,13 @@ from pathlib import Path
 from mc.evaluation import Outcome
 from nanochat.recorder import read_metrics
 from scripts.eval.figures import BLUE, GREEN, VERMILION, new_figure, save_figure
-from scripts.eval.statistics import bootstrap_interval
+from scripts.eval.statistics import LEAST_GAP, bootstrap_interval, share_of_gap
 from scripts.eval.tables import cell, table
 
 SYSTEMS = {  # name in report.json -> (label, which checkpoint)
     "full": ("full context", "MC"), "sliding_window": ("sliding window", "MC"), "mc_random": ("MC, random focus", "MC"),
     "mc_recency": ("MC, recency focus", "MC"), "mc_lens": ("MC, LensNet focus", "MC"), "mc_oracle": ("MC, oracle focus", "MC"),
     "vanilla_full": ("full context", "vanilla"), "vanilla_window": ("sliding window", "vanilla")}
-LEAST_GAP = 0.1  # nat: below it, the share of the gap that is closed means nothing
 
 
 def task_report(outcomes: dict[str, Outcome], *, history: int, budget: int, with_accuracy: bool, facts: dict) -> dict:
@@ -29,19 +28,16 @@ def task_report(outcomes: dict[str, Outcome], *, history: int, budget: int, with
             "acc": float(outcome.acc_B.double().mean()) if with_accuracy else None,
             "entries": round(float(outcome.entries_B.double().mean()))})
     return {"history": history, "budget": budget, "rows": rows, "contexts": len(outcomes["full"].nll_B),
-            "gap_closed": {name: gap_closed(outcomes, name) for name in outcomes if name.startswith("mc_")}, **facts}
+            "gap_closed": {name: compared_gap_closed(outcomes, name) for name in outcomes if name.startswith("mc_")}, **facts}
 
 
-def gap_closed(outcomes: dict[str, Outcome], system: str) -> dict | None:
+def compared_gap_closed(outcomes: dict[str, Outcome], system: str) -> dict | None:
     """(window − system) / (window − full) on mean NLL, with its interval; None where the gap is too small to be measured."""
-    window, full, mine = (outcomes[name].nll_B.double().numpy() for name in ("sliding_window", "full", system))
-    if (gap := (window - full).mean()) < LEAST_GAP:
-        return None
-    share = lambda i: (window[i] - mine[i]).mean() / max((window[i] - full[i]).mean(), 1e-9)
-    return {"share": float((window - mine).mean() / gap), "interval": bootstrap_interval(share, len(window))}
+    found = share_of_gap(*(outcomes[name].nll_B.double().numpy() for name in ("sliding_window", system, "full")))
+    return found and {"share": found[0], "interval": found[1]}
 
 
-def markdown(report: dict) -> str:
+def comparison_markdown(report: dict) -> str:
     lines = ["# Vanilla and MegaContext on the same history", ""]
     for name, task in report["tasks"].items():
         lines += [
@@ -68,11 +64,11 @@ def markdown(report: dict) -> str:
     return "\n".join(lines)
 
 
-def write(report: dict, runs: dict[str, dict[str, Path]], out: Path) -> str:
+def write_comparison(report: dict, runs: dict[str, dict[str, Path]], out: Path) -> str:
     """report.json, report.md and plots under `out`; returns the Markdown. runs: task -> {"mc", "vanilla"} -> metrics.jsonl."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    text = markdown(report)
+    text = comparison_markdown(report)
     (out / "report.md").write_text(text)
     plot_systems(report, out / "systems.png")
     plot_training(runs, out / "training.png")

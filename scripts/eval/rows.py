@@ -21,14 +21,14 @@ from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer
 
 
-class Rows(NamedTuple):
+class RowBatch(NamedTuple):
     tokens_BT: Tensor
     targets_BT: Tensor  # the token after each, −1 where none is judged
     n: int
     rows_B: Tensor  # row numbers
 
 
-Batches = Callable[[int], Rows]  # number of a batch -> its rows, always the same
+Batches = Callable[[int], RowBatch]  # number of a batch -> its rows, always the same
 
 
 def make_batches(data: str, split: str, tokenizer: Tokenizer, flags: dict, *, history: int, horizon: int, block_size: int, rows: int,
@@ -45,17 +45,17 @@ def make_batches(data: str, split: str, tokenizer: Tokenizer, flags: dict, *, hi
         mix = parse_mix(data.partition(":")[2])
         words = Words.of(tokenizer, open_token_cache(open_corpus("stdlib"), split, tokenizer).tokens)
 
-        def of_tasks(i: int) -> Rows:
+        def of_tasks(i: int) -> RowBatch:
             name = list(mix)[int(np.random.default_rng((seed, i)).choice(len(mix), p=list(mix.values())))]
             made = task_rows(name, words, split, numbers(i), history, block_size=block_size)
-            return Rows(torch.from_numpy(made.tokens), torch.from_numpy(made.targets), made.n, torch.from_numpy(numbers(i)))
+            return RowBatch(torch.from_numpy(made.tokens), torch.from_numpy(made.targets), made.n, torch.from_numpy(numbers(i)))
 
         return of_tasks
     T = history + horizon
     source = source_of({"flags": flags}, split, tokenizer=tokenizer, data=data, T=T, rows="long")
 
-    def of_source(i: int) -> Rows:
-        return Rows(*judged_rows(source, numbers(i)), history, torch.from_numpy(numbers(i)))
+    def of_source(i: int) -> RowBatch:
+        return RowBatch(*judged_rows(source, numbers(i)), history, torch.from_numpy(numbers(i)))
 
     return of_source
 

@@ -28,9 +28,8 @@ from nanochat.tasks.recall import RecallTask
 from nanochat.tokenizer import Tokenizer
 from scripts.eval.hop_questions import SYSTEMS as HOP_SYSTEMS, ask_chains
 from scripts.eval.provenance import commit
-from scripts.eval.report import LEAST_GAP
-from scripts.eval.scores import Contexts, measure, recall_contexts, text_contexts
-from scripts.eval.statistics import bootstrap_interval
+from scripts.eval.scores import Contexts, measure_scores, recall_contexts, text_contexts
+from scripts.eval.statistics import bootstrap_interval, share_of_gap
 from scripts.eval.subcommands import check_least
 from scripts.eval.tables import cell, table
 
@@ -45,7 +44,7 @@ class Model(NamedTuple):
     meta: dict
 
 
-class Setting(NamedTuple):
+class FocusSetting(NamedTuple):
     """What is judged: `n` tokens of history at a budget of W entries."""
 
     task: str  # "recall" or "text"
@@ -54,13 +53,13 @@ class Setting(NamedTuple):
     budget: int
 
 
-def load(directory: Path, tokenizer: Tokenizer) -> Model:
+def load_checked(directory: Path, tokenizer: Tokenizer) -> Model:
     gpt, meta = load_model(directory)
     check_tokenizer(meta, tokenizer, directory)
     return Model(gpt, load_mega_context(directory, meta["step"], meta, gpt.config.n_embd), meta)
 
 
-def recall_setting(model: Model, tokenizer: Tokenizer, size: str) -> tuple[Setting, RecallTask, int]:
+def recall_setting(model: Model, tokenizer: Tokenizer, size: str) -> tuple[FocusSetting, RecallTask, int]:
     """A size is blocks:ratio, "64:8" being 64 stored blocks at a budget of an eighth of their tokens."""
     if model.meta["flags"]["data"] != "recall":
         raise UserError(f"--recall_mc: that model was trained on --data={model.meta['flags']['data']}, not on recall")
@@ -71,15 +70,15 @@ def recall_setting(model: Model, tokenizer: Tokenizer, size: str) -> tuple[Setti
     stored = int(blocks) * task.block
     if (stored + task.announce) % K:
         raise UserError(f"--recall_sizes: {size} is a history of {stored + task.announce} tokens, the model's blocks have {K} (--mc_block_size={K}); choose a multiple")
-    return Setting("recall", f"recall, {blocks} blocks at 1/{ratio}", stored + task.announce, stored // int(ratio)), task, int(blocks)
+    return FocusSetting("recall", f"recall, {blocks} blocks at 1/{ratio}", stored + task.announce, stored // int(ratio)), task, int(blocks)
 
 
-def judge(model: Model, setting: Setting, contexts: Iterator[tuple[np.ndarray, Contexts]], args, progress: Callable[[int], None]) -> dict[str, dict[str, np.ndarray]]:
+def judge_setting(model: Model, setting: FocusSetting, contexts: Iterator[tuple[np.ndarray, Contexts]], args, progress: Callable[[int], None]) -> dict[str, dict[str, np.ndarray]]:
     """system -> measure -> float64 [contexts]."""
     parts: dict[str, dict[str, list]] = {}
     for rows, (tokens, targets, matter) in contexts:
         focus = FocusComparison(model.gpt, model.mc, tokens, targets, setting.n, args.seed, torch.from_numpy(rows), setting.budget)
-        found = measure(focus, matter, candidates=args.candidates)
+        found = measure_scores(focus, matter, candidates=args.candidates)
         for name, plain in plain_outcomes(model.gpt, tokens, targets, setting.n, setting.budget).items():
             found[name] = {"nll": plain.nll_B, "acc": plain.acc_B, "entries": plain.entries_B}
         for system, measures in found.items():
@@ -89,7 +88,7 @@ def judge(model: Model, setting: Setting, contexts: Iterator[tuple[np.ndarray, C
     return {system: {name: torch.cat(values).numpy() for name, values in measures.items()} for system, measures in parts.items()}
 
 
-def summary(found: list[dict[str, dict[str, np.ndarray]]], with_accuracy: bool) -> dict:
+def setting_summary(found: list[dict[str, dict[str, np.ndarray]]], with_accuracy: bool) -> dict:
     """Means over contexts of all seeds with their 95 % bootstraps, and each seed's mean."""
     systems: dict[str, dict] = {}
     for system in found[0]:
@@ -99,7 +98,7 @@ def summary(found: list[dict[str, dict[str, np.ndarray]]], with_accuracy: bool) 
                 each = [one[system][name] for one in found]
                 row[name] = mean_of(each) if not all(np.isnan(x).all() for x in each) else None
         if "regret" in row:
-            row["gap_closed"] = gap_closed(found, system)
+            row["gap_closed"] = seeds_gap_closed(found, system)
     return systems
 
 
@@ -134,16 +133,13 @@ def judge_hops(models: list[Model], directories: list[Path], tokenizer: Tokenize
             for announced, parts in found.items()]
 
 
-def gap_closed(found: list[dict[str, dict[str, np.ndarray]]], system: str) -> dict | None:
+def seeds_gap_closed(found: list[dict[str, dict[str, np.ndarray]]], system: str) -> dict | None:
     """(window − system) / (window − full) on mean NLL; None where the gap is below 0.1 nat."""
-    window, full, mine = (np.concatenate([one[name]["nll"] for one in found]) for name in ("window", "full", system))
-    if (window - full).mean() < LEAST_GAP:
-        return None
-    share = lambda i: (window[i] - mine[i]).mean() / max((window[i] - full[i]).mean(), 1e-9)
-    return {"mean": float(share(slice(None))), "interval": bootstrap_interval(share, len(window), seeds=len(found))}
+    closed = share_of_gap(*(np.concatenate([one[name]["nll"] for one in found]) for name in ("window", system, "full")), seeds=len(found))
+    return closed and {"mean": closed[0], "interval": closed[1]}
 
 
-def markdown(report: dict) -> str:
+def focus_markdown(report: dict) -> str:
     lines = ["# Focus against the oracle", ""]
     for s in report["settings"]:
         full, window = (s["systems"][name] for name in ("full", "window"))
@@ -195,14 +191,14 @@ def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--out", type=Path, default=None, help="where the report goes; default $NANOCHAT_BASE_DIR/focus")
 
 
-def text_settings(model: Model, args) -> list[tuple[Setting, Path | str]]:
+def text_settings(model: Model, args) -> list[tuple[FocusSetting, Path | str]]:
     c, T = model.mc.config, model.gpt.config.sequence_len
     n = (T - c.horizon) // c.block_size * c.block_size
     budgets = [part for part in args.text_budgets.split(",") if part] or [str(c.budget)]
     if bad := [part for part in budgets if not part.isdecimal()]:
         raise UserError(f"--text_budgets: {bad[0]!r} is no number of entries")
     named = args.text_data or [model.meta["flags"]["data"]]
-    return [(Setting("text", f"text ({Path(data).name}), blocks of {c.block_size}", n, int(budget)), data) for data in named for budget in budgets]
+    return [(FocusSetting("text", f"text ({Path(data).name}), blocks of {c.block_size}", n, int(budget)), data) for data in named for budget in budgets]
 
 
 def settings_of(models: list[Model], tokenizer: Tokenizer, args, task: str):
@@ -232,21 +228,21 @@ def run(args: Namespace) -> None:
         raise UserError(f"--out={out} is a file; name a folder")
     tokenizer, settings = Tokenizer.load(), []
     for task, directories in (("recall", args.recall_mc), ("text", args.text_mc)):
-        models = [load(directory, tokenizer) for directory in directories]
+        models = [load_checked(directory, tokenizer) for directory in directories]
         for setting, makers in settings_of(models, tokenizer, args, task) if models else ():
             progress, found = Progress(setting.name, args.contexts * len(models), "contexts", every_s=15), []
             for i, (model, make) in enumerate(zip(models, makers)):
                 batches = (np.arange(first, min(first + args.batch, args.contexts)) for first in range(0, args.contexts, args.batch))
-                found.append(judge(model, setting, ((rows, make(rows)) for rows in batches), args,
+                found.append(judge_setting(model, setting, ((rows, make(rows)) for rows in batches), args,
                                    lambda done, before=i * args.contexts: progress.update(before + done)))
             c = models[0].mc.config
             settings.append({**setting._asdict(), "shown": (setting.budget - c.protected) // c.block_size, "contexts": args.contexts, "seeds": len(models),
-                             "checkpoints": [str(d) for d in directories], "systems": summary(found, task == "recall")})
-    hops = judge_hops([load(directory, tokenizer) for directory in args.hops_mc], args.hops_mc, tokenizer, args) if args.hops_mc else []
+                             "checkpoints": [str(d) for d in directories], "systems": setting_summary(found, task == "recall")})
+    hops = judge_hops([load_checked(directory, tokenizer) for directory in args.hops_mc], args.hops_mc, tokenizer, args) if args.hops_mc else []
     report = {"settings": settings, "hops": hops, "seed": args.seed, "candidates": args.candidates, "commit": commit()}
     out.mkdir(parents=True, exist_ok=True)
     (out / "focus.json").write_text(json.dumps(report, indent=1) + "\n")
-    text = markdown(report)
+    text = focus_markdown(report)
     (out / "focus.md").write_text(text)
     print(text)
     print0(f"report in {out}")

@@ -73,7 +73,7 @@ def bins(windows: int) -> Iterator[tuple[int, int]]:
         low *= 2
 
 
-def by_distance(answers: Answers, pool: SessionPool, task: RecallTask, fillers: dict[str, np.ndarray | None], args: Namespace) -> int:
+def recall_by_distance(answers: Answers, pool: SessionPool, task: RecallTask, fillers: dict[str, np.ndarray | None], args: Namespace) -> int:
     """Facts at distances up to `windows` times the budget; the length of the streams."""
     W, K = pool.focus_config.budget, task.block
     n = args.windows * W // K * K
@@ -152,7 +152,7 @@ def text_by_length(answers: Answers, pool: SessionPool, tokenizer: Tokenizer, ar
             progress.update(i * args.passages + p + 1)
 
 
-def markdown(title: str, rows: list[dict], value: str) -> list[str]:
+def stream_markdown(title: str, rows: list[dict], value: str) -> list[str]:
     """Groups and places down, systems across."""
     places = list(dict.fromkeys((r["group"], r["place"]) for r in rows))
     systems = [s for s in SYSTEMS if any(r["system"] == s for r in rows)]
@@ -165,7 +165,7 @@ def markdown(title: str, rows: list[dict], value: str) -> list[str]:
     return [f"### {title}", "", *table(("history", "place", *(LABELS[s] for s in systems), "questions", "entries by LOD (lens)"), shown), ""]
 
 
-def plot(parts: dict[str, list[dict]], path: Path) -> None:
+def plot_stream(parts: dict[str, list[dict]], path: Path) -> None:
     figure, axes = new_figure(1, len(parts), width=5.2, height=3.4)
     for axis, (part, rows) in zip(axes[0], parts.items()):
         distance, value = part == "distance", "acc" if part == "distance" else "nll"
@@ -230,7 +230,7 @@ def run(args: Namespace) -> None:
     text = open_token_cache(open_corpus("stdlib"), "val", tokenizer).tokens if "text" in kinds else None
     by_place, by_length = Answers(), Answers()
     with torch.inference_mode():
-        n = by_distance(by_place, pool, task, {kind: text if kind == "text" else None for kind in kinds}, args)
+        n = recall_by_distance(by_place, pool, task, {kind: text if kind == "text" else None for kind in kinds}, args)
         if args.max_length:
             recall_by_length(by_length, load_pool(args.checkpoint_dir, args, args.length_budget, device)[0], task, args)
         of_text = Answers()
@@ -240,15 +240,15 @@ def run(args: Namespace) -> None:
     parts = {name: t.report() for name, t in (("distance", by_place), ("length", by_length), ("text", of_text)) if t.by_place}
     titles = {"distance": f"Accuracy by distance in windows of {pool.focus_config.budget} entries, streams of {n:,} tokens", "length": "NLL of recall by length of the history",
               "text": "NLL of text by length of the history"}
-    lines = [line for name, rows in parts.items() for line in markdown(titles[name], rows, "acc" if name == "distance" else "nll")]
+    lines = [line for name, rows in parts.items() for line in stream_markdown(titles[name], rows, "acc" if name == "distance" else "nll")]
     if by_length.by_place:
-        lines += markdown("Accuracy of recall by length of the history", parts["length"], "acc")
+        lines += stream_markdown("Accuracy of recall by length of the history", parts["length"], "acc")
     out.mkdir(parents=True, exist_ok=True)
     (out / "stream.md").write_text("\n".join(lines))
     report = {"n": n, "windows": args.windows, "budget": pool.focus_config.budget, "streams": args.streams, "seed": args.seed,
               "trained_lods": meta["mc"]["trained_lods"], "checkpoint": str(args.checkpoint_dir), **parts}
     (out / "stream.json").write_text(json.dumps(report, indent=1))
-    plot(parts, out / "stream.png")
+    plot_stream(parts, out / "stream.png")
     print("\n".join(lines))
     print(f"report in {out}")
     accuracy = {group: {s: {r["place"]: round(r["acc"], 4) for r in parts["distance"] if r["group"] == group and r["system"] == s} for s in SYSTEMS} for group in kinds}

@@ -22,10 +22,9 @@ from nanochat.dataset import Progress
 from nanochat.tokenizer import Tokenizer
 from scripts.eval.bm25 import bm25_scores
 from scripts.eval.provenance import commit
-from scripts.eval.report import LEAST_GAP
-from scripts.eval.run_focus import Model, load, paths
+from scripts.eval.run_focus import Model, load_checked, paths
 from scripts.eval.scores import spearman, tail_attention, text_contexts
-from scripts.eval.statistics import bootstrap_interval
+from scripts.eval.statistics import LEAST_GAP, bootstrap_interval
 from scripts.eval.subcommands import check_least
 from scripts.eval.tables import cell, table
 from scripts.eval.text_focus import HORIZONS, Predictor, Tried, far_only, features, fit, judge_cuts, utilities_by_horizon
@@ -54,7 +53,7 @@ def predictors(model: Model, source, budget: int, args, what: str) -> dict[int, 
     return {horizon: fit(x, torch.cat([utility[i] for _, utility in found])) for i, horizon in enumerate(HORIZONS)}
 
 
-def judge(model: Model, source, budget: int, counts: list[int], fitted: dict[int, Predictor], args, what: str) -> dict[str, np.ndarray]:
+def judge_text(model: Model, source, budget: int, counts: list[int], fitted: dict[int, Predictor], args, what: str) -> dict[str, np.ndarray]:
     """name -> [contexts, 64]: losses of every system as `judge_cuts` names them, "far …" masks of targets; "rho …" [contexts, horizons]."""
     parts: dict[str, list] = {}
     progress = Progress(f"{what}: contexts judged", args.contexts, "contexts", every_s=15)
@@ -79,7 +78,7 @@ def judge(model: Model, source, budget: int, counts: list[int], fitted: dict[int
     return {name: torch.cat(values).numpy() for name, values in parts.items()}
 
 
-def judged(model: Model, directory: Path, data: Path, budget: int, counts: list[int], args, out: Path, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+def judged_once(model: Model, directory: Path, data: Path, budget: int, counts: list[int], args, out: Path, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """What `judge` gives, from --out if it was judged before with the same settings."""
     what = f"{directory.name}, {data.name}, W = {budget}"
     settings = (str(directory.resolve()), model.meta["step"], str(data), budget, *(getattr(args, name) for name in ("contexts", "train_contexts", "candidates", "rounds", "seed")))
@@ -90,7 +89,7 @@ def judged(model: Model, directory: Path, data: Path, budget: int, counts: list[
     held, train = (source_of(model.meta, split, tokenizer=tokenizer, data=str(data), seed=args.seed) for split in ("val", "train"))
     eval_rows(held, args.contexts * held.T)  # refuses more contexts than there are
     fitted = predictors(model, train, budget, args, what) if args.train_contexts else {}
-    found = judge(model, held, budget, counts, fitted, args, what)
+    found = judge_text(model, held, budget, counts, fitted, args, what)
     out.mkdir(parents=True, exist_ok=True)
     partial = out / f"{kept.stem}.partial.npz"
     np.savez(partial, **found)
@@ -146,7 +145,7 @@ def share_cell(found: dict | None) -> str:
     return "–" if found is None else cell(found["mean"], found["interval"], "+.2f")
 
 
-def markdown(report: dict) -> str:
+def text_markdown(report: dict) -> str:
     lines = ["# Focus on real text", ""]
     for s in report["settings"]:
         counts, most, by = s["counts"], s["counts"][-1], s["summary"]["horizons"]
@@ -196,7 +195,7 @@ def run(args: Namespace) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file; name a folder")
     tokenizer = Tokenizer.load()
-    models = [load(directory, tokenizer) for directory in args.text_mc]
+    models = [load_checked(directory, tokenizer) for directory in args.text_mc]
     shapes = {(m.mc.config.block_size, m.mc.config.protected, m.mc.config.budget, m.gpt.config.sequence_len) for m in models}
     if len(shapes) > 1:
         raise UserError("--text_mc: models of one shape, block size and budget are judged together; give them to separate commands")
@@ -205,7 +204,7 @@ def run(args: Namespace) -> None:
         for budget in map(int, args.text_budgets.split(",") if args.text_budgets else [trained]):
             most = min((budget - R) // K, (T - HORIZONS[-1]) // K - R // K)
             counts = sorted({c for c in (1, 2, 4) if c < most} | {most})
-            found = [judged(model, directory, data, budget, counts, args, out, tokenizer) for model, directory in zip(models, args.text_mc)]
+            found = [judged_once(model, directory, data, budget, counts, args, out, tokenizer) for model, directory in zip(models, args.text_mc)]
             joined = {name: np.concatenate([one[name] for one in found]) for name in found[0]}
             settings.append({"data": data.name, "block_size": K, "budget": budget, "n": (T - HORIZONS[-1]) // K * K, "counts": counts, "contexts": args.contexts, "seeds": len(models),
                              "checkpoints": list(map(str, args.text_mc)), "summary": summarize(joined, counts, bool(args.train_contexts), len(found)),
@@ -213,7 +212,7 @@ def run(args: Namespace) -> None:
     report = {"settings": settings, "seed": args.seed, "train_contexts": args.train_contexts, "commit": commit()}
     out.mkdir(parents=True, exist_ok=True)
     (out / "text_focus.json").write_text(json.dumps(report, indent=1) + "\n")
-    text = markdown(report)
+    text = text_markdown(report)
     (out / "text_focus.md").write_text(text)
     print(text)
     print0(f"report in {out}")

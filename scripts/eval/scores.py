@@ -114,7 +114,7 @@ def most_useful(utility_BF: Tensor, count: int) -> Tensor:
     return torch.zeros_like(utility_BF, dtype=torch.bool).scatter(1, best, True) & (utility_BF > 0)
 
 
-def measure(focus: FocusComparison, matter_BN: Tensor | None, progress: Callable[[], None] = lambda: None,
+def measure_scores(focus: FocusComparison, matter_BN: Tensor | None, progress: Callable[[], None] = lambda: None,
             candidates: int | None = None) -> dict[str, dict[str, Tensor]]:
     """system -> measure -> [B], for every score of `all_scores` and for "oracle".
 

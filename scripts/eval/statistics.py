@@ -21,6 +21,7 @@ import numpy as np
 from nanochat.common import UserError
 
 DRAWS = 4000
+LEAST_GAP = 0.1  # nat: below it, the share of the gap that is closed means nothing
 
 
 def seed_weights(seeds: int, draws: int, rng: np.random.Generator) -> np.ndarray:
@@ -116,3 +117,11 @@ def median_interval(values: np.ndarray) -> tuple[float, float]:
     """95 % bootstrap interval of the median."""
     low, high = bootstrap_interval(lambda i: np.median(values[i]), len(values))
     return low, high
+
+
+def share_of_gap(window: np.ndarray, own: np.ndarray, full: np.ndarray, seeds: int = 1) -> tuple[float, list[float]] | None:
+    """(window − own) / (window − full) on means over contexts, and its interval; None where the gap is too small to be measured."""
+    if (window - full).mean() < LEAST_GAP:
+        return None
+    share = lambda i: float((window[i] - own[i]).mean() / max((window[i] - full[i]).mean(), 1e-9))
+    return share(slice(None)), bootstrap_interval(share, len(window), seeds=seeds)

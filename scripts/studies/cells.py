@@ -53,7 +53,7 @@ def whole_numbers(text: str, flag: str) -> list[int]:
 # Records
 
 
-class Records:
+class CellRecords:
     """A file of records: JSON lines with a "key" each. The last record of a key counts."""
 
     def __init__(self, path: Path):
@@ -97,7 +97,7 @@ def find_function(name: str) -> Callable:
         raise UserError(f"there is no function {name}: {e}") from None
 
 
-def _run_cell(cell: dict, work: str, records: Records, log: Path, again: bool, errors) -> None:
+def _run_cell(cell: dict, work: str, records: CellRecords, log: Path, again: bool, errors) -> None:
     """In a process of its own, output into `log`. Dies with the runner, and does nothing if another runner was faster."""
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     with open(log, "a") as out:
@@ -117,7 +117,7 @@ def _run_cell(cell: dict, work: str, records: Records, log: Path, again: bool, e
         errors.send(f"{type(e).__name__}: {e}")
 
 
-def run_cells(cells: list[dict], work: str, records: Records, *, what: str, jobs: int = 1, again: bool = False) -> None:
+def run_cells(cells: list[dict], work: str, records: CellRecords, *, what: str, jobs: int = 1, again: bool = False) -> None:
     """Run the cells whose key has no record yet (`again`: all), `jobs` at a time. Each is {"key", "name", …} and is handed whole to `work`, the function
     "module:name" that gives its results.
 

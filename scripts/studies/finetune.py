@@ -22,9 +22,9 @@ from nanochat.gpt import mean_loss, token_losses
 from nanochat.optim import MuonAdamW, assert_finite, gpt_param_groups
 from nanochat.schedule import lr_multiplier, muon_momentum
 from scripts.eval.methods.gists import Gists
-from scripts.eval.methods.interface import Models, System
-from scripts.eval.methods.registry import system_named
-from scripts.eval.rows import Batches, Rows
+from scripts.eval.methods.interface import Models, Method
+from scripts.eval.methods.registry import method_named
+from scripts.eval.rows import Batches, RowBatch
 
 WARMUP, WARMDOWN = 5, 0.7  # steps; share of the steps
 TEACHING = 4  # every how many rows teach the lens: a full pass costs as much as many working contexts
@@ -61,7 +61,7 @@ def finetune(name: str, models: Models, batches: Batches, recipe: Recipe, progre
 
     UserError for a system that reads with another's weights (`System.arm`).
     """
-    kind = system_named(name)
+    kind = method_named(name)
     if kind.arm:
         raise UserError(f"the system {name} reads with the weights of {kind.arm}: fine-tune that one")
     chosen: Tuned | None = None
@@ -69,7 +69,7 @@ def finetune(name: str, models: Models, batches: Batches, recipe: Recipe, progre
     for i, scale in enumerate(recipe.lr_scales):
         mine = kind.prepare(copy.deepcopy(models))
         systems = [kind(mine, budget, recipe.seed) for budget in recipe.budgets]
-        losses = train(systems, batches, recipe, scale, lambda step: progress(i * recipe.steps + step))
+        losses = train_reader(systems, batches, recipe, scale, lambda step: progress(i * recipe.steps + step))
         dev = [nll(system, batches(recipe.steps + j)) for j in range(recipe.dev) for system in systems]
         found[scale] = float(torch.cat(dev).mean())
         if found[scale] == min(found.values()):
@@ -77,12 +77,12 @@ def finetune(name: str, models: Models, batches: Batches, recipe: Recipe, progre
     return chosen
 
 
-def nll(system: System, rows: Rows) -> Tensor:
+def nll(system: Method, rows: RowBatch) -> Tensor:
     """[B] nats."""
     return system.judge(*rows).outcome.nll_B
 
 
-def train(systems: list[System], batches: Batches, recipe: Recipe, lr_scale: float, progress: Callable[[int], None]) -> list[float]:
+def train_reader(systems: list[Method], batches: Batches, recipe: Recipe, lr_scale: float, progress: Callable[[int], None]) -> list[float]:
     """Fine-tune the models that the systems (one for each budget) share, in place; returns the losses."""
     system = systems[0]
     gpt, lr_scale = system.gpt, lr_scale * recipe.batch_scale
@@ -113,7 +113,7 @@ def train(systems: list[System], batches: Batches, recipe: Recipe, lr_scale: flo
     return losses
 
 
-def teach_lens(system: System, rows: Rows, step: int) -> None:
+def teach_lens(system: Method, rows: RowBatch, step: int) -> None:
     """Adds to the lens's gradients: its labels, from the full pass over some of the rows, for the queries whose targets count."""
     tokens, targets, numbers = (x[::TEACHING] for x in (rows.tokens_BT, rows.targets_BT, rows.rows_B))
     n, mc, T = rows.n, system.models.mc, tokens.shape[1]

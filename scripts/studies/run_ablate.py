@@ -21,11 +21,11 @@ from nanochat.tokenizer import Tokenizer
 from scripts.bench.train_step import step_time_ratio
 from scripts.eval.provenance import ROOT
 from scripts.eval.subcommands import check_least
-from scripts.studies.cells import Records, find_function, run_cells, whole_numbers
-from scripts.studies.study import DEFAULT, Study, plot, read_study, step_time_cells, study_report, study_results
+from scripts.studies.cells import CellRecords, find_function, run_cells, whole_numbers
+from scripts.studies.study import DEFAULT, Study, plot_study, read_study, step_time_cells, study_report, study_results
 
 
-def train(flags: dict[str, str], seed: int, tag: str) -> Path:
+def trained_model(flags: dict[str, str], seed: int, tag: str) -> Path:
     """The checkpoint directory of a finished training; what was begun goes on. In this process, while others wait that want the same."""
     directory = base_dir() / "checkpoints" / tag
     with locked(base_dir() / ".locks" / f"train-{tag}"):
@@ -43,7 +43,7 @@ def run_script(name: str, flags: dict) -> None:
     find_function(f"{name}:main")()
 
 
-def evaluate(directory: Path, options: dict) -> dict[str, list[float] | float]:
+def evaluate_checkpoint(directory: Path, options: dict) -> dict[str, list[float] | float]:
     """Measures of a checkpoint by the function or the command that the study names."""
     options = dict(options)
     if "function" in options:
@@ -66,7 +66,7 @@ def run_command(command: str) -> dict:
 
 
 def run_cell(cell: dict) -> dict:
-    return evaluate(train(cell["flags"], cell["seed"], cell["model_tag"]), cell["evaluate"])
+    return evaluate_checkpoint(trained_model(cell["flags"], cell["seed"], cell["model_tag"]), cell["evaluate"])
 
 
 def run_step_time(cell: dict) -> dict:
@@ -107,7 +107,7 @@ def run(args: Namespace) -> None:
     arms = [arm for arm in study.arms if arm == DEFAULT or arm in wanted]
 
     out = base_dir() / "ablations" / study.name
-    records = Records(out / "results.jsonl")
+    records = CellRecords(out / "results.jsonl")
     cells = [study.cell(arm, seed) for seed in seeds for arm in arms]
     run_cells(cells, "scripts.studies.run_ablate:run_cell", records, what=study.name, jobs=args.jobs)
     timings = step_time_cells(study, arms, seeds[0]) if study.step_time is not None else []
@@ -117,6 +117,6 @@ def run(args: Namespace) -> None:
     everything, times = study_results(study, records.read(), sorted({*study.seeds, *seeds}))
     text, found = study_report(study, everything, times)
     (out / "report.md").write_text(text)
-    plot(found, out / "plot.png")
+    plot_study(found, out / "plot.png")
     print(text, flush=True)
     print(json.dumps({"report": str(out / "report.md"), "results": str(records.path), "cells": len(everything)}))

@@ -12,7 +12,7 @@ import torch
 from nanochat.common import FlagParser, UserError, init_distributed, seed_everything
 from scripts.eval.importance import keep_labels, read_labels, read_manifest
 from scripts.eval.methods.registry import load_models
-from scripts.eval.methods.token_classifier import FILE, KeepDrop, KeepDropConfig, save_keep_drop, train
+from scripts.eval.methods.token_classifier import FILE, TokenClassifier, TokenClassifierConfig, save_token_classifier, train_classifier
 from scripts.studies.run_importance import add_label_flags, base_of
 
 
@@ -37,13 +37,13 @@ def run(args: Namespace) -> None:
     held = shards[-max(len(shards) // 8, 1):]
     taught = shards[:-len(held)] or held
     seed_everything(args.seed)
-    model = KeepDrop(KeepDropConfig(models.gpt.config.n_embd))
-    losses = train(model, models.gpt, taught, share=args.share, steps=args.steps, lr=args.lr)
+    model = TokenClassifier(TokenClassifierConfig(models.gpt.config.n_embd))
+    losses = train_classifier(model, models.gpt, taught, share=args.share, steps=args.steps, lr=args.lr)
     with torch.no_grad():
         found = [(keep_labels(worth, args.share), keep_labels(model(models.gpt.embed(tokens)).exp(), args.share)) for tokens, worth in held]
     recall = sum(int((label & kept).sum()) for label, kept in found) / max(sum(int(label.sum()) for label, _ in found), 1)
     file = args.labels / FILE
-    save_keep_drop(file, model, {**facts, "share": args.share, "steps": args.steps, "lr": args.lr, "seed": args.seed})
+    save_token_classifier(file, model, {**facts, "share": args.share, "steps": args.steps, "lr": args.lr, "seed": args.seed})
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; of the tokens to keep in {sum(len(t) for t, _ in held)} held-out rows it keeps "
           f"{recall:.1%} (by chance {args.share:.1%}); {file}")
     print(json.dumps({"classifier": str(file), "loss": losses[-1], "kept": recall, "seconds": round(time.time() - begin, 1)}))

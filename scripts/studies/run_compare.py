@@ -22,7 +22,7 @@ from nanochat.tokenizer import Tokenizer
 from scripts.base_train import MAY_CHANGE
 from scripts.bench.train_step import training_step_times
 from scripts.eval.provenance import commit
-from scripts.eval.report import task_report, write
+from scripts.eval.report import task_report, write_comparison
 from scripts.eval.subcommands import check_least
 
 TASKS = ("recall", "text")
@@ -118,6 +118,6 @@ def run(args: Namespace) -> None:
                                       "shares": {name: seconds / times.vanilla_s for name, seconds in times.parts.items()}}
     ratio = max(cost["ratio"] for cost in report["step_times"].values())
     report |= {"step_time_ratio": ratio, "seed": pair.meta["flags"]["seed"], "commit": commit()}
-    print(write(report, {task: pair.logs for task, pair in pairs.items()}, out), flush=True)
+    print(write_comparison(report, {task: pair.logs for task, pair in pairs.items()}, out), flush=True)
     print(f"report in {out}")
     print(json.dumps({"report": str(out / "report.json"), "step_time_ratio": ratio}))

@@ -29,13 +29,13 @@ from nanochat.tasks.words import Words
 from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer
 from scripts.eval.methods.interface import Models
-from scripts.eval.methods.registry import SYSTEMS, load_models
+from scripts.eval.methods.registry import METHODS, load_models
 from scripts.eval.methods.token_classifier import FILE
 from scripts.eval.provenance import ROOT, commit, digest, environment
 from scripts.eval.subcommands import call, check_least
 from scripts.studies import run_classifier, run_finetune, run_importance
-from scripts.studies.cells import Records, run_cells, whole_numbers
-from scripts.studies.run_ablate import run_command, run_script, train
+from scripts.studies.cells import CellRecords, run_cells, whole_numbers
+from scripts.studies.run_ablate import run_command, run_script, trained_model
 from scripts.studies.study import read_study, study_results
 from scripts.studies.suite import Suite, judge_cell, read_suite
 from scripts.studies.suite_report import write_report
@@ -61,7 +61,7 @@ def arm_folder(model: dict, system: str) -> Path:
     if not model["finetune"]:
         return base_folder(model)
     recipe = {"base": digest(model), "finetune": model["finetune"], "keep_drop": model["keep_drop"] if system == NEEDS_CLASSIFIER else None}
-    return base_dir() / "checkpoints" / f"{model['tag']}_{SYSTEMS[system].arm or system}_{digest(recipe)}"
+    return base_dir() / "checkpoints" / f"{model['tag']}_{METHODS[system].arm or system}_{digest(recipe)}"
 
 
 def same_value(a: object, b: object) -> bool:
@@ -89,7 +89,7 @@ def make_base(model: dict) -> None:
     if not is_trained(model):
         if model["after"]:
             make_base(model["after"])
-        train({name: os.path.expandvars(value) for name, value in model["flags"].items()}, model["seed"], model["tag"])
+        trained_model({name: os.path.expandvars(value) for name, value in model["flags"].items()}, model["seed"], model["tag"])
 
 
 def make_classifier(model: dict) -> None:
@@ -100,10 +100,10 @@ def make_classifier(model: dict) -> None:
 
 
 def make_arm(model: dict, system: str) -> None:
-    system = SYSTEMS[system].arm or system
-    folder, classifier = arm_folder(model, system), {"keep_drop": classifier_folder(model) / FILE} if system == NEEDS_CLASSIFIER else {}
+    system = METHODS[system].arm or system
+    folder, classifier = arm_folder(model, system), {"classifier": classifier_folder(model) / FILE} if system == NEEDS_CLASSIFIER else {}
     if not complete_steps(folder):
-        call(run_finetune, {"system": system, "checkpoint_dir": base_folder(model), "out": folder, **classifier, **model["finetune"]})
+        call(run_finetune, {"method": system, "checkpoint_dir": base_folder(model), "out": folder, **classifier, **model["finetune"]})
 
 
 def prepare(cell: dict) -> dict:
@@ -124,7 +124,7 @@ def preparations(cells: list[dict]) -> list[list[dict]]:
         model, system = cell["model"], cell["system"]
         bases[model["tag"]] = {"key": f"base-{digest(model)}", "name": f"training {model['tag']}", "model": model, "system": "", "seed": model["seed"]}
         if model["finetune"]:
-            arm = SYSTEMS[system].arm or system
+            arm = METHODS[system].arm or system
             arms[arm_folder(model, system)] = {"key": f"arm-{digest({'model': model, 'arm': arm})}", "name": f"fine-tuning {model['tag']} for {arm}", "model": model,
                                                "system": arm, "seed": model["seed"]}
     return [[cell for cell in bases.values() if not is_trained(cell["model"])],
@@ -147,7 +147,7 @@ def texts(data: str, n: int) -> TextRows:
 
 
 @cache
-def examples(path: str, format: str, n: int) -> list[Example]:
+def long_examples(path: str, format: str, n: int) -> list[Example]:
     """Those of a file whose context holds n tokens. UserError if there are none."""
     found = [example for example in load_examples(os.path.expandvars(path), format) if len(Tokenizer.load().encode(example.context)) >= n]
     if not found:
@@ -159,7 +159,7 @@ def examples(path: str, format: str, n: int) -> list[Example]:
 def make_batch(task: str, text: str | None, file: tuple[str, str] | None, length: int, block_size: int, first: int, last: int) -> TaskBatch:
     """Documents first … last − 1 of a task: every system's, so they are made once."""
     if file:
-        found = examples(*file, length)
+        found = long_examples(*file, length)
         if last > len(found):
             raise UserError(f"{file[0]} has {len(found)} examples with a context of {length} tokens; lower documents of {task}")
         return batch_of(found[first:last], Tokenizer.load(), block_size, length)
@@ -172,7 +172,7 @@ def models_of(folder: Path) -> Models:
     return load_models(folder)[0]
 
 
-def judge(cell: dict) -> dict:
+def judge_record(cell: dict) -> dict:
     """A cell's record."""
     begin = time.time()
     own = models_of(arm_folder(cell["model"], cell["system"]))
@@ -192,7 +192,7 @@ def rerun(where: str) -> None:
     except (OSError, ValueError, IndexError, KeyError, TypeError) as e:
         raise UserError(f"--rerun={where}: no record of a cell there ({type(e).__name__}: {e}); name RESULTS.jsonl:LINE") from None
     prepare(cell)
-    found, was = judge(cell)["results"], recorded["results"]
+    found, was = judge_record(cell)["results"], recorded["results"]
     same = all(found[name] == was[name] for name in found if name != "seconds")
     summary = {"cell": cell["name"], "nll": float(np.mean(found["nll"])), "recorded_nll": float(np.mean(was["nll"])), "acc": float(np.mean(found["acc"])),
                "recorded_acc": float(np.mean(was["acc"])), "largest_difference_nll": float(np.abs(np.subtract(found["nll"], was["nll"])).max()), "same": same}
@@ -206,8 +206,8 @@ def make_tokenizer(cell: dict) -> dict:
     return {}
 
 
-def run_suite(suite: Suite, seeds: list[int], records: Records, jobs: int) -> None:
-    cells, made = suite.cells(seeds), Records(records.path.with_name("checkpoints.jsonl"))
+def run_suite(suite: Suite, seeds: list[int], records: CellRecords, jobs: int) -> None:
+    cells, made = suite.cells(seeds), CellRecords(records.path.with_name("checkpoints.jsonl"))
     if not (base_dir() / "tokenizer" / "tokenizer.json").exists():
         print0(f"{suite.name}: no tokenizer in {base_dir()}: one is trained on the embedded corpus, as the quickstart does")
         run_cells([{"key": "tokenizer", "name": "tokenizer", "data": "stdlib"}], "scripts.studies.run_suite:make_tokenizer", made, what=suite.name, again=True)
@@ -220,7 +220,7 @@ def run_suite(suite: Suite, seeds: list[int], records: Records, jobs: int) -> No
     waiting.sort(key=lambda cell: (cell["seed"], str(arm_folder(cell["model"], cell["system"]))))  # each checkpoint is loaded once
     progress = Progress(suite.name, len(waiting), "cells", every_s=10)
     for i, cell in enumerate(waiting, 1):
-        records.append(judge(cell))
+        records.append(judge_record(cell))
         progress.update(i)
 
 
@@ -238,7 +238,7 @@ def cost_cells(suite: Suite) -> dict[str, dict]:
     return found
 
 
-def report(suite: Suite, seeds: list[int], records: Records) -> str:
+def report_of_suite(suite: Suite, seeds: list[int], records: CellRecords) -> str:
     done, out = records.read(), records.path.parent
     own = [done[cell["key"]] for cell in suite.cells(seeds) if cell["key"] in done]
     costs = {name: done[cell["key"]]["results"] for name, cell in cost_cells(suite).items() if cell["key"] in done}
@@ -250,7 +250,7 @@ def report(suite: Suite, seeds: list[int], records: Records) -> str:
     for name in suite.ablations:
         study = read_study(ROOT / name)
         path = base_dir() / "ablations" / study.name / "results.jsonl"
-        found = study_results(study, Records(path).read(), study.seeds)
+        found = study_results(study, CellRecords(path).read(), study.seeds)
         if found[0]:
             studies.append((study, *found))
         else:
@@ -284,12 +284,12 @@ def run(args: Namespace) -> None:
     suite = read_suite(path if path.exists() else Path(args.suite))
     seeds = whole_numbers(args.seeds, "--seeds") if args.seeds else suite.seeds
     out = args.out or results_folder(suite)
-    records = Records(out / "results.jsonl")
+    records = CellRecords(out / "results.jsonl")
     if not args.report:
         run_suite(suite, seeds, records, args.jobs)
         run_cells(list(cost_cells(suite).values()), "scripts.studies.run_suite:measure_cost", records, what=f"{suite.name}: cost")
     elif not records.path.exists():
         raise UserError(f"--report=1, but there are no results in {out}")
-    text = report(suite, seeds, records)
+    text = report_of_suite(suite, seeds, records)
     print(text, flush=True)
     print(json.dumps({"report": str(out / "report.md"), "results": str(records.path), "cells": len(records.read())}))

@@ -54,7 +54,7 @@ def lens_tree(gpt: GPT, mc: MegaContext, tokens_BT: Tensor) -> Tree:
 
 
 @torch.no_grad()
-def judge(gpt: GPT, mc: MegaContext, labels: Labels, batch: int) -> dict[str, float]:
+def judge_labels(gpt: GPT, mc: MegaContext, labels: Labels, batch: int) -> dict[str, float]:
     """hit_at_1: share of ends of history whose most useful edit the lens puts first. order: of any two, the share put in order, weighted by
     their difference; 0.5 is chance. Ends of history where nothing helps are left out of the first."""
     hits, there, right, stake = (0.0, 0, 0.0, 0.0)
@@ -70,7 +70,7 @@ def judge(gpt: GPT, mc: MegaContext, labels: Labels, batch: int) -> dict[str, fl
     return {"hit_at_1": hits / max(there, 1), "order": right / max(stake, 1e-12)}
 
 
-def train(gpt: GPT, mc: MegaContext, labels: Labels, args) -> None:
+def train_lens(gpt: GPT, mc: MegaContext, labels: Labels, args) -> None:
     """`args.steps` steps on the lens of mc."""
     groups = [g for g in mc.param_groups(args.lr / mc.config.lens_lr) if g["name"].startswith("lensnet") and g["params"]]
     optimizer = MuonAdamW(groups)
@@ -143,9 +143,9 @@ def run(args: Namespace) -> None:
         if not held.any():
             raise UserError(f"{len(labels.row_C)} contexts in {args.labels} are too few: at least {HELD_OUT}")
         learned, judged = (Labels(**{name: x[which].to(device) for name, x in vars(labels).items()}) for which in (~held, held))
-        report["before"] = judge(gpt, mc, judged, args.batch)
-        train(gpt, mc, learned, args)
-        report["after"] = judge(gpt, mc, judged, args.batch)
+        report["before"] = judge_labels(gpt, mc, judged, args.batch)
+        train_lens(gpt, mc, learned, args)
+        report["after"] = judge_labels(gpt, mc, judged, args.batch)
         print0(f"of {len(judged.row_C)} held-out contexts: " + ", ".join(f"{name} {report['before'][name]:.3f} → {value:.3f}" for name, value in report["after"].items()))
     meta["lens"] = {"from": found.origin, "labels": args.labels and str(args.labels.resolve()), "steps": args.steps, "seed": args.seed, "new_lens": args.new_lens} | report
     save_checkpoint(directory, meta["step"], model=state, optimizer_shard={}, meta=meta, mc=mc.state_dict())

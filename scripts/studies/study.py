@@ -191,7 +191,7 @@ def study_report(study: Study, records: dict[tuple[str, int], dict], times: dict
     return "\n".join(lines), found
 
 
-def plot(found: dict[str, dict[str, Estimate]], path: Path) -> None:
+def plot_study(found: dict[str, dict[str, Estimate]], path: Path) -> None:
     """Bars with intervals, one panel per quantity; the default's value as a line. PNG at `path`, PDF beside it."""
     from scripts.eval.figures import BLUE, GREY, ORANGE, new_figure, save_figure
     count = len(found)

@@ -11,7 +11,7 @@ A suite is a YAML file:
         after: bases                            a model whose checkpoint must be there first (for init_from)
         finetune: {steps: 40, …}                flags of finetune_system: each system's own weights, trained alike on its own input;
                                                 without it all read with the base's
-        keep_drop: {label: {…}, train: {…}}     flags of keep_drop, for the system drop_learned
+        keep_drop: {label: {…}, train: {…}}     flags of importance and classifier, for drop_learned
     cells:                                      a list of products
       - {model: tasks, tasks: [alias, passkey], systems: [full, window, gists_lens], lengths: [1024], budgets: [128], documents: 48}
     cost: {step: {model: tasks, command: "python -m scripts.mc_bench train --checkpoint_dir={checkpoint}"}, …}   by mc_bench train or decode
@@ -41,7 +41,7 @@ from nanochat.tasks.external import FORMATS
 from nanochat.tasks.schema import TaskBatch
 from nanochat.tasks.text import BUCKETS, judged_buckets
 from scripts.eval.methods.interface import Models
-from scripts.eval.methods.registry import SYSTEMS, make_system
+from scripts.eval.methods.registry import METHODS, make_method
 from scripts.eval.provenance import digest
 from scripts.studies.cells import read_yaml
 from scripts.studies.study import filled
@@ -124,7 +124,7 @@ def _check_group(path: Path, group: dict, models: dict, tasks: set[str]) -> None
         raise UserError(f"{path}: every entry of cells is a mapping with {', '.join(CELL_KEYS[:5])}, and may have {', '.join(CELL_KEYS[5:])}")
     if group["model"] not in models:
         raise UserError(f"{path}: there is no model {group['model']!r}; there are {', '.join(models)}")
-    for key, known in (("systems", set(SYSTEMS)), ("tasks", tasks)):
+    for key, known in (("systems", set(METHODS)), ("tasks", tasks)):
         if not isinstance(group[key], list) or (unknown := [name for name in group[key] if name not in known]):
             wrong = group[key] if not isinstance(group[key], list) else ", ".join(map(str, unknown))
             raise UserError(f"{path}: {key}: {wrong}: use a list of {', '.join(sorted(known))}")
@@ -148,7 +148,7 @@ def judge_cell(cell: dict, models: Models, make_batch: Callable[[int, int], Task
 
     make_batch(first, last) -> documents first … last − 1. Seconds are those of `judge` alone: of the fastest batch, for the machine may be shared.
     """
-    system = make_system(cell["system"], models, cell["budget"])
+    system = make_method(cell["system"], models, cell["budget"])
     found: dict[str, list] = {"nll": [], "acc": [], "depth": []}
     buckets: dict[str, list] = {}
     seconds, entries = [], 0.0

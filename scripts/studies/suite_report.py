@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.recorder import read_metrics
-from scripts.bench.decode import plot as plot_decode
+from scripts.bench.decode import plot_decoding
 from scripts.eval.figures import COLOURS, GREY, MARKERS, legend_below, new_figure, save_figure
 from scripts.eval.methods.registry import INTERVALS
-from scripts.eval.report import LEAST_GAP
-from scripts.eval.statistics import bootstrap, bootstrap_p, false_discovery, interval
+from scripts.eval.statistics import LEAST_GAP, bootstrap, bootstrap_p, false_discovery, interval
 from scripts.eval.tables import cell, table
-from scripts.studies.study import plot as plot_study
+from scripts.studies.study import plot_study
 from scripts.studies.study import study_report
 from scripts.studies.suite import UNBOUNDED, Suite
 
@@ -484,7 +483,7 @@ def _costs(costs: dict[str, dict], out: Path) -> list[str]:
     lines = ["## Cost: MC beside vanilla", ""] if costs else []
     for name, found in costs.items():
         if "curve" in found:
-            plot_decode(found, out / f"{name}.png")
+            plot_decoding(found, out / f"{name}.png")
             lines += [f"Decoding ({name}), W = {found['budget']}, {found['threads']} thread(s); ratios are medians over {found['rounds']} rounds in alternation:", "",
                       *table(("history", "MC ms / token", "vanilla ms / token", "vanilla / MC", "MC bytes", "vanilla bytes"), map(_decoding, found["curve"])),
                       "", f"![Time per token and device memory against history]({name}.png)", ""]

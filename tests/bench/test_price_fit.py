@@ -7,7 +7,7 @@ from mc.config import MCConfig
 from mc.focus_allocator import FocusConfig
 from mc.focus_price import MARKET, room
 from mc.model import MegaContext
-from scripts.bench.price import Examples, examples, fit, gained
+from scripts.bench.price import Examples, refocus_examples, fit_price, gained
 
 torch.set_num_threads(1)
 
@@ -23,7 +23,7 @@ def rule(count: int, seed: int) -> Examples:
 
 def test_the_fit_finds_the_rule():
     fitted, judged = rule(300, 0), rule(300, 1)
-    weights = fit(fitted, 0.0)
+    weights = fit_price(fitted, 0.0)
     market, learned = (gained(judged, w, 0.0).mean() for w in (MARKET, weights))
     most = judged.utility_XN.clamp_min(0).masked_fill(judged.logits_XN.isinf(), 0).sum(1).mean()
     assert learned > 0.7 * most and market < 0.5 * most, (weights, learned, most, market)
@@ -43,7 +43,7 @@ def test_examples_are_of_one_query_per_refocus_and_of_rivals_only():
     randomize(mc)
     cfg: FocusConfig = mc.focus_config()
     tokens = torch.randint(VOCAB, (3, T + 1), generator=torch.Generator().manual_seed(0))
-    found = examples(gpt, mc, cfg, tokens[:, :-1], tokens[:, 1:], interval)
+    found = refocus_examples(gpt, mc, cfg, tokens[:, :-1], tokens[:, 1:], interval)
     cursors = torch.arange(T // 2 + 1, T - interval + 2, interval)
     assert found.logits_XN.shape == found.utility_XN.shape == (3 * len(cursors), (T - cfg.recent) // K)
     assert torch.equal(found.room_X, room(cursors, cfg).repeat(3))
@@ -55,6 +55,6 @@ def test_examples_are_of_one_query_per_refocus_and_of_rivals_only():
         torch.testing.assert_close(found.logits_XN[i, :rivals], want, atol=1e-9, rtol=0)
     later = tokens.clone()
     later[:, T // 2 + 1:] = 0  # what comes after the first query: its lens does not see it
-    again = examples(gpt, mc, cfg, later[:, :-1], later[:, 1:], interval)
+    again = refocus_examples(gpt, mc, cfg, later[:, :-1], later[:, 1:], interval)
     first = torch.arange(3) * len(cursors)
     torch.testing.assert_close(again.logits_XN[first], found.logits_XN[first])

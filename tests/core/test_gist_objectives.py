@@ -194,8 +194,8 @@ def arms_alone_and_together():
     source = make_source("random", "train", T=40, seed=0, tokenizer=type("Tokens", (), {"vocab_size": VOCAB})())
 
     def train(texts: list[str]) -> list[gist_benchmark.Arm]:
-        arms = [gist_benchmark.make_arm(text, base, 0, 8, 8, 32) for text in texts]
-        gist_benchmark.train(arms, base, source, 3, 2, 40, 32, 8)
+        arms = [gist_benchmark.gist_arm(text, base, 0, 8, 8, 32) for text in texts]
+        gist_benchmark.train_arms(arms, base, source, 3, 2, 40, 32, 8)
         return arms
 
     return base, train(settings), [train([text])[0] for text in settings]
@@ -214,7 +214,7 @@ def test_arms_trained_together_are_the_arms_trained_alone(arms_alone_and_togethe
 @pytest.mark.parametrize("window", [8, 13, 32])
 def test_a_window_arm_is_trained_on_what_follows_its_last_raw_tokens_alone(window):
     base = tiny_base(dtype=torch.float32, sequence_len=40)
-    arm = gist_benchmark.make_arm(f"window={window},kl_weight=0", base, 0, 8, 8, 32)
+    arm = gist_benchmark.gist_arm(f"window={window},kl_weight=0", base, 0, 8, 8, 32)
     batch = tiny_batch(T=40)
     tokens, targets = batch.inputs, batch.targets
     loss = lambda rows: gist_benchmark.loss_of(arm, rows, targets, None, None, 32)
@@ -246,7 +246,7 @@ def test_an_arm_is_trained_on_the_next_token():
     tokens = (torch.arange(41) + 3 * torch.arange(4)[:, None]) % 40
     losses = []
     for shift in (1, 0):
-        arm = gist_benchmark.make_arm("gist=mean,block_size=4,kl_weight=0,frozen=1", planted(shift), 0, 8, 8, 32)
+        arm = gist_benchmark.gist_arm("gist=mean,block_size=4,kl_weight=0,frozen=1", planted(shift), 0, 8, 8, 32)
         arm.mc.double()
         losses.append(gist_benchmark.loss_of(arm, tokens[:, :-1], tokens[:, 1:], None, None, 32).item())
     assert losses[0] < 0.01 and losses[1] > 10
@@ -258,7 +258,7 @@ def test_every_term_of_an_arm_teaches_gistnet(term):
     with torch.no_grad():
         teacher = base.logits(base.hidden(batch.inputs)[:, 24:-1])
     for weight in (1, 2):
-        arm = gist_benchmark.make_arm(f"gist=slots,block_size=4,gist_width=16,{term}={weight}", base, 0, 8, 8, 32)
+        arm = gist_benchmark.gist_arm(f"gist=slots,block_size=4,gist_width=16,{term}={weight}", base, 0, 8, 8, 32)
         randomize(arm.mc.gistnet)
         gist_benchmark.loss_of(arm, batch.inputs, batch.targets, teacher, None, 32).backward()
         found.append([p.grad for p in arm.mc.gistnet.parameters()])
@@ -266,7 +266,7 @@ def test_every_term_of_an_arm_teaches_gistnet(term):
 
 
 def test_an_arms_optimizer_has_gistnet_and_the_bases_body():
-    arm = gist_benchmark.make_arm("gist=slots,block_size=4,gist_width=16", tiny_base(dtype=torch.float32, sequence_len=40), 0, 8, 8, 32)
+    arm = gist_benchmark.gist_arm("gist=slots,block_size=4,gist_width=16", tiny_base(dtype=torch.float32, sequence_len=40), 0, 8, 8, 32)
     have = [id(p) for group in arm.optimizer.param_groups for p in group["params"]]
     body = (p for name, p in arm.gpt.named_parameters() if not name.startswith(("transformer.wte", "lm_head", "value_embeds")))
     assert sorted(have) == sorted(map(id, [*arm.mc.gistnet.parameters(), arm.mc.gist_bias, *body]))

@@ -1,4 +1,4 @@
-"""finetune_system and keep_drop on a tiny checkpoint: what they leave behind, run again, interrupted, and mistakes in one line."""
+"""mc_study finetune, importance and classifier on a tiny checkpoint: what they leave behind, run again, interrupted, and mistakes in one line."""
 
 import json
 
@@ -7,7 +7,7 @@ import torch
 from e2e_commands import run, tree
 
 from nanochat.tokenizer import Tokenizer
-from scripts.eval.methods.registry import load_models, make_system
+from scripts.eval.methods.registry import load_models, make_method
 from scripts.eval.rows import make_batches
 
 SHORT = ["--steps=2", "--rows=2", "--dev=1", "--budgets=40", "--device=cpu"]
@@ -39,16 +39,16 @@ def test_labels_classifier_and_arm(trained, tmp_path):
     assert "made otherwise: teacher" in run(base, "mc_study", "importance", *label, "--teacher=attention").error
     taught = last(run(base, "mc_study", "classifier", f"--checkpoint_dir={checkpoint}", f"--labels={labels}", "--steps=2", "--device=cpu").ok())
     assert 0 <= taught["kept"] <= 1
-    arm = ["--system=drop_learned", f"--checkpoint_dir={checkpoint}", f"--out={out}", *SHORT]
+    arm = ["--method=drop_learned", f"--checkpoint_dir={checkpoint}", f"--out={out}", *SHORT]
     assert "keep/drop classifier" in run(base, "mc_study", "finetune", *arm).error and not out.exists()
-    found = last(run(base, "mc_study", "finetune", *arm, f"--keep_drop={taught['classifier']}").ok())
+    found = last(run(base, "mc_study", "finetune", *arm, f"--classifier={taught['classifier']}").ok())
     assert list(found["dev_nll"]) == ["0.1", "0.3"] and str(found["lr_scale"]) in found["dev_nll"]
     models, meta = load_models(out)
-    assert meta["finetuned"]["system"] == "drop_learned" and make_system("drop_learned", models, 40)
+    assert meta["finetuned"]["system"] == "drop_learned" and make_method("drop_learned", models, 40)
     before = tree(out)
-    again = run(base, "mc_study", "finetune", *arm, f"--keep_drop={taught['classifier']}").ok()
+    again = run(base, "mc_study", "finetune", *arm, f"--classifier={taught['classifier']}").ok()
     assert "there already" in again.out and last(again)["dev_nll"] == found["dev_nll"] and tree(out) == before
-    assert "steps differ" in run(base, "mc_study", "finetune", *arm, "--steps=3", f"--keep_drop={taught['classifier']}").error
+    assert "steps differ" in run(base, "mc_study", "finetune", *arm, "--steps=3", f"--classifier={taught['classifier']}").error
     assert tree(out) == before
 
 
@@ -56,20 +56,20 @@ def test_gists_arm_on_tasks(trained, tmp_path):
     base, checkpoint = trained
     out = tmp_path / "arm"
     into = [f"--checkpoint_dir={checkpoint}", f"--out={out}", *SHORT]
-    refused = run(base, "mc_study", "finetune", "--system=gists_lens", *into, "--data=tasks:nothing").error
+    refused = run(base, "mc_study", "finetune", "--method=gists_lens", *into, "--data=tasks:nothing").error
     assert "nothing" in refused and not out.exists()
-    run(base, "mc_study", "finetune", "--system=mean_gists", *into, "--lr_scales=0.2").ok()
+    run(base, "mc_study", "finetune", "--method=mean_gists", *into, "--lr_scales=0.2").ok()
     models, meta = load_models(out)
     assert models.mc.config.gist == "mean" and meta["step"] == 22
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--system=rag"], "no system 'rag'"),
-    (["--system=quest"], "fine-tune that one"),
-    (["--system=bm25", "--steps=0"], "needs steps"),
-    (["--system=bm25", "--budgets=a"], "--budgets=a"),
-    (["--system=bm25", "--rows=0"], "--rows=0"),
-    (["--system=bm25", "--budgets=9"], "a budget of 9 entries"),
+    (["--method=rag"], "no system 'rag'"),
+    (["--method=quest"], "fine-tune that one"),
+    (["--method=bm25", "--steps=0"], "needs steps"),
+    (["--method=bm25", "--budgets=a"], "--budgets=a"),
+    (["--method=bm25", "--rows=0"], "--rows=0"),
+    (["--method=bm25", "--budgets=9"], "a budget of 9 entries"),
 ])
 def test_mistakes_in_one_line(trained, tmp_path, flags, said):
     base, checkpoint = trained

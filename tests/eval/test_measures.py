@@ -8,7 +8,7 @@ from nanochat.gpt import token_losses
 from scripts.eval import measures
 from scripts.eval.measures import taught
 from scripts.eval.methods.interface import Models
-from scripts.eval.methods.registry import make_system
+from scripts.eval.methods.registry import make_method
 from tiny_mc import H, K, R, T, VOCAB, W, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)
@@ -90,7 +90,7 @@ def test_a_lens_that_looks_again_is_judged_as_the_system_that_does(monkeypatch):
     assert asked == [(n + H, 4, "somewhere/code"), (n + H, 4, "p")]
     assert set(found) == {f"nll_{text}_{name}" for text in ("code", "prose") for name in ("full", "window", "recency", "every_1", "every_3", f"every_{H}")}
     for name, system in {"full": "full", "window": "window", "recency": "gists_recency", "every_1": "gists_lens_again", f"every_{H}": "gists_lens"}.items():
-        whole = make_system(system, Models(gpt, mc), W).judge(tokens, targets, n, rows).outcome.nll_B
+        whole = make_method(system, Models(gpt, mc), W).judge(tokens, targets, n, rows).outcome.nll_B
         torch.testing.assert_close(torch.tensor(found[f"nll_code_{name}"], dtype=torch.double), whole.double(), rtol=0, atol=1e-6)
     assert found["nll_code_every_1"] != found["nll_code_every_3"]
 
@@ -106,6 +106,6 @@ def test_what_is_more_compressed(monkeypatch):
     found = measures.compression(None, contexts=4, batch=2, ratios=(2, 3))
     assert set(found) == {f"nll_{name}" for name in ("full", "window", "recent", *(f"lod{lod}" for lod in range(1, mc.config.max_lod + 1)), "ratio_2", "ratio_3")}
     for ratio in (2, 3):
-        by_recency = make_system("gists_recency", Models(gpt, mc), n // ratio).judge(tokens, targets, n, rows).outcome.nll_B
+        by_recency = make_method("gists_recency", Models(gpt, mc), n // ratio).judge(tokens, targets, n, rows).outcome.nll_B
         torch.testing.assert_close(torch.tensor(found[f"nll_ratio_{ratio}"], dtype=torch.double), by_recency.double(), rtol=0, atol=1e-6)
     assert len({tuple(values) for values in found.values()}) == len(found)

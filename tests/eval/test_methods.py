@@ -12,8 +12,8 @@ from nanochat.common import UserError
 from nanochat.gpt import Captured
 from scripts.eval.methods.interface import KVChoice, Models, View, best, kv_bytes, pack, pass_flops, read_chosen
 from scripts.eval.methods.kv import PAGE
-from scripts.eval.methods.registry import SYSTEMS, make_system
-from scripts.eval.methods.token_classifier import KeepDrop, KeepDropConfig
+from scripts.eval.methods.registry import METHODS, make_method
+from scripts.eval.methods.token_classifier import TokenClassifier, TokenClassifierConfig
 from tiny_mc import K, R, VOCAB, W, tiny_base, tiny_mc
 
 H = 6
@@ -25,7 +25,7 @@ ODD = (1, 7, 31, 32, 33, 61)  # lengths of history, tokens
 def models() -> Models:
     gpt = tiny_base()
     with torch.no_grad():
-        return Models(gpt, tiny_mc(gpt).model, KeepDrop(KeepDropConfig(gpt.config.n_embd, width=16, span=8)).double())
+        return Models(gpt, tiny_mc(gpt).model, TokenClassifier(TokenClassifierConfig(gpt.config.n_embd, width=16, span=8)).double())
 
 
 def rows(n: int, count: int = 3, seed: int = 0, extra: int = H) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -45,14 +45,14 @@ def shown_tokens(shown, n: int) -> list[set[int]]:
 
 def last_look(name: str) -> int:
     """Tokens of the continuation that were said when it looks for the last time."""
-    interval = SYSTEMS[name].interval
+    interval = METHODS[name].interval
     return (H - 1) // interval * interval
 
 
 @pytest.mark.parametrize("n", ODD)
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", METHODS)
 def test_no_more_than_the_budget_with_the_tail_and_in_order(models, name, n):
-    system = make_system(name, models, W)
+    system = make_method(name, models, W)
     tokens, targets, numbers = rows(n)
     with torch.no_grad():
         shown = system.show(tokens[:, :n], numbers)
@@ -73,13 +73,13 @@ def test_no_more_than_the_budget_with_the_tail_and_in_order(models, name, n):
         assert raw >= set(range(max(n - R, 0), n)), "the recent tokens are shown raw"
 
 
-@pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "gists_oracle"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "gists_oracle"])
 def test_the_continuation_changes_nothing_before_it(models, name):
     """The first prediction is made from the history alone."""
     n = 45
     tokens, targets, numbers = rows(n)
     targets[:, n - 1] = tokens[:, n]
-    system = make_system(name, models, W)
+    system = make_method(name, models, W)
     before = system.judge(tokens, targets, n, numbers).outcome
     other = tokens.clone()
     other[:, n:] = (other[:, n:] + 7) % VOCAB
@@ -89,11 +89,11 @@ def test_the_continuation_changes_nothing_before_it(models, name):
     assert not torch.allclose(before.nll_BP[:, 1:], after.nll_BP[:, 1:]), "the rest does read it"
 
 
-@pytest.mark.parametrize("name", [name for name in SYSTEMS if name != "gists_oracle"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "gists_oracle"])
 def test_a_batch_gives_what_its_rows_give_alone(models, name):
     n = 51
     tokens, targets, numbers = rows(n, 4)
-    system = make_system(name, models, W)
+    system = make_method(name, models, W)
     together = system.judge(tokens, targets, n, numbers).outcome
     for i in range(4):
         alone = system.judge(tokens[i:i + 1], targets[i:i + 1], n, numbers[i:i + 1]).outcome
@@ -102,10 +102,10 @@ def test_a_batch_gives_what_its_rows_give_alone(models, name):
 
 
 @pytest.mark.parametrize("n", [31, 45])
-@pytest.mark.parametrize("name", [name for name in SYSTEMS if "_again" in name])
+@pytest.mark.parametrize("name", [name for name in METHODS if "_again" in name])
 def test_a_stretch_is_predicted_as_the_first_one_behind_its_look_would_be(models, name, n):
     tokens, targets, numbers = rows(n)
-    once, again = make_system(SYSTEMS[name].arm, models, W), make_system(name, models, W)
+    once, again = make_method(METHODS[name].arm, models, W), make_method(name, models, W)
     judged, interval = again.judge(tokens, targets, n, numbers), again.interval
     looks = {m: once.judge(tokens[:, :m + interval], targets[:, :m + interval], m, numbers) for m in range(n, n + H, interval)}
     for m, look in looks.items():
@@ -114,15 +114,15 @@ def test_a_stretch_is_predicted_as_the_first_one_behind_its_look_would_be(models
     assert torch.allclose(judged.outcome.nll_BP, at_once.nll_BP) == (interval >= H), "a second look changes something"
     assert judged.outcome.entries_B.tolist() == torch.stack([look.outcome.entries_B for look in looks.values()]).amax(0).tolist()
     assert judged.cost.flops == sum(look.cost.flops for look in looks.values()) and judged.cost.bytes == looks[max(looks)].cost.bytes
-    assert SYSTEMS[name].looks == once.looks and name == once.name + "_again" + (f"_{interval}" if interval > 1 else "")
+    assert METHODS[name].looks == once.looks and name == once.name + "_again" + (f"_{interval}" if interval > 1 else "")
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", METHODS)
 def test_where_all_fits_every_system_is_full_context(models, name):
     n = 29  # not a multiple of the block
     tokens, targets, numbers = rows(n)
     full = plain_outcomes(models.gpt, tokens, targets, n, 8)["full"]
-    judged = make_system(name, models, W + K).judge(tokens, targets, n, numbers).outcome
+    judged = make_method(name, models, W + K).judge(tokens, targets, n, numbers).outcome
     torch.testing.assert_close(judged.nll_BP, full.nll_BP, rtol=0, atol=1e-11)
 
 
@@ -131,7 +131,7 @@ def test_window_is_what_the_comparison_judges(models):
     tokens, targets, numbers = rows(n)
     plain = plain_outcomes(models.gpt, tokens, targets, n, W)
     for name in ("window", "full"):
-        torch.testing.assert_close(make_system(name, models, W).judge(tokens, targets, n, numbers).outcome.nll_BP, plain[name].nll_BP)
+        torch.testing.assert_close(make_method(name, models, W).judge(tokens, targets, n, numbers).outcome.nll_BP, plain[name].nll_BP)
 
 
 @settings(max_examples=25, deadline=None)
@@ -139,7 +139,7 @@ def test_window_is_what_the_comparison_judges(models):
 def test_any_length_and_budget(models, n, budget, name):
     tokens, targets, numbers = rows(n, 2)
     try:
-        system = make_system(name, models, budget)
+        system = make_method(name, models, budget)
         judged = system.judge(tokens, targets, n, numbers)
     except UserError as error:
         assert "too small" in str(error) or "does not hold" in str(error)
@@ -149,7 +149,7 @@ def test_any_length_and_budget(models, n, budget, name):
 
 def test_blocks_are_whole_and_the_best(models):
     n = 61
-    system = make_system("dense_mean", models, W)
+    system = make_method("dense_mean", models, W)
     tokens, _, numbers = rows(n)
     scores = system.scores(tokens[:, :n], numbers)
     count = (W - system.recent) // K
@@ -165,7 +165,7 @@ def test_bm25_finds_the_block_that_shares_rare_words_with_the_tail(models):
     tokens[:, n - R:] += 20
     tokens[0, 5 * K + 1] = tokens[0, n - 2] = 40
     tokens[1, 2 * K] = tokens[1, n - 3] = 41
-    scores = make_system("bm25", models, W).scores(tokens[:, :n], torch.arange(2))[:, :(n - R) // K]
+    scores = make_method("bm25", models, W).scores(tokens[:, :n], torch.arange(2))[:, :(n - R) // K]
     assert scores.argmax(1).tolist() == [5, 2]
 
 
@@ -173,7 +173,7 @@ def test_bm25_finds_the_block_that_shares_rare_words_with_the_tail(models):
 @pytest.mark.parametrize("n", [33, 47, 60])
 def test_kv_systems_keep_no_more_than_the_budget_and_the_tail(models, name, n):
     """Per layer, head and query, in the very masks that attention used."""
-    system = make_system(name, models, W)
+    system = make_method(name, models, W)
     tokens, _, numbers = rows(n)
     captured: list[Captured] = []
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_kv_systems_keep_no_more_than_the_budget_and_the_tail(models, name, n):
 
 def test_snapkv_keeps_what_recent_tokens_attend_to(models):
     """One key that every recent query looks at hardest stays, with its neighbours."""
-    n, system = 48, make_system("snapkv", models, W)
+    n, system = 48, make_method("snapkv", models, W)
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 4, n, 8, generator=generator) * 0.01, torch.randn(1, 2, n, 8, generator=generator) * 0.01
     q[:, :2, n - R:, 0] = k[:, 0, 13, 0] = 20  # for the heads of the first kv head only
@@ -241,11 +241,11 @@ def test_cost_counts_every_product(models):
 
 def test_refusals(models):
     with pytest.raises(UserError, match="no system 'rag'"):
-        make_system("rag", models, W)
+        make_method("rag", models, W)
     with pytest.raises(UserError, match="needs a checkpoint with MegaContext"):
-        make_system("gists_lens", Models(models.gpt), W)
+        make_method("gists_lens", Models(models.gpt), W)
     with pytest.raises(UserError, match="does not hold"):
-        make_system("bm25", models, 2 * K - 1)
+        make_method("bm25", models, 2 * K - 1)
 
 
 @torch.no_grad()

@@ -103,17 +103,17 @@ def test_share_of_the_gap():
 
 @pytest.mark.parametrize(("gap", "measurable"), [(-1.0, False), (0.0, False), (0.09, False), (0.11, True), (3.0, True)])
 def test_a_gap_too_small_to_measure(gap, measurable):
-    closed = report.gap_closed(outcomes(sliding_window=gap, mc_lens=gap / 4), "mc_lens")
+    closed = report.compared_gap_closed(outcomes(sliding_window=gap, mc_lens=gap / 4), "mc_lens")
     assert (closed is not None) == measurable and (not measurable or closed["share"] == pytest.approx(0.75))
 
 
 def test_interval_of_the_share():
-    few, many = (report.gap_closed(outcomes(0.5, count), "mc_lens") for count in (20, 2000))
+    few, many = (report.compared_gap_closed(outcomes(0.5, count), "mc_lens") for count in (20, 2000))
     for closed in (few, many):
         low, high = closed["interval"]
         assert low < closed["share"] < high and low < 0.75 < high
     assert np.ptp(few["interval"]) > 5 * np.ptp(many["interval"])
-    assert report.gap_closed(outcomes(0.5, 20), "mc_lens") == few
+    assert report.compared_gap_closed(outcomes(0.5, 20), "mc_lens") == few
 
 
 def test_bootstrap_is_that_of_a_mean():
@@ -137,7 +137,7 @@ def test_bootstrap_draws_a_context_with_all_of_its_seeds():
 
 
 def test_the_table_is_the_json(whole):
-    text = report.markdown(whole)
+    text = report.comparison_markdown(whole)
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.M | re.S))
     assert set(sections) == {"recall", "text", "Cost"}
     for name, task in whole["tasks"].items():
@@ -163,8 +163,8 @@ def test_the_table_is_the_json(whole):
 
 def test_write(whole, runs, tmp_path):
     out = tmp_path / "new" / "folder"
-    text = report.write(whole, runs, out)
-    assert (out / "report.md").read_text() == text == report.markdown(whole)
+    text = report.write_comparison(whole, runs, out)
+    assert (out / "report.md").read_text() == text == report.comparison_markdown(whole)
 
     def refuse(constant: str):
         raise AssertionError(f"{constant} is no JSON")

@@ -14,8 +14,8 @@ from mc.teachers import attention_mass
 from nanochat.common import UserError
 from nanochat.tasks.recall import RecallTask
 from scripts.eval.bm25 import bm25_scores
-from scripts.eval.run_focus import Model, gap_closed, mean_of, recall_setting
-from scripts.eval.scores import CHEATS, SCORES, all_scores, average_ranks, hit_at, measure, most_useful, recall_contexts, spearman, tail_attention, utilities
+from scripts.eval.run_focus import Model, seeds_gap_closed, mean_of, recall_setting
+from scripts.eval.scores import CHEATS, SCORES, all_scores, average_ranks, hit_at, measure_scores, most_useful, recall_contexts, spearman, tail_attention, utilities
 from tiny_mc import H, K, N, R, W, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)
@@ -177,7 +177,7 @@ def test_fewer_candidates_search_less_and_find_no_better():
 
 def test_measures_of_every_system():
     focus = comparison(rows=range(5))
-    found = measure(focus, None, candidates=3)
+    found = measure_scores(focus, None, candidates=3)
     assert set(found) == {*SCORES, *CHEATS, "oracle"}
     scores, utility = all_scores(focus), utilities(focus, focus.alone())
     named = scores["lens"][:, :FREE].argmax(1)
@@ -194,7 +194,7 @@ def test_known_blocks_count_as_hits():
     focus = comparison()
     matter = torch.zeros(4, BLOCKS, dtype=torch.bool)
     matter[:, FREE - 1] = matter[:, 3] = True
-    found = measure(focus, matter, candidates=1)
+    found = measure_scores(focus, matter, candidates=1)
     assert found["recency"]["hit_at_1"].tolist() == [1.0] * 4  # the last block that is not protected
     assert found["recency"]["hit_at_most"].tolist() == [0.5 if focus.most_shown < FREE - 3 else 1.0] * 4
 
@@ -258,6 +258,6 @@ def test_summaries_of_contexts_without_a_value():
 
 def test_gap_closed_is_the_share_of_the_way_from_window_to_full():
     seed = {name: {"nll": np.full(8, nll)} for name, nll in {"window": 3.0, "full": 2.0, "lens": 2.25, "worse": 3.5}.items()}
-    assert gap_closed([seed, seed], "lens") == {"mean": pytest.approx(0.75), "interval": [pytest.approx(0.75)] * 2}
-    assert gap_closed([seed], "worse")["mean"] == pytest.approx(-0.5)
-    assert gap_closed([{**seed, "full": {"nll": np.full(8, 2.95)}}], "lens") is None
+    assert seeds_gap_closed([seed, seed], "lens") == {"mean": pytest.approx(0.75), "interval": [pytest.approx(0.75)] * 2}
+    assert seeds_gap_closed([seed], "worse")["mean"] == pytest.approx(-0.5)
+    assert seeds_gap_closed([{**seed, "full": {"nll": np.full(8, 2.95)}}], "lens") is None

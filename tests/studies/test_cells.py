@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nanochat.common import UserError
 from scripts.eval.statistics import Bootstrap, bootstrap_p, false_discovery, interval, t_test
-from scripts.studies.cells import Records, read_yaml, run_cells, whole_numbers
+from scripts.studies.cells import CellRecords, read_yaml, run_cells, whole_numbers
 from scripts.studies.formula import Formula
 
 # -- statistics -----------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_formulas_are_arithmetic_only(text):
 
 
 def test_records_survive_torn_lines(tmp_path, capsys):
-    records = Records(tmp_path / "new" / "results.jsonl")
+    records = CellRecords(tmp_path / "new" / "results.jsonl")
     assert records.read() == {}
     records.append({"key": "a", "x": 1})
     with open(records.path, "a") as f:
@@ -139,7 +139,7 @@ def cells(tmp_path, values) -> list[dict]:
 
 
 def test_cells_are_run_once(tmp_path, capsys):
-    records = Records(tmp_path / "results.jsonl")
+    records = CellRecords(tmp_path / "results.jsonl")
     run_cells(cells(tmp_path, [1, 2]), "experiment_cells:note", records, what="test")
     run_cells(cells(tmp_path, [2, 3, 1]), "experiment_cells:note", records, what="test", jobs=2)
     assert sorted((tmp_path / "marks").read_text().split()) == ["k1", "k2", "k3"]
@@ -152,12 +152,12 @@ def test_cells_are_run_once(tmp_path, capsys):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_cell_that_another_runner_has_finished_is_left(tmp_path, jobs):
     """Two of one key, both waiting: as when two runners share a folder. The second finds a record and does nothing."""
-    run_cells(cells(tmp_path, [1, 1]), "experiment_cells:note", Records(tmp_path / "results.jsonl"), what="test", jobs=jobs)
+    run_cells(cells(tmp_path, [1, 1]), "experiment_cells:note", CellRecords(tmp_path / "results.jsonl"), what="test", jobs=jobs)
     assert (tmp_path / "marks").read_text().split() == ["k1"]
 
 
 def test_a_failing_cell_does_not_stop_the_others(tmp_path, capsys):
-    records = Records(tmp_path / "results.jsonl")
+    records = CellRecords(tmp_path / "results.jsonl")
     with pytest.raises(UserError, match="3 of 5 cells failed, the others are recorded; the first: cell 1: one is too many; log: "):
         run_cells(cells(tmp_path, [0, 1, 2, 3, 4]), "experiment_cells:fail", records, what="test")
     assert set(records.read()) == {"k0", "k4"}
@@ -168,7 +168,7 @@ def test_a_failing_cell_does_not_stop_the_others(tmp_path, capsys):
 
 def test_a_function_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="there is no function experiment_cells:nothing"):
-        run_cells(cells(tmp_path, [1]), "experiment_cells:nothing", Records(tmp_path / "results.jsonl"), what="test")
+        run_cells(cells(tmp_path, [1]), "experiment_cells:nothing", CellRecords(tmp_path / "results.jsonl"), what="test")
 
 
 # -- input ----------------------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from nanochat.common import UserError
 from nanochat.gpt import token_losses
 from scripts.eval.importance import importance, keep_labels, read_labels, write_labels
 from scripts.eval.methods.interface import Models
-from scripts.eval.methods.registry import SYSTEMS, make_system
-from scripts.eval.methods.token_classifier import KeepDrop, KeepDropConfig, load_keep_drop, save_keep_drop, train
-from scripts.eval.rows import Rows
+from scripts.eval.methods.registry import METHODS, make_method
+from scripts.eval.methods.token_classifier import TokenClassifier, TokenClassifierConfig, load_token_classifier, save_token_classifier, train_classifier
+from scripts.eval.rows import RowBatch
 from scripts.studies.finetune import Recipe, finetune
 from tiny_mc import VOCAB, W, tiny_base, tiny_mc
 
@@ -22,22 +22,22 @@ RATES = dict(matrix_lr=0.02, embedding_lr=0.3, unembedding_lr=0.004, scalar_lr=0
 def models() -> Models:
     gpt = tiny_base(dtype=torch.float32)
     mc = tiny_mc(gpt, lens_queries=16, lens_horizon=1).model
-    return Models(gpt, mc, KeepDrop(KeepDropConfig(gpt.config.n_embd, width=16, span=8)))
+    return Models(gpt, mc, TokenClassifier(TokenClassifierConfig(gpt.config.n_embd, width=16, span=8)))
 
 
-def batches(i: int) -> Rows:
+def batches(i: int) -> RowBatch:
     """After the history always the same words: what any system can learn."""
     tokens = torch.randint(VOCAB, (B, n + H), generator=torch.Generator().manual_seed(i))
     tokens[:, n:] = torch.arange(H) + 3
     targets = torch.cat([tokens[:, 1:], torch.full((B, 1), -1)], 1)
-    return Rows(tokens, targets, n, torch.arange(B) + B * i)
+    return RowBatch(tokens, targets, n, torch.arange(B) + B * i)
 
 
 def recipe(**changes) -> Recipe:
     return Recipe(**{**dict(budgets=(W,), steps=5, lr_scales=(0.02, 0.3), rates=RATES, batch_scale=1.0, dev=1), **changes})
 
 
-OWN = [name for name, kind in SYSTEMS.items() if not kind.arm]
+OWN = [name for name, kind in METHODS.items() if not kind.arm]
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -45,8 +45,8 @@ def test_every_arm_learns_its_own_input(name):
     base = models()
     before = {k: v.clone() for k, v in base.gpt.state_dict().items()}
     tuned = finetune(name, base, batches, recipe(lr_scales=(0.3,)))
-    after = make_system(name, tuned.models, W).judge(*batches(99)).outcome.nll_B.mean()
-    assert after < make_system(name, base, W).judge(*batches(99)).outcome.nll_B.mean() - 0.5
+    after = make_method(name, tuned.models, W).judge(*batches(99)).outcome.nll_B.mean()
+    assert after < make_method(name, base, W).judge(*batches(99)).outcome.nll_B.mean() - 0.5
     assert all(torch.equal(before[k], v) for k, v in base.gpt.state_dict().items()), "the base stays"
 
 
@@ -54,7 +54,7 @@ def test_the_best_learning_rate_is_kept():
     tuned = finetune("window", models(), batches, recipe(lr_scales=(0.001, 0.3, 0.002)))
     assert list(tuned.dev_nll) == [0.001, 0.3, 0.002] and len(tuned.losses) == 5
     assert tuned.lr_scale == 0.3 and tuned.dev_nll[0.3] == min(tuned.dev_nll.values())
-    dev = make_system("window", tuned.models, W).judge(*batches(5)).outcome.nll_B
+    dev = make_method("window", tuned.models, W).judge(*batches(5)).outcome.nll_B
     assert tuned.dev_nll[0.3] == pytest.approx(float(dev.mean()))
 
 
@@ -94,7 +94,7 @@ def test_refusals():
     with pytest.raises(UserError, match="needs steps"):
         recipe(steps=0)
     with pytest.raises(UserError, match="keep/drop"):
-        make_system("drop_learned", Models(tiny_base()), W)
+        make_method("drop_learned", Models(tiny_base()), W)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,23 +166,23 @@ def test_classifier_learns_which_tokens_matter_and_is_loaded_as_saved(tmp_path):
     rows = [torch.randint(VOCAB, (8, 45), generator=torch.Generator().manual_seed(i)) for i in range(4)]
     shards = [(tokens, (tokens < 10).float()) for tokens in rows]
     torch.manual_seed(0)
-    model = KeepDrop(KeepDropConfig(gpt.config.n_embd, width=32, span=16))
-    losses = train(model, gpt, shards[:3], share=0.5, steps=60, lr=1e-2)
+    model = TokenClassifier(TokenClassifierConfig(gpt.config.n_embd, width=32, span=16))
+    losses = train_classifier(model, gpt, shards[:3], share=0.5, steps=60, lr=1e-2)
     assert losses[-1] < 0.2 * losses[0]
     tokens, worth = shards[3]
     logits = model(gpt.embed(tokens))
     assert ((logits > 0) == (worth > 0)).float().mean() > 0.95
-    save_keep_drop(tmp_path / "c.safetensors", model, {})
-    again = load_keep_drop(tmp_path / "c.safetensors")
+    save_token_classifier(tmp_path / "c.safetensors", model, {})
+    again = load_token_classifier(tmp_path / "c.safetensors")
     assert torch.equal(again(gpt.embed(tokens)), logits)
     (tmp_path / "d.safetensors").write_text(json.dumps({}))
     with pytest.raises(UserError, match="no keep/drop classifier"):
-        load_keep_drop(tmp_path / "d.safetensors")
+        load_token_classifier(tmp_path / "d.safetensors")
 
 
 def test_classifier_reads_spans_both_ways_and_padding_changes_nothing():
     gpt = tiny_base(dtype=torch.float32)
-    model = KeepDrop(KeepDropConfig(gpt.config.n_embd, width=16, span=8))
+    model = TokenClassifier(TokenClassifierConfig(gpt.config.n_embd, width=16, span=8))
     tokens = batches(0).tokens_BT[:2, :21]
     logits = model(gpt.embed(tokens))
     assert logits.shape == (2, 21)

@@ -122,5 +122,5 @@ def test_table(tmp_path):
     assert "| default | 3 | 1.500 [" in text and "| a=1 | 3 | 2.500 [" in text and "| +1.000 [+1.000, +1.000] | 0.0005 |" in text
     assert "| a=1 | 1.500 [1.400, 1.600] |" in text and "paired: t-distribution over seeds and bootstrap over 4 contexts" in text and "Commits: abc. Seeds: 1, 2, 3." in text
     assert found["x"]["a=1"].difference == 1
-    ablation.plot(found, tmp_path / "plot.png")
+    ablation.plot_study(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.pdf").read_bytes().startswith(b"%PDF") and imread(tmp_path / "plot.png").shape[0] > 200

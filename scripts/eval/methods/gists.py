@@ -15,7 +15,7 @@ from mc.focus_allocator import check_feasible
 from mc.keyed_random import gumbel
 from mc.model import MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
 from mc.working_context import Cut, from_expanded
-from scripts.eval.methods.interface import Judged, Models, System, lens_flops
+from scripts.eval.methods.interface import Judged, Models, Method, lens_flops
 
 
 def at_budget(mc: MegaContext, budget: int) -> MegaContext:
@@ -26,7 +26,7 @@ def at_budget(mc: MegaContext, budget: int) -> MegaContext:
     return other
 
 
-class Gists(System):
+class Gists(Method):
     """Gists everywhere, and the raw tokens of as many blocks as fit, the best by `scores`."""
 
     needs = ("mc",)

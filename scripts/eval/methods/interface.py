@@ -66,10 +66,10 @@ class Models:
 
     gpt: GPT
     mc: MegaContext | None = None
-    keep_drop: torch.nn.Module | None = None  # scripts.eval.methods.token_classifier.KeepDrop
+    classifier: torch.nn.Module | None = None  # scripts.eval.methods.token_classifier.TokenClassifier
 
 
-class System:
+class Method:
     """One way to show a history. Subclasses implement `show`, and `choosing_flops` where choosing costs any."""
 
     name = ""
@@ -126,7 +126,7 @@ class System:
         return Cost(self.choosing_flops(n) + pass_flops(self.gpt, entries + H - 1, H), kv_bytes(self.gpt, entries))
 
 
-class Again(System):
+class Again(Method):
     """Mixin, named before a system: it chooses anew before every `interval` tokens of the continuation, what was said by then being history, as a
     session does that refocuses so often. Each look shows no more than `budget` entries, what was said before it among them; what is said
     until the next look stands besides, as the whole continuation does where a system chooses once."""
@@ -144,14 +144,14 @@ class Again(System):
         return Cost(sum(look.flops for look in looks), looks[-1].bytes)
 
 
-def again(kind: type[System], interval: int = 1) -> type[System]:
+def again(kind: type[Method], interval: int = 1) -> type[Method]:
     """The system that looks every `interval` tokens, and reads with the weights of the one that looks once."""
     name = f"{kind.name}_again" + (f"_{interval}" if interval > 1 else "")
     return type(f"{kind.__name__}Again{interval}", (Again, kind), {"name": name, "arm": kind.arm or kind.name, "interval": interval})
 
 
 NEEDED = {"mc": "a checkpoint with MegaContext (trained with --mc_enabled=1)",
-          "keep_drop": "a keep/drop classifier (python -m scripts.mc_study classifier)"}
+          "classifier": "a keep/drop classifier (python -m scripts.mc_study classifier)"}
 
 
 def read_view(gpt: GPT, tokens_BT: Tensor, n: int, view: View) -> tuple[Tensor, Tensor]:

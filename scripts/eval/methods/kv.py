@@ -14,13 +14,13 @@ from torch import Tensor
 
 from mc.teachers import attention_weights
 from nanochat.gpt import Captured, Select
-from scripts.eval.methods.interface import Cost, KVChoice, System, kv_bytes, pass_flops, read_chosen
+from scripts.eval.methods.interface import Cost, KVChoice, Method, kv_bytes, pass_flops, read_chosen
 
 POOL = 5  # neighbours that share the score of a key (SnapKV)
 PAGE = 16  # tokens (Quest)
 
 
-class KVSystem(System):
+class KVMethod(Method):
     arm = "full"  # the prefill is that of full context
 
     def show(self, history_BN: Tensor, rows_B: Tensor) -> KVChoice:
@@ -47,7 +47,7 @@ class KVSystem(System):
         raise NotImplementedError
 
 
-class SnapKV(KVSystem):
+class SnapKV(KVMethod):
     """Per layer and kv head the keys that the recent tokens attend to most, pooled over neighbours, and those tokens (Li et al. 2024)."""
 
     name = "snapkv"
@@ -79,7 +79,7 @@ class SnapKV(KVSystem):
         return min(self.budget, n)
 
 
-class Quest(KVSystem):
+class Quest(KVMethod):
     """Per layer, head and query the pages whose keys could give the highest logit, by bounds from the page's minimum and maximum of
     every channel (Tang et al. 2024), and the recent tokens. All keys and values stay in memory.
 

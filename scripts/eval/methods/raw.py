@@ -13,12 +13,12 @@ from torch import Tensor
 
 from mc.keyed_random import gumbel
 from scripts.eval.bm25 import bm25_scores
-from scripts.eval.methods.interface import Cost, System, View, best, kv_bytes, lens_flops, pack, pass_flops
+from scripts.eval.methods.interface import Cost, Method, View, best, kv_bytes, lens_flops, pack, pass_flops
 
 SINKS = 4  # first tokens that StreamingLLM keeps
 
 
-class FullContext(System):
+class FullContext(Method):
     """The whole history, windows lifted: the one system without a budget."""
 
     name = "full"
@@ -30,7 +30,7 @@ class FullContext(System):
         return Cost(pass_flops(self.gpt, n + H - 1, H), kv_bytes(self.gpt, n))
 
 
-class SlidingWindow(System):
+class SlidingWindow(Method):
     name = "window"
     sinks = 0
 
@@ -47,7 +47,7 @@ class WindowAndSinks(SlidingWindow):
     sinks = SINKS
 
 
-class Blocks(System):
+class Blocks(Method):
     """As many whole blocks as fit before the recent tokens, the best by `scores`; entries that are left over go to the tail."""
 
     prompt = True

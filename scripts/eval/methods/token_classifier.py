@@ -26,7 +26,7 @@ FILE = "keep_drop.safetensors"  # beside the labels that taught it, and beside t
 
 
 @dataclass(frozen=True)
-class KeepDropConfig:
+class TokenClassifierConfig:
     d_model: int
     width: int = 64
     n_head: int = 4
@@ -34,8 +34,8 @@ class KeepDropConfig:
     span: int = 64  # X
 
 
-class KeepDrop(nn.Module):
-    def __init__(self, config: KeepDropConfig):
+class TokenClassifier(nn.Module):
+    def __init__(self, config: TokenClassifierConfig):
         super().__init__()
         self.config = config
         self.embed = linear(config.d_model, config.width)
@@ -65,16 +65,16 @@ class LearnedDrop(TokenDrop):
     """Keeps what the classifier would keep."""
 
     name = "drop_learned"
-    needs = ("keep_drop",)
+    needs = ("classifier",)
 
     def scores(self, history_BN: Tensor) -> Tensor:
-        return self.models.keep_drop(self.gpt.embed(history_BN))
+        return self.models.classifier(self.gpt.embed(history_BN))
 
     def choosing_flops(self, n: int) -> float:
-        return self.models.keep_drop.flops(n)
+        return self.models.classifier.flops(n)
 
 
-def train(model: KeepDrop, gpt: GPT, shards: list[tuple[Tensor, Tensor]], *, share: float, steps: int, lr: float) -> list[float]:
+def train_classifier(model: TokenClassifier, gpt: GPT, shards: list[tuple[Tensor, Tensor]], *, share: float, steps: int, lr: float) -> list[float]:
     """Binary cross-entropy, shard by shard, `steps` of them; returns the losses."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     losses = []
@@ -92,7 +92,7 @@ def train(model: KeepDrop, gpt: GPT, shards: list[tuple[Tensor, Tensor]], *, sha
     return losses
 
 
-def save_keep_drop(path: Path, model: KeepDrop, meta: dict) -> None:
+def save_token_classifier(path: Path, model: TokenClassifier, meta: dict) -> None:
     """One safetensors file; config and meta as JSON in its header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {"config": json.dumps(asdict(model.config)), "meta": json.dumps(meta)}
@@ -100,11 +100,11 @@ def save_keep_drop(path: Path, model: KeepDrop, meta: dict) -> None:
     replace_file(path, lambda path: save_file(state, path, metadata=header))
 
 
-def load_keep_drop(path: Path, device: torch.device | str = "cpu") -> KeepDrop:
-    """UserError unless the file is what `save_keep_drop` writes."""
+def load_token_classifier(path: Path, device: torch.device | str = "cpu") -> TokenClassifier:
+    """UserError unless the file is what `save_token_classifier` writes."""
     try:
         with safe_open(path, "pt", device=str(device)) as file:
-            model = KeepDrop(KeepDropConfig(**json.loads(file.metadata()["config"])))
+            model = TokenClassifier(TokenClassifierConfig(**json.loads(file.metadata()["config"])))
             model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e:
         why = f"{type(e).__name__}: {str(e).splitlines()[0]}"

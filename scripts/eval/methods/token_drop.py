@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from nanochat.gpt import token_losses
-from scripts.eval.methods.interface import System, View, best, pack, pass_flops
+from scripts.eval.methods.interface import Method, View, best, pack, pass_flops
 
 
-class TokenDrop(System):
+class TokenDrop(Method):
     def scores(self, history_BN: Tensor) -> Tensor:
         """[B, n] what each token is worth."""
         raise NotImplementedError
