@@ -1,12 +1,23 @@
-"""Studies and suites: many models trained and judged alike, and what they are trained on. The last line printed is JSON.
+"""Studies and suites: many models trained and judged alike, and what they are trained on.
+The last line printed is JSON.
 
-    python -m scripts.mc_study ablate STUDY.yaml                       arms that each change one thing, times seeds, with paired tests
-    python -m scripts.mc_study suite quick | paper | SUITE.yaml        methods × tasks × lengths × budgets × seeds at equal entries
-    python -m scripts.mc_study finetune --method=… --checkpoint_dir=DIR --out=DIR      a base that learns to read what one method shows
-    python -m scripts.mc_study importance --checkpoint_dir=DIR --labels=DIR            what every token is worth, as labels
-    python -m scripts.mc_study classifier --checkpoint_dir=DIR --labels=DIR            the classifier of tokens that learns them
-    python -m scripts.mc_study labels --checkpoint_dir=DIR --out=DIR                   what showing a block is worth, as labels
-    python -m scripts.mc_study train_lensnet --checkpoint_dir=DIR --labels=DIR --out_tag=NAME      a lens alone, from them
+    python -m scripts.mc_study ablate STUDY.yaml                       arms that each change one thing,
+                                                                       times seeds, with paired tests
+    python -m scripts.mc_study suite quick | paper | SUITE.yaml        methods × tasks × lengths ×
+                                                                       budgets × seeds at equal entries
+    python -m scripts.mc_study finetune --method=… --checkpoint_dir=DIR --out=DIR      a base that
+                                                                                       learns to read what one method
+                                                                                       shows
+    python -m scripts.mc_study importance --checkpoint_dir=DIR --labels=DIR            what
+                                                                                       every token is worth, as labels
+    python -m scripts.mc_study classifier --checkpoint_dir=DIR --labels=DIR            the
+                                                                                       classifier of tokens
+                                                                                       that learns them
+    python -m scripts.mc_study labels --checkpoint_dir=DIR --out=DIR                   what
+                                                                                       showing a block is worth, as
+                                                                                       labels
+    python -m scripts.mc_study train_lensnet --checkpoint_dir=DIR --labels=DIR
+    --out_tag=NAME      a lens alone, from them
 """
 
 from nanochat.common import run_main

@@ -10,10 +10,8 @@ import tokenize
 from collections import Counter, defaultdict
 from dataclasses import fields
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 
-import pytest
 
 from mc.config import MCConfig
 

@@ -1,12 +1,15 @@
-"""Changing what a history holds: tokens of a source are replaced, deleted or inserted, and the nodes above them made again.
+"""Changing what a history holds: tokens of a source are replaced, deleted or inserted, and
+the nodes above them made again.
 
 A source starts at a block boundary, so what stands around an edited one keeps its gists. What an edit costs:
 
     same length               the blocks that hold changed tokens, and their ancestors
     other length              the blocks from the edit to the end of the source, and their ancestors
-    other number of blocks    besides, what follows moves by whole blocks: its LOD1 gists and lens keys are kept, LOD2 and above made again
+    other number of blocks    besides, what follows moves by whole blocks: its LOD1 gists and lens keys are
+                              kept, LOD2 and above made again
 
-The result equals a history made of the edited text with the same source boundaries. The store commits an edit as a whole.
+The result equals a history made of the edited text with the same source boundaries. The
+store commits an edit as a whole.
 
 Shapes: N tokens or nodes.
 """
@@ -42,8 +45,9 @@ class EditReport:
 def edit_source(history: History, catalog: Catalog, source: int, start: int, removed: int, ids_N: Tensor) -> EditReport:
     """Tokens [start, start + removed) of a source, counted from its first one, become ids (int64 [N]).
 
-    Pruned blocks that the edit goes through have their detail again afterwards. UserError, before anything is changed, for a range
-    outside the source, an id outside the vocabulary, an edit of nothing, or one that needs raw tokens that are gone.
+    Pruned blocks that the edit goes through have their detail again afterwards. UserError, before anything is changed,
+    for a range outside the source, an id outside the vocabulary, an edit of nothing, or one that
+    needs raw tokens that are gone.
     """
     begin = time.perf_counter()
     ids_N = ids_N.cpu().long()
@@ -78,16 +82,19 @@ def _plan(history: History, where: Source, start: int, removed: int, ids_N: Tens
     """What to do, and whether void slots fill the source's last block."""
     K, n, source = history.block_size, history.n_tokens, where.id
     if not (0 <= start <= where.tokens and 0 <= removed <= where.tokens - start):
-        raise UserError(f"tokens [{start}, {start + removed}) of source {source}, which has {where.tokens}: give a range inside")
+        raise UserError(f"tokens [{start}, {start + removed}) of source {source}, which has {where.tokens}: give a "
+                        "range inside")
     if not removed and not len(ids_N):
         raise UserError("an edit that removes nothing and inserts nothing; give --remove or a text")
     tokens = where.tokens + len(ids_N) - removed
     if tokens == 0:
         raise UserError(f"the edit would leave nothing of source {source}: a source holds at least one token")
     if where.start + where.tokens > n:
-        raise ValueError(f"source {source} ends at slot {where.start + where.tokens} of {n}: reconcile the catalog first")
+        raise ValueError(
+            f"source {source} ends at slot {where.start + where.tokens} of {n}: reconcile the catalog first")
     stop_block = where.blocks(K).stop
-    touched = torch.arange((where.start + start) // K, -(-(where.start + start + removed) // K) if removed == len(ids_N) else stop_block)
+    touched = torch.arange((where.start + start) // K, -(-(where.start + start + removed) // K)
+                           if removed == len(ids_N) else stop_block)
     touched = touched[touched < n // K]
     if (erased := touched[history.store.detail(touched) == ERASED]).numel():
         raise UserError(
@@ -138,7 +145,8 @@ def _replace(history: History, first_slot: int, ids_N: Tensor) -> _Written:
 
 
 def _rechunk(history: History, edit: Edit, padded: bool, first_slot: int, ids_N: Tensor) -> _Written:
-    """More or fewer tokens than before: the source from the edited block to its end, and what follows where that moves."""
+    """More or fewer tokens than before: the source from the edited block to its end, and
+    what follows where that moves."""
     store, K, written = history.store, history.block_size, _Written(history.store)
     first, n = first_slot // K, store.n_tokens
     tail_N, at = store.tokens(torch.arange(first * K, min(edit.stop_block * K, n))), first_slot - first * K

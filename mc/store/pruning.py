@@ -1,7 +1,7 @@
 """Giving up the raw tokens of blocks that nobody needs in detail: only their gists stay.
 
-Utility of a block's detail = how many working contexts showed it × how much it helped there (`Catalog.detail_utility`). What is
-pruned is hidden from every session at once, and can be restored until `DiskStore.compact` gives the room back.
+Utility of a block's detail = how many working contexts showed it × how much it helped there (`Catalog.detail_utility`).
+What is pruned is hidden from every session at once, and can be restored until `DiskStore.compact` gives the room back.
 
 Shapes: N blocks.
 """
@@ -36,8 +36,10 @@ def choose(
 ) -> np.ndarray:
     """Blocks to prune, int64 [N], of least utility first, and of equal ones the oldest.
 
-    share: of all blocks, how many are to have no detail afterwards; max_utility: only blocks worth at most this [accesses × nats].
-    keep_last: tokens at the end that stay; source: only blocks of this one. UserError unless share or max_utility is given.
+    share: of all blocks, how many are to have no detail afterwards; max_utility: only blocks worth
+    at most this [accesses × nats].
+    keep_last: tokens at the end that stay; source: only blocks of this one. UserError unless
+    share or max_utility is given.
     """
     if share is None and max_utility is None:
         raise UserError("prune how much? give --share (of all blocks) or --max_utility (accesses × nats)")

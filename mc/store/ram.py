@@ -1,13 +1,15 @@
 """Where a history is kept: token ids (L0), gists (L1, L2, …) and lens keys (K1), as records in order.
 
-A `Store` holds what was appended and gives records back by index, many in one call. It computes nothing: `mc.store.history.History`
-makes the nodes. Appended records can be read at once by the writer; `commit` makes them durable, and visible to others, together.
+A `Store` holds what was appended and gives records back by index, many in one call. It computes nothing:
+`mc.store.history.History` makes the nodes. Appended records can be read at once by the writer; `commit` makes them
+durable, and visible to others, together.
 
 A token id of VOID marks a slot that holds nothing: the rest of a source's last block. Gists and keys are kept in
 `StoreFormat.dtype` and given back in `StoreFormat.read_dtype`.
 
-Edits replace records (`rewrite_tokens`, `rewrite_nodes`) or cut them off (`truncate`); like appends they become part of the
-history at the next `commit`, all together. The raw tokens of a block can be given up while its gists stay (`set_detail`).
+Edits replace records (`rewrite_tokens`, `rewrite_nodes`) or cut them off (`truncate`); like appends they become part of
+the history at the next `commit`, all together. The raw tokens of a block can be given up while
+its gists stay (`set_detail`).
 
 Shapes: N records asked for, D width of the base, P lens keys per block, C width of a key.
 """
@@ -31,7 +33,8 @@ class StoreFormat:
     d_model: int
     n_keys: int  # lens keys per block
     key_dim: int
-    dtype: torch.dtype = torch.float32  # of gists and keys: float32, bfloat16, float16, or int8 (one float32 scale per vector)
+    # of gists and keys: float32, bfloat16, float16, or int8 (one float32 scale per vector)
+    dtype: torch.dtype = torch.float32
     model: str = ""  # fingerprint of the networks that made them (`mc.model.fingerprint`)
 
     @property
@@ -76,7 +79,8 @@ class Store(Protocol):
         ...
 
     def rewrite_tokens(self, start: int, ids_N: Tensor) -> None:
-        """Replace tokens [start, start + N), which exist. The nodes above them are the caller's to rewrite, before the commit.
+        """Replace tokens [start, start + N), which exist. The nodes above them are the caller's
+        to rewrite, before the commit.
 
         ValueError where the raw tokens of a block are ERASED.
         """
@@ -94,14 +98,15 @@ class Store(Protocol):
         ...
 
     def detail(self, index_N: Tensor) -> Tensor:
-        """What became of the raw tokens of LOD1 blocks: uint8 [N], KEPT, DROPPED or ERASED. A block never pruned is KEPT."""
+        """What became of the raw tokens of LOD1 blocks: uint8 [N], KEPT, DROPPED or ERASED. A
+        block never pruned is KEPT."""
         ...
 
     def set_detail(self, index_N: Tensor, state: int | Tensor) -> None:
         """Change it, from the next commit on; state: one for all, or uint8 [N].
 
-        `tokens` still gives those of a DROPPED block, for restoring it; who shows them asks `has_detail` first. Of an ERASED
-        block it gives VOID, and ValueError is raised for making one anything else.
+        `tokens` still gives those of a DROPPED block, for restoring it; who shows them asks `has_detail` first. Of an
+        ERASED block it gives VOID, and ValueError is raised for making one anything else.
         """
         ...
 
@@ -114,7 +119,8 @@ class Store(Protocol):
         ...
 
     def snapshot(self) -> "Store":
-        """Commit; then what the store holds, for reading: it stays so whatever is done to this store. Close it after use."""
+        """Commit; then what the store holds, for reading: it stays so whatever is done to
+        this store. Close it after use."""
         ...
 
     def tokens(self, index_N: Tensor) -> Tensor:
@@ -196,7 +202,8 @@ class _Records:
 
     def _check(self, x_N: Tensor) -> None:
         if x_N.shape[1:] != self.buffer.shape[1:]:
-            raise ValueError(f"records of shape {tuple(x_N.shape[1:])}, this level holds {tuple(self.buffer.shape[1:])}")
+            raise ValueError(f"records of shape {tuple(x_N.shape[1:])}, this level holds "
+                             f"{tuple(self.buffer.shape[1:])}")
 
 
 class RamStore:
@@ -272,7 +279,8 @@ class RamStore:
         self._edited = True
         self._detail.set(index_N, state)
         erased_N = index_N[self._detail.at(index_N) == ERASED]
-        self._tokens.buffer[(erased_N[:, None] * self.format.block_size + torch.arange(self.format.block_size)).flatten()] = VOID
+        self._tokens.buffer[(erased_N[:, None] * self.format.block_size
+                             + torch.arange(self.format.block_size)).flatten()] = VOID
 
     def has_detail(self, index_N: Tensor) -> Tensor:
         return self.detail(index_N) == KEPT

@@ -1,7 +1,7 @@
 """What benchmarks share: flags, the device, ratios of neighbours, the last line.
 
-Machines are shared and noisy, so what is compared takes turns in one process, in blocks of a few steps; reported are ratios of neighbours, with
-the median over pairs and a bootstrap interval over them.
+Machines are shared and noisy, so what is compared takes turns in one process, in blocks of a few steps; reported are
+ratios of neighbours, with the median over pairs and a bootstrap interval over them.
 """
 
 import argparse

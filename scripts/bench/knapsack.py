@@ -1,9 +1,12 @@
-"""The best that an allocator could do when utilities add up, by exact dynamic programming on the tree; and how far greedy is from it.
+"""The best that an allocator could do when utilities add up, by exact dynamic programming on the tree;
+and how far greedy is from it.
 
-The best summed utility of the blocks shown raw below a node, for each number of expanded nodes: of a block 0 or its own; of a node above,
-nothing while it is closed, else its children's combined, with one node for itself. Ancestors are shared by what is below them, as in a cut.
+The best summed utility of the blocks shown raw below a node, for each number of expanded nodes: of a block 0 or its
+own; of a node above, nothing while it is closed, else its children's combined, with one node for itself. Ancestors are
+shared by what is below them, as in a cut.
 
-A reference: row by row and node by node, O(N · C²) for N nodes of which the budget expands C. Shapes: B rows, N1 blocks.
+A reference: row by row and node by node, O(N · C²) for N nodes of which the budget
+expands C. Shapes: B rows, N1 blocks.
 """
 
 import argparse
@@ -70,10 +73,11 @@ class _Row:
 
 
 def optimum(utility_BN1: Tensor, n_tokens_B: Tensor, cfg: FocusConfig) -> FocusState:
-    """The state of largest summed utility of raw blocks within the soft budget; blocks that reach into the protected tail are raw in any.
+    """The state of largest summed utility of raw blocks within the soft budget; blocks that reach into the
+    protected tail are raw in any.
 
-    utility_BN1: finite, any unit, may be negative. ValueError where the budget does not hold the tiling and the tail, and for
-    several gists per node, whose prices differ by level.
+    utility_BN1: finite, any unit, may be negative. ValueError where the budget does not hold the tiling and the tail,
+    and for several gists per node, whose prices differ by level.
     """
     if cfg.n_gists > 1:
         raise ValueError(f"n_gists={cfg.n_gists}: the reference counts nodes of one price")
@@ -84,7 +88,8 @@ def optimum(utility_BN1: Tensor, n_tokens_B: Tensor, cfg: FocusConfig) -> FocusS
         row = _Row(utility_BN1[b].double().numpy(), n, cfg, nodes) if nodes >= 0 else None
         total = row.combine(row.roots())[0] if row else np.array([-np.inf])
         if total.max() == -np.inf:
-            raise ValueError(f"a budget of {cfg.soft_budget} entries does not hold {n} tokens with {cfg.recent} of them raw")
+            raise ValueError(f"a budget of {cfg.soft_budget} entries does not hold {n} tokens with {cfg.recent} of "
+                             "them raw")
         for lod, index in row.solve(row.roots(), int(total.argmax())):
             expanded[lod - 1][b, index] = True
     never = tuple(torch.full_like(x, NEVER, dtype=torch.int64) for x in expanded)
@@ -102,11 +107,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 INSTANCES = {  # tokens, block size, max_lod, and how many nodes the budget expands
-    "flat": (1024, 32, 1, 4), "two levels": (1024, 8, 2, 16), "two levels, tight": (1024, 8, 2, 6), "four levels": (1024, 4, 4, 24),
+    "flat": (1024, 32, 1, 4), "two levels": (1024, 8, 2, 16), "two levels, tight": (1024, 8, 2, 6),
+    "four levels": (1024, 4, 4, 24),
     "long, two levels": (4096, 32, 2, 8),
 }
 UTILITIES = {  # of blocks, from standard draws
-    "exponential": lambda u: -u.log(), "even": lambda u: u, "heavy": lambda u: u ** -0.8, "clustered": lambda u: -u.log() * _bumps(u)}
+    "exponential": lambda u: -u.log(), "even": lambda u: u, "heavy": lambda u: u ** -0.8,
+    "clustered": lambda u: -u.log() * _bumps(u)}
 
 
 def _bumps(u_BN: Tensor) -> Tensor:
@@ -117,7 +124,8 @@ def _bumps(u_BN: Tensor) -> Tensor:
 def run(args: argparse.Namespace) -> None:
     check_least(args, trials=1)
     rows = []
-    print("| instance | utilities | by score: mean, least | per cost: mean, least | optimum [ms a row] |\n|---|---|---|---|---|")
+    print("| instance | utilities | by score: mean, least | per cost: mean, least | optimum [ms a row] "
+          "|\n|---|---|---|---|---|")
     for name, (n, k, max_lod, nodes) in INSTANCES.items():
         cfg = FocusConfig(tiling(n, k, max_lod) + (k - 1) * nodes, k, max_lod, recent=0)
         greedy, n_B = GreedyAllocator(cfg), torch.full((args.trials,), n)
@@ -127,9 +135,12 @@ def run(args: argparse.Namespace) -> None:
             begin = time.perf_counter()
             best_B = value(utility_BN1, optimum(utility_BN1, n_B, cfg))
             ms = (time.perf_counter() - begin) / args.trials * 1e3
-            share = {rule: value(utility_BN1, greedy.allocate(utility_BN1, n_B, per_cost=rule == "per cost")) / best_B for rule in ("by score", "per cost")}
-            rows.append({"instance": name, "utilities": kind, "ms": ms} | {rule: [float(x.mean()), float(x.min())] for rule, x in share.items()})
+            share = {rule: value(utility_BN1, greedy.allocate(utility_BN1, n_B, per_cost=rule == "per cost")) / best_B
+                     for rule in ("by score", "per cost")}
+            rows.append({"instance": name, "utilities": kind, "ms": ms} | {rule: [float(x.mean()), float(x.min())]
+                                                                           for rule, x in share.items()})
             cells = " | ".join(f"{x.mean():.3f}, {x.min():.3f}" for x in share.values())
-            print(f"| {name}: n {n}, K {k}, {max_lod} levels, {nodes} nodes | {kind} | {cells} | {ms:.1f} |", flush=True)
+            print(f"| {name}: n {n}, K {k}, {max_lod} levels, {nodes} nodes | {kind} | {cells} | {ms:.1f} |",
+                  flush=True)
     least = {rule: min(r[rule][0] for r in rows) for rule in ("by score", "per cost")}
     print_json({"trials": args.trials, "seed": args.seed, "least_mean_share": least, "rows": rows})

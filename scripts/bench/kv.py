@@ -1,7 +1,7 @@
 """What the approximate KV policy saves, and what it costs in NLL.
 
-Held-out rows of the model's own data, read as a history and then token by token as if they were generated, with a refocus every
-`--mc_interval` tokens; the same tokens under both policies, in turn.
+Held-out rows of the model's own data, read as a history and then token by token as if they were generated, with a
+refocus every `--mc_interval` tokens; the same tokens under both policies, in turn.
 """
 
 import argparse
@@ -33,7 +33,8 @@ class Read(NamedTuple):
 
 
 def read_row(pool: sessions.SessionPool, tokens_T: Tensor, targets_T: Tensor, ahead: int) -> Read:
-    """The last `ahead` tokens of a row after the rest of it. targets: the next token of each, −1 where it does not count."""
+    """The last `ahead` tokens of a row after the rest of it. targets: the next token of each,
+    −1 where it does not count."""
     session = pool.open()
     try:
         session.begin(tokens_T[:-ahead])
@@ -63,24 +64,29 @@ def run(args: argparse.Namespace) -> None:
     gpt, meta = load_model(args.checkpoint_dir, device=args.device)
     T = gpt.config.sequence_len
     if args.rows < 2 or not 1 <= args.ahead < T:
-        raise UserError(f"--rows={args.rows} --ahead={args.ahead}: at least 2 rows, and 1 to {T - 1} tokens of their {T}")
+        raise UserError(
+            f"--rows={args.rows} --ahead={args.ahead}: at least 2 rows, and 1 to {T - 1} tokens of their {T}")
     source = source_of(meta, "val", tokenizer=Tokenizer.load())
     count = eval_rows(source, args.rows * T)
     config = sessions.from_flags(args)
-    pools = {policy: sessions.open_pool(gpt, meta, args.checkpoint_dir, replace(config, kv_policy=policy)) for policy in ("exact", "approximate")}
+    pools = {policy: sessions.open_pool(gpt, meta, args.checkpoint_dir, replace(config, kv_policy=policy))
+             for policy in ("exact", "approximate")}
     found: dict[str, list[Read]] = {policy: [] for policy in pools}
     for tokens_T, targets_T in zip(*judged_rows(source, np.arange(count))):
         for policy, pool in pools.items():
             found[policy].append(read_row(pool, tokens_T, targets_T, args.ahead))
     cost = np.array([a.nll - e.nll for e, a in zip(found["exact"], found["approximate"])])
     speed = np.array([a.seconds / e.seconds for e, a in zip(found["exact"], found["approximate"])])
-    out = {"rows": count, "history": T - args.ahead, "ahead": args.ahead, "interval": pools["exact"].interval, "budget": pools["exact"].focus_config.budget,
+    out = {"rows": count, "history": T - args.ahead, "ahead": args.ahead, "interval": pools["exact"].interval,
+           "budget": pools["exact"].focus_config.budget,
            "nll": {policy: float(np.mean([r.nll for r in reads])) for policy, reads in found.items()},
            "delta_nll": float(cost.mean()), "delta_nll_interval": bootstrap_interval(lambda i: cost[i].mean(), count),
-           "computed_share": {policy: sum(r.computed for r in reads) / max(sum(r.shown for r in reads), 1) for policy, reads in found.items()},
+           "computed_share": {policy: sum(r.computed for r in reads) / max(sum(r.shown for r in reads), 1)
+                              for policy, reads in found.items()},
            "time_ratio": float(np.median(speed)), "time_ratio_interval": list(median_interval(speed))}
     low, high = out["delta_nll_interval"]
-    print(f"NLL approximate − exact: {out['delta_nll']:+.4f} [{low:+.4f}, {high:+.4f}] nats per token, {count} rows, {args.ahead} tokens each")
+    print(f"NLL approximate − exact: {out['delta_nll']:+.4f} [{low:+.4f}, {high:+.4f}] nats per token, {count} rows, "
+          f"{args.ahead} tokens each")
     for policy, share in out["computed_share"].items():
         print(f"  {policy:12s} runs {share:.1%} of the shown entries again after a refocus")
     print_json(out)

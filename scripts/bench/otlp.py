@@ -1,4 +1,5 @@
-"""Send a gauge, a histogram and a trace where the OTEL_* variables say, and see whether they are accepted: before a long run.
+"""Send a gauge, a histogram and a trace where the OTEL_* variables say, and see whether they
+are accepted: before a long run.
 
     OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318 python -m scripts.mc_bench otlp
 """
@@ -20,9 +21,11 @@ def add_flags(parser: FlagParser) -> None:
 
 
 def run(args: Namespace) -> None:
-    sink = otlp_sink("megacontext", "preflight/0", {"mc.run.id": "preflight", "mc.stage": "preflight", "mc.variant": "preflight"}, background=False)
+    sink = otlp_sink("megacontext", "preflight/0",
+                     {"mc.run.id": "preflight", "mc.stage": "preflight", "mc.variant": "preflight"}, background=False)
     if sink is None:
-        raise UserError("OTLP is off: set OTEL_EXPORTER_OTLP_ENDPOINT, and neither OTEL_SDK_DISABLED=true nor OTEL_*_EXPORTER=none")
+        raise UserError("OTLP is off: set OTEL_EXPORTER_OTLP_ENDPOINT, and neither OTEL_SDK_DISABLED=true nor "
+                        "OTEL_*_EXPORTER=none")
     trace = Trace("mc.preflight", torch.device("cpu"), keep=True)
     with trace.span("mc.preflight.part"):
         trace.event("mc.preflight.event", number=1)

@@ -1,8 +1,9 @@
-"""A history on disk, filled from real files: what keeping it costs beside computing it, how fast it opens and reads, what 8 bits cost.
+"""A history on disk, filled from real files: what keeping it costs beside computing it, how fast it
+opens and reads, what 8 bits cost.
 
-Machines are shared and noisy, so the store's overhead is a ratio of neighbours: every few batches the same tokens go through GistNet
-and lens keys without any store, just before they are ingested. Gathers take turns with fancy indexing of a numpy.memmap that holds
-the same records in one file.
+Machines are shared and noisy, so the store's overhead is a ratio of neighbours: every few batches the same tokens go
+through GistNet and lens keys without any store, just before they are ingested. Gathers take turns with fancy indexing
+of a numpy.memmap that holds the same records in one file.
 
 Shapes: N tokens or nodes, D width, B rows.
 """
@@ -131,7 +132,8 @@ def opening(networks: Networks, folder: Path, times: int = 7) -> dict:
 
     read = [_seconds(lambda: DiskStore.open(folder, "r").close())[0] for _ in range(times)]
     both = [_seconds(write)[0] for _ in range(times)]
-    return {"times": times, "read_s": [float(np.median(read)), max(read)], "write_and_catalog_s": [float(np.median(both)), max(both)]}
+    return {"times": times, "read_s": [float(np.median(read)), max(read)],
+            "write_and_catalog_s": [float(np.median(both)), max(both)]}
 
 
 def gathering(folder: Path, scratch: Path) -> dict:
@@ -203,7 +205,8 @@ def editing(networks: Networks, folder: Path) -> dict:
 
 @torch.no_grad()
 def stored_dtypes(networks: Networks, checkpoint_dir: Path, contexts: int, batch: int = 16) -> dict:
-    """What keeping gists in fewer bits than float32 adds to ΔNLL [nats]: held-out rows, their history as gists, recent tokens raw."""
+    """What keeping gists in fewer bits than float32 adds to ΔNLL [nats]: held-out rows, their history
+    as gists, recent tokens raw."""
     _, meta = load_model_state(checkpoint_dir)
     gpt, mc, c = networks.gpt, networks.mc, networks.mc.config
     T = gpt.config.sequence_len
@@ -216,7 +219,8 @@ def stored_dtypes(networks: Networks, checkpoint_dir: Path, contexts: int, batch
         tokens, targets = (x[:, :n + c.horizon] for x in judged_rows(source, rows))
         focus = FocusComparison(gpt, mc, tokens, targets, n, 0, torch.from_numpy(rows))
         for dtype in (torch.float32, *STORED):
-            focus.tree = build_tree(focus.embeds, lambda x, m, lod: as_stored(mc.gistnet(x, m, lod), dtype), c.block_size, c.max_lod)
+            focus.tree = build_tree(focus.embeds, lambda x, m, lod: as_stored(mc.gistnet(x, m, lod), dtype),
+                                    c.block_size, c.max_lod)
             for lod in range(1, c.max_lod + 1):
                 nll.setdefault((str(dtype).removeprefix("torch."), lod), []).append(focus.at_lod(lod).nll_B.double())
     found: dict = {"contexts": contexts, "tokens_each": c.horizon}
@@ -241,14 +245,17 @@ def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_flag(parser, "of a run with --mc_enabled=1")
-    parser.add_argument("--text", type=Path, required=True, help="folder of text files, e.g. what runs/fetch_text.sh fetches")
+    parser.add_argument("--text", type=Path, required=True,
+                        help="folder of text files, e.g. what runs/fetch_text.sh fetches")
     parser.add_argument("--tokens", type=int, default=10_000_000, help="tokens of history to ingest")
     parser.add_argument(
         "--dir",
         type=Path,
-        help="where the store is written, and removed at the end (needs about 90 bytes a token, twice); default: a temporary folder",
+        help="where the store is written, and removed at the end (needs about 90 bytes a token, twice); default: a "
+             "temporary folder",
     )
-    parser.add_argument("--contexts", type=int, default=128, help="held-out rows for what fewer bits cost; 0: leave that out")
+    parser.add_argument("--contexts", type=int, default=128,
+                        help="held-out rows for what fewer bits cost; 0: leave that out")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -273,7 +280,8 @@ def run(args: argparse.Namespace) -> None:
         i = found["ingest"]
         ratio = i["store_over_alone_wall"]
         print(
-            f"{i['tokens']:,} tokens of {i['sources']:,} sources in {i['wall_s']:.0f} s: {i['tokens_per_s']:,.0f} tokens/s, "
+            f"{i['tokens']:,} tokens of {i['sources']:,} sources in {i['wall_s']:.0f} s: {i['tokens_per_s']:,.0f} "
+            "tokens/s, "
             "tokenizing included; "
             f"with store / GistNet alone {ratio[0]:.3f} [{ratio[1]:.3f}, {ratio[2]:.3f}], {i['pairs']} pairs",
             flush=True,
@@ -292,7 +300,8 @@ def run(args: argparse.Namespace) -> None:
             f"{s['all_over_theory']:.4f} with the catalog"
         )
         print(
-            f"gather of {g['nodes']} gists: p50 {g['store_us'][0]:.0f} µs, p95 {g['store_us'][1]:.0f} µs; of numpy.memmap's "
+            f"gather of {g['nodes']} gists: p50 {g['store_us'][0]:.0f} µs, p95 {g['store_us'][1]:.0f} µs; of "
+            "numpy.memmap's "
             f"{g['ratio'][0]:.2f} and {g['ratio'][1]:.2f}"
         )
         print(f"edits in the middle: {json.dumps(found['editing'])}", flush=True)

@@ -1,11 +1,13 @@
 """What telemetry costs a training step: with every sink against none.
 
-The same MegaContext training, alternating blocks of steps in one process: in one block nothing is recorded, in the other everything
-that base_train records, and at its end a flush to the console (into a file), metrics.jsonl, OTLP and, if asked for, Weights & Biases. OTLP goes where
-the environment says, else to a server that this command starts and that accepts everything.
+The same MegaContext training, alternating blocks of steps in one process: in one block nothing is recorded, in the
+other everything that base_train records, and at its end a flush to the console (into a file), metrics.jsonl, OTLP and,
+if asked for, Weights & Biases. OTLP goes where the environment says, else to a server that this command
+starts and that accepts everything.
 
-Reported: the ratio of the blocks' times, median over pairs with a bootstrap interval; the same of the process's CPU time, its exporting
-thread included, which other processes on the machine disturb less; and the share of the steps' time that the recorder accounts for itself.
+Reported: the ratio of the blocks' times, median over pairs with a bootstrap interval; the same of the process's CPU
+time, its exporting thread included, which other processes on the machine disturb less; and the share of the steps' time
+that the recorder accounts for itself.
 """
 
 import argparse
@@ -42,8 +44,10 @@ class TelemetryCost(NamedTuple):
     values_per_step: float
 
 
-def telemetry_cost(meta: dict, tokenizer: Tokenizer, run_dir: str | Path, *, pairs: int = 10, steps: int = 10, device: str = "cpu", run: str = "") -> TelemetryCost:
-    """run_dir: where the sinks' files go. steps: of a block, which ends with a log line and holds one trace that is kept."""
+def telemetry_cost(meta: dict, tokenizer: Tokenizer, run_dir: str | Path, *, pairs: int = 10, steps: int = 10,
+                   device: str = "cpu", run: str = "") -> TelemetryCost:
+    """run_dir: where the sinks' files go. steps: of a block, which ends with a log line and
+    holds one trace that is kept."""
     step = training_step(meta, tokenizer, with_mc=True, device=device)
     values = 0
 
@@ -82,7 +86,8 @@ def telemetry_cost(meta: dict, tokenizer: Tokenizer, run_dir: str | Path, *, pai
         accounted = recorder.take_spent()
     seconds = np.array(taken)  # [pairs, without or with, wall or CPU]
     wall, cpu = (seconds[:, 1] / seconds[:, 0]).T
-    return TelemetryCost(float(np.median(wall)), *median_interval(wall), float(np.median(cpu)), *median_interval(cpu), float(accounted / seconds[:, 1, 0].sum()),
+    return TelemetryCost(float(np.median(wall)), *median_interval(wall), float(np.median(cpu)), *median_interval(cpu),
+                         float(accounted / seconds[:, 1, 0].sum()),
                 float(np.median(seconds[:, 0, 0])) / steps, values / (pairs * steps))
 
 
@@ -127,13 +132,17 @@ def collector() -> Iterator[None]:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add_block_flags(parser, pairs=10, steps=10, about="with and without telemetry")
-    parser.add_argument("--run", default="dummy", help="name of a Weights & Biases run, to have its cost too; dummy: none")
+    parser.add_argument("--run", default="dummy",
+                        help="name of a Weights & Biases run, to have its cost too; dummy: none")
 
 
 def run(args: argparse.Namespace) -> None:
     meta = timed_meta(args)
     with collector(), tempfile.TemporaryDirectory() as run_dir:
-        cost = telemetry_cost(meta, Tokenizer.load(), run_dir, pairs=args.pairs, steps=args.steps, device=args.device, run=args.run)
-    print(f"with telemetry / without: step time {cost.ratio:.4f} [{cost.low:.4f}, {cost.high:.4f}], CPU time {cost.cpu_ratio:.4f} [{cost.cpu_low:.4f}, {cost.cpu_high:.4f}], "
-          f"{args.pairs} pairs of {args.steps} steps of {cost.step_s:.3f} s; {cost.values_per_step:.0f} values per step; accounted for by the recorder {cost.accounted:.3%}")
+        cost = telemetry_cost(meta, Tokenizer.load(), run_dir, pairs=args.pairs, steps=args.steps, device=args.device,
+                              run=args.run)
+    print(f"with telemetry / without: step time {cost.ratio:.4f} [{cost.low:.4f}, {cost.high:.4f}], CPU time "
+          f"{cost.cpu_ratio:.4f} [{cost.cpu_low:.4f}, {cost.cpu_high:.4f}], "
+          f"{args.pairs} pairs of {args.steps} steps of {cost.step_s:.3f} s; {cost.values_per_step:.0f} values per "
+          f"step; accounted for by the recorder {cost.accounted:.3%}")
     print_json(cost._asdict())

@@ -1,8 +1,9 @@
-"""Training speed of the harness's GPT against the same model written as one plain PyTorch module: `python -m scripts.bench.vanilla`.
+"""Training speed of the harness's GPT against the same model written as one plain PyTorch module:
+`python -m scripts.bench.vanilla`.
 
-Both start from the same weights, see the same batches, use the same optimizer and take turns in blocks of a few steps inside
-one process, so that a noisy machine slows both. The ratio is that of tokens per second (above 1: the harness is faster), the
-median over pairs of blocks, with a 95 % bootstrap interval. Fails if the two do not give the same losses.
+Both start from the same weights, see the same batches, use the same optimizer and take turns in blocks of a few steps
+inside one process, so that a noisy machine slows both. The ratio is that of tokens per second (above 1: the harness is
+faster), the median over pairs of blocks, with a 95 % bootstrap interval. Fails if the two do not give the same losses.
 """
 
 import math
@@ -49,13 +50,14 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """The small model's architecture with nothing to switch: full causal attention, key shift, smear, scalars, backout, no value
-    embeddings. Parameter names are GPT's."""
+    """The small model's architecture with nothing to switch: full causal attention, key shift, smear, scalars, backout,
+    no value embeddings. Parameter names are GPT's."""
 
     def __init__(self, vocab: int, layers: int, heads: int, D: int, T: int):
         super().__init__()
         self.vocab, padded = vocab, -(-vocab // 64) * 64
-        self.transformer = nn.ModuleDict({"wte": nn.Embedding(padded, D), "h": nn.ModuleList(PlainBlock(D, heads) for _ in range(layers))})
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(padded, D),
+                                          "h": nn.ModuleList(PlainBlock(D, heads) for _ in range(layers))})
         self.lm_head = nn.Linear(D, padded, bias=False)
         self.resid_lambdas, self.x0_lambdas = (nn.Parameter(torch.empty(layers)) for _ in range(2))
         self.smear_gate = nn.Linear(24, 1, bias=False)
@@ -83,7 +85,8 @@ class Trainee:
     """A model with its optimizer. `losses` keeps the first steps'."""
 
     def __init__(self, model: nn.Module, D: int, autocast: bool):
-        groups = gpt_param_groups(model.named_parameters(), D, matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004, scalar_lr=0.1,
+        groups = gpt_param_groups(model.named_parameters(), D, matrix_lr=0.02, embedding_lr=0.2, unembedding_lr=0.004,
+                                  scalar_lr=0.1,
                                   weight_decay=0.0)
         self.model, self.optimizer, self.autocast, self.losses = model, MuonAdamW(groups), autocast, []
 
@@ -110,11 +113,13 @@ def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--vocab_size", type=int, default=3105, help="token ids (uniformly random ones are trained on)")
     parser.add_argument("--row_tokens", type=int, default=512, help="tokens a row")
     parser.add_argument("--rows", type=int, default=8, help="rows a step")
-    parser.add_argument("--pairs", type=int, default=24, help="pairs of blocks that are timed, after one for warming up")
+    parser.add_argument("--pairs", type=int, default=24,
+                        help="pairs of blocks that are timed, after one for warming up")
     parser.add_argument("--block_steps", type=int, default=3, help="steps a block")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto (CUDA when there is one), cpu or cuda; CUDA runs under bfloat16 autocast")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
+                        help="auto (CUDA when there is one), cpu or cuda; CUDA runs under bfloat16 autocast")
 
 
 def run(args: Namespace) -> None:
@@ -125,7 +130,8 @@ def run(args: Namespace) -> None:
     device = init_distributed(args.device).device
     seed_everything(args.seed)
     T = args.row_tokens
-    ours = GPT(GPTConfig(T, args.vocab_size, args.n_layer, args.n_head, args.n_head, args.n_embd, value_embeds=False, key_shift=True))
+    ours = GPT(GPTConfig(T, args.vocab_size, args.n_layer, args.n_head, args.n_head, args.n_embd, value_embeds=False,
+                         key_shift=True))
     with torch.no_grad():  # what starts at zero would hide a difference
         for p in ours.parameters():
             p += 0.02 * torch.randn_like(p)
@@ -140,7 +146,8 @@ def run(args: Namespace) -> None:
             seconds[pair, which] = trainees[which].train(batches)
     difference = max(abs(a - b) for a, b in zip(*(t.losses for t in trainees)))
     if not difference < (SAME_LOSS if device.type == "cpu" else 0.02):  # bfloat16 rounds at other places
-        raise UserError(f"losses of the same weights differ by {difference:.2g} nats: {trainees[0].losses} and {trainees[1].losses}")
+        raise UserError(f"losses of the same weights differ by {difference:.2g} nats: {trainees[0].losses} and "
+                        f"{trainees[1].losses}")
     ratio = ratio_of(seconds[1:])
     rates = args.block_steps * args.rows * T / np.median(seconds[1:], axis=0)
     print(f"{rates[0]:,.0f} tokens/s against {rates[1]:,.0f} in plain PyTorch: ratio {ratio}, "

@@ -10,7 +10,8 @@ from nanochat.common import UserError
 
 
 def bm25_scores(history_BN: Tensor, block_size: int, query_BQ: Tensor) -> Tensor:
-    """float32 [B, C]: each row's blocks against its query, statistics from the row's own blocks. UserError without bm25s."""
+    """float32 [B, C]: each row's blocks against its query, statistics from the row's own
+    blocks. UserError without bm25s."""
     try:
         import bm25s
     except ImportError:

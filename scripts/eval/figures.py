@@ -1,8 +1,10 @@
-"""How figures look: colours that the colour-blind tell apart (Okabe and Ito), fonts readable in print, PDF beside PNG."""
+"""How figures look: colours that the colour-blind tell apart (Okabe and Ito), fonts
+readable in print, PDF beside PNG."""
 
 from pathlib import Path
 
-BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, GREY = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#777777")
+BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, GREY = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00",
+                                                     "#777777")
 COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, GREY, "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -12,7 +14,8 @@ def new_figure(rows: int = 1, columns: int = 1, *, width: float = 5.0, height: f
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    plt.rcParams.update({"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
+                         "legend.frameon": False,
                          "pdf.fonttype": 42})  # fonts as outlines that editors and printers take
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
 

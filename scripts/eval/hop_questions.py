@@ -1,7 +1,7 @@
 """Questions of two hops put to a session: what is gained by looking again once the first answer is written.
 
-A chain is three tokens: an alias, the alias that stands at its key, the value that stands at the key of that one (`nanochat.tasks.hops`). The
-session is told the first, and writes the other two itself; right is who writes both.
+A chain is three tokens: an alias, the alias that stands at its key, the value that stands at the key of that one
+(`nanochat.tasks.hops`). The session is told the first, and writes the other two itself; right is who writes both.
 
     refocused    the session chooses anew what it shows before each token
     once         it chooses when it has read the question, and not again
@@ -39,17 +39,22 @@ def write_chain(pool: SessionPool, store: Store, said_N: Tensor, known: list[int
 
 @torch.inference_mode()
 def base_writes(gpt: GPT, context_N: Tensor, chain_N: Tensor, first: int) -> bool:
-    """Whether the base, on the tokens from place `first` on, writes the rest of the chain that begins after `context`."""
+    """Whether the base, on the tokens from place `first` on, writes the rest of the chain
+    that begins after `context`."""
     tokens = torch.cat([context_N, chain_N[:-1]])
-    hidden = gpt.hidden(tokens[None, first:], positions=torch.arange(first, len(tokens)), lift_windows=True)[0, 1 - CHAIN:]
+    hidden = gpt.hidden(tokens[None, first:], positions=torch.arange(first, len(tokens)),
+                        lift_windows=True)[0, 1 - CHAIN:]
     return bool((gpt.logits(hidden).argmax(-1) == chain_N[1:]).all())
 
 
-def ask_chains(pools: dict[str, SessionPool], task: HopTask, blocks: int, count: int, announced: int) -> dict[str, np.ndarray]:
-    """System -> float64 [count], 1 where both tokens were right. Each history stores `blocks` blocks; `announced` chains of the same two
+def ask_chains(pools: dict[str, SessionPool], task: HopTask, blocks: int, count: int,
+               announced: int) -> dict[str, np.ndarray]:
+    """System -> float64 [count], 1 where both tokens were right. Each history stores `blocks` blocks;
+    `announced` chains of the same two
     blocks are read before the question: 0, and nothing but the first answer tells where the second is.
 
-    pools: "refocused" and "once", sessions of the same model that refocus before each token, and not again after a question.
+    pools: "refocused" and "once", sessions of the same model that refocus before each token,
+    and not again after a question.
     """
     n = blocks * task.block
     made = task.rows("val", np.arange(count), blocks, n + task.episode)

@@ -23,8 +23,10 @@ def commit() -> str:
 
 def environment() -> dict:
     """What besides code and configuration may change a result or a time."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "system": f"{platform.system()} {platform.machine()}",
-            "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "system": f"{platform.system()} {platform.machine()}",
+            "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name()
+            if torch.cuda.is_available() else None}
 
 
 def digest(config: dict) -> str:

@@ -31,12 +31,14 @@ class RowBatch(NamedTuple):
 Batches = Callable[[int], RowBatch]  # number of a batch -> its rows, always the same
 
 
-def make_batches(data: str, split: str, tokenizer: Tokenizer, flags: dict, *, history: int, horizon: int, block_size: int, rows: int,
+def make_batches(data: str, split: str, tokenizer: Tokenizer, flags: dict, *, history: int, horizon: int,
+                 block_size: int, rows: int,
                  seed: int = 0) -> Batches:
-    """data: as `--data` of base_train; flags: those of the run it goes with, for what else a source needs. Seeds have no row in common.
+    """data: as `--data` of base_train; flags: those of the run it goes with, for what else a source
+    needs. Seeds have no row in common.
 
-    "tasks", "tasks:a,b=2": batch i is of one task, drawn by share; its answer is the continuation. Else the last `horizon` tokens of a
-    row of history + horizon, of which those count that counted in training.
+    "tasks", "tasks:a,b=2": batch i is of one task, drawn by share; its answer is the continuation. Else the last
+    `horizon` tokens of a row of history + horizon, of which those count that counted in training.
     """
     def numbers(i: int) -> np.ndarray:
         return (seed << 24) + np.arange(i * rows, (i + 1) * rows)
@@ -48,7 +50,8 @@ def make_batches(data: str, split: str, tokenizer: Tokenizer, flags: dict, *, hi
         def of_tasks(i: int) -> RowBatch:
             name = list(mix)[int(np.random.default_rng((seed, i)).choice(len(mix), p=list(mix.values())))]
             made = task_rows(name, words, split, numbers(i), history, block_size=block_size)
-            return RowBatch(torch.from_numpy(made.tokens), torch.from_numpy(made.targets), made.n, torch.from_numpy(numbers(i)))
+            return RowBatch(torch.from_numpy(made.tokens), torch.from_numpy(made.targets), made.n,
+                            torch.from_numpy(numbers(i)))
 
         return of_tasks
     T = history + horizon
@@ -63,17 +66,22 @@ def make_batches(data: str, split: str, tokenizer: Tokenizer, flags: dict, *, hi
 def add_row_flags(parser: FlagParser) -> None:
     """The flags that `batches_from_flags` reads, besides --seed."""
     add = parser.add_argument
-    add("--data", default="", help="tasks, tasks:<name>=<share>,…, or as --data of base_train; default: what the checkpoint was trained on")
-    add("--history", type=int, default=0, help="tokens of history; 0: the whole blocks that a row holds before the continuation")
-    add("--horizon", type=int, default=0, help="tokens of the continuation, of data that is no task; 0: as MegaContext was trained, or 32")
+    add("--data", default="", help="tasks, tasks:<name>=<share>,…, or as --data of base_train; default: what the "
+                                   "checkpoint was trained on")
+    add("--history", type=int, default=0,
+        help="tokens of history; 0: the whole blocks that a row holds before the continuation")
+    add("--horizon", type=int, default=0,
+        help="tokens of the continuation, of data that is no task; 0: as MegaContext was trained, or 32")
     add("--rows", type=int, default=16, help="rows of a batch")
 
 
 def batches_from_flags(args: Namespace, config: MCConfig, meta: dict, tokenizer: Tokenizer) -> tuple[Batches, dict]:
     """Batches of training rows, and what they are, in words. UserError for a number that no batch can have."""
     if min(args.history, args.horizon, args.seed) < 0 or args.rows < 1:
-        raise UserError(f"--history={args.history} --horizon={args.horizon} --seed={args.seed} --rows={args.rows}: at least 0, 0, 0 and 1")
+        raise UserError(f"--history={args.history} --horizon={args.horizon} --seed={args.seed} --rows={args.rows}: at "
+                        "least 0, 0, 0 and 1")
     horizon, K = args.horizon or config.horizon, config.block_size
     history = args.history or (meta["model_config"]["sequence_len"] - horizon) // K * K
-    facts = dict(data=args.data or meta["flags"]["data"], history=history, horizon=horizon, block_size=K, rows=args.rows, seed=args.seed)
+    facts = dict(data=args.data or meta["flags"]["data"], history=history, horizon=horizon, block_size=K,
+                 rows=args.rows, seed=args.seed)
     return make_batches(split="train", tokenizer=tokenizer, flags=meta["flags"], **facts), facts

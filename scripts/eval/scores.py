@@ -1,7 +1,10 @@
-"""How well scores of blocks name what is worth showing: regret, hits, rank correlation, and the scores that need no training.
+"""How well scores of blocks name what is worth showing: regret, hits, rank correlation, and
+the scores that need no training.
 
-    utility    of a block: NLL of the continuation when no block is shown − when this block alone is, in the working context
-    regret     NLL under the cut that the scores choose − under the oracle's; never negative, for the oracle tries that cut too
+    utility    of a block: NLL of the continuation when no block is shown − when this block
+               alone is, in the working context
+    regret     NLL under the cut that the scores choose − under the oracle's; never negative,
+               for the oracle tries that cut too
     hit@k      share of the blocks that matter among the k best-scored (of k, where more matter than k)
     Spearman   of the scores with the utilities, over the blocks that focus may show or not
 
@@ -34,26 +37,30 @@ class Contexts(NamedTuple):
 
 
 def recall_contexts(task: RecallTask, blocks: int, rows: np.ndarray, block: int) -> Contexts:
-    """Histories of `blocks` stored blocks of the task and an announce part, then the ask part, about task.episode_blocks of them.
+    """Histories of `blocks` stored blocks of the task and an announce part, then the ask part,
+    about task.episode_blocks of them.
 
-    As in training where the keys suffice for all blocks to be different. Longer histories have the asked blocks among others
-    made of the keys that nobody asks for, which repeat with other values. block: tokens of a block of the model, of which those
-    matter that hold an answer.
+    As in training where the keys suffice for all blocks to be different. Longer histories have the asked blocks among
+    others made of the keys that nobody asks for, which repeat with other values. block: tokens of a block of the model,
+    of which those matter that hold an answer.
     """
     if blocks <= task.blocks:
         made = task.rows("val", rows, blocks, blocks * task.block + task.episode)
         tokens, mask = made.tokens, made.mask
     else:
-        places = np.stack([np.random.default_rng((task.seed, blocks, row)).permutation(blocks)[:task.episode_blocks] for row in rows.tolist()])
+        places = np.stack([np.random.default_rng((task.seed, blocks, row)).permutation(blocks)[:task.episode_blocks]
+                           for row in rows.tolist()])
         stream = task.stream_rows("val", rows, blocks * task.block, places[:, None])
         tokens = np.concatenate([stream.tokens, stream.questions[:, 0], np.zeros((len(rows), 1), dtype=np.int64)], 1)
         mask = np.arange(tokens.shape[1]) % 2 == 1
     n = blocks * task.block + task.announce
-    asked = task.keys.start + np.argsort(task.alias_of_key)[tokens[:, n:n + task.ask:2] - task.aliases.start]  # no other block has these keys
+    # no other block has these keys
+    asked = task.keys.start + np.argsort(task.alias_of_key)[tokens[:, n:n + task.ask:2] - task.aliases.start]
     held = np.zeros((len(rows), -(-n // block) * block), dtype=bool)
     held[:, :n] = (tokens[:, :n, None] == asked[:, None]).any(2)
     matter = held.reshape(len(rows), -1, block).any(2)
-    return Contexts(torch.from_numpy(tokens[:, :-1]), torch.from_numpy(np.where(mask, tokens, -1)[:, 1:]), torch.from_numpy(matter))
+    return Contexts(torch.from_numpy(tokens[:, :-1]), torch.from_numpy(np.where(mask, tokens, -1)[:, 1:]),
+                    torch.from_numpy(matter))
 
 
 def text_contexts(source: Source, length: int, rows: np.ndarray) -> Contexts:
@@ -78,8 +85,8 @@ def spearman(x_BN: Tensor, y_BN: Tensor) -> Tensor:
 
 
 def hit_at(scores_BN: Tensor, matter_BN: Tensor, k: int) -> Tensor:
-    """[B] float64 share of the blocks that matter (bool) among the k best, at most k of them counted; ties: the later first, as the
-    allocator does. NaN where none matters."""
+    """[B] float64 share of the blocks that matter (bool) among the k best, at most k of them counted; ties: the later
+    first, as the allocator does. NaN where none matters."""
     best = scores_BN.flip(1).argsort(dim=1, descending=True, stable=True)[:, :k]
     found = matter_BN.flip(1).gather(1, best).sum(1).double()
     return found / matter_BN.sum(1).clamp_max(k)
@@ -89,7 +96,8 @@ def hit_at(scores_BN: Tensor, matter_BN: Tensor, k: int) -> Tensor:
 def tail_attention(focus: FocusComparison) -> Tensor:
     """[B, N] attention mass of the protected tail's queries in a full pass over the history."""
     captured: list[Captured] = []
-    focus.gpt.hidden(focus.tokens[:, :focus.n], inputs_embeds=focus.embeds[:, :focus.n], capture=captured, lift_windows=True)
+    focus.gpt.hidden(focus.tokens[:, :focus.n], inputs_embeds=focus.embeds[:, :focus.n], capture=captured,
+                     lift_windows=True)
     queries = slice(focus.n - focus.mc.config.protected, focus.n)
     return attention_mass(captured, slice(None), queries, focus.n_blocks, focus.K).sum(1)
 
@@ -98,12 +106,14 @@ def all_scores(focus: FocusComparison) -> dict[str, Tensor]:
     """[B, N] of everything in SCORES and CHEATS."""
     teachers, history = focus.teacher_scores(), focus.tokens[:, :focus.n]
     return {**{name: focus.scores(name) for name in ("lens", "random", "recency")},
-            "bm25": bm25_scores(history, focus.K, history[:, -focus.mc.config.protected:]), "tail_attention": tail_attention(focus),
+            "bm25": bm25_scores(history, focus.K, history[:, -focus.mc.config.protected:]),
+            "tail_attention": tail_attention(focus),
             "next_attention": teachers["attention"], "next_gate": teachers["gate"]}
 
 
 def utilities(focus: FocusComparison, alone: list[Outcome]) -> Tensor:
-    """[B, F] nats per target of showing each of the F blocks that are not protected; alone: what `FocusComparison.alone` gave."""
+    """[B, F] nats per target of showing each of the F blocks that are not protected; alone: what
+    `FocusComparison.alone` gave."""
     nothing = focus.nothing()
     return torch.stack([nothing.nll_B - one.nll_B for one in alone], 1)
 
@@ -127,10 +137,12 @@ def measure_scores(focus: FocusComparison, matter_BN: Tensor | None, progress: C
     utility = utilities(focus, alone)
     matter = most_useful(utility, focus.most_shown) if matter_BN is None else matter_BN[:, :F]
     oracle = focus.oracle(outcomes, progress, alone=alone, candidates=candidates)
-    found = {name: {**_facts(outcomes[name], oracle), "spearman": spearman(x[:, :F], utility), "hit_at_1": hit_at(x[:, :F], matter, 1),
+    found = {name: {**_facts(outcomes[name], oracle), "spearman": spearman(x[:, :F], utility),
+                    "hit_at_1": hit_at(x[:, :F], matter, 1),
                     "hit_at_most": hit_at(x[:, :F], matter, focus.most_shown)} for name, x in scores.items()}
     return {**found, "oracle": _facts(oracle, oracle)}
 
 
 def _facts(outcome: Outcome, oracle: Outcome) -> dict[str, Tensor]:
-    return {"nll": outcome.nll_B, "acc": outcome.acc_B, "entries": outcome.entries_B, "regret": outcome.nll_B - oracle.nll_B}
+    return {"nll": outcome.nll_B, "acc": outcome.acc_B, "entries": outcome.entries_B,
+            "regret": outcome.nll_B - oracle.nll_B}

@@ -1,11 +1,13 @@
 """Intervals and tests of what was measured.
 
-A measure is x_SC: one number per seed and document. Intervals and p-values come from draws of how its mean would come out with other
-seeds and other documents, the same draws for every arm and every measure, so that every comparison is paired and any arithmetic on means (a gap
-closed, say) has its distribution too. Documents are drawn with replacement (the bootstrap). Seeds are too few for that: three agree by chance in
-one case of four, and would then agree in every draw. Their mean is spread as the t-distribution says instead. Both deviations are added, so what
-differs by seed and document together counts twice: conservative. A measure that has one number per seed is tested by the paired t-test over
-seeds, which is the same without documents. False positives, measured: obsidian/log/2026-11-23 What three seeds can say.md.
+A measure is x_SC: one number per seed and document. Intervals and p-values come from draws of how its mean would come
+out with other seeds and other documents, the same draws for every arm and every measure, so that every comparison is
+paired and any arithmetic on means (a gap closed, say) has its distribution too. Documents are drawn with replacement
+(the bootstrap). Seeds are too few for that: three agree by chance in one case of four, and would then agree in every
+draw. Their mean is spread as the t-distribution says instead. Both deviations are added, so what differs by seed and
+document together counts twice: conservative. A measure that has one number per seed is tested by the paired t-test over
+seeds, which is the same without documents. False positives, measured:
+obsidian/log/2026-11-23 What three seeds can say.md.
 
 Where seeds are few and say nothing of others (`bootstrap_interval`), contexts alone are drawn.
 
@@ -25,10 +27,11 @@ LEAST_GAP = 0.1  # nat: below it, the share of the gap that is closed means noth
 
 
 def seed_weights(seeds: int, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """[D, S] weights of sum 1, negative ones among them: for any x_S, weights @ x is distributed as mean + t · deviation / √S, t with S − 1 degrees
-    of freedom.
+    """[D, S] weights of sum 1, negative ones among them: for any x_S, weights @ x is distributed as mean + t ·
+    deviation / √S, t with S − 1 degrees of freedom.
 
-    Beside 1/S a weight is a multivariate t in the S − 1 dimensions in which weights of sum 0 lie, and any projection of that is a t.
+    Beside 1/S a weight is a multivariate t in the S − 1 dimensions in which weights of sum 0 lie, and
+    any projection of that is a t.
     """
     if seeds == 1:
         return np.ones((draws, 1))
@@ -47,7 +50,8 @@ class Bootstrap:
         self.documents_DC = rng.multinomial(documents, np.full(documents, 1 / documents), draws).astype(float)
 
     def means(self, x_SC: np.ndarray) -> np.ndarray:
-        """[D] mean of each draw. NaN stands for a document that has no such value, and counts for nothing; a seed without any gives NaN."""
+        """[D] mean of each draw. NaN stands for a document that has no such value, and counts for nothing; a
+        seed without any gives NaN."""
         there = ~np.isnan(x_SC)
         mean = lambda axis: np.where(there, x_SC, 0.0).sum(axis) / there.sum(axis)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -73,7 +77,8 @@ def bootstrap_p(difference_D: np.ndarray) -> float:
 
 
 def t_test(difference_S: np.ndarray) -> tuple[tuple[float, float], float]:
-    """95 % interval of the mean, and the p-value of its being 0 (paired t-test, two-sided). One seed has neither: NaN. UserError without scipy."""
+    """95 % interval of the mean, and the p-value of its being 0 (paired t-test, two-sided). One seed has neither:
+    NaN. UserError without scipy."""
     if len(difference_S) < 2:
         return (math.nan, math.nan), math.nan
     if np.ptp(difference_S) == 0:
@@ -84,11 +89,11 @@ def t_test(difference_S: np.ndarray) -> tuple[tuple[float, float], float]:
 
 
 def false_discovery(p: list[float]) -> list[float]:
-    """q-values (Benjamini and Hochberg 1995): of the differences with q < 0.05 one in twenty is expected to be none. NaN is no test. UserError
-    without scipy.
+    """q-values (Benjamini and Hochberg 1995): of the differences with q < 0.05 one in twenty is expected to be none.
+    NaN is no test. UserError without scipy.
 
-    Not Holm's correction, which wants that there be not a single one: of twenty systems, with three seeds, it asks for a difference twenty times its
-    standard error.
+    Not Holm's correction, which wants that there be not a single one: of twenty systems, with three seeds, it asks for
+    a difference twenty times its standard error.
     """
     p_N = np.asarray(p, dtype=float)
     tested = ~np.isnan(p_N)
@@ -105,11 +110,13 @@ def _scipy(what: str):
     return scipy.stats
 
 
-def bootstrap_interval(statistic: Callable[[np.ndarray], float], count: int, draws: int = 2000, seeds: int = 1) -> list[float]:
-    """95 % interval of statistic(indices) over `count` values. Of several seeds, one behind the other, a context is drawn with all of its seeds:
-    the interval is then of these models, not of others trained alike."""
+def bootstrap_interval(statistic: Callable[[np.ndarray], float], count: int, draws: int = 2000,
+                       seeds: int = 1) -> list[float]:
+    """95 % interval of statistic(indices) over `count` values. Of several seeds, one behind the other, a context is
+    drawn with all of its seeds: the interval is then of these models, not of others trained alike."""
     rng, contexts = np.random.default_rng(0), count // seeds
-    values = [statistic((rng.integers(0, contexts, contexts) + contexts * np.arange(seeds)[:, None]).ravel()) for _ in range(draws)]
+    values = [statistic((rng.integers(0, contexts, contexts) + contexts * np.arange(seeds)[:, None]).ravel())
+              for _ in range(draws)]
     return list(interval(np.array(values)))
 
 
@@ -119,8 +126,10 @@ def median_interval(values: np.ndarray) -> tuple[float, float]:
     return low, high
 
 
-def share_of_gap(window: np.ndarray, own: np.ndarray, full: np.ndarray, seeds: int = 1) -> tuple[float, list[float]] | None:
-    """(window − own) / (window − full) on means over contexts, and its interval; None where the gap is too small to be measured."""
+def share_of_gap(window: np.ndarray, own: np.ndarray, full: np.ndarray,
+                 seeds: int = 1) -> tuple[float, list[float]] | None:
+    """(window − own) / (window − full) on means over contexts, and its interval; None where the gap
+    is too small to be measured."""
     if (window - full).mean() < LEAST_GAP:
         return None
     share = lambda i: float((window[i] - own[i]).mean() / max((window[i] - full[i]).mean(), 1e-9))

@@ -1,7 +1,9 @@
-"""A command of several sub-commands, each a module with `add_flags(parser)` and `run(args)` whose docstring begins with its help.
+"""A command of several sub-commands, each a module with `add_flags(parser)` and `run(args)` whose
+docstring begins with its help.
 
-Only the module that the command line names is imported: a start costs what is asked for, and an extra package that one sub-command needs is
-missed by that one alone. All of them are imported for help, for a name that is none, and for the table of flags.
+Only the module that the command line names is imported: a start costs what is asked for, and an extra package that one
+sub-command needs is missed by that one alone. All of them are imported for help, for a name that is
+none, and for the table of flags.
 """
 
 import argparse
@@ -21,10 +23,11 @@ class Subcommands:
     def make_parser(self, only: str = "") -> FlagParser:
         """With all sub-commands, or the one that is named."""
         parser = FlagParser(prog=f"python -m {self.name}", description=self.description)
-        kinds = parser.add_subparsers(dest="command", required=True, parser_class=FlagParser, metavar="|".join(self.modules))
+        kinds = parser.add_subparsers(dest="command", required=True, parser_class=FlagParser,
+                                      metavar="|".join(self.modules))
         for name in [only] if only else self.modules:
             module = import_module(self.modules[name])
-            title = module.__doc__.split("\n\n")[0]
+            title = " ".join(module.__doc__.split("\n\n")[0].split())
             module.add_flags(kinds.add_parser(name, help=title, description=title))
         return parser
 

@@ -11,7 +11,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
 
 
 def cell(mean: float | None, interval: Sequence[float] | None = None, form: str = ".3f") -> str:
-    """A number and its interval, like "0.42 [0.40, 0.44]"; nothing where there is no number, the number alone where there is no interval."""
+    """A number and its interval, like "0.42 [0.40, 0.44]"; nothing where there is no number, the number alone
+    where there is no interval."""
     if mean is None or math.isnan(mean):
         return ""
     if interval is None or math.isnan(interval[0]):

@@ -7,11 +7,13 @@ import numpy as np
 
 from nanochat.common import UserError
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.USub: operator.neg}
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.USub: operator.neg}
 
 
 class Formula:
-    """Arithmetic on names of measures, like "(nll_window - nll_lens) / (nll_window - nll_full)". UserError if it is anything else."""
+    """Arithmetic on names of measures, like "(nll_window - nll_lens) / (nll_window - nll_full)".
+    UserError if it is anything else."""
 
     def __init__(self, text: str):
         self.text = text

@@ -1,4 +1,5 @@
-"""Label every token of some rows with what it is worth to what follows, in shards; a run that was cut off goes on where it stopped.
+"""Label every token of some rows with what it is worth to what follows, in shards; a run that was
+cut off goes on where it stopped.
 
     python -m scripts.mc_study importance --checkpoint_dir=DIR --labels=DIR
 
@@ -40,7 +41,8 @@ def add_flags(parser: FlagParser) -> None:
     add_label_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the rows that are labelled")
     parser.add_argument("--batches", type=int, default=64, help="shards, each of --rows rows")
-    parser.add_argument("--teacher", default="gate", choices=TEACHERS, help="gate gradients or attention of the continuation, full pass")
+    parser.add_argument("--teacher", default="gate", choices=TEACHERS,
+                        help="gate gradients or attention of the continuation, full pass")
     add_row_flags(parser)
 
 
@@ -55,6 +57,8 @@ def run(args: Namespace) -> None:
         return rows.tokens_BT[:, :rows.n], importance(models.gpt, rows.tokens_BT, rows.targets_BT, rows.n, args.teacher)
 
     progress = Progress("labels", args.batches, "shards", every_s=15)
-    made = write_labels(args.labels, {**base_of(args.checkpoint_dir, meta), "teacher": args.teacher, **facts}, shard, args.batches, progress.update)
+    made = write_labels(args.labels, {**base_of(args.checkpoint_dir, meta), "teacher": args.teacher, **facts}, shard,
+                        args.batches, progress.update)
     print(f"{made} shards of {args.rows} rows made, {args.batches} in {args.labels}")
-    print(json.dumps({"labels": str(args.labels), "shards": args.batches, "made": made, "seconds": round(time.time() - begin, 1)}))
+    print(json.dumps({"labels": str(args.labels), "shards": args.batches, "made": made,
+                      "seconds": round(time.time() - begin, 1)}))

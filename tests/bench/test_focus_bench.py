@@ -20,4 +20,5 @@ def test_a_window_reads_every_piece_behind_the_tokens_before_it(interval, length
         with torch.no_grad():
             log_p = gpt.logits(gpt.hidden(piece[None, :-1], lift_windows=True))[0].log_softmax(-1)
         total -= float(sum(log_p[budget - 1 + i, token] for i, token in enumerate(piece[budget:].tolist())))
-    assert window_nll(gpt, tokens, begin, budget, interval, batch=3) == pytest.approx(total / (length - begin), abs=1e-9)
+    assert window_nll(gpt, tokens, begin, budget, interval, batch=3) == pytest.approx(total / (length - begin),
+                                                                                      abs=1e-9)

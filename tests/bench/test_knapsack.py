@@ -24,19 +24,23 @@ def brute_force(utility_N1: torch.Tensor, n: int, cfg: FocusConfig) -> float:
     for lod in range(2, cfg.max_lod + 1):
         width = n // K**lod
         level_SN = level_SN[:, : width * K].unflatten(1, (width, K)).amax(-1)
-        in_tail_N = (torch.arange(width) + 1) * K**lod > n - cfg.recent  # a node there is expanded even if no complete block of it is
+        # a node there is expanded even if no complete block of it is
+        in_tail_N = (torch.arange(width) + 1) * K**lod > n - cfg.recent
         nodes_S = nodes_S + torch.maximum(level_SN, in_tail_N.long()).sum(1)
     entries_S = tiling(n, K, cfg.max_lod) + (K - 1) * nodes_S
     return float((sets_SN * utility_N1[:n_blocks]).sum(1)[entries_S <= cfg.soft_budget].max())
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from([2, 3, 4]), st.integers(1, 3), st.lists(st.integers(0, 33), min_size=1, max_size=3), st.integers(0, 9), st.integers(0, 12), st.integers(0, 2**31))
+@given(st.sampled_from([2, 3, 4]), st.integers(1, 3), st.lists(st.integers(0, 33), min_size=1, max_size=3),
+       st.integers(0, 9), st.integers(0, 12), st.integers(0, 2**31))
 def test_is_the_best_of_all_sets(k, max_lod, sizes, recent, slack, seed):
     sizes = [min(n, 11 * k + 1) for n in sizes]
-    need = [tiling(n, k, max_lod) + (k - 1) * sum(n // k**lod - max(n - recent, 0) // k**lod for lod in range(1, max_lod + 1)) for n in sizes]
+    need = [tiling(n, k, max_lod) + (k - 1) * sum(n // k**lod - max(n - recent, 0) // k**lod
+                                                  for lod in range(1, max_lod + 1)) for n in sizes]
     cfg, n_B = FocusConfig(max(need) + slack + 1, k, max_lod, recent=recent), torch.tensor(sizes)
-    utility_BN1 = torch.randn(len(sizes), max(sizes) // k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
+    utility_BN1 = torch.randn(len(sizes), max(sizes) // k, generator=torch.Generator().manual_seed(seed),
+                              dtype=torch.float64) + 0.5
     state = optimum(utility_BN1, n_B, cfg)
     check_state(GreedyAllocator(cfg), state)
     want = [brute_force(row, n, cfg) for row, n in zip(utility_BN1, sizes)]
@@ -49,7 +53,9 @@ def test_odd_lengths_and_what_no_budget_holds(n):
     utility_BN1 = torch.rand(1, n // 32, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
     state = optimum(utility_BN1, torch.tensor([n]), cfg)
     check_state(GreedyAllocator(cfg), state)
-    assert (value(utility_BN1, state) >= value(utility_BN1, GreedyAllocator(cfg).allocate(utility_BN1, torch.tensor([n]))) - 1e-9).all()
+    assert (value(utility_BN1, state) >= value(utility_BN1,
+                                               GreedyAllocator(cfg).allocate(utility_BN1,
+                                                                             torch.tensor([n]))) - 1e-9).all()
     with pytest.raises(ValueError, match="a budget of 31 entries does not hold 1025 tokens"):
         optimum(torch.zeros(1, 32), torch.tensor([1025]), FocusConfig(31, 32, 1, recent=0))
 

@@ -38,7 +38,8 @@ def test_a_place_is_worth_the_last_block_that_the_lens_would_put_there():
 
 def test_examples_are_of_one_query_per_refocus_and_of_rivals_only():
     gpt, K, T, interval = tiny_base(), 4, 64, 8
-    mc = MegaContext(MCConfig(block_size=K, max_lod=2, gist_width=16, budget=32, horizon=8, lens_key_dim=16, lens_keys=2, lens_queries=24, lens_horizon=4),
+    mc = MegaContext(MCConfig(block_size=K, max_lod=2, gist_width=16, budget=32, horizon=8, lens_key_dim=16,
+                              lens_keys=2, lens_queries=24, lens_horizon=4),
                      gpt.config.n_embd).double()
     randomize(mc)
     cfg: FocusConfig = mc.focus_config()

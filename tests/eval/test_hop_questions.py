@@ -18,7 +18,8 @@ TASK = HopTask(range(16), range(16, 32), range(32, 40), block=K, blocks=8, annou
 def pools() -> dict[str, SessionPool]:
     gpt = tiny_base()
     mc = tiny_mc(gpt).model
-    return {name: SessionPool(gpt, mc, SessionConfig(interval=interval), trained_lods=[1, 2]) for name, interval in (("refocused", 1), ("once", 0))}
+    return {name: SessionPool(gpt, mc, SessionConfig(interval=interval), trained_lods=[1, 2])
+            for name, interval in (("refocused", 1), ("once", 0))}
 
 
 @pytest.fixture
@@ -41,7 +42,10 @@ def test_one_looks_again_after_the_first_answer(pools, looks):
 
 def test_told_blocks_are_shown(pools, monkeypatch):
     shown, close = [], Session.close
-    monkeypatch.setattr(Session, "close", lambda session: (shown.append({int(i) // K for lod, i in zip(session.cut_lod, session.cut_index) if lod == 0}), close(session))[1])
+    monkeypatch.setattr(Session,
+                        "close", lambda session: (shown.append({int(i) // K
+                                                                for lod, i in zip(session.cut_lod, session.cut_index)
+                                                                if lod == 0}), close(session))[1])
     tokens = torch.arange(33) % 40
     store = store_of(pools["once"], tokens[:32])
     for known in ([0, 3], [1, 2]):
@@ -75,7 +79,10 @@ def test_every_system_gets_the_same_questions(pools, monkeypatch):
             rows = TASK.rows("val", np.arange(2), 8, 8 * K + TASK.episode)
             made = torch.from_numpy(rows.tokens)
             monkeypatch.setattr("scripts.eval.hop_questions.write_chain", written)
-            monkeypatch.setattr("scripts.eval.hop_questions.base_writes", lambda gpt, context, chain, first: answer and torch.equal(chain, made[:, len(context):len(context) + 3][(made[:, :len(context)] == context).all(1)][0]))
+            monkeypatch.setattr("scripts.eval.hop_questions.base_writes", lambda gpt, context, chain, first: answer
+                                and torch.equal(chain,
+                                                made[:, len(context):len(context) + 3][(made[:, :len(context)] == context).all(1)][0]))
             right = ask_chains(pools, TASK, 8, 2, announced)
             assert set(right) == set(SYSTEMS) and all((x == answer).all() for x in right.values())
-            assert asked[2][2] == rows.episode_blocks[0].tolist() and asked[0][:2] == (32, made[0, 32:33 + 3 * announced].tolist())
+            assert asked[2][2] == rows.episode_blocks[0].tolist() and asked[0][:2] == (32, made[0, 32:33 + 3
+                                                                                                * announced].tolist())

@@ -1,4 +1,5 @@
-"""Every system: within the budget, the tail shown, the continuation unseen, a batch as its rows alone, everything where all fits."""
+"""Every system: within the budget, the tail shown, the continuation unseen, a batch as its rows
+alone, everything where all fits."""
 
 import math
 
@@ -25,7 +26,8 @@ ODD = (1, 7, 31, 32, 33, 61)  # lengths of history, tokens
 def models() -> Models:
     gpt = tiny_base()
     with torch.no_grad():
-        return Models(gpt, tiny_mc(gpt).model, TokenClassifier(TokenClassifierConfig(gpt.config.n_embd, width=16, span=8)).double())
+        return Models(gpt, tiny_mc(gpt).model,
+                      TokenClassifier(TokenClassifierConfig(gpt.config.n_embd, width=16, span=8)).double())
 
 
 def rows(n: int, count: int = 3, seed: int = 0, extra: int = H) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -107,13 +109,17 @@ def test_a_stretch_is_predicted_as_the_first_one_behind_its_look_would_be(models
     tokens, targets, numbers = rows(n)
     once, again = make_method(METHODS[name].arm, models, W), make_method(name, models, W)
     judged, interval = again.judge(tokens, targets, n, numbers), again.interval
-    looks = {m: once.judge(tokens[:, :m + interval], targets[:, :m + interval], m, numbers) for m in range(n, n + H, interval)}
+    looks = {m: once.judge(tokens[:, :m + interval], targets[:, :m + interval], m, numbers)
+             for m in range(n, n + H, interval)}
     for m, look in looks.items():
-        torch.testing.assert_close(judged.outcome.nll_BP[:, m - n:m - n + interval], look.outcome.nll_BP, rtol=0, atol=1e-12)
+        torch.testing.assert_close(judged.outcome.nll_BP[:, m - n:m - n + interval], look.outcome.nll_BP, rtol=0,
+                                   atol=1e-12)
     at_once = once.judge(tokens, targets, n, numbers).outcome
     assert torch.allclose(judged.outcome.nll_BP, at_once.nll_BP) == (interval >= H), "a second look changes something"
-    assert judged.outcome.entries_B.tolist() == torch.stack([look.outcome.entries_B for look in looks.values()]).amax(0).tolist()
-    assert judged.cost.flops == sum(look.cost.flops for look in looks.values()) and judged.cost.bytes == looks[max(looks)].cost.bytes
+    assert judged.outcome.entries_B.tolist() == torch.stack([look.outcome.entries_B
+                                                             for look in looks.values()]).amax(0).tolist()
+    assert judged.cost.flops == sum(look.cost.flops
+                                    for look in looks.values()) and judged.cost.bytes == looks[max(looks)].cost.bytes
     assert METHODS[name].looks == once.looks and name == once.name + "_again" + (f"_{interval}" if interval > 1 else "")
 
 
@@ -131,7 +137,8 @@ def test_window_is_what_the_comparison_judges(models):
     tokens, targets, numbers = rows(n)
     plain = plain_outcomes(models.gpt, tokens, targets, n, W)
     for name in ("window", "full"):
-        torch.testing.assert_close(make_method(name, models, W).judge(tokens, targets, n, numbers).outcome.nll_BP, plain[name].nll_BP)
+        torch.testing.assert_close(make_method(name, models, W).judge(tokens, targets, n, numbers).outcome.nll_BP,
+                                   plain[name].nll_BP)
 
 
 @settings(max_examples=25, deadline=None)
@@ -213,7 +220,8 @@ def test_quest_bounds_hold_and_pages_are_the_best():
         span = slice(max(page * PAGE - missing, 0), (page + 1) * PAGE - missing)
         assert (bounds[..., page] >= logits[..., span].amax(-1) - 1e-5).all()
         low, high = k[:, :, span].amin(2), k[:, :, span].amax(2)
-        slow = torch.maximum(q * low.repeat_interleave(2, 1)[:, :, None], q * high.repeat_interleave(2, 1)[:, :, None]).sum(-1)
+        slow = torch.maximum(q * low.repeat_interleave(2, 1)[:, :, None],
+                             q * high.repeat_interleave(2, 1)[:, :, None]).sum(-1)
         torch.testing.assert_close(bounds[..., page], slow)
 
 
@@ -233,7 +241,8 @@ def test_cost_counts_every_product(models):
     gpt, n, read = models.gpt, 13, 4
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         gpt.logits(gpt.hidden(torch.zeros(1, n, dtype=torch.long))[:, :read])
-    attention = 4 * gpt.config.n_embd * gpt.config.n_layer * n * (n + 1) / 2  # torch does not count the attention kernel of a CPU
+    # torch does not count the attention kernel of a CPU
+    attention = 4 * gpt.config.n_embd * gpt.config.n_layer * n * (n + 1) / 2
     assert counter.get_total_flops() + attention == pass_flops(gpt, n, read)
     c = gpt.config
     assert kv_bytes(gpt, 10) == 10 * 2 * c.n_layer * c.n_kv_head * c.head_dim * 8  # float64
@@ -250,13 +259,17 @@ def test_refusals(models):
 
 @torch.no_grad()
 def test_decoding_sees_of_the_history_what_is_chosen_and_no_more():
-    """Nothing chosen: other tokens before the last one change nothing. All chosen: they do, and decoding is full context."""
-    gpt, n, H = tiny_base(key_shift=False, smear=False), 77, 9  # neither mixes a token's key or embedding with the one before it
+    """Nothing chosen: other tokens before the last one change nothing. All chosen: they do,
+    and decoding is full context."""
+    # neither mixes a token's key or embedding with the one before it
+    gpt, n, H = tiny_base(key_shift=False, smear=False), 77, 9
     tokens = torch.randint(VOCAB, (2, n + H), generator=torch.Generator().manual_seed(0))
     other = torch.cat([tokens[:, :n - 1].roll(5, 1), tokens[:, n - 1:]], 1)
 
     def read(chosen: bool, of: torch.Tensor) -> torch.Tensor:
-        return read_chosen(gpt, of, n, KVChoice(lambda captured: lambda layer, q, k: torch.full((2, 1, q.shape[2], k.shape[2]), chosen)))
+        return read_chosen(gpt, of, n,
+                           KVChoice(lambda captured: lambda layer, q, k: torch.full((2, 1, q.shape[2], k.shape[2]),
+                                                                                    chosen)))
 
     torch.testing.assert_close(read(False, tokens), read(False, other), rtol=0, atol=1e-12)
     assert (read(True, tokens) - read(True, other)).abs().max() > 1e-3

@@ -1,4 +1,5 @@
-"""The report of a comparison, from hand-made outcomes: its numbers, its table, its plots; and the step times that it quotes."""
+"""The report of a comparison, from hand-made outcomes: its numbers, its table, its plots; and
+the step times that it quotes."""
 
 import json
 import os
@@ -30,13 +31,16 @@ matplotlib.use("Agg")
 torch.set_num_threads(1)
 CONTEXTS, HISTORY, BUDGET = 40, 1056, 128
 TOKENIZER = SimpleNamespace(vocab_size=50, fingerprint="abc")
-ABOVE_FULL = {"full": 0.0, "sliding_window": 1.0, "mc_random": 0.9, "mc_recency": 1.2, "mc_lens": 0.25, "mc_oracle": -0.1,
+ABOVE_FULL = {"full": 0.0, "sliding_window": 1.0, "mc_random": 0.9, "mc_recency": 1.2, "mc_lens": 0.25,
+              "mc_oracle": -0.1,
               "vanilla_full": -0.5, "vanilla_window": 0.4}  # nats, in every row  # fmt: skip
-FACTS = {"horizon": 32, "recent": 32, "block_size": 32, "tokens": 1_740_800, "flops": {"mc": 2.5e12, "vanilla": 2e12}, "trained_lods": [1, 2]}
+FACTS = {"horizon": 32, "recent": 32, "block_size": 32, "tokens": 1_740_800, "flops": {"mc": 2.5e12, "vanilla": 2e12},
+         "trained_lods": [1, 2]}
 
 
 def outcomes(noise: float = 0.0, count: int = CONTEXTS, **above_full: float) -> dict[str, Outcome]:
-    """Every system: a difficulty that the row has for all of them, what the system is above full, and noise of its own."""
+    """Every system: a difficulty that the row has for all of them, what the system is above
+    full, and noise of its own."""
     rng = np.random.default_rng(1)
     difficulty = rng.normal(5, 2, count)
     found = {}
@@ -48,27 +52,32 @@ def outcomes(noise: float = 0.0, count: int = CONTEXTS, **above_full: float) -> 
 
 
 def task(name: str, found: dict[str, Outcome] | None = None) -> dict:
-    return report.task_report(found or outcomes(0.2), history=HISTORY, budget=BUDGET, with_accuracy=name == "recall", facts=FACTS)
+    return report.task_report(found or outcomes(0.2), history=HISTORY, budget=BUDGET, with_accuracy=name == "recall",
+                              facts=FACTS)
 
 
 @pytest.fixture
 def whole() -> dict:
     """What compare_focus hands to `write`; on its text the gap is too small to be measured."""
-    cost = {"ratio": 1.217, "low": 1.18, "high": 1.26, "shares": {"tree": 0.031, "wc": 0.124, "backward and optimizer": 0.062}}
+    cost = {"ratio": 1.217, "low": 1.18, "high": 1.26,
+            "shares": {"tree": 0.031, "wc": 0.124, "backward and optimizer": 0.062}}
     tasks = {"recall": task("recall"), "text": task("text", outcomes(0.01, sliding_window=0.05))}
-    return {"tasks": tasks, "step_times": {"recall": cost, "text": cost | {"ratio": 1.1}}, "step_time_ratio": 1.217, "seed": 7, "commit": "abc123"}
+    return {"tasks": tasks, "step_times": {"recall": cost, "text": cost | {"ratio": 1.1}}, "step_time_ratio": 1.217,
+            "seed": 7, "commit": "abc123"}
 
 
 @pytest.fixture
 def runs(tmp_path) -> dict[str, dict[str, Path]]:
     """Logs of four trainings; MegaContext began at the third line."""
     def log(name: str, mc: bool) -> Path:
-        lines = [{"step": s, "time": 0.0, "train.tokens": 100 * s, "train.loss": 9.0 - s - mc} | ({"mc.loss.wc": 9.5 - s} if mc and s > 2 else {})
+        lines = [{"step": s, "time": 0.0, "train.tokens": 100 * s,
+                  "train.loss": 9.0 - s - mc} | ({"mc.loss.wc": 9.5 - s} if mc and s > 2 else {})
                  for s in range(1, 6)]  # fmt: skip
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
         return tmp_path / name
 
-    return {name: {kind: log(f"{name}-{kind}", kind == "mc") for kind in ("mc", "vanilla")} for name in ("recall", "text")}
+    return {name: {kind: log(f"{name}-{kind}", kind == "mc") for kind in ("mc", "vanilla")}
+            for name in ("recall", "text")}
 
 
 # -- numbers --------------------------------------------------------------------------------------------------------------
@@ -98,7 +107,8 @@ def test_share_of_the_gap():
     closed = task("text", outcomes())["gap_closed"]
     assert set(closed) == {"mc_random", "mc_recency", "mc_lens", "mc_oracle"}
     for name, share in {"mc_random": 0.1, "mc_recency": -0.2, "mc_lens": 0.75, "mc_oracle": 1.1}.items():
-        assert closed[name]["share"] == pytest.approx(share) and closed[name]["interval"] == pytest.approx([share, share])
+        assert closed[name]["share"] == pytest.approx(share) and closed[name]["interval"] == pytest.approx([share,
+                                                                                                            share])
 
 
 @pytest.mark.parametrize(("gap", "measurable"), [(-1.0, False), (0.0, False), (0.09, False), (0.11, True), (3.0, True)])
@@ -120,14 +130,16 @@ def test_bootstrap_is_that_of_a_mean():
     x = np.random.default_rng(2).normal(3, 2, 400)
     low, high = bootstrap_interval(lambda i: x[i].mean(), len(x))
     error = 1.96 * x.std() / 20
-    assert low == pytest.approx(x.mean() - error, abs=0.1 * error) and high == pytest.approx(x.mean() + error, abs=0.1 * error)
+    assert low == pytest.approx(x.mean() - error, abs=0.1 * error) and high == pytest.approx(x.mean() + error,
+                                                                                             abs=0.1 * error)
 
 
 def test_bootstrap_draws_a_context_with_all_of_its_seeds():
     """The same contexts judged three times are no more contexts."""
     once = np.random.default_rng(2).normal(3, 2, 80)
     x = np.tile(once, 3)
-    assert bootstrap_interval(lambda i: x[i].mean(), len(x), seeds=3) == pytest.approx(bootstrap_interval(lambda i: once[i].mean(), len(once)))
+    assert bootstrap_interval(lambda i: x[i].mean(), len(x),
+                              seeds=3) == pytest.approx(bootstrap_interval(lambda i: once[i].mean(), len(once)))
     seen = []
     bootstrap_interval(lambda i: seen.append(i) or 0.0, 6, draws=50, seeds=2)
     assert all((i[3:] == i[:3] + 3).all() for i in seen) and set(np.concatenate(seen)) == set(range(6))
@@ -141,14 +153,16 @@ def test_the_table_is_the_json(whole):
     sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.M | re.S))
     assert set(sections) == {"recall", "text", "Cost"}
     for name, task in whole["tasks"].items():
-        table = [[cell.strip() for cell in line.strip("|").split("|")] for line in sections[name].splitlines() if line.startswith("|")][2:]
+        table = [[cell.strip() for cell in line.strip("|").split("|")] for line in sections[name].splitlines()
+                 if line.startswith("|")][2:]
         assert len(table) == len(task["rows"]) == 8
         for (checkpoint, label, nll, delta, accuracy, entries), row in zip(table, task["rows"], strict=True):
             low, high = row["delta_nll_interval"]
             assert (label, checkpoint) == report.SYSTEMS[row["system"]]
             assert nll == f"{row['nll']:.3f}" and delta == f"{row['delta_nll']:+.3f} [{low:+.3f}, {high:+.3f}]"
             assert accuracy == ("" if name == "text" else f"{row['acc']:.3f}") and int(entries) == row["entries"]
-        for fact in ("n = 1056", "W = 128", "(8.2:1)", "R = 32", "H = 32", "block size 32", "40 held-out", "1,740,800", "2.5e+12", "2e+12"):
+        for fact in ("n = 1056", "W = 128", "(8.2:1)", "R = 32", "H = 32", "block size 32", "40 held-out", "1,740,800",
+                     "2.5e+12", "2e+12"):
             assert fact in sections[name], fact
     lens = whole["tasks"]["recall"]["gap_closed"]["mc_lens"]
     assert f"closes {lens['share']:.2f} [{lens['interval'][0]:.2f}, {lens['interval'][1]:.2f}] of the gap" in sections["recall"]
@@ -197,7 +211,8 @@ def test_bars_are_the_nlls(whole, figures):
             bar = bars[f"{label} ({checkpoint})"]
             assert bar.get_width() == pytest.approx(row["nll"])
             assert bar.get_facecolor()[:3] == matplotlib.colors.to_rgb(report.COLOUR_OF[checkpoint])
-            written = next(t.get_text() for t in axis.texts if t.get_position()[1] == round(bar.get_y() + bar.get_height() / 2))
+            written = next(t.get_text()
+                           for t in axis.texts if t.get_position()[1] == round(bar.get_y() + bar.get_height() / 2))
             assert f"{row['nll']:.2f}" in written and ("acc" in written) == (name == "recall")
 
 
@@ -205,7 +220,8 @@ def test_curves_are_the_logs(runs, figures):
     report.plot_training(runs, Path("unused"))
     for axis in figures[0].axes:
         curves = {line.get_label(): line.get_xydata().tolist() for line in axis.get_lines()}
-        assert curves == {"MC: LM loss": [[100 * s, 8 - s] for s in range(1, 6)], "vanilla: LM loss": [[100 * s, 9 - s] for s in range(1, 6)],
+        assert curves == {"MC: LM loss": [[100 * s, 8 - s] for s in range(1, 6)],
+                          "vanilla: LM loss": [[100 * s, 9 - s] for s in range(1, 6)],
                           "MC: working-context loss": [[100 * s, 9.5 - s] for s in (3, 4, 5)]}  # fmt: skip
 
 
@@ -221,16 +237,21 @@ def test_interval_of_the_median():
 
 def meta(**flags) -> dict:
     """What the checkpoint of a tiny run says: two micro-batches of two rows a step, stopped after 2 of 6 steps."""
-    flags = dict(data="random", seed=0, total_batch_size=4 * T, device_batch_size=2, dtype="float32", rows="long", text_column="text", needles=4,
-                 recall_grow=0.5, recall_blocks=32, matrix_lr=0.02, embedding_lr=0.3, unembedding_lr=0.004, scalar_lr=0.1, weight_decay=0.0) | flags  # fmt: skip
+    flags = dict(data="random", seed=0, total_batch_size=4 * T, device_batch_size=2, dtype="float32", rows="long",
+                 text_column="text", needles=4,
+                 recall_grow=0.5, recall_blocks=32, matrix_lr=0.02, embedding_lr=0.3, unembedding_lr=0.004,
+                 scalar_lr=0.1, weight_decay=0.0) | flags  # fmt: skip
     config = GPTConfig(T, 50, 1, 1, 1, 16, smear=False, value_embeds=False)
-    return {"flags": flags, "model_config": asdict(config), "num_iterations": 6, "step": 2, "tokens": 2 * 4 * T, "tokenizer": "abc",
-            "mc": {"config": to_dict(MCConfig(**{**SMALL, "start": 0.5, "ramp": 3})), "trained_lods": [1, 2]}}  # fmt: skip
+    return {"flags": flags, "model_config": asdict(config), "num_iterations": 6, "step": 2, "tokens": 2 * 4 * T,
+            "tokenizer": "abc",
+            "mc": {"config": to_dict(MCConfig(**{**SMALL, "start": 0.5, "ramp": 3})),
+                   "trained_lods": [1, 2]}}  # fmt: skip
 
 
 @pytest.fixture
 def clock(monkeypatch) -> list[str]:
-    """A clock on which a micro-step takes 1 s, the lens's lesson another 0.5 s, and nothing else takes time. Gives what ran, in order."""
+    """A clock on which a micro-step takes 1 s, the lens's lesson another 0.5 s, and nothing else takes
+    time. Gives what ran, in order."""
     ran: list[str] = []
 
     def spend(owner, method: str, name: str):
@@ -250,8 +271,10 @@ def test_step_times(clock, total_batch_size):
     """A batch size that the flags left to be derived is found again, also where the run was stopped early."""
     times = benchmark.training_step_times(meta(total_batch_size=total_batch_size), TOKENIZER, pairs=2, steps=3)
     assert times[:5] == pytest.approx((1.5, 1.5, 1.5, 2.0, 3.0))
-    assert clock.count("lens") == 3 * 3 * 2 and clock.count("micro-step") == 2 * 3 * 3 * 2  # a block to warm up, then two pairs
-    assert times.parts == pytest.approx({"tree": 0, "score": 0, "focus": 0, "wc": 0, "lens": 1.0, "backward and optimizer": 0})
+    # a block to warm up, then two pairs
+    assert clock.count("lens") == 3 * 3 * 2 and clock.count("micro-step") == 2 * 3 * 3 * 2
+    assert times.parts == pytest.approx({"tree": 0, "score": 0, "focus": 0, "wc": 0, "lens": 1.0,
+                                         "backward and optimizer": 0})
 
 
 def test_step_times_on_a_real_clock():
@@ -271,7 +294,8 @@ def test_step_times_need_megacontext_and_its_tokenizer():
 
 @pytest.mark.parametrize("otlp", [True, False])
 def test_telemetry_cost_is_of_real_sinks(otlp, tmp_path, monkeypatch):
-    """Everything a step records reaches metrics.jsonl, and the collector that the command starts where the environment names none."""
+    """Everything a step records reaches metrics.jsonl, and the collector that the command starts where
+    the environment names none."""
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
     for name in [name for name in os.environ if name.startswith("OTEL_")]:
         monkeypatch.delenv(name)

@@ -1,4 +1,5 @@
-"""Measures of focus: by hand, against slow obvious references, and on a tiny model whose truth is computed cut by cut."""
+"""Measures of focus: by hand, against slow obvious references, and on a tiny model whose
+truth is computed cut by cut."""
 
 import math
 from itertools import combinations
@@ -24,7 +25,8 @@ BLOCKS, FREE = N // K, (N - R) // K
 
 def comparison(rows=(0, 1, 2, 3), n: int = N, budget: int | None = None, **config) -> FocusComparison:
     batch, gpt = tiny_batch(rows), tiny_base()
-    return FocusComparison(gpt, tiny_mc(gpt, **config).model, batch.inputs[:, :n + H], batch.targets[:, :n + H], n, 0, batch.rows, budget)
+    return FocusComparison(gpt, tiny_mc(gpt, **config).model, batch.inputs[:, :n + H], batch.targets[:, :n + H], n, 0,
+                           batch.rows, budget)
 
 
 # -- rank correlation -----------------------------------------------------------------------------------------------------
@@ -43,7 +45,8 @@ def slow_spearman(x: list[int], y: list[int]) -> float:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 9).flatmap(lambda n: st.lists(st.lists(st.integers(-3, 3), min_size=n, max_size=n), min_size=2, max_size=6)))
+@given(st.integers(1, 9).flatmap(lambda n: st.lists(st.lists(st.integers(-3, 3), min_size=n, max_size=n), min_size=2,
+                                                    max_size=6)))
 def test_spearman_is_the_correlation_of_ranks_with_ties(rows):
     x, y = torch.tensor(rows[:len(rows) // 2 * 2:2]).float(), torch.tensor(rows[1::2]).float()
     found = spearman(x, y)
@@ -79,7 +82,8 @@ def test_what_is_most_useful():
     assert most_useful(utility, 1).tolist() == [[True, False, False, False], [False] * 4]
 
 
-# -- scores that need no training -------------------------------------------------------------------------------------------
+# -- scores that need no training
+# -------------------------------------------------------------------------------------------
 
 
 def slow_bm25(row: list[int], block: int, tail: int) -> list[float]:
@@ -88,7 +92,8 @@ def slow_bm25(row: list[int], block: int, tail: int) -> list[float]:
     for token in row[-tail:]:
         holds = sum(token in b for b in blocks)
         for i, b in enumerate(blocks):  # all blocks are of one length
-            scores[i] += math.log(1 + (len(blocks) - holds + 0.5) / (holds + 0.5)) * b.count(token) / (b.count(token) + 1.5)
+            scores[i] += math.log(1 + (len(blocks) - holds + 0.5) / (holds
+                                                                     + 0.5)) * b.count(token) / (b.count(token) + 1.5)
     return scores
 
 
@@ -120,7 +125,8 @@ def test_attention_of_the_tail_has_not_read_the_continuation():
         assert torch.equal(ahead, all_scores(focus)[name]) == (name in SCORES), name
 
 
-# -- against the truth --------------------------------------------------------------------------------------------------------
+# -- against the truth
+# --------------------------------------------------------------------------------------------------------
 
 
 def nll_of(focus: FocusComparison, blocks) -> torch.Tensor:
@@ -161,7 +167,8 @@ def test_the_oracle_of_a_row_does_not_depend_on_the_rows_beside_it():
     tried = []
     for i, one in enumerate(apart):
         count = len(tried)
-        torch.testing.assert_close(one.oracle({}, lambda: tried.append(i)).nll_B, together.nll_B[i:i + 1], rtol=0, atol=1e-12)
+        torch.testing.assert_close(one.oracle({}, lambda: tried.append(i)).nll_B, together.nll_B[i:i + 1], rtol=0,
+                                   atol=1e-12)
         assert len(tried) > count
     assert len({tried.count(i) for i in range(len(apart))}) > 1, "rows whose searches end in different rounds"
 
@@ -172,7 +179,8 @@ def test_fewer_candidates_search_less_and_find_no_better():
     count, tried[:] = len(tried), []
     some = focus.oracle({}, lambda: tried.append(1), candidates=2, alone=focus.alone())
     assert len(tried) < count - FREE and (len(tried) % 2, bool(tried)) == (0, True)
-    assert (some.nll_B >= every.nll_B).all() and (some.nll_B < torch.stack([o.nll_B for o in focus.alone()]).amin(0)).any()
+    assert (some.nll_B >= every.nll_B).all() and (some.nll_B
+                                                  < torch.stack([o.nll_B for o in focus.alone()]).amin(0)).any()
 
 
 def test_measures_of_every_system():
@@ -181,12 +189,15 @@ def test_measures_of_every_system():
     assert set(found) == {*SCORES, *CHEATS, "oracle"}
     scores, utility = all_scores(focus), utilities(focus, focus.alone())
     named = scores["lens"][:, :FREE].argmax(1)
-    assert torch.equal(found["lens"]["hit_at_1"], most_useful(utility, focus.most_shown)[torch.arange(5), named].double())
+    assert torch.equal(found["lens"]["hit_at_1"],
+                       most_useful(utility, focus.most_shown)[torch.arange(5), named].double())
     for name, x in scores.items():
         one = found[name]
         assert (one["regret"] >= 0).all() and torch.equal(one["nll"] - found["oracle"]["nll"], one["regret"])
         assert torch.equal(one["nll"], focus.outcome(x).nll_B) and one["entries"].max() <= W
-        assert one["spearman"].tolist() == pytest.approx([slow_spearman(a, b) for a, b in zip(x[:, :FREE].tolist(), utility.tolist())], abs=1e-9)
+        assert one["spearman"].tolist() == pytest.approx([slow_spearman(a, b)
+                                                          for a, b in zip(x[:, :FREE].tolist(), utility.tolist())],
+                                                         abs=1e-9)
     assert (found["oracle"]["regret"] == 0).all()
 
 
@@ -205,7 +216,8 @@ def test_a_budget_of_ones_own(budget):
     entries = focus.outcome(focus.scores("recency")).entries_B
     assert budget - K < int(entries.max()) <= budget
     trained = comparison()
-    assert torch.equal(comparison(budget=W).outcome(trained.scores("lens")).nll_B, trained.outcome(trained.scores("lens")).nll_B)
+    assert torch.equal(comparison(budget=W).outcome(trained.scores("lens")).nll_B,
+                       trained.outcome(trained.scores("lens")).nll_B)
 
 
 def test_a_budget_that_shows_nothing_is_refused():
@@ -219,7 +231,8 @@ def test_a_budget_that_shows_nothing_is_refused():
 @pytest.mark.parametrize("size", [8, 4, 16])
 @pytest.mark.parametrize("blocks", [2, 3, 9])
 def test_answers_stand_in_the_blocks_that_matter(blocks, size):
-    """Also where the blocks are more than the keys allow: three blocks of four keys, twelve keys; and in blocks of a model that are not the task's."""
+    """Also where the blocks are more than the keys allow: three blocks of four keys, twelve keys; and in blocks of a
+    model that are not the task's."""
     task = RecallTask(range(12), range(12, 24), range(24, 28), block=8, blocks=3, announce=4, ask=6, seed=5)
     tokens, targets, matter = recall_contexts(task, blocks, np.arange(4), size)
     n = blocks * 8 + 4
@@ -243,7 +256,8 @@ def test_answers_stand_in_the_blocks_that_matter(blocks, size):
 def test_a_history_of_broken_blocks_is_refused():
     """33 blocks of the task, the announce part among them, are no blocks of 64 tokens; 34 are."""
     tokenizer = SimpleNamespace(key_ids=range(512), alias_ids=range(512, 1024), value_ids=range(1024, 1034))
-    model = Model(None, SimpleNamespace(config=SimpleNamespace(block_size=64)), {"flags": {"data": "recall", "seed": 1}})
+    model = Model(None, SimpleNamespace(config=SimpleNamespace(block_size=64)),
+                  {"flags": {"data": "recall", "seed": 1}})
     with pytest.raises(UserError, match="--recall_sizes: 32:8 is a history of 1056 tokens.*--mc_block_size=64"):
         recall_setting(model, tokenizer, "32:8")
     assert recall_setting(model, tokenizer, "33:8")[0].n == 1088
@@ -257,7 +271,9 @@ def test_summaries_of_contexts_without_a_value():
 
 
 def test_gap_closed_is_the_share_of_the_way_from_window_to_full():
-    seed = {name: {"nll": np.full(8, nll)} for name, nll in {"window": 3.0, "full": 2.0, "lens": 2.25, "worse": 3.5}.items()}
-    assert seeds_gap_closed([seed, seed], "lens") == {"mean": pytest.approx(0.75), "interval": [pytest.approx(0.75)] * 2}
+    seed = {name: {"nll": np.full(8, nll)}
+            for name, nll in {"window": 3.0, "full": 2.0, "lens": 2.25, "worse": 3.5}.items()}
+    assert seeds_gap_closed([seed, seed], "lens") == {"mean": pytest.approx(0.75),
+                                                      "interval": [pytest.approx(0.75)] * 2}
     assert seeds_gap_closed([seed], "worse")["mean"] == pytest.approx(-0.5)
     assert seeds_gap_closed([{**seed, "full": {"nll": np.full(8, 2.95)}}], "lens") is None

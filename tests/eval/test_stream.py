@@ -41,7 +41,8 @@ def test_only_what_is_counted_is_judged():
     logits = torch.randn(6, VOCAB)
     logits[1, SCORED[1]] = 50
     found = judged(logits, SCORED, counted, {})
-    assert found.acc == (0.5 + 0.5 * float(logits[3].argmax() == SCORED[3])) and found.nll == pytest.approx(float(torch.nn.functional.cross_entropy(logits[3], SCORED[3])) / 2, abs=1e-5)
+    assert found.acc == (0.5 + 0.5
+                         * float(logits[3].argmax() == SCORED[3])) and found.nll == pytest.approx(float(torch.nn.functional.cross_entropy(logits[3], SCORED[3])) / 2, abs=1e-5)
     store = store_of(pool, HISTORY)
     assert ask(pool, store, SAID, SCORED, counted).nll != ask(pool, store, SAID, SCORED, ALL).nll
 
@@ -52,7 +53,9 @@ def test_the_oracle_shows_the_blocks_it_knows(blocks, monkeypatch):
     close = type(pool.open()).close
     for session in list(pool.sessions.values()):
         session.close()
-    monkeypatch.setattr("mc.session.Session.close", lambda self: (shown.append((self.cut_lod.copy(), self.cut_index.copy())), close(self))[1])
+    monkeypatch.setattr(
+        "mc.session.Session.close", lambda self: (shown.append((self.cut_lod.copy(), self.cut_index.copy())),
+                                                  close(self))[1])
     store = store_of(pool, HISTORY)
     known, plain = ask(pool, store, SAID, SCORED, ALL, blocks), ask(pool, store, SAID, SCORED, ALL)
     raw = [set((index[lod == 0] // K).tolist()) for lod, index in shown]
@@ -73,7 +76,8 @@ def test_the_window_is_the_base_on_the_last_tokens():
     found = ask_window(pool, HISTORY, SAID, SCORED, ALL)
     context = torch.cat([HISTORY, SAID])[-60:]
     with torch.no_grad():
-        hidden = gpt.hidden(torch.cat([context, SCORED])[None], positions=torch.arange(N + 9 - 60, N + 9 + 6), lift_windows=True)[0, 59:-1]
+        hidden = gpt.hidden(torch.cat([context, SCORED])[None], positions=torch.arange(N + 9 - 60, N + 9 + 6),
+                            lift_windows=True)[0, 59:-1]
         losses = token_losses(gpt.logits(hidden)[None], SCORED[None])
     assert found.nll == pytest.approx(float(losses.mean()), abs=1e-9) and found.lods == {}
     other = torch.cat([tokens(N - 51, 9), HISTORY[-51:]])

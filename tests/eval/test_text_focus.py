@@ -1,4 +1,5 @@
-"""The study of focus on text: oracles by horizon, targets that refer back, and a predictor that cannot have read the continuation."""
+"""The study of focus on text: oracles by horizon, targets that refer back, and a predictor that cannot
+have read the continuation."""
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ def comparison(tokens=None, **config) -> FocusComparison:
 def test_the_best_of_the_scores_are_kept():
     scores = torch.tensor([[3.0, 1.0, 2.0, 9.0]])
     inf = float("inf")
-    assert keep_best(scores, 3, 2).tolist() == [[3, -inf, 2, -inf]] and keep_best(scores, 3, 9).tolist() == [[3, 1, 2, -inf]]
+    assert keep_best(scores, 3, 2).tolist() == [[3, -inf, 2, -inf]] and keep_best(scores, 3,
+                                                                                  9).tolist() == [[3, 1, 2, -inf]]
 
 
 def test_one_search_serves_all_horizons():
@@ -35,7 +37,8 @@ def test_one_search_serves_all_horizons():
     for horizon in (4, 8):
         for blocks in (1, 2, 3):
             found = oracle(tried, blocks, horizon)[:, :horizon].mean(1)
-            expected = torch.stack([one.nll_BP for one in tried if one.blocks <= blocks])[..., :horizon].mean(-1).amin(0)
+            expected = torch.stack([one.nll_BP
+                                    for one in tried if one.blocks <= blocks])[..., :horizon].mean(-1).amin(0)
             assert torch.equal(found, expected)
     assert (oracle(tried, 3, 8).mean(1) < oracle(tried, 1, 8).mean(1)).any()
 
@@ -44,7 +47,8 @@ def test_judged_cuts_are_those_of_the_scores():
     focus = comparison()
     scores = {name: focus.scores(name) for name in ("lens", "recency")}
     found, utility = judge_cuts(focus, scores, [1, 2], candidates=1, rounds=2)
-    assert set(found) == {"full", "window", "gists", *(f"{name}@{m}" for name in scores for m in (1, 2)), *(f"oracle {h}@{m}" for h in HORIZONS for m in (1, 2))}
+    assert set(found) == {"full", "window", "gists", *(f"{name}@{m}" for name in scores for m in (1, 2)),
+                          *(f"oracle {h}@{m}" for h in HORIZONS for m in (1, 2))}
     only = torch.full((4, N // K), -torch.inf).index_fill(1, torch.tensor([FREE - 1, FREE - 2]), 0.0)
     assert torch.equal(found["recency@2"], focus.outcome(only).nll_BP)
     assert found["recency@2"].shape == (4, H)
@@ -64,7 +68,9 @@ def test_features_have_not_read_the_continuation():
     other = focus.tokens.clone()
     other[:, N - 1] = (other[:, N - 1] + 1) % 50
     changed = (features(comparison(other)) != features(focus)).any(1).any(0)
-    still = {1, 9, 11}  # the distance; what helped over the last 64 tokens, for no block stands before them here; the last pair, which is new
+    # the distance; what helped over the last 64 tokens, for no block stands before them
+    # here; the last pair, which is new
+    still = {1, 9, 11}
     assert set(range(len(changed))) - set(changed.nonzero()[:, 0].tolist()) == still, "the others look at the last token"
     x = features(focus)
     assert x.shape[:2] == (4, FREE) and x.isfinite().all() and x.mean(1).abs().max() < 1e-4
@@ -110,4 +116,5 @@ def test_shares_and_when_there_are_none():
     assert share(upper, mine, unsure, mask, 1) is None, "a gap of 0.4 nats that is none in many resamples"
     mine[:, 2:] = 99
     mask[:, 2:] = 0
-    assert share(upper, mine, lower, mask, 1, least=0.1) == {"mean": pytest.approx(0.5), "interval": [pytest.approx(0.5)] * 2}
+    assert share(upper, mine, lower, mask, 1, least=0.1) == {"mean": pytest.approx(0.5),
+                                                             "interval": [pytest.approx(0.5)] * 2}

@@ -14,7 +14,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from nanochat.checkpoint import (
-    complete_steps, damage, find_step, load_checkpoint, load_mc_state, load_model_state, rng_state, save_checkpoint, set_rng_state,
+    complete_steps, damage, find_step, load_checkpoint, load_mc_state, load_model_state, rng_state, save_checkpoint,
+    set_rng_state,
 )  # fmt: skip
 from nanochat.common import UserError, seed_everything
 from nanochat.optim import MuonAdamW
@@ -23,7 +24,8 @@ torch.set_num_threads(1)
 
 
 def save(directory, step, **kwargs):
-    content = {"model": {"w": torch.full((64, 64), float(step))}, "optimizer_shard": {"m": torch.arange(3) + step}, "meta": {"loss": 1.5}}
+    content = {"model": {"w": torch.full((64, 64), float(step))}, "optimizer_shard": {"m": torch.arange(3) + step},
+               "meta": {"loss": 1.5}}
     save_checkpoint(directory, step, **{**content, **kwargs})
 
 
@@ -32,13 +34,16 @@ def names(directory):
 
 
 def test_round_trip(tmp_path):
-    save(tmp_path / "new" / "run", 7, mc={"lens": {"w": torch.ones(2)}}, loader={"shard": 3, "buffer": [torch.arange(4)], "note": None})
+    save(tmp_path / "new" / "run", 7, mc={"lens": {"w": torch.ones(2)}},
+         loader={"shard": 3, "buffer": [torch.arange(4)], "note": None})
     directory = tmp_path / "new" / "run"
-    assert names(directory) == ["complete_000007.json", "mc_000007.pt", "meta_000007.json", "model_000007.pt", "optim_000007_rank0.pt"]
+    assert names(directory) == ["complete_000007.json", "mc_000007.pt", "meta_000007.json", "model_000007.pt",
+                                "optim_000007_rank0.pt"]
     c = load_checkpoint(directory)
     assert c.step == 7 and c.meta == {"step": 7, "loss": 1.5} and c.loader["shard"] == 3 and c.loader["note"] is None
     assert torch.equal(c.model["w"], torch.full((64, 64), 7.0)) and torch.equal(c.optimizer["m"], torch.arange(3) + 7)
-    assert torch.equal(c.mc["lens"]["w"], torch.ones(2)) and torch.equal(load_mc_state(directory, 7)["lens"]["w"], torch.ones(2))
+    assert torch.equal(c.mc["lens"]["w"], torch.ones(2)) and torch.equal(load_mc_state(directory, 7)["lens"]["w"],
+                                                                         torch.ones(2))
     state, meta = load_model_state(directory, "7")
     assert torch.equal(state["w"], c.model["w"]) and meta == c.meta
 
@@ -96,7 +101,8 @@ def test_missing_directory(tmp_path, step, message):
         find_step(tmp_path / "nowhere", step)
 
 
-@pytest.mark.parametrize("step, message", [("latest", "no intact checkpoint"), (3, "never completed"), ("new", "neither a number")])
+@pytest.mark.parametrize("step, message", [("latest", "no intact checkpoint"), (3, "never completed"),
+                                           ("new", "neither a number")])
 def test_empty_directory(tmp_path, step, message):
     with pytest.raises(UserError, match=message):
         find_step(tmp_path, step)

@@ -173,7 +173,8 @@ def test_packed_rows(tmp_path, monkeypatch):
 def test_short_documents_are_cropped_only_to_fill(tmp_path):
     rows = PackedRows(cache_of([10, 10, 13, 33], tmp_path), 32, 0, "train")
     assert rows.count_rows(99) == 2
-    pieces = sorted(len(p) for row in rows.row_tokens(np.arange(2))[0] for p in np.split(row, np.flatnonzero(row == BOS))[1:])
+    pieces = sorted(len(p) for row in rows.row_tokens(np.arange(2))[0]
+                    for p in np.split(row, np.flatnonzero(row == BOS))[1:])
     assert pieces == [10, 10, 13, 33]
 
 
@@ -218,7 +219,8 @@ def test_too_little_data_is_refused(tmp_path):
         with pytest.raises(UserError, match="a step takes 8 rows, the data has 3 rows of 32"):
             Loader(source, 8, 2, 32)
         assert eval_rows(source, 90) == 3 and eval_rows(source, 33, multiple=2) == 2
-        with pytest.raises(UserError, match="asks for 97 tokens, 4 rows of 32; the held-out split has 3 rows .96 tokens"):
+        with pytest.raises(UserError,
+                           match="asks for 97 tokens, 4 rows of 32; the held-out split has 3 rows .96 tokens"):
             eval_rows(source, 97)
         with pytest.raises(UserError, match="0 eval tokens"):
             eval_rows(source, 0)
@@ -270,7 +272,8 @@ def test_needle_source_hides_answerable_facts_in_text():
         NeedleSource(task, filler, 300, "train", 3)
 
 
-# -- from a checkpoint ----------------------------------------------------------------------------------------------------
+# -- from a checkpoint
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_source_of_reads_what_the_training_read():
@@ -280,7 +283,8 @@ def test_source_of_reads_what_the_training_read():
     rows = np.arange(3)
     tokens, mask = make_source("recall", "train", T=512, seed=3, tokenizer=tokenizer, recall_blocks=8).row_tokens(rows)
     inputs, targets = judged_rows(source_of(meta, "train", tokenizer=tokenizer), rows)
-    assert np.array_equal(inputs.numpy(), tokens[:, :-1]) and np.array_equal(targets.numpy(), np.where(mask[:, 1:], tokens[:, 1:], -1))
+    assert np.array_equal(inputs.numpy(), tokens[:, :-1]) and np.array_equal(targets.numpy(),
+                                                                             np.where(mask[:, 1:], tokens[:, 1:], -1))
     assert (targets < 0).any() and (targets >= 0).any()
     other = source_of(meta, "val", tokenizer=tokenizer, data="random", T=64, seed=4)
     assert other.fingerprint == make_source("random", "val", T=64, seed=4, tokenizer=tokenizer).fingerprint

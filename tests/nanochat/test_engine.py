@@ -91,7 +91,8 @@ def test_it_streams():
 
 
 @pytest.mark.parametrize("prompts, kwargs, message", [
-    ([], {}, "empty"), ([[1], []], {}, "empty"), ([[1, 50]], {}, "token id 50 .* vocabulary of 50"), ([[-1]], {}, "token id -1"),
+    ([], {}, "empty"), ([[1], []], {}, "empty"), ([[1, 50]], {}, "token id 50 .* vocabulary of 50"),
+    ([[-1]], {}, "token id -1"),
     ([[1]], {"temperature": -0.5}, "temperature -0.5"), ([[1]], {"temperature": math.nan}, "temperature nan"),
     ([[1]], {"temperature": math.inf}, "temperature inf"), ([[1]], {"top_k": 0}, "top_k 0"),
     ([[1]], {"stop_ids": [77]}, "token id 77"), ([[1]], {"max_tokens": 0}, "max_tokens 0")])

@@ -57,12 +57,14 @@ def test_any_chunking_of_rows_of_any_length_is_one_shot(plan, short_window, patt
         torch.testing.assert_close(torch.cat(got[b]), model.hidden(row)[0].detach(), **EXACT)
 
 
-@pytest.mark.parametrize("off", [{}, {"smear": False}, {"key_shift": False}, {"value_embeds": False}, {"n_kv_head": 4}, {"rope_fraction": 0.0}])
+@pytest.mark.parametrize("off", [{}, {"smear": False}, {"key_shift": False}, {"value_embeds": False}, {"n_kv_head": 4},
+                                 {"rope_fraction": 0.0}])
 def test_decoding_token_by_token_is_the_uncached_pass(off):
     model, idx = tiny_gpt(**off), random_tokens(2, 12)
     hidden, cache = read(model, *idx.split(1, 1))
     torch.testing.assert_close(hidden, model.hidden(idx).detach(), **EXACT)
-    assert cache.used == 12 and cache.nbytes() == sum(getattr(cache, n).nbytes for n in STATE if getattr(cache, n) is not None)
+    assert cache.used == 12 and cache.nbytes() == sum(getattr(cache, n).nbytes
+                                                      for n in STATE if getattr(cache, n) is not None)
 
 
 def test_explicit_positions_and_links_through_a_cache():
@@ -118,7 +120,8 @@ def test_spliced_cache_holds_prefix_new_piece_and_what_followed(start, stop, new
     for name in STATE:
         dim, mine = (1 if name == "x_unsmeared" else 2), getattr(cache, name)
         # up to the end of the new piece every layer is as if read from scratch; what follows is kept as it was
-        torch.testing.assert_close(mine.narrow(dim, 0, start + new), getattr(scratch, name).narrow(dim, 0, start + new), **EXACT)
+        torch.testing.assert_close(mine.narrow(dim, 0, start + new),
+                                   getattr(scratch, name).narrow(dim, 0, start + new), **EXACT)
         assert torch.equal(mine.narrow(dim, start + new, 10 - stop), old[name].narrow(dim, stop, 10 - stop))
     if stop < 10:  # before attention nothing depends on what was replaced but, through smear, the first entry after it
         after = slice(start + new + 1, start + new + 10 - stop)

@@ -21,7 +21,8 @@ GOLDEN = Path(__file__).parents[1] / "fixtures" / "data" / "nanochat_golden_a.pt
 
 
 def byte_tokenizer(**reserved) -> Tokenizer:
-    return Tokenizer([bytes([i]) for i in range(256)], reserved=Reserved(**{"keys": 0, "aliases": 0, "values": 0, **reserved}))
+    return Tokenizer([bytes([i]) for i in range(256)],
+                     reserved=Reserved(**{"keys": 0, "aliases": 0, "values": 0, **reserved}))
 
 
 def saved(directory, model, step: int = 7, **meta) -> Path:
@@ -35,7 +36,8 @@ def nanochat_dir(directory, steps=(5, 12)) -> dict:
     golden = torch.load(GOLDEN, weights_only=True)
     for step in steps:
         tables = ("transformer.wte", "value_embeds")
-        state = {"_orig_mod." + k: v.bfloat16() if k.startswith(tables) else v + (step == 5) for k, v in golden["state_dict"].items()}
+        state = {"_orig_mod." + k: v.bfloat16() if k.startswith(tables) else v + (step == 5)
+                 for k, v in golden["state_dict"].items()}
         torch.save(state, directory / f"model_{step:06d}.pt")
         (directory / f"meta_{step:06d}.json").write_text(json.dumps({"step": step, "model_config": golden["config"]}))
     return golden
@@ -107,17 +109,20 @@ def test_reference_tokenizer(tmp_path):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """run(main, *flags) -> stdout lines; a base directory with a byte tokenizer, a checkpoint in `ckpt`, text in `text`."""
+    """run(main, *flags) -> stdout lines; a base directory with a byte tokenizer, a
+    checkpoint in `ckpt`, text in `text`."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     tokenizer = byte_tokenizer()
     tokenizer.save()
-    saved(tmp_path / "ckpt", tiny_gpt(vocab_size=257, sequence_len=32, dtype=torch.float32), tokenizer=tokenizer.fingerprint)
+    saved(tmp_path / "ckpt", tiny_gpt(vocab_size=257, sequence_len=32, dtype=torch.float32),
+          tokenizer=tokenizer.fingerprint)
     (tmp_path / "text").mkdir()
     for i in range(40):
         (tmp_path / "text" / f"{i}.txt").write_text(f"document {i}: " + "the quick brown fox " * 20)
 
     def call(main, *flags: str) -> list[str]:
-        monkeypatch.setattr(sys, "argv", ["script", "--device=cpu", *(f.replace("@", str(tmp_path) + "/") for f in flags)])
+        monkeypatch.setattr(sys, "argv",
+                            ["script", "--device=cpu", *(f.replace("@", str(tmp_path) + "/") for f in flags)])
         main()
         return capsys.readouterr().out.splitlines()
 
@@ -135,8 +140,10 @@ def test_base_eval(run, tmp_path):
     assert shorter["row_tokens"] == 16 and shorter["rows"] == 8
     random = json.loads(run(base_eval.main, *flags, "--data=random", "--seed=1")[-1])
     assert random["targets"] == 128 and random["bpb"] is None
-    saved(tmp_path / "ckpt", tiny_gpt(vocab_size=257, sequence_len=32, dtype=torch.float32), 8, flags={"data": "random", "seed": 1})
-    assert json.loads(run(base_eval.main, flags[0], *flags[2:])[-1]) == {**random, "step": 8}  # data as it was trained on
+    saved(tmp_path / "ckpt", tiny_gpt(vocab_size=257, sequence_len=32, dtype=torch.float32), 8,
+          flags={"data": "random", "seed": 1})
+    # data as it was trained on
+    assert json.loads(run(base_eval.main, flags[0], *flags[2:])[-1]) == {**random, "step": 8}
     with pytest.raises(UserError, match="fewer tokens"):
         run(base_eval.main, *flags, "--eval_tokens=100000000")
 
@@ -147,11 +154,13 @@ def test_base_eval_of_a_reference_checkpoint(run, tmp_path):
     tokenizer = byte_tokenizer(keys=8)
     model = tiny_gpt(vocab_size=265, sequence_len=32, key_shift=False, dtype=torch.float32)
     torch.save(model.state_dict(), reference / "model_000003.pt")
-    config = {k: v for k, v in dataclasses.asdict(model.config).items() if k.startswith("n_") or k in ("sequence_len", "vocab_size")}
+    config = {k: v for k, v in dataclasses.asdict(model.config).items() if k.startswith("n_")
+              or k in ("sequence_len", "vocab_size")}
     (reference / "meta_000003.json").write_text(json.dumps({"model_config": config}))
     (reference / "tokenizer.pkl").write_bytes(pickle.dumps(tokenizer._encoding))
     flags = ("--nanochat_checkpoint=@reference", "--data=@text", "--micro_batch=2", "--eval_tokens=128")
-    assert json.loads(run(base_eval.main, *flags, "--nanochat_tokenizer=@reference/tokenizer.pkl")[-1])["targets"] == 128
+    assert json.loads(run(base_eval.main, *flags,
+                          "--nanochat_tokenizer=@reference/tokenizer.pkl")[-1])["targets"] == 128
     with pytest.raises(UserError, match="257 ids, the model 265"):
         run(base_eval.main, *flags)
     assert isinstance(load_nanochat_dir(reference), GPT)
@@ -159,8 +168,10 @@ def test_base_eval_of_a_reference_checkpoint(run, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     ((), "name one checkpoint"), (("--checkpoint_dir=@ckpt", "--nanochat_checkpoint=@ckpt"), "name one checkpoint"),
-    (("--checkpoint_dir=@ckpt", "--nanochat_tokenizer=@x"), "goes with"), (("--checkpoint_dir=@ckpt", "--step=9"), "step 9"),
-    (("--checkpoint_dir=@ckpt", "--micro_batch=0"), "micro_batch=0"), (("--nanochat_checkpoint=@ckpt", "--nanochat_tokenizer=@x"), "use --checkpoint_dir")])
+    (("--checkpoint_dir=@ckpt", "--nanochat_tokenizer=@x"), "goes with"),
+    (("--checkpoint_dir=@ckpt", "--step=9"), "step 9"),
+    (("--checkpoint_dir=@ckpt", "--micro_batch=0"), "micro_batch=0"),
+    (("--nanochat_checkpoint=@ckpt", "--nanochat_tokenizer=@x"), "use --checkpoint_dir")])
 def test_flags_that_do_not_go_together(run, flags, message):
     with pytest.raises(UserError, match=message):
         run(base_eval.main, *flags)
@@ -182,6 +193,7 @@ def test_chat_cli(run, monkeypatch):
 
 
 def test_chat_cli_says_when_the_window_is_exceeded(run, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["x", "--device=cpu", f"--checkpoint_dir={tmp_path}/ckpt", "--max_tokens=8", "--prompt=" + "a" * 40])
+    monkeypatch.setattr(sys, "argv", ["x", "--device=cpu", f"--checkpoint_dir={tmp_path}/ckpt", "--max_tokens=8",
+                                      "--prompt=" + "a" * 40])
     chat_cli.main()
     assert "41 prompt tokens and 8 new ones exceed the model's window of 32" in capsys.readouterr().err

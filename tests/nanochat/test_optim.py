@@ -17,7 +17,8 @@ from nanochat.optim import MuonAdamW, assert_finite, check_groups, global_grad_n
 
 torch.set_num_threads(1)
 
-# Odd row counts, a shape that occurs three times (not divisible by two ranks), tall, wide, and one of each kind of AdamW bucket.
+# Odd row counts, a shape that occurs three times (not divisible by two ranks), tall, wide, and
+# one of each kind of AdamW bucket.
 MATRICES = [(33, 31), (33, 31), (33, 31), (1, 8), (8, 1), (64, 16), (16, 64)]
 OTHERS = [(512, 160), (511, 160), (1,), (7,), (31, 3), ()]
 
@@ -36,7 +37,8 @@ def make_optimizer(params) -> MuonAdamW:
 
 
 def set_grads(params, step: int, rank: int | None) -> None:
-    """Gradients of one of two ranks, or (rank None) their mean. In step 1, rank 1 has none for the first of each kind."""
+    """Gradients of one of two ranks, or (rank None) their mean. In step 1, rank 1 has none
+    for the first of each kind."""
     for i, p in enumerate(params):
         generator = torch.Generator().manual_seed(1000 * step + i)
         both = torch.randn((2, *p.shape), generator=generator, dtype=torch.float64)
@@ -66,7 +68,8 @@ def two_ranks(rank: int, out: str) -> None:
         resumed.step()
     same = all(torch.equal(a, b) for a, b in zip(params, resumed_params))
     held = sum(t.numel() for b in optimizer._buckets for t in b.state.values())
-    result = {"params": [p.detach() for p in params], "norms": norms, "resumed_same": same, "state": saved[0], "held": held}
+    result = {"params": [p.detach() for p in params], "norms": norms, "resumed_same": same, "state": saved[0],
+              "held": held}
     torch.save(result, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -158,7 +161,9 @@ def test_orthogonalize_matches_svd(shape):
 def test_both_iterations_agree_also_near_low_rank(shape):
     n, rows, cols = shape
     generator = torch.Generator().manual_seed(2)
-    x = torch.randn(n, rows, 2, generator=generator, dtype=torch.float64) @ torch.randn(n, 2, cols, generator=generator, dtype=torch.float64)
+    x = torch.randn(n, rows, 2, generator=generator, dtype=torch.float64) @ torch.randn(n, 2, cols,
+                                                                                        generator=generator,
+                                                                                        dtype=torch.float64)
     x += 1e-4 * torch.randn(shape, generator=generator, dtype=torch.float64)
     x /= x.norm(dim=(-2, -1), keepdim=True) * optim.SAFETY
     torch.testing.assert_close(optim._iterate_gram(x), optim._iterate(x), rtol=0, atol=1e-10)
@@ -193,7 +198,8 @@ def test_adamw_matches_torch(decay):
 
 def test_muon_matches_definition():
     p = nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
-    optimizer = MuonAdamW([{"name": "m", "kind": "muon", "params": [p], "lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}])
+    optimizer = MuonAdamW([{"name": "m", "kind": "muon", "params": [p], "lr": 0.1, "momentum": 0.9,
+                            "weight_decay": 0.5}])
     value, momentum = p.detach().clone(), torch.zeros_like(p)
     for step in range(3):
         set_grads([p], step, None)
@@ -220,7 +226,8 @@ class TinyGPT(nn.Module):
 
     def __init__(self):
         super().__init__()
-        block = lambda: nn.ModuleDict({"attn": nn.ModuleDict({"c_q": nn.Linear(8, 8, bias=False)}), "mlp": nn.Linear(8, 32)})
+        block = lambda: nn.ModuleDict({"attn": nn.ModuleDict({"c_q": nn.Linear(8, 8, bias=False)}),
+                                       "mlp": nn.Linear(8, 32)})
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(16, 8), "h": nn.ModuleList([block(), block()])})
         self.value_embeds = nn.ModuleDict({"1": nn.Embedding(16, 8)})
         self.lm_head = nn.Linear(8, 16, bias=False)
@@ -277,7 +284,8 @@ def test_group_added_later_is_optimized():
     assert params[-1].item() != before
 
 
-@pytest.mark.parametrize("group", [{"kind": "sgd", "name": "x", "lr": 1.0}, {"kind": "adamw", "lr": 1.0}, {"kind": "muon", "name": "x", "lr": 1.0}])
+@pytest.mark.parametrize("group", [{"kind": "sgd", "name": "x", "lr": 1.0}, {"kind": "adamw", "lr": 1.0},
+                                   {"kind": "muon", "name": "x", "lr": 1.0}])
 def test_wrong_group_is_refused(group):
     with pytest.raises(ValueError, match="kind|matrices"):
         MuonAdamW([{"params": [nn.Parameter(torch.zeros(3))], **group}])

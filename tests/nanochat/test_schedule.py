@@ -11,7 +11,8 @@ SHAPES = [(0, 0.0, 0.0), (40, 0.5, 0.0), (40, 1.0, 0.1), (5, 0.2, 0.05), (10**6,
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("warmup, warmdown_ratio, final", SHAPES)
 def test_lr_rises_stays_falls(n, warmup, warmdown_ratio, final):
-    rates = [lr_multiplier(s, n, warmup_steps=warmup, warmdown_ratio=warmdown_ratio, final_lr_frac=final) for s in range(n)]
+    rates = [lr_multiplier(s, n, warmup_steps=warmup, warmdown_ratio=warmdown_ratio, final_lr_frac=final)
+             for s in range(n)]
     up, down = phases(n, warmup, warmdown_ratio)
     assert up + down < n and up <= warmup and down <= round(warmdown_ratio * n)
     assert all(a < b for a, b in zip(rates[:up], rates[1 : up + 1]))

@@ -1,4 +1,5 @@
-"""Panels, alerts and the offline page: one definition, checked against the registry, Grafana's schema, PromQL, real runs and a real browser (G4)."""
+"""Panels, alerts and the offline page: one definition, checked against the registry, Grafana's schema, PromQL, real
+runs and a real browser (G4)."""
 
 import importlib.util
 import json
@@ -33,9 +34,11 @@ RUNS = {path.stem: read_metrics(path) for path in sorted(DATA.glob("*.jsonl"))}
 
 
 def test_every_metric_has_a_panel_and_every_panel_a_registered_metric():
-    shown = {name for board in DASHBOARDS for p in board.panels for line in p.lines for name in (*line.expr.metrics(), *([p.x] if p.x else []))}
+    shown = {name for board in DASHBOARDS for p in board.panels for line in p.lines
+             for name in (*line.expr.metrics(), *([p.x] if p.x else []))}
     assert shown == set(METRICS)
-    assert {name for a in ALERTS for e in (a.left, *([a.right] if not isinstance(a.right, (int, float)) else [])) for name in e.metrics()} <= set(METRICS)
+    assert {name for a in ALERTS for e in (a.left, *([a.right] if not isinstance(a.right, (int, float)) else []))
+            for name in e.metrics()} <= set(METRICS)
 
 
 def test_panels_say_what_healthy_looks_like():
@@ -77,21 +80,26 @@ def test_every_expression_is_promql(expression):
         parser.parse(expression + ")")
 
 
-ROWS = [{"step": 1, "time": 10.0, "train.mfu": 0.4, "mc.val.delta_nll{shown=lens}": 1.0, "mc.val.delta_nll{shown=window}": 4.0, "mc.session.kv_kept": 30.0},
-        {"step": 2, "time": 20.0, "train.mfu": 0.2, "mc.val.delta_nll{shown=lens}": None, "mc.session.kv_kept": 50.0, "train.loss": 3.0}]  # fmt: skip
+ROWS = [{"step": 1, "time": 10.0, "train.mfu": 0.4, "mc.val.delta_nll{shown=lens}": 1.0,
+         "mc.val.delta_nll{shown=window}": 4.0, "mc.session.kv_kept": 30.0},
+        {"step": 2, "time": 20.0, "train.mfu": 0.2, "mc.val.delta_nll{shown=lens}": None, "mc.session.kv_kept": 50.0,
+         "train.loss": 3.0}]  # fmt: skip
 
 
 def test_expressions_are_evaluated_line_by_line():
     lens, window = Value("mc.val.delta_nll", shown="lens"), Value("mc.val.delta_nll", shown="window")
     assert Value("mc.val.delta_nll", by="shown").at(ROWS, 0) == {"lens": 1, "window": 4}
     assert (1 - lens / window).at(ROWS, 0) == {"": 0.75} and (1 - lens / window).at(ROWS, 1) == {}
-    assert (2 * lens + 1).at(ROWS, 0) == {"": 3} and (window - lens).at(ROWS, 0) == {"": 3} and (lens / 0).at(ROWS, 0) == {}
+    assert (2 * lens + 1).at(ROWS, 0) == {"": 3} and (window - lens).at(ROWS,
+                                                                        0) == {"": 3} and (lens / 0).at(ROWS, 0) == {}
     assert Value("mc.session.kv_kept").at(ROWS, 0) == {} and Value("mc.session.kv_kept").at(ROWS, 1) == {"": 5}
-    assert Value("train.mfu", over="1h").at(ROWS, 1) == {"": pytest.approx(0.3)} and Value("train.loss").at(ROWS, 0) == {}
+    assert Value("train.mfu", over="1h").at(ROWS, 1) == {"": pytest.approx(0.3)} and Value("train.loss").at(ROWS,
+                                                                                                            0) == {}
 
 
 def test_an_alert_holds_where_both_its_conditions_do():
-    alert = Alert("A", Value("train.mfu"), "<", 0.7 * Value("train.mfu", over="1h"), "", "", "", when=(Value("train.loss"), ">", 2))
+    alert = Alert("A", Value("train.mfu"), "<", 0.7 * Value("train.mfu", over="1h"), "", "", "",
+                  when=(Value("train.loss"), ">", 2))
     assert [alert.at(ROWS, i) for i in (0, 1)] == [None, True]
     assert Alert("A", Value("train.mfu"), ">", 0.3, "", "", "").at(ROWS, 1) is False
 
@@ -102,10 +110,12 @@ def test_an_alert_holds_where_both_its_conditions_do():
 
 def test_committed_dashboards_and_rules_are_current(tmp_path):
     pytest.importorskip("grafana_foundation_sdk")
-    done = subprocess.run([sys.executable, OBSERVABILITY / "make_dashboards.py", f"--out={tmp_path}"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, OBSERVABILITY / "make_dashboards.py", f"--out={tmp_path}"],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for file in ("alerts.yaml", *(f"dashboards/{board.uid}.json" for board in DASHBOARDS)):
-        assert (OBSERVABILITY / file).read_text() == (tmp_path / file).read_text(), f"{file} is out of date: run python runs/observability/make_dashboards.py"
+        assert (OBSERVABILITY / file).read_text() == (tmp_path
+                                                      / file).read_text(), f"{file} is out of date: run python runs/observability/make_dashboards.py"
 
 
 @pytest.mark.parametrize("board", DASHBOARDS, ids=lambda b: b.uid)
@@ -135,7 +145,8 @@ def test_an_overlay_names_the_columns_it_draws():
     assert len(overlays) == sum(bool(p.x) for p in TRAINING.panels) == 6
     for p in overlays:
         columns = {t["legendFormat"] for t in p["targets"]}
-        assert {s[axis]["matcher"]["options"] for s in p["options"]["series"] for axis in "xy"} == columns and len(columns) == 4
+        assert {s[axis]["matcher"]["options"] for s in p["options"]["series"]
+                for axis in "xy"} == columns and len(columns) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,7 +196,8 @@ def test_the_collectors_pipelines_are_of_parts_that_it_has():
 # Alerts on real runs: tests/fixtures/data/telemetry holds what runs/observability/plant_faults.py wrote
 
 
-EXPECTED = {"healthy": set(), "frozen_lens": {"NetworkFrozen"}, "thrashing": {"SwapRateHigh", "ResidencyLow", "Thrash"}, "nan": {"LossNotFinite"}}
+EXPECTED = {"healthy": set(), "frozen_lens": {"NetworkFrozen"},
+            "thrashing": {"SwapRateHigh", "ResidencyLow", "Thrash"}, "nan": {"LossNotFinite"}}
 
 
 def script(name: str):
@@ -228,7 +240,8 @@ def store():
         def do_GET(self):
             query = parse_qs(urlparse(self.path).query).get("query", [""])[0]
             point = {"metric": {}, "values": [[1, "0.5"]], "value": [1, "0.5"]}
-            data = ["a-run"] if "/label/" in self.path else {"result": [] if any(name in query for name in missing) else [point]}
+            data = ["a-run"] if "/label/" in self.path else {"result": [] if any(name in query for name in missing)
+                                                             else [point]}
             body = json.dumps({"status": "success", "data": data}).encode()
             self.send_response(200)
             self.end_headers()
@@ -249,7 +262,8 @@ def test_a_panel_without_points_is_named(store, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["check_dashboards.py", f"--url={url}"])
     module.main()
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    lines = sum(4 if p.x else len(p.lines) for board in DASHBOARDS for p in board.panels)  # an overlay asks two runs for x and y
+    # an overlay asks two runs for x and y
+    lines = sum(4 if p.x else len(p.lines) for board in DASHBOARDS for p in board.panels)
     assert told == {"asked": lines + len(list(module.conditions())), "empty": 0, "holding": [a.name for a in ALERTS]}
     missing.append("mc_lens_regret")
     with pytest.raises(UserError, match="1 queries return nothing"):
@@ -297,7 +311,8 @@ def test_the_page_is_whole_and_stands_alone():
     drawn = sum(len(series_of(p, runs)) for board in DASHBOARDS for p in board.panels)
     assert seen.count["polyline"] == drawn > 100
     text = " ".join(seen.words)
-    assert "recall <mc>" in text and all(p.title in text and p.description in text for board in DASHBOARDS for p in board.panels)
+    assert "recall <mc>" in text and all(p.title in text and p.description in text for board in DASHBOARDS
+                                         for p in board.panels)
     assert all(a.name in text for a in ALERTS)
 
 
@@ -331,13 +346,15 @@ def test_ticks_cover_the_range(low, size):
     assert all(b > a for a, b in zip(found, found[1:]))
 
 
-@pytest.mark.parametrize("x, text", [(0, "0"), (0.034, "0.034"), (12_000, "12k"), (8000, "8000"), (-1030.4, "-1030"), (1.5e6, "1.5M"), (9.25e12, "9.25T"), (-3e9, "-3G"), (5e-7, "5e-07"), (999, "999")])
+@pytest.mark.parametrize("x, text", [(0, "0"), (0.034, "0.034"), (12_000, "12k"), (8000, "8000"), (-1030.4, "-1030"),
+                                     (1.5e6, "1.5M"), (9.25e12, "9.25T"), (-3e9, "-3G"), (5e-7, "5e-07"), (999, "999")])
 def test_figures_are_short(x, text):
     assert figure(x) == text
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-HEADLESS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+HEADLESS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking",
             "--disable-component-update", "--disable-sync"]  # fmt: skip
 
 
@@ -349,8 +366,10 @@ def test_a_browser_draws_the_page(scheme, tmp_path):
     file, shot = tmp_path / "dash.html", tmp_path / "shot.png"
     file.write_text(page([Run("recall", RUNS["healthy"])]), encoding="utf-8")
     with tempfile.TemporaryDirectory() as profile:
-        subprocess.run([CHROMIUM, *HEADLESS, f"--user-data-dir={profile}", "--window-size=1500,3000", f"--screenshot={shot}",
-                        f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", file.as_uri()], capture_output=True, timeout=60, check=True)  # fmt: skip
+        subprocess.run([CHROMIUM, *HEADLESS, f"--user-data-dir={profile}", "--window-size=1500,3000",
+                        f"--screenshot={shot}",
+                        f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", file.as_uri()],
+                       capture_output=True, timeout=60, check=True)  # fmt: skip
     pixels = (imread(shot)[..., :3] * 255).round().astype(int).reshape(-1, 3)
     back = {"light": (255, 255, 255), "dark": (0x15, 0x18, 0x1C)}[scheme]
     line = {"light": (0x00, 0x72, 0xB2), "dark": (0x56, 0xB4, 0xE9)}[scheme]
@@ -367,7 +386,9 @@ def test_the_command_writes_a_page(tmp_path):
     run = tmp_path / "d2"
     run.mkdir()
     lines = (DATA / "healthy.jsonl").read_text().splitlines()
-    (run / "metrics.jsonl").write_text("\n".join([*lines, json.dumps({"step": 401, "time": 2e9, "train.nonfinite": 1.0})]) + "\n")
+    (run / "metrics.jsonl").write_text("\n".join([*lines,
+                                                  json.dumps({"step": 401, "time": 2e9,
+                                                              "train.nonfinite": 1.0})]) + "\n")
     done = subprocess.run([sys.executable, "-m", "scripts.mc_dash", str(run)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
@@ -375,7 +396,9 @@ def test_the_command_writes_a_page(tmp_path):
     assert "<title>d2</title>" in (run / "dash.html").read_text()
 
 
-@pytest.mark.parametrize("content, message", [(None, "no metrics in"), ("", "is empty"), ("{not json", "no metrics file"), ('{"time": 1}\n', "no metrics file")])
+@pytest.mark.parametrize("content, message",
+                         [(None, "no metrics in"), ("", "is empty"), ("{not json", "no metrics file"),
+                          ('{"time": 1}\n', "no metrics file")])
 def test_what_is_no_run_is_refused_in_one_line(content, message, tmp_path):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)

@@ -1,4 +1,5 @@
-"""The catalog keeps what is told, survives a crash on either side of the store's commit, and refuses what it cannot read."""
+"""The catalog keeps what is told, survives a crash on either side of the store's commit, and
+refuses what it cannot read."""
 
 import os
 import sqlite3
@@ -35,13 +36,15 @@ def test_sources_are_found_by_what_is_known_of_them(catalog):
     c = catalog.add_source("chat", 12, tokens=0)
     catalog.add_tags(a, [(0, 2, "heading"), (2, 6, "paragraph")])
     assert [s.id for s in catalog.sources()] == [a, b, c]
-    assert [s.uri for s in catalog.sources(uri="*.py")] == ["src/b.py"] and [s.id for s in catalog.sources(kind="text")] == [a]
+    assert [s.uri
+            for s in catalog.sources(uri="*.py")] == ["src/b.py"] and [s.id for s in catalog.sources(kind="text")] == [a]
     assert [s.id for s in catalog.sources(tag="heading")] == [a] and catalog.sources(tag="table") == []
     assert [s.id for s in catalog.sources(min_score=0.4)] == [b]
     assert len(catalog.sources(since=before)) == 3 and catalog.sources(until=before) == []
     assert catalog.tags(a) == [(0, 2, "heading"), (2, 6, "paragraph")]
     assert catalog.complete_source("bb").id == b and catalog.complete_source("") is None
-    for start, stop, expected in ((0, 6, [a]), (5, 9, [a, b]), (6, 8, []), (7, 8, []), (8, 9, [b]), (0, 40, [a, b, c]), (30, 31, [c])):
+    for start, stop, expected in ((0, 6, [a]), (5, 9, [a, b]), (6, 8, []), (7, 8, []), (8, 9, [b]), (0, 40, [a, b, c]),
+                                  (30, 31, [c])):
         assert [s.id for s in catalog.sources_in(start, stop)] == expected, (start, stop)
     with pytest.raises(ValueError, match="starts at slot 3"):
         catalog.add_source("x", 3)
@@ -138,7 +141,8 @@ def test_tombstones_follow_the_store(catalog):
     assert [(run, count) for run, count, _ in first] == [(2, 2), (4, 2), (9, 1)], "a run lies within one source"
     store.set_detail(torch.tensor([3]), 0)
     catalog.set_tombstones(~store.has_detail(torch.arange(10)).numpy())
-    assert [run[:2] for run in catalog.tombstones()] == [(2, 1), (4, 2), (9, 1)] and catalog.tombstones()[0][2] == first[0][2]
+    assert [run[:2] for run in catalog.tombstones()] == [(2, 1), (4, 2),
+                                                         (9, 1)] and catalog.tombstones()[0][2] == first[0][2]
     catalog.set_tombstones(np.zeros(10, dtype=bool))
     assert catalog.tombstones() == []
 

@@ -1,4 +1,5 @@
-"""A history on disk: what it refuses and how, one writer, versions, repair, room given back. Its records: test_storage.py."""
+"""A history on disk: what it refuses and how, one writer, versions, repair, room given back.
+Its records: test_storage.py."""
 
 import errno
 import os
@@ -75,7 +76,8 @@ def _newer(name: str):
 
 def _from_model(name: str):
     def change(path: Path) -> None:
-        with DiskStore.create(path.parent / "other", StoreFormat(K, D, P, C, model="abcdef"), partition_bytes=64) as store:
+        with DiskStore.create(path.parent / "other", StoreFormat(K, D, P, C, model="abcdef"),
+                              partition_bytes=64) as store:
             fill(store, 150)
         shutil.copyfile(path.parent / "other" / name, path / name)
     return change
@@ -84,21 +86,27 @@ def _from_model(name: str):
 WRONG = {
     "no store": (lambda path: (path / "manifest").unlink(), "is not a MegaContext store"),
     "no folder": (shutil.rmtree, "is not a MegaContext store"),
-    "foreign manifest": (lambda path: (path / "manifest").write_bytes(b"SQLite format 3\0" * 600), "is not that of a MegaContext store"),
+    "foreign manifest": (lambda path: (path / "manifest").write_bytes(b"SQLite format 3\0" * 600),
+                         "is not that of a MegaContext store"),
     "empty manifest": (lambda path: (path / "manifest").write_bytes(b""), "is not that of a MegaContext store"),
-    "both slots damaged": (lambda path: [_write("manifest", at, b"xx")(path) for at in (30, 4126)], "manifest is damaged"),
-    "version damaged": (lambda path: (path / "versions" / "000000.ctx").write_bytes(b"MCTXnote"), "is damaged, both copies"),
+    "both slots damaged": (lambda path: [_write("manifest", at, b"xx")(path) for at in (30, 4126)],
+                           "manifest is damaged"),
+    "version damaged": (lambda path: (path / "versions" / "000000.ctx").write_bytes(b"MCTXnote"),
+                        "is damaged, both copies"),
     "version lost": (lambda path: (path / "versions" / "000000.ctx").unlink(), "version 0 is not there"),
     "newer manifest": (_newer("manifest"), "has format version 9, this program reads up to 1"),
     "newer partition": (_newer("L0/000002.v0000.ctx"), "has format version 9, this program reads up to 1"),
-    "truncated partition": (lambda path: os.truncate(path / "L1" / "000003.v0000.ctx", 100), "000003.v0000.ctx: truncated"),
+    "truncated partition": (lambda path: os.truncate(path / "L1" / "000003.v0000.ctx", 100),
+                            "000003.v0000.ctx: truncated"),
     "short header": (lambda path: os.truncate(path / "L1" / "000003.v0000.ctx", 10), "shorter than its header"),
     "lost partition": (lambda path: (path / "K1" / "000000.v0000.ctx").unlink(), "K1/000000.v0000.ctx: missing"),
     "foreign partition": (_write("L0/000000.v0000.ctx", 0, b"PK\3\4...."), "not a partition of a MegaContext store"),
-    "swapped partitions": (lambda path: shutil.copyfile(path / "L0" / "000001.v0000.ctx", path / "L0" / "000000.v0000.ctx"),
+    "swapped partitions": (lambda path: shutil.copyfile(path / "L0" / "000001.v0000.ctx",
+                                                        path / "L0" / "000000.v0000.ctx"),
                            "belongs to another store, level or place"),
     "of another model": (_from_model("L1/000001.v0000.ctx"), "made by model abcdef"),
-    "damaged tail": (_write("L0/000009.v0000.ctx", 64, b"\xff"), "records damaged (L0 records 144–150, tokens 144–150)"),
+    "damaged tail": (_write("L0/000009.v0000.ctx", 64, b"\xff"),
+                     "records damaged (L0 records 144–150, tokens 144–150)"),
 }
 
 
@@ -152,7 +160,8 @@ class Refusing(FileSystem):
 
 @pytest.mark.parametrize("edit", [False, True], ids=["append", "edit"])
 def test_a_full_disk_changes_nothing(tmp_path, edit):
-    """At whichever write it is full: the error says so, and the store, still open or opened anew, is at its last commit."""
+    """At whichever write it is full: the error says so, and the store, still open or opened
+    anew, is at its last commit."""
     path, outcomes = tmp_path / "store", set()
     with DiskStore.create(path, FORMAT, partition_bytes=128) as store:
         fill(store, 50)
@@ -177,7 +186,8 @@ def test_a_full_disk_changes_nothing(tmp_path, edit):
                     store.commit()
             else:
                 assert store.n_tokens == 50 and store.n_nodes(1) == 12
-                assert {p: data[:56] + data[64:] for p, data in contents(path).items()} == before, "but for seals of partitions not full"
+                assert {p: data[:56] + data[64:]
+                        for p, data in contents(path).items()} == before, "but for seals of partitions not full"
                 fs.after = 10**9
                 assert torch.equal(store.tokens(torch.arange(50)), torch.arange(50))
                 store.close()
@@ -230,7 +240,8 @@ def test_ids_and_vectors_that_do_not_fit_are_refused(path):
 
 
 def test_one_writer(path):
-    hold = f"import sys, mc.store.disk.store as d; s = d.DiskStore.open({str(path)!r}); print('held', flush=True); sys.stdin.read()"
+    hold = (f"import sys, mc.store.disk.store as d; s = d.DiskStore.open({str(path)!r}); print('held', flush=True); "
+            "sys.stdin.read()")
     other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"is being written by process {other.pid}; .*mode='r'"):
@@ -288,7 +299,8 @@ def test_older_versions_stay_until_compaction(path):
             DiskStore.open(path, "r", version=3)
         room = store.disk_bytes()
         assert store.compact() == room - store.disk_bytes() > 0
-        assert store.versions() == [2] and len(partition_files(path)) == sum(len(level.versions) for level in store.levels.values())
+        assert store.versions() == [2] and len(partition_files(path)) == sum(len(level.versions)
+                                                                             for level in store.levels.values())
         assert olds[0].tokens(torch.tensor([10])).item() == 10, "what is mapped stays readable"
         with pytest.raises(UserError, match="missing .removed by a compaction"):
             olds[0].tokens(torch.tensor([149]))
@@ -376,7 +388,8 @@ def test_damaged_tokens_are_named_and_never_copied(path):
 
 
 def test_another_models_nodes_are_adopted_at_once(tmp_path):
-    """A history made anew beside the old one, by other networks, becomes the next version; the one before stays readable."""
+    """A history made anew beside the old one, by other networks, becomes the next version;
+    the one before stays readable."""
     history = tiny_history(tmp_path / "s")
     store, K = history.store, TINY_K
     other = tiny_mc(history.gpt, seed=7).model

@@ -44,12 +44,14 @@ def assert_same(history: History, catalog: Catalog, texts: list[list[int]], open
         assert (count := history.store.n_nodes(lod)) == made.store.n_nodes(lod)
         if count:
             torch.testing.assert_close(
-                history.store.gists(lod, torch.arange(count)), made.store.gists(lod, torch.arange(count)), rtol=0, atol=1e-12
+                history.store.gists(lod, torch.arange(count)), made.store.gists(lod, torch.arange(count)), rtol=0,
+                atol=1e-12
             )
     blocks = torch.arange(history.store.n_nodes(1))
     if len(blocks):
         torch.testing.assert_close(history.store.keys(blocks), made.store.keys(blocks), rtol=0, atol=1e-12)
-    assert [(s.uri, s.start, s.tokens) for s in catalog.sources()] == [(s.uri, s.start, s.tokens) for s in made_catalog.sources()]
+    assert [(s.uri, s.start, s.tokens) for s in catalog.sources()] == [(s.uri, s.start, s.tokens)
+                                                                       for s in made_catalog.sources()]
     assert catalog.reconcile(history.store) == []
 
 
@@ -180,7 +182,8 @@ def test_a_wrong_edit_changes_nothing(arguments, message):
 @pytest.mark.parametrize("committed", [False, True])
 @pytest.mark.parametrize("new", [5, 1])
 def test_a_crash_between_store_and_catalog_is_settled(committed, new, monkeypatch):
-    """Whether or not the store committed the edit before the process died, the catalog agrees with it when it is opened again."""
+    """Whether or not the store committed the edit before the process died, the catalog agrees with
+    it when it is opened again."""
     texts = [list(range(13)), list(range(9)), list(range(6))]
     history, catalog = history_of(texts)
     catalog.add_tags(2, [(0, 4, "heading")])

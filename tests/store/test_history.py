@@ -20,7 +20,8 @@ GPT = tiny_base()
 
 
 def networks(K: int = 4, **config) -> MegaContext:
-    mc = MegaContext(MCConfig(**{**dict(block_size=K, max_lod=3, gist_width=16, lens_key_dim=16, lens_keys=2), **config}), GPT.config.n_embd).double()
+    mc = MegaContext(MCConfig(**{**dict(block_size=K, max_lod=3, gist_width=16, lens_key_dim=16, lens_keys=2),
+                                 **config}), GPT.config.n_embd).double()
     randomize(mc)
     return mc
 
@@ -53,7 +54,8 @@ def check(found: History, ids: torch.Tensor) -> None:
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.sampled_from([4, 8, 32]), st.lists(st.sampled_from([0, 1, 31, 32, 33, 77, 1023, 1025]) | st.integers(0, 40), min_size=1, max_size=5))
+@given(st.sampled_from([4, 8, 32]), st.lists(st.sampled_from([0, 1, 31, 32, 33, 77, 1023, 1025]) | st.integers(0, 40),
+                                             min_size=1, max_size=5))
 def test_any_pieces_are_one_batch_build(K, pieces):
     """C2, trap 14."""
     found, ids, at = history(networks(K)), tokens(sum(pieces)), 0
@@ -76,7 +78,8 @@ def test_each_node_is_made_once_in_few_calls(monkeypatch):
     monkeypatch.setattr(mc.store.history, "MAX_BLOCKS", 5)
     found, made = history(networks()), []
     gistnet = found.mc.gistnet.forward
-    monkeypatch.setattr(found.mc.gistnet, "forward", lambda x, mask, lod: (made.append((lod, len(x))), gistnet(x, mask, lod))[1])
+    monkeypatch.setattr(found.mc.gistnet,
+                        "forward", lambda x, mask, lod: (made.append((lod, len(x))), gistnet(x, mask, lod))[1])
     ids = tokens(331)
     for piece in ids.split([200, 3, 1, 100, 27]):
         found.append(piece)
@@ -98,7 +101,8 @@ def test_sources_begin_at_blocks_and_void_slots_count_for_nothing(sources):
     for i, n in enumerate(sources):
         ids = tokens(n, i)
         blocks = -(-n // K)
-        assert found.store.tokens(torch.arange(at, at + blocks * K)).tolist() == ids.tolist() + [VOID] * (blocks * K - n)
+        assert found.store.tokens(torch.arange(at, at + blocks * K)).tolist() == ids.tolist() + [VOID] * (blocks * K
+                                                                                                          - n)
         short = ids[(blocks - 1) * K:]
         with torch.no_grad():
             embeds = GPT.embed(short[None])
@@ -106,7 +110,8 @@ def test_sources_begin_at_blocks_and_void_slots_count_for_nothing(sources):
             padded = torch.cat([embeds, torch.zeros(1, K - len(short), embeds.shape[2], dtype=embeds.dtype)], 1)
         last = at // K + blocks - 1
         torch.testing.assert_close(found.store.gists(1, torch.tensor([last]))[0], want, **EXACT)
-        torch.testing.assert_close(found.store.keys(torch.tensor([last]))[0], found.mc.lensnet.keys(padded)[0, 0].detach(), **EXACT)
+        torch.testing.assert_close(found.store.keys(torch.tensor([last]))[0],
+                                   found.mc.lensnet.keys(padded)[0, 0].detach(), **EXACT)
         at += blocks * K
 
 

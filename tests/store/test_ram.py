@@ -37,7 +37,8 @@ def filled(store, n: int = 37):
 
 @pytest.fixture(params=["ram", "disk"])
 def store(request, tmp_path):
-    return RamStore(FORMAT) if request.param == "ram" else DiskStore.create(tmp_path / "store", FORMAT, partition_bytes=64)
+    return RamStore(FORMAT) if request.param == "ram" else DiskStore.create(tmp_path / "store", FORMAT,
+                                                                            partition_bytes=64)
 
 
 def test_truncation_keeps_what_is_still_complete(store):
@@ -63,7 +64,8 @@ def test_rewritten_records_replace_old_ones(store):
     new, old = vectors(2, D, seed=8), vectors(9, D)
     assert torch.equal(store.gists(1, torch.tensor([2, 0, 1])), torch.stack([new[1], old[0], new[0]]))
     assert torch.equal(store.keys(torch.tensor([1, 2])), vectors(2, P, C, seed=9))
-    assert torch.equal(store.gists(2, torch.tensor([0, 1])), torch.stack([vectors(1, D, seed=7)[0], vectors(2, D, seed=2)[1]]))
+    assert torch.equal(store.gists(2, torch.tensor([0, 1])),
+                       torch.stack([vectors(1, D, seed=7)[0], vectors(2, D, seed=2)[1]]))
     with pytest.raises(IndexError):
         store.rewrite_tokens(36, torch.arange(2))
 
@@ -76,7 +78,8 @@ def test_raw_tokens_given_up_and_restored(store):
     assert store.tokens(torch.arange(8, 18)).tolist() == [8, 9, 10, 11, *[VOID] * 4, 16, 17]
     store.set_detail(torch.tensor([2]), KEPT)
     assert store.has_detail(torch.tensor([5, 3, 2, 8])).tolist() == [False, False, True, True]
-    for refused in (lambda: store.set_detail(torch.tensor([1, 3]), KEPT), lambda: store.rewrite_tokens(10, torch.arange(3))):
+    for refused in (lambda: store.set_detail(torch.tensor([1, 3]),
+                                             KEPT), lambda: store.rewrite_tokens(10, torch.arange(3))):
         with pytest.raises(ValueError, match="erased"):
             refused()
     assert store.tokens(torch.arange(4, 12)).tolist() == list(range(4, 12))
@@ -101,7 +104,8 @@ def test_stores_round_alike(tmp_path, dtype, d, p, c):
         store.append_nodes(2, vectors(1, 2 * d)[:, ::2])
     for index in ([], [4], [0, 3, 3, 1]):
         index_N = torch.tensor(index, dtype=torch.int64)
-        ram, disk = ((s.gists(1, index_N), s.keys(index_N), s.tokens(index_N % 3), s.gists(2, index_N * 0)) for s in stores)
+        ram, disk = ((s.gists(1, index_N), s.keys(index_N), s.tokens(index_N % 3), s.gists(2, index_N * 0))
+                     for s in stores)
         for a, b in zip(ram, disk):
             assert a.dtype == b.dtype and torch.equal(a, b)
     with pytest.raises(IndexError, match="there are 5"):
@@ -164,7 +168,8 @@ def check(store, model: Model) -> None:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Appends, edits and commits in any order. Numbers of vectors are drawn afresh, so that no two records are alike by accident."""
+    """Appends, edits and commits in any order. Numbers of vectors are drawn afresh, so that no two
+    records are alike by accident."""
 
     @initialize()
     def begin(self):
@@ -271,7 +276,8 @@ class DiskMachine(StoreMachine):
 
     def make(self):
         self.folder = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-        return DiskStore.create(self.folder / "store", FORMAT, partition_bytes=self.partition_bytes, durability=self.durability)
+        return DiskStore.create(self.folder / "store", FORMAT, partition_bytes=self.partition_bytes,
+                                durability=self.durability)
 
     def reopen(self):
         self.store = DiskStore.open(self.folder / "store", durability=self.durability)
@@ -308,7 +314,8 @@ class DiskMachine(StoreMachine):
         self.store.compact()
         self.old, self.snapshots = {}, []
         states = self.model.states = [ERASED if s else KEPT for s in self.model.states]
-        self.model.tokens = [VOID if i // K < len(states) and states[i // K] else t for i, t in enumerate(self.model.tokens)]
+        self.model.tokens = [VOID if i // K < len(states) and states[i // K] else t
+                             for i, t in enumerate(self.model.tokens)]
         self.committed = self.model.copy()
 
     @rule()
@@ -354,7 +361,8 @@ def test_history_on_disk_is_the_history_in_memory(tmp_path, dtype):
     rng = torch.Generator().manual_seed(0)
     ids = torch.randint(VOCAB, (203,), generator=rng)
     ram, disk = (History(gpt, mc, store) for store in (
-        RamStore(store_format(gpt, mc, dtype)), DiskStore.create(tmp_path / "a", store_format(gpt, mc, dtype), partition_bytes=200)))
+        RamStore(store_format(gpt, mc, dtype)), DiskStore.create(tmp_path / "a", store_format(gpt, mc, dtype),
+                                                                 partition_bytes=200)))
     for piece in ids.split([1, 31, 32, 0, 33, 77, 29]):
         ram.append(piece)
         disk.append(piece)

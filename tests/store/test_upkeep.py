@@ -59,10 +59,12 @@ def test_pruned_are_the_least_useful(ram):
         if sensitivity is not None:
             catalog.count_sensitivity(0, block, sensitivity)
     catalog.flush()
-    assert choose(history.store, catalog, max_utility=0).tolist() == [i for i in range(n) if i not in (0, 1)], "help below 0 counts as none"
+    assert choose(history.store, catalog, max_utility=0).tolist() == [i for i in range(n)
+                                                                      if i not in (0, 1)], "help below 0 counts as none"
     all_blocks = choose(history.store, catalog, share=1.0)
     assert all_blocks[-2:].tolist() == [1, 0] and sorted(all_blocks) == list(range(n))
-    assert choose(history.store, catalog, share=0.1).tolist() == [i for i in range(n) if i not in (0, 1)][: int(0.1 * n)]
+    assert choose(history.store, catalog, share=0.1).tolist() == [i for i in range(n)
+                                                                  if i not in (0, 1)][: int(0.1 * n)]
     assert max(choose(history.store, catalog, share=1.0, keep_last=33)) == (history.n_tokens - 33) // K - 1
     assert choose(history.store, catalog, share=1.0, source=2).tolist() == list(catalog.source(2).blocks(K))
     for wrong in (dict(), dict(share=1.5), dict(share=0.5, keep_last=-1)):
@@ -95,7 +97,8 @@ def test_variance_is_that_of_the_children(ram):
         ids = history.store.tokens(torch.arange(block * K, (block + 1) * K))
         embeds = GPT.embed(ids[ids != VOID]).detach()
         assert found[1, block] == pytest.approx(float(embeds.var(0, correction=0).mean()), abs=1e-12)
-    assert found[2, 0] == pytest.approx(float(history.store.gists(1, torch.arange(K)).var(0, correction=0).mean()), abs=1e-12)
+    assert found[2, 0] == pytest.approx(float(history.store.gists(1, torch.arange(K)).var(0, correction=0).mean()),
+                                        abs=1e-12)
 
 
 def test_sensitivity_is_what_the_next_block_loses(ram):
@@ -103,7 +106,8 @@ def test_sensitivity_is_what_the_next_block_loses(ram):
     history, catalog = ram
     blocks = [9, 15, 16, 17, 30, 40]  # block 17 has void slots, and 16 stands before it
     catalog.count_access(torch.zeros(len(blocks), dtype=torch.int64), torch.tensor(blocks) * K)
-    catalog.count_access(torch.zeros(1, dtype=torch.int64), torch.tensor([2 * K]))  # fewer than CONTEXT blocks before it
+    # fewer than CONTEXT blocks before it
+    catalog.count_access(torch.zeros(1, dtype=torch.int64), torch.tensor([2 * K]))
     catalog.flush()
     assert measure_sensitivity(history, catalog) == 4 and measure_sensitivity(history, catalog) == 0
     found = {s.index: s.sensitivity for s in catalog.statistics(lod=0)}
@@ -163,7 +167,8 @@ def test_gists_made_again_go_on_after_a_kill_and_switch_at_once(folder, monkeypa
 
         with pytest.raises(Killed):
             regist(store, catalog, networks, progress=die)
-        assert torch.equal(store.gists(1, torch.arange(store.n_nodes(1))), before) and store.format.model == catalog_model(GPT, MC)
+        assert torch.equal(store.gists(1, torch.arange(store.n_nodes(1))),
+                           before) and store.format.model == catalog_model(GPT, MC)
     open_history(GPT, MC, "disk", folder)[0].store.close()
     with DiskStore.open(folder) as store, Catalog(folder, K) as catalog:
         assert regist(store, catalog, networks) >= n // 2 - 20 * K
@@ -179,7 +184,8 @@ def test_gists_made_again_go_on_after_a_kill_and_switch_at_once(folder, monkeypa
     for lod in (1, 2, 3):
         index = torch.arange(made.store.n_nodes(lod))
         torch.testing.assert_close(history.store.gists(lod, index), made.store.gists(lod, index), rtol=0, atol=1e-12)
-    torch.testing.assert_close(history.store.keys(torch.arange(n // K)), made.store.keys(torch.arange(n // K)), rtol=0, atol=1e-12)
+    torch.testing.assert_close(history.store.keys(torch.arange(n // K)), made.store.keys(torch.arange(n // K)), rtol=0,
+                               atol=1e-12)
     assert history.store.verify() == []
     history.store.close(), catalog.close()
 
@@ -251,5 +257,6 @@ def test_the_sizing_table_is_the_arithmetic():
     rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
     assert len(rows) >= 5
     for width, *told in rows:
-        counted = [bytes_per_slot(StoreFormat(32, int(width), 4, 128, dtype), 2) for dtype in (torch.float32, torch.bfloat16, torch.int8)]
+        counted = [bytes_per_slot(StoreFormat(32, int(width), 4, 128, dtype), 2)
+                   for dtype in (torch.float32, torch.bfloat16, torch.int8)]
         assert [float(x) for x in told] == [round(x, 2) for x in counted], width

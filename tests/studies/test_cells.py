@@ -27,7 +27,8 @@ def test_t_agrees_with_the_printed_table(df, quantile):
 
 
 def test_t_test_by_hand():
-    """Differences 1, 2, 3: mean 2, standard error 1/√3, t = 2√3; with two degrees of freedom P(|T| ≥ t) = 1 − t/√(t² + 2)."""
+    """Differences 1, 2, 3: mean 2, standard error 1/√3, t = 2√3; with two degrees of freedom
+    P(|T| ≥ t) = 1 − t/√(t² + 2)."""
     (low, high), p = t_test(np.array([1.0, 2.0, 3.0]))
     assert p == pytest.approx(1 - math.sqrt(12 / 14), abs=1e-9)
     assert (low + high) / 2 == pytest.approx(2) and high - 2 == pytest.approx(4.3027 / math.sqrt(3), abs=1e-3)
@@ -38,25 +39,30 @@ def test_t_test_by_hand():
 def test_false_discovery_by_hand():
     assert false_discovery([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.04, 0.04])
     assert false_discovery([0.5, 0.6, 0.001]) == pytest.approx([0.6, 0.6, 0.003])
-    assert false_discovery([0.02, math.nan, 0.01])[0::2] == pytest.approx([0.02, 0.02]) and math.isnan(false_discovery([math.nan])[0])
+    assert false_discovery([0.02, math.nan, 0.01])[0::2] == pytest.approx([0.02,
+                                                                           0.02]) and math.isnan(false_discovery([math.nan])[0])
 
 
 def test_bootstrap_of_one_seed_is_that_of_a_mean():
     x = np.random.default_rng(2).normal(3, 2, (1, 400))
     low, high = interval(Bootstrap(1, 400).means(x))
     error = 1.96 * x.std() / 20
-    assert low == pytest.approx(x.mean() - error, abs=0.1 * error) and high == pytest.approx(x.mean() + error, abs=0.1 * error)
+    assert low == pytest.approx(x.mean() - error, abs=0.1 * error) and high == pytest.approx(x.mean() + error,
+                                                                                             abs=0.1 * error)
 
 
 def test_bootstrap_sees_seeds_and_documents():
     """Seeds that differ widen the interval, documents that differ too; where nothing differs there is none."""
     draws, effect = Bootstrap(4, 100), np.random.default_rng(0).normal(size=100)
     width = {name: np.ptp(interval(draws.means(x))) for name, x in {
-        "nothing": np.ones((4, 100)), "seeds": np.arange(4.0)[:, None] + np.zeros(100), "documents": effect + np.zeros((4, 1)),
+        "nothing": np.ones((4, 100)), "seeds": np.arange(4.0)[:, None] + np.zeros(100),
+        "documents": effect + np.zeros((4, 1)),
         "both": np.arange(4.0)[:, None] + effect}.items()}
     assert width["nothing"] == pytest.approx(0, abs=1e-12)
-    assert width["documents"] == pytest.approx(2 * 1.96 * effect.std() / 10, rel=0.1)  # as if there were one seed: they agree
-    assert width["seeds"] == pytest.approx(2 * 3.18 * np.arange(4).std(ddof=1) / 2, rel=0.1)  # t with three degrees of freedom
+    # as if there were one seed: they agree
+    assert width["documents"] == pytest.approx(2 * 1.96 * effect.std() / 10, rel=0.1)
+    # t with three degrees of freedom
+    assert width["seeds"] == pytest.approx(2 * 3.18 * np.arange(4).std(ddof=1) / 2, rel=0.1)
     assert width["both"] > max(width["seeds"], width["documents"])
 
 
@@ -83,7 +89,8 @@ def test_false_positives_with_three_seeds(by_seed, by_document, by_both):
     """Where there is no effect, no more than one in twenty is called significant, whatever the noise comes from."""
     rng, draws, found = np.random.default_rng(0), Bootstrap(3, 24, draws=1000), []
     for _ in range(300):
-        x_SC = by_seed * rng.normal(size=(3, 1)) + by_document * rng.normal(size=(1, 24)) + by_both * rng.normal(size=(3, 24))
+        x_SC = (by_seed * rng.normal(size=(3, 1)) + by_document * rng.normal(size=(1, 24))
+                + by_both * rng.normal(size=(3, 24)))
         found.append(bootstrap_p(draws.means(x_SC)))
     assert np.mean(np.array(found) < 0.05) < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300) and min(found) > 0.001
 
@@ -135,7 +142,8 @@ def test_records_survive_torn_lines(tmp_path, capsys):
 
 
 def cells(tmp_path, values) -> list[dict]:
-    return [{"key": f"k{value}", "name": f"cell {value}", "value": value, "marks": str(tmp_path / "marks")} for value in values]
+    return [{"key": f"k{value}", "name": f"cell {value}", "value": value, "marks": str(tmp_path / "marks")}
+            for value in values]
 
 
 def test_cells_are_run_once(tmp_path, capsys):
@@ -152,13 +160,15 @@ def test_cells_are_run_once(tmp_path, capsys):
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_cell_that_another_runner_has_finished_is_left(tmp_path, jobs):
     """Two of one key, both waiting: as when two runners share a folder. The second finds a record and does nothing."""
-    run_cells(cells(tmp_path, [1, 1]), "experiment_cells:note", CellRecords(tmp_path / "results.jsonl"), what="test", jobs=jobs)
+    run_cells(cells(tmp_path, [1, 1]), "experiment_cells:note", CellRecords(tmp_path / "results.jsonl"), what="test",
+              jobs=jobs)
     assert (tmp_path / "marks").read_text().split() == ["k1"]
 
 
 def test_a_failing_cell_does_not_stop_the_others(tmp_path, capsys):
     records = CellRecords(tmp_path / "results.jsonl")
-    with pytest.raises(UserError, match="3 of 5 cells failed, the others are recorded; the first: cell 1: one is too many; log: "):
+    with pytest.raises(UserError, match="3 of 5 cells failed, the others are recorded; the first: cell 1: one is too "
+                                        "many; log: "):
         run_cells(cells(tmp_path, [0, 1, 2, 3, 4]), "experiment_cells:fail", records, what="test")
     assert set(records.read()) == {"k0", "k4"}
     printed = capsys.readouterr().out
@@ -168,14 +178,16 @@ def test_a_failing_cell_does_not_stop_the_others(tmp_path, capsys):
 
 def test_a_function_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="there is no function experiment_cells:nothing"):
-        run_cells(cells(tmp_path, [1]), "experiment_cells:nothing", CellRecords(tmp_path / "results.jsonl"), what="test")
+        run_cells(cells(tmp_path, [1]), "experiment_cells:nothing", CellRecords(tmp_path / "results.jsonl"),
+                  what="test")
 
 
 # -- input ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("text", "error"), [
-    ("a: [1", "is not YAML"), ("- 1", "is not a mapping"), ("a: 1\nz: 2", "unknown key z; known are a, b"), ("b: 1", "a is missing")])
+    ("a: [1", "is not YAML"), ("- 1", "is not a mapping"), ("a: 1\nz: 2", "unknown key z; known are a, b"),
+    ("b: 1", "a is missing")])
 def test_bad_yaml(tmp_path, text, error):
     path = tmp_path / "x.yaml"
     path.write_text(text)

@@ -34,7 +34,8 @@ def batches(i: int) -> RowBatch:
 
 
 def recipe(**changes) -> Recipe:
-    return Recipe(**{**dict(budgets=(W,), steps=5, lr_scales=(0.02, 0.3), rates=RATES, batch_scale=1.0, dev=1), **changes})
+    return Recipe(**{**dict(budgets=(W,), steps=5, lr_scales=(0.02, 0.3), rates=RATES, batch_scale=1.0, dev=1),
+                     **changes})
 
 
 OWN = [name for name, kind in METHODS.items() if not kind.arm]
@@ -75,7 +76,8 @@ def test_what_is_trained_beside_the_base():
 def test_lens_arms_learn_the_same_lens_from_the_same_labels_at_first():
     """One step: retriever and lens have had the same gradient, so they differ in nothing but the gists."""
     one = recipe(steps=1, lr_scales=(0.3,))
-    lens = {name: finetune(name, models(), batches, one).models.mc.lensnet.state_dict() for name in ("dense_learned", "gists_lens")}
+    lens = {name: finetune(name, models(), batches, one).models.mc.lensnet.state_dict()
+            for name in ("dense_learned", "gists_lens")}
     for key, value in lens["dense_learned"].items():
         torch.testing.assert_close(value, lens["gists_lens"][key])
 
@@ -102,7 +104,8 @@ def test_refusals():
 
 
 def test_importance_is_the_gradient_of_a_gate_on_the_token():
-    """Against a finite difference: a log-gate on one key of the history, in all layers and for the continuation's queries."""
+    """Against a finite difference: a log-gate on one key of the history, in all layers and for
+    the continuation's queries."""
     gpt = tiny_base()
     tokens, targets, _, _ = batches(0)
     tokens, targets, length = tokens[:2, 30:], targets[:2, 30:], n - 30

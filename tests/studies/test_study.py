@@ -9,8 +9,10 @@ from scripts.studies import study as ablation
 from scripts.studies.formula import Formula
 from scripts.studies.study import estimates, read_study, step_time_cells, study_report, study_results
 
-BASE = ("{data: random, depth: 2, aspect_ratio: 16, head_dim: 16, max_seq_len: 128, device_batch_size: 2, total_batch_size: 256, num_iterations: 6, eval_every: 0, "
-        "eval_tokens: 256, save_every: 2, mc_enabled: 1, mc_block_size: 8, mc_budget: 40, mc_horizon: 8, mc_recent: 8, mc_start: 0.2, mc_ramp: 2, mc_lens_queries: 48, "
+BASE = ("{data: random, depth: 2, aspect_ratio: 16, head_dim: 16, max_seq_len: 128, device_batch_size: 2, "
+        "total_batch_size: 256, num_iterations: 6, eval_every: 0, "
+        "eval_tokens: 256, save_every: 2, mc_enabled: 1, mc_block_size: 8, mc_budget: 40, mc_horizon: 8, mc_recent: 8, "
+        "mc_start: 0.2, mc_ramp: 2, mc_lens_queries: 48, "
         "mc_lens_key_dim: 8, mc_gist_width: 16}")
 STUDY = f"""
 question: What does a teacher matter?
@@ -30,18 +32,24 @@ def write(path, text=STUDY):
 
 
 def study_of(tmp_path, **replaced):
-    return read_study(write(tmp_path / "study.yaml", f"question: q\nbase: {{}}\nseeds: [1, 2, 3]\nevaluate: {{function: f}}\nfactors: {replaced.get('factors', {})}\nreport: {replaced.get('report', {})}"))
+    return read_study(write(tmp_path / "study.yaml",
+                            f"question: q\nbase: {{}}\nseeds: [1, 2, 3]\nevaluate: {{function: f}}\nfactors: "
+                            f"{replaced.get('factors', {})}\nreport: {replaced.get('report', {})}"))
 
 
-# -- what a study says ----------------------------------------------------------------------------------------------------
+# -- what a study says
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_arms_change_one_thing(tmp_path, monkeypatch):
     monkeypatch.setenv("SOMEWHERE", "/data")
-    study = read_study(write(tmp_path / "s.yaml", STUDY.replace("data: random", "data: $SOMEWHERE/x, init_from: 'base_{seed}', smear: true")))
+    study = read_study(write(tmp_path / "s.yaml",
+                             STUDY.replace("data: random",
+                                           "data: $SOMEWHERE/x, init_from: 'base_{seed}', smear: true")))
     assert list(study.arms) == ["default", "mc_teacher=attention", "contexts=3", "both"]
     default = study.flags("default", 7)
-    assert (default["data"], default["init_from"], default["smear"]) == ("/data/x", "base_7", "1") and "mc_teacher" not in default
+    assert (default["data"], default["init_from"], default["smear"]) == ("/data/x", "base_7",
+                                                                         "1") and "mc_teacher" not in default
     assert study.flags("mc_teacher=attention", 7) == default | {"mc_teacher": "attention"}
     assert study.flags("both", 7) == default | {"mc_teacher": "attention", "mc_lens_keys": "2"}
     assert study.flags("contexts=3", 7) == default and study.options("contexts=3", 7)["contexts"] == 3
@@ -51,10 +59,14 @@ def test_arms_change_one_thing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("old", "new", "error"), [
-    ("seeds: [1, 2]", "seeds: 3", "seeds must be a list"), ("seeds: [1, 2]", "seeds: [1, 1]", "different whole numbers"),
-    ("arms: {both:", "arms: {default:", "'default' names the arm"), ("mc_teacher: [attention]", "mc_teacher: attention", "mc_teacher: a factor is a list"),
-    ("{both: {mc_teacher: attention, mc_lens_keys: 2}}", "{both: 3}", "an arm a mapping"), ("contexts: 4}", "contexts: 4, command: x}", "a function or a command"),
-    ("nll_lens - nll_oracle", "max(nll_lens)", "no arithmetic"), ("data: random", "data: random, seed: 3", "seeds belong"), ("base: {", "base: 3\nx: {", "unknown key x")])
+    ("seeds: [1, 2]", "seeds: 3", "seeds must be a list"),
+    ("seeds: [1, 2]", "seeds: [1, 1]", "different whole numbers"),
+    ("arms: {both:", "arms: {default:", "'default' names the arm"),
+    ("mc_teacher: [attention]", "mc_teacher: attention", "mc_teacher: a factor is a list"),
+    ("{both: {mc_teacher: attention, mc_lens_keys: 2}}", "{both: 3}", "an arm a mapping"),
+    ("contexts: 4}", "contexts: 4, command: x}", "a function or a command"),
+    ("nll_lens - nll_oracle", "max(nll_lens)", "no arithmetic"),
+    ("data: random", "data: random, seed: 3", "seeds belong"), ("base: {", "base: 3\nx: {", "unknown key x")])
 def test_bad_studies(tmp_path, old, new, error):
     assert old in STUDY
     with pytest.raises(UserError, match=error):
@@ -66,8 +78,10 @@ def test_step_times_are_of_a_seed_that_was_run(tmp_path):
     study = read_study(write(tmp_path / "study.yaml", STUDY))
     first, second = (step_time_cells(study, list(study.arms), seed) for seed in (1, 2))
     assert [cell["key"] for cell in first] == ["time-9f5175511559", "time-22cd8eb0067f"]
-    assert {tag for cell in second for tag in (cell["model_tag"], cell["against"])} == {study.cell(arm, 2)["model_tag"] for arm in study.arms}
-    done = {cell["key"]: {"results": {"ratio": ratio}} for ratio, cell in ((1.5, second[0]), (1.6, second[1]), (1.1, first[1]))}
+    assert {tag for cell in second for tag in (cell["model_tag"], cell["against"])} == {study.cell(arm, 2)["model_tag"]
+                                                                                        for arm in study.arms}
+    done = {cell["key"]: {"results": {"ratio": ratio}}
+            for ratio, cell in ((1.5, second[0]), (1.6, second[1]), (1.1, first[1]))}
     assert study_results(study, done, [1, 2])[1] == {"mc_teacher=attention": {"ratio": 1.5}, "both": {"ratio": 1.1}}
 
 
@@ -89,17 +103,21 @@ def test_difference_to_the_default_is_paired():
     del records["better", 4]
     found = estimates(Formula("x"), records, ["default", "better", "same"])
     better, same = found["better"], found["same"]
-    assert better.difference == pytest.approx(-0.2, abs=0.03) and better.difference_interval[0] < -0.2 < better.difference_interval[1] < -0.15 and better.p < 0.01
+    assert better.difference == pytest.approx(-0.2,
+                                              abs=0.03) and better.difference_interval[0] < -0.2 < better.difference_interval[1] < -0.15 and better.p < 0.01
     assert better.interval[1] - better.interval[0] > 0.5  # of the mean itself: contexts differ much more
     assert (same.difference, same.difference_interval, same.p) == (0, (0, 0), 1)
-    assert found["default"].mean == pytest.approx(np.mean([records["default", s]["results"]["x"] for s in (1, 2, 3, 4)]))
+    assert found["default"].mean == pytest.approx(np.mean([records["default", s]["results"]["x"]
+                                                           for s in (1, 2, 3, 4)]))
     assert math.isnan(found["default"].p)
-    one = estimates(Formula("x"), {key: r for key, r in records.items() if key[1] == 1}, ["default", "better"])["better"]
+    one = estimates(Formula("x"), {key: r for key, r in records.items() if key[1] == 1},
+                    ["default", "better"])["better"]
     assert one.difference_interval[1] < 0 and math.isnan(one.p)  # one seed says nothing about others
 
 
 def test_one_number_per_seed_is_a_t_test():
-    records = {(arm, seed): {"results": {"x": value}, "commit": "a"} for seed in (1, 2, 3) for arm, value in (("default", seed), ("arm", 2 * seed))}
+    records = {(arm, seed): {"results": {"x": value}, "commit": "a"} for seed in (1, 2, 3)
+               for arm, value in (("default", seed), ("arm", 2 * seed))}
     found = estimates(Formula("x"), records, ["default", "arm"])["arm"]
     assert found.difference == 2 and found.p == pytest.approx(1 - math.sqrt(12 / 14), abs=1e-9)
 

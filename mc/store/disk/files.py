@@ -1,6 +1,7 @@
 """What is done to the medium, and what the files of a store are.
 
-Every change of the medium goes through a `FileSystem`, so that a test can refuse it, or lose what no fsync has made safe.
+Every change of the medium goes through a `FileSystem`, so that a test can refuse it, or
+lose what no fsync has made safe.
 
 A partition file is a 64-byte header and packed records of one kind, `records_per_partition` of them at most:
 
@@ -11,10 +12,12 @@ A partition file is a 64-byte header and packed records of one kind, `records_pe
           12–16  block size                   56–60  CRC-32 of the records, once the partition is full
           16–20  width of a vector            60–64  records that it covers: all, or 0 while the partition is not full
           20–22  vectors per record
-          22–24  dtype (`DTYPES`)             record i of the level: partition i // R, offset 64 + (i mod R) · record bytes
+          22–24  dtype (`DTYPES`)             record i of the level: partition i // R,
+                 offset 64 + (i mod R) · record bytes
           24–28  bytes per record
 
-Numbers are little-endian. Records never change once a commit names them: an edit writes the partition anew, under another name.
+Numbers are little-endian. Records never change once a commit names them: an edit writes the
+partition anew, under another name.
 
 Shapes: N records, rows [N, record bytes] of uint8.
 """
@@ -95,7 +98,8 @@ class FileSystem:
 
 def check_version(version: int, path: Path) -> None:
     if version > FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}: open it with a newer MegaContext")
+        raise UserError(f"{path} has format version {version}, this program reads up to {FORMAT_VERSION}: open it with "
+                        "a newer MegaContext")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,7 +136,8 @@ class RecordKind:
     def header(self, partition: int) -> bytes:
         """Bytes 0–56: all but the checksum of the records."""
         fields = _HEADER.pack(_MAGIC, FORMAT_VERSION, ord(self.kind), self.lod, self.block_size, self.dim, self.vectors,
-                              DTYPES[self.dtype], self.record_bytes, self.records_per_partition, partition, self.model.encode()[:16])
+                              DTYPES[self.dtype], self.record_bytes, self.records_per_partition, partition,
+                              self.model.encode()[:16])
         return fields + zlib.crc32(fields).to_bytes(4, "little")
 
     def header_fault(self, data: bytes, partition: int, path: Path) -> str | None:
@@ -154,7 +159,8 @@ class RecordKind:
 
 @dataclass(frozen=True)
 class Damage:
-    """A partition that is not as it was committed: records [start, end) of a level, which cover tokens [first, last)."""
+    """A partition that is not as it was committed: records [start, end) of a level, which
+    cover tokens [first, last)."""
 
     level: str
     partition: int
@@ -166,12 +172,14 @@ class Damage:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.what} ({self.level} records {self.start}–{self.end}, tokens {self.first_token}–{self.last_token})"
+        return (f"{self.path}: {self.what} ({self.level} records {self.start}–{self.end}, tokens "
+                f"{self.first_token}–{self.last_token})")
 
 
 def partition_files(store: Path) -> list[Path]:
     """Every partition file below a store's folder, named by a commit or not."""
-    return sorted(path for path in store.glob("*/*.ctx") if _PARTITION_FILE.fullmatch(path.relative_to(store).as_posix()))
+    return sorted(path for path in store.glob("*/*.ctx")
+                  if _PARTITION_FILE.fullmatch(path.relative_to(store).as_posix()))
 
 
 def partition_version(path: Path) -> int:
@@ -195,7 +203,8 @@ def encode(x: Tensor, dtype: torch.dtype) -> np.ndarray:
 
 def _bytes(x: Tensor, dtype: torch.dtype) -> np.ndarray:
     """uint8 [N, …, bytes of D numbers]."""
-    integers = x.detach().cpu().to(dtype).view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+    integers = x.detach().cpu().to(dtype).view({1: torch.int8, 2: torch.int16, 4: torch.int32,
+                                                8: torch.int64}[dtype.itemsize])
     return np.frombuffer(integers.numpy().tobytes(), np.uint8).reshape(*x.shape[:-1], x.shape[-1] * dtype.itemsize)
 
 

@@ -1,4 +1,5 @@
-"""Records of one kind in partition files (`mc.store.disk.files`): appended, rewritten in new files, gathered by index from memory maps.
+"""Records of one kind in partition files (`mc.store.disk.files`): appended, rewritten in new files,
+gathered by index from memory maps.
 
 Shapes: N records, rows [N, record bytes] of uint8.
 """
@@ -24,8 +25,8 @@ MAX_MAPS = 4096  # partitions of a level that are mapped at a time; Linux allows
 class Records:
     """Records of one kind in partition files, by index.
 
-    State beside the files: how many records there are, which file holds each partition (`versions`), and the checksum of what
-    the last partition holds. A commit keeps that state (`keep`), a failure returns to it (`roll_back`).
+    State beside the files: how many records there are, which file holds each partition (`versions`), and the checksum
+    of what the last partition holds. A commit keeps that state (`keep`), a failure returns to it (`roll_back`).
     """
 
     def __init__(self, fs: FileSystem, folder: Path, kind: RecordKind):
@@ -41,7 +42,8 @@ class Records:
         self._created: set[Path] = set()  # since the state was kept
         self._stale: set[int] = set()  # partitions whose checksum is to be computed
         self._folder_changed = False
-        # A record's address is `_ANCHOR + row · _grain`. One array over all addresses, read at rows of mapped records only, gathers
+        # A record's address is `_ANCHOR + row · _grain`. One array over all addresses, read at rows
+        # of mapped records only, gathers
         # from any number of partitions in one call; a loop over partitions took 10 µs for each.
         self._grain = math.gcd(HEADER_BYTES, self.bytes)
         anchor = np.frombuffer((ctypes.c_char * self.bytes).from_address(_ANCHOR), f"V{self.bytes}")
@@ -71,12 +73,14 @@ class Records:
     # -- reading
 
     def gather(self, index_N: np.ndarray) -> np.ndarray:
-        """The records of int64 indices, one behind the other: uint8 [N · record bytes]. IndexError where there is no such record."""
+        """The records of int64 indices, one behind the other: uint8 [N · record bytes]. IndexError
+        where there is no such record."""
         if not len(index_N):
             return np.empty(0, np.uint8)
         last = int(index_N.view(np.uint64).max())  # a negative index is a huge one
         if last >= self.n:
-            raise IndexError(f"{self.kind.name}: records {index_N.min()} to {index_N.max()} asked for, there are {self.n}")
+            raise IndexError(f"{self.kind.name}: records {index_N.min()} to {index_N.max()} asked for, there are "
+                             f"{self.n}")
         tail = self.n >> self._shift
         if last >= self._tail_end and last >> self._shift == tail:
             self._unmap([tail])
@@ -98,7 +102,8 @@ class Records:
         self._refuse(partition, self.file_fault(partition))
         size = HEADER_BYTES + self.count(partition) * self.bytes
         try:
-            mapped = torch.UntypedStorage.from_file(str(self.path(partition)), False, size)  # closes its descriptor, unlike mmap.mmap
+            # closes its descriptor, unlike mmap.mmap
+            mapped = torch.UntypedStorage.from_file(str(self.path(partition)), False, size)
         except RuntimeError:
             self._refuse(partition, self.file_fault(partition))  # removed by a compaction since it was looked at
             raise
@@ -124,7 +129,8 @@ class Records:
 
     def _read(self, partition: int) -> np.ndarray:
         count = self.count(partition)
-        return np.fromfile(self.path(partition), np.uint8, count * self.bytes, offset=HEADER_BYTES).reshape(count, self.bytes)
+        return np.fromfile(self.path(partition), np.uint8, count * self.bytes,
+                           offset=HEADER_BYTES).reshape(count, self.bytes)
 
     def file_fault(self, partition: int) -> str | None:
         """What is wrong with a partition's file, its records not looked at."""
@@ -145,7 +151,8 @@ class Records:
             return fault
         count = self.count(partition)
         try:
-            sealed, crc = np.fromfile(self.path(partition), "<u4", 2, offset=56).tolist(), zlib.crc32(self._read(partition))
+            sealed, crc = np.fromfile(self.path(partition), "<u4", 2,
+                                      offset=56).tolist(), zlib.crc32(self._read(partition))
         except FileNotFoundError:
             return self.file_fault(partition)
         return None if (crc == self.tail_crc if count < self.R else sealed == [crc, count]) else "records damaged"
@@ -175,7 +182,8 @@ class Records:
                     self._close([self.path(partition)])
 
     def rewrite(self, start: int, rows: np.ndarray, version: int) -> None:
-        """Replace records [start, start + N), which exist. Partitions of another version than this one are copied first."""
+        """Replace records [start, start + N), which exist. Partitions of another version
+        than this one are copied first."""
         while len(rows):
             partition, at = divmod(start, self.R)
             part, rows = rows[:self.R - at], rows[self.R - at:]
@@ -303,7 +311,9 @@ class Records:
                 self.fs.unlink(path)
             self.cut_tail()
         except OSError:
-            pass  # a medium that refuses this too: what is left behind has no name, and the next opening for writing removes it
+            # a medium that refuses this too: what is left behind has no name, and the next
+            # opening for writing removes it
+            pass
         self._created.clear()
 
     def cut_tail(self) -> int:
@@ -328,7 +338,8 @@ class Records:
 
 
 def _runs_of_data(data: np.ndarray) -> list[tuple[int, int]]:
-    """[start, end) of the parts of bytes that are not whole pages of zeros, pages counted from the start of the file."""
+    """[start, end) of the parts of bytes that are not whole pages of zeros, pages counted
+    from the start of the file."""
     padded = np.zeros(-(-(HEADER_BYTES + len(data)) // PAGE) * PAGE, np.uint8)
     padded[HEADER_BYTES:HEADER_BYTES + len(data)] = data
     used = np.flatnonzero(np.diff(padded.reshape(-1, PAGE).any(1), prepend=False, append=False)).reshape(-1, 2)

@@ -1,16 +1,20 @@
-"""Systems at equal entries: what a model is shown of a history it cannot hold, judged by one code on the same continuation.
+"""Systems at equal entries: what a model is shown of a history it cannot hold, judged by one
+code on the same continuation.
 
-A system has one method, `show(history, rows)`: the history's tokens in, out what the model sees before the continuation, in one of
+A system has one method, `show(history, rows)`: the history's tokens in, out what the model sees
+before the continuation, in one of
 three forms:
 
     View        raw tokens, chosen by number
     Cut         entries of the gist tree (`mc.working_context`)
     KVChoice    a hook that chooses, per layer and head, among the keys and values of the whole history
 
-Whatever the form, no more than `budget` entries stand before the continuation, the last `recent` tokens are among them, and the
+Whatever the form, no more than `budget` entries stand before the continuation, the last `recent`
+tokens are among them, and the
 continuation is not an argument: what a system shows cannot depend on it. The oracle alone overrides `judge`.
 
-Shapes: B rows, n tokens of history, H of continuation, T = n + H, W entries of a view, M = W + H − 1 entries of its pass, D width.
+Shapes: B rows, n tokens of history, H of continuation, T = n + H, W entries of a view, M = W + H −
+1 entries of its pass, D width.
 """
 
 from dataclasses import dataclass, replace
@@ -35,13 +39,15 @@ class View(NamedTuple):
 
     index_BW: Tensor  # int64, ascending
     valid_BW: Tensor
-    prompt: bool  # True: read as one text, positions 0, 1, 2 …; False: at their global positions, linked where they are neighbours
+    # True: read as one text, positions 0, 1, 2 …; False: at their global positions, linked where they are neighbours
+    prompt: bool
 
 
 class KVChoice(NamedTuple):
     """What decoding may look at of the keys and values of the whole history."""
 
-    choose: Callable[[list[Captured]], Select]  # of the prefill -> (layer, queries, keys of the history) -> bool [B, 1 or H, S, n]
+    # of the prefill -> (layer, queries, keys of the history) -> bool [B, 1 or H, S, n]
+    choose: Callable[[list[Captured]], Select]
 
 
 Shown = View | Cut | KVChoice
@@ -49,7 +55,8 @@ Shown = View | Cut | KVChoice
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one row, from shapes: forward FLOPs of choosing, reading and the continuation; bytes of keys and values held while decoding."""
+    """Of one row, from shapes: forward FLOPs of choosing, reading and the continuation; bytes of keys and
+    values held while decoding."""
 
     flops: float
     bytes: float
@@ -78,7 +85,8 @@ class Method:
     looks = False  # with the lens, which its fine-tuning goes on teaching
 
     def __init__(self, models: Models, budget: int, seed: int = 0):
-        """budget: W, entries before the continuation. UserError when a model it needs is missing, or the budget too small."""
+        """budget: W, entries before the continuation. UserError when a model it needs is
+        missing, or the budget too small."""
         models = self.prepare(models)
         for need in self.needs:
             if getattr(models, need) is None:
@@ -87,7 +95,8 @@ class Method:
         self.config = replace(models.mc.config if models.mc else MCConfig(), budget=budget)
         self.block_size, self.recent = self.config.block_size, self.config.protected
         if budget < self.recent + self.block_size:
-            raise UserError(f"a budget of {budget} entries does not hold {self.recent} recent tokens and one block of {self.block_size}; "
+            raise UserError(f"a budget of {budget} entries does not hold {self.recent} recent tokens and one block of "
+                            f"{self.block_size}; "
                             f"raise it")
 
     @classmethod
@@ -104,7 +113,8 @@ class Method:
         return 0.0
 
     def hidden(self, tokens_BT: Tensor, n: int, rows_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states [B, H, D] that predict the continuation, with gradients where the form allows, and entries shown, int64 [B]."""
+        """Hidden states [B, H, D] that predict the continuation, with gradients where the form allows,
+        and entries shown, int64 [B]."""
         with torch.no_grad():
             shown = self.show(tokens_BT[:, :n], rows_B)
         if isinstance(shown, View):
@@ -127,15 +137,17 @@ class Method:
 
 
 class Again(Method):
-    """Mixin, named before a system: it chooses anew before every `interval` tokens of the continuation, what was said by then being history, as a
-    session does that refocuses so often. Each look shows no more than `budget` entries, what was said before it among them; what is said
-    until the next look stands besides, as the whole continuation does where a system chooses once."""
+    """Mixin, named before a system: it chooses anew before every `interval` tokens of the continuation, what was said
+    by then being history, as a session does that refocuses so often. Each look shows no more than `budget` entries,
+    what was said before it among them; what is said until the next look stands besides, as the whole continuation does
+    where a system chooses once."""
 
     interval = 1
 
     def hidden(self, tokens_BT: Tensor, n: int, rows_B: Tensor) -> tuple[Tensor, Tensor]:
         T = tokens_BT.shape[1]
-        looks = [super(Again, self).hidden(tokens_BT[:, :m + self.interval], m, rows_B) for m in range(n, T, self.interval)]
+        looks = [super(Again, self).hidden(tokens_BT[:, :m + self.interval], m, rows_B)
+                 for m in range(n, T, self.interval)]
         return torch.cat([hidden for hidden, _ in looks], 1), torch.stack([entries for _, entries in looks]).amax(0)
 
     def cost(self, n: int, H: int) -> Cost:
@@ -147,7 +159,8 @@ class Again(Method):
 def again(kind: type[Method], interval: int = 1) -> type[Method]:
     """The system that looks every `interval` tokens, and reads with the weights of the one that looks once."""
     name = f"{kind.name}_again" + (f"_{interval}" if interval > 1 else "")
-    return type(f"{kind.__name__}Again{interval}", (Again, kind), {"name": name, "arm": kind.arm or kind.name, "interval": interval})
+    return type(f"{kind.__name__}Again{interval}", (Again, kind),
+                {"name": name, "arm": kind.arm or kind.name, "interval": interval})
 
 
 NEEDED = {"mc": "a checkpoint with MegaContext (trained with --mc_enabled=1)",
@@ -169,7 +182,8 @@ def read_view(gpt: GPT, tokens_BT: Tensor, n: int, view: View) -> tuple[Tensor, 
 def read_chosen(gpt: GPT, tokens_BT: Tensor, n: int, choice: KVChoice) -> Tensor:
     """Hidden states [B, H, D] after a prefill with full attention, of which decoding sees what is chosen.
 
-    The last token of the history is read once more, so that no prediction that is judged saw all. Without gradients: a cache has none.
+    The last token of the history is read once more, so that no prediction that is judged saw all.
+    Without gradients: a cache has none.
     """
     B, T = tokens_BT.shape
     cache = KVCache(gpt.config, B, T, tokens_BT.device, gpt.lm_head.weight.dtype)
@@ -216,5 +230,6 @@ def lens_flops(mc: MegaContext, n: int) -> float:
     """Forward FLOPs of one look of the lens at a row: keys of all blocks, queries of the last tokens, their votes."""
     lens = mc.lensnet.config
     keys, tail = n // lens.block_size * lens.n_keys, lens.tail + LOCAL_MEAN
-    per_query = lens.d_model * (3 * lens.query_width + lens.key_dim) + lens.query_width * lens.key_dim + keys * lens.key_dim
+    per_query = lens.d_model * (3 * lens.query_width
+                                + lens.key_dim) + lens.query_width * lens.key_dim + keys * lens.key_dim
     return 2.0 * (keys * 2 * lens.d_model * lens.key_dim + tail * per_query)

@@ -1,7 +1,7 @@
 """Systems that read the whole history once with full attention and then decode from a part of its keys and values.
 
-They are given what no other system is: the full prefill (its cost is counted), so that what is kept has already been in touch with the
-rest. Chosen per layer and per head, in the positions where they stood.
+They are given what no other system is: the full prefill (its cost is counted), so that what is kept has already been in
+touch with the rest. Chosen per layer and per head, in the positions where they stood.
 
 Shapes: B rows, n tokens of history, H heads, G kv heads, S queries, E head width, P pages.
 """
@@ -36,7 +36,8 @@ class KVMethod(Method):
     def cost(self, n: int, H: int) -> Cost:
         entries = min(self.budget, n)
         flops = pass_flops(self.gpt, n, 0) + pass_flops(self.gpt, H, H, before=entries - 1)
-        return Cost(flops + 2.0 * self.gpt.config.n_embd * self.gpt.config.n_layer * self.products(n, H), kv_bytes(self.gpt, self.held(n)))
+        return Cost(flops + 2.0 * self.gpt.config.n_embd * self.gpt.config.n_layer * self.products(n, H),
+                    kv_bytes(self.gpt, self.held(n)))
 
     def products(self, n: int, H: int) -> float:
         """Pairs of a query and a key (or bound of a page) that choosing multiplies, per layer."""
@@ -48,7 +49,8 @@ class KVMethod(Method):
 
 
 class SnapKV(KVMethod):
-    """Per layer and kv head the keys that the recent tokens attend to most, pooled over neighbours, and those tokens (Li et al. 2024)."""
+    """Per layer and kv head the keys that the recent tokens attend to most, pooled over neighbours, and
+    those tokens (Li et al. 2024)."""
 
     name = "snapkv"
 
@@ -80,8 +82,8 @@ class SnapKV(KVMethod):
 
 
 class Quest(KVMethod):
-    """Per layer, head and query the pages whose keys could give the highest logit, by bounds from the page's minimum and maximum of
-    every channel (Tang et al. 2024), and the recent tokens. All keys and values stay in memory.
+    """Per layer, head and query the pages whose keys could give the highest logit, by bounds from the page's minimum
+    and maximum of every channel (Tang et al. 2024), and the recent tokens. All keys and values stay in memory.
 
     Pages are counted back from the tail, so that the first one may be short.
     """
@@ -98,7 +100,8 @@ class Quest(KVMethod):
                 return torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=k.device)
             missing = -paged % PAGE
             chosen = self._bounds(q, k[:, :, :paged], missing).topk(count, dim=-1).indices
-            pages = torch.zeros(*q.shape[:3], (paged + missing) // PAGE, dtype=torch.bool, device=k.device).scatter(-1, chosen, True)
+            pages = torch.zeros(*q.shape[:3], (paged + missing) // PAGE, dtype=torch.bool,
+                                device=k.device).scatter(-1, chosen, True)
             return F.pad(pages.repeat_interleave(PAGE, -1)[..., missing:], (0, k.shape[2] - paged), value=True)
 
         return select
@@ -110,7 +113,8 @@ class Quest(KVMethod):
             return F.pad(k_BGNE, (0, 0, missing, 0), value=fill).unflatten(2, (-1, PAGE))
 
         share = q_BHSE.shape[1] // k_BGNE.shape[1]
-        low, high = (x.repeat_interleave(share, 1).transpose(-1, -2) for x in (pages(math.inf).amin(3), pages(-math.inf).amax(3)))
+        low, high = (x.repeat_interleave(share, 1).transpose(-1, -2)
+                     for x in (pages(math.inf).amin(3), pages(-math.inf).amax(3)))
         return q_BHSE.clamp_min(0) @ high + q_BHSE.clamp_max(0) @ low
 
     def products(self, n: int, H: int) -> float:

@@ -1,8 +1,9 @@
 """Systems that show raw tokens: all, the last ones, or whole blocks that a retriever chose.
 
-Positions. Text that is pasted together is read as one prompt, positions in order: sliding window and sinks (StreamingLLM numbers
-positions within its cache, Xiao et al. 2023; here what is kept is read afresh), retrieved blocks (RAG). Blocks chosen by the lens keep
-their global positions, as in a working context, so that this system differs from gists + lens by the gists alone.
+Positions. Text that is pasted together is read as one prompt, positions in order: sliding window and sinks
+(StreamingLLM numbers positions within its cache, Xiao et al. 2023; here what is kept is read afresh), retrieved blocks
+(RAG). Blocks chosen by the lens keep their global positions, as in a working context, so that this system differs from
+gists + lens by the gists alone.
 
 Shapes: B rows, n tokens of history, C blocks that may be chosen.
 """
@@ -48,7 +49,8 @@ class WindowAndSinks(SlidingWindow):
 
 
 class Blocks(Method):
-    """As many whole blocks as fit before the recent tokens, the best by `scores`; entries that are left over go to the tail."""
+    """As many whole blocks as fit before the recent tokens, the best by `scores`; entries that
+    are left over go to the tail."""
 
     prompt = True
 

@@ -16,7 +16,8 @@ from scripts.eval.methods.interface import Models, Method, again
 INTERVALS = (1, 4, 8, 16, 32)  # tokens between two looks of "gists_lens_again", "gists_lens_again_4", …
 
 METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (
-    raw.FullContext, raw.SlidingWindow, again(raw.SlidingWindow), raw.WindowAndSinks, raw.RandomBlocks, raw.BM25Blocks, again(raw.BM25Blocks),
+    raw.FullContext, raw.SlidingWindow, again(raw.SlidingWindow), raw.WindowAndSinks, raw.RandomBlocks, raw.BM25Blocks,
+    again(raw.BM25Blocks),
     raw.MeanEmbeddingBlocks, raw.LearnedRetrieverBlocks, again(raw.LearnedRetrieverBlocks),
     token_drop.SurprisalDrop, token_classifier.LearnedDrop,
     gists.MeanGists, gists.EvenGists, gists.RecencyGists, gists.RandomGists, gists.LensGists,
@@ -37,7 +38,8 @@ def make_method(name: str, models: Models, budget: int, seed: int = 0) -> Method
 
 def load_models(checkpoint_dir: Path | str, step: int | str = "latest", device: torch.device | str = "cpu",
                 classifier_file: Path | str = "") -> tuple[Models, dict]:
-    """(what the checkpoint holds, its meta). The classifier: of `classifier_file`, or else the one beside the checkpoint, if any."""
+    """(what the checkpoint holds, its meta). The classifier: of `classifier_file`, or else the one
+    beside the checkpoint, if any."""
     gpt, meta = load_model(checkpoint_dir, step, device)
     mc = load_mega_context(checkpoint_dir, meta["step"], meta, gpt.config.n_embd, device) if meta.get("mc") else None
     beside = Path(checkpoint_dir) / token_classifier.FILE

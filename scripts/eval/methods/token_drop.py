@@ -1,5 +1,5 @@
-"""Systems that drop tokens one by one and read what is left as a prompt (LLMLingua's manner): the tokens that are worth most by some
-score, and the recent ones.
+"""Systems that drop tokens one by one and read what is left as a prompt (LLMLingua's manner): the tokens that are worth
+most by some score, and the recent ones.
 
 Shapes: B rows, n tokens of history.
 """
@@ -23,7 +23,8 @@ class TokenDrop(Method):
 
 
 class SurprisalDrop(TokenDrop):
-    """Keeps what the base itself finds hard to predict (Selective Context, Li et al. 2023); it reads the whole history for that."""
+    """Keeps what the base itself finds hard to predict (Selective Context, Li et al. 2023); it reads
+    the whole history for that."""
 
     name = "drop_surprisal"
 

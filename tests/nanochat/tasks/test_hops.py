@@ -22,7 +22,8 @@ def check_row(task: HopTask, tokens, mask, num_blocks, last_blocks, T):
     assert len(links) == num_blocks // 2 and all(len(p) == 1 for p in partners), "a block of links leads to one other"
     ends = set().union(*partners)
     assert len(ends) == len(links) and not ends & set(links)
-    assert all(set(stored[block, :, 1].tolist()) <= set(task.values) for block in range(num_blocks) if block not in links)
+    assert all(set(stored[block, :, 1].tolist()) <= set(task.values) for block in range(num_blocks)
+               if block not in links)
 
     assert tokens[T] in task.aliases and not mask[:end + 1].any() and not mask[T]
     chains = tokens[end + (T - end) % 3:T].reshape(-1, 3)
@@ -36,7 +37,8 @@ def check_row(task: HopTask, tokens, mask, num_blocks, last_blocks, T):
     assert np.array_equal(mask, expected)
     for last in range(len(chains), 0, -P):
         episode = chains[max(last - P, 0):last, 0].tolist()
-        assert len(set(episode)) == len(episode) and len({facts[key_of[a]][0] for a in episode}) == 1, "an episode asks for the links of one block"
+        assert len(set(episode)) == len(episode) and len({facts[key_of[a]][0]
+                                                          for a in episode}) == 1, "an episode asks for the links of one block"
     asked, named, _ = chains[-1].tolist()
     assert last_blocks.tolist() == [facts[key_of[asked]][0], facts[key_of[named]][0]]
 
@@ -71,7 +73,8 @@ def test_as_a_source_of_rows():
     assert tokens.shape == (2, 201) and mask.sum(1).tolist() == [48, 48]  # 24 chains
 
 
-@pytest.mark.parametrize("num_blocks, T, message", [(1, 1088, "2 to 32 blocks, asked for 1"), (33, 2000, "asked for 33"), (32, 1071, "1072")])
+@pytest.mark.parametrize("num_blocks, T, message",
+                         [(1, 1088, "2 to 32 blocks, asked for 1"), (33, 2000, "asked for 33"), (32, 1071, "1072")])
 def test_impossible_rows(num_blocks, T, message):
     with pytest.raises(UserError, match=message):
         HopTask(**IDS).rows("train", np.arange(2), num_blocks, T)

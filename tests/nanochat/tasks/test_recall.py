@@ -38,7 +38,8 @@ def check_row(task: RecallTask, tokens, mask, num_blocks, episode_blocks, T):
             assert end < len(questions) or set(asked) == set(episode_blocks.tolist())
 
 
-@given(st.integers(0, 10**12), st.sampled_from([(2, 1088), (7, 1088), (32, 1088), (31, 1100), (16, 1024), (2, 130), (5, 4096)]))
+@given(st.integers(0, 10**12),
+       st.sampled_from([(2, 1088), (7, 1088), (32, 1088), (31, 1100), (16, 1024), (2, 130), (5, 4096)]))
 @settings(max_examples=25, deadline=None)
 def test_every_asked_value_is_stored(first, shape):
     num_blocks, T = shape
@@ -50,7 +51,8 @@ def test_every_asked_value_is_stored(first, shape):
 
 
 @pytest.mark.parametrize(
-    "sizes", [dict(block=8, blocks=128), dict(announce=0), dict(episode_blocks=1, announce=8, ask=8), dict(announce=4, ask=60), dict(episode_blocks=4)]
+    "sizes", [dict(block=8, blocks=128), dict(announce=0), dict(episode_blocks=1, announce=8, ask=8),
+              dict(announce=4, ask=60), dict(episode_blocks=4)]
 )
 def test_other_sizes(sizes):
     task = RecallTask(**IDS, **({"announce": 8, "ask": 8} if "block" in sizes else {}) | sizes)
@@ -74,7 +76,8 @@ def test_a_row_depends_on_seed_split_and_index_only():
         for one, many in zip(alone, together):
             assert np.array_equal(one[0], many[i])
     assert not np.array_equal(task.rows("val", np.array([5]), 2, 1088).tokens[0], together.tokens[0])
-    assert not np.array_equal(RecallTask(**IDS, seed=1).rows("train", np.array([5]), 2, 1088).tokens[0], together.tokens[0])
+    assert not np.array_equal(RecallTask(**IDS, seed=1).rows("train", np.array([5]), 2, 1088).tokens[0],
+                              together.tokens[0])
     assert np.array_equal(task.alias_of_key, RecallTask(**IDS).alias_of_key)
     assert sorted(task.alias_of_key) == list(task.aliases)
 
@@ -144,11 +147,13 @@ def test_impossible_tasks_are_refused(bad, message):
 
 def test_impossible_rows_are_refused():
     task = RecallTask(**IDS)
-    for num_blocks, T, message in [(32, 1086, "got T=1086"), (2, 129, "got T=129"), (1, 1088, "asked for 1 to 1"), (33, 2048, "33 to 33")]:
+    for num_blocks, T, message in [(32, 1086, "got T=1086"), (2, 129, "got T=129"), (1, 1088, "asked for 1 to 1"),
+                                   (33, 2048, "33 to 33")]:
         with pytest.raises(UserError, match=message):
             task.rows("train", np.arange(2), num_blocks, T)
     filler = np.arange(100)
-    for n, needles, message in [(1000, 1, "n=1000"), (32, 2, "room for 2"), (3200, 33, "33 needles"), (3200, 0, "0 needles")]:
+    for n, needles, message in [(1000, 1, "n=1000"), (32, 2, "room for 2"), (3200, 33, "33 needles"),
+                                (3200, 0, "0 needles")]:
         with pytest.raises(UserError, match=message):
             task.needle_rows("val", np.arange(2), filler, n, needles)
     with pytest.raises(UserError, match="filler"):
@@ -165,7 +170,8 @@ def test_a_stream_holds_each_fact_once_where_it_should(first, shape):
     rng = np.random.default_rng(first)
     places = np.stack([rng.permutation(blocks)[: 2 * Q].reshape(Q, 2) for _ in range(2)])
     stream = task.stream_rows("val", np.arange(first, first + 2), 32 * blocks, places)
-    assert stream.tokens.shape == (2, 32 * blocks) and stream.questions.shape == (2, Q, 64) and stream.tokens.dtype == np.int64
+    assert stream.tokens.shape == (2, 32 * blocks) and stream.questions.shape == (2, Q,
+                                                                                  64) and stream.tokens.dtype == np.int64
     for tokens, questions, row in zip(stream.tokens, stream.questions, places):
         pairs = tokens.reshape(blocks, 16, 2)
         assert np.isin(pairs[..., 0], task.keys).all() and np.isin(pairs[..., 1], task.values).all()
@@ -175,7 +181,8 @@ def test_a_stream_holds_each_fact_once_where_it_should(first, shape):
             facts = dict(pairs[where].reshape(-1, 2).tolist())
             keys = [key_of(task, alias) for alias in question[::2].tolist()]
             assert [facts[key] for key in keys] == question[1::2].tolist() and len(set(keys)) == 32
-            halves = [{np.flatnonzero((pairs[where, :, 0] == key).any(1))[0] for key in half} for half in (keys[:16], keys[16:])]
+            halves = [{np.flatnonzero((pairs[where, :, 0] == key).any(1))[0] for key in half}
+                      for half in (keys[:16], keys[16:])]
             assert halves[0] == halves[1] == {0, 1}, "what is announced tells where the answers lie"
             asked_keys += keys
         counts = np.bincount(pairs[..., 0].ravel(), minlength=task.keys.stop)

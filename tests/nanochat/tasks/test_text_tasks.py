@@ -64,7 +64,8 @@ def test_rows_of_text_are_pieces_of_one_document_with_its_kind(corpus):
     for row, e in zip(batch.tokens, batch.examples):
         kind, source = e.tags
         assert (
-            e.context + e.answer == BYTES.decode(row) and kind == ("dialogue" if int(source[1:]) % 2 else "narrative") and source[0] == "v"
+            e.context + e.answer == BYTES.decode(row) and kind == ("dialogue" if int(source[1:]) % 2 else "narrative")
+            and source[0] == "v"
         )
     again = TextRows(str(corpus), "val", BYTES, 64, 9).batch([3])
     assert (again.tokens[0] == batch.tokens[3]).all()

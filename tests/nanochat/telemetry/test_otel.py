@@ -1,4 +1,5 @@
-"""OTLP to a real receiver over HTTP and gRPC: what arrives, what the environment decides, and that a collector in trouble costs nothing (G1)."""
+"""OTLP to a real receiver over HTTP and gRPC: what arrives, what the environment decides, and that a collector in
+trouble costs nothing (G1)."""
 
 import json
 import math
@@ -34,7 +35,8 @@ protocols = pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """None of the machine's own settings; and a counter."""
-    monkeypatch.setattr(recorder_module, "METRICS", METRICS | {"test.events": Metric("test.events", "{event}", "counter", "A counter.")})
+    monkeypatch.setattr(recorder_module, "METRICS",
+                        METRICS | {"test.events": Metric("test.events", "{event}", "counter", "A counter.")})
     for name in os.environ:
         if name.startswith("OTEL_"):
             monkeypatch.delenv(name)
@@ -69,7 +71,8 @@ def test_what_is_recorded_arrives(protocol, tmp_path, monkeypatch, capsys):
         use(monkeypatch, receiver)
         record_run(tmp_path / "run")
     name = f"run-{(tmp_path / 'run' / 'run_id').read_text()}"
-    assert all(r["service.name"] == "megacontext" and r["service.instance.id"] == f"{name}/0" for r in receiver.resources())
+    assert all(r["service.name"] == "megacontext" and r["service.instance.id"] == f"{name}/0"
+               for r in receiver.resources())
     points = receiver.points()
     assert all(p.attributes.items() >= {"mc.run.id": name, "mc.variant": "mc"}.items() for p in points)
     assert {(p.name, p.unit, p.kind) for p in points if not p.name.startswith("telemetry.")} == {
@@ -80,7 +83,8 @@ def test_what_is_recorded_arrives(protocol, tmp_path, monkeypatch, capsys):
     assert [p.value for p in of["test.events"]] == [1, 3, 6], "a counter is the total so far"
     assert [(p.value, p.attributes["shown"]) for p in of["val.loss"]] == [(3, "lens"), (1.5, "lens"), (1, "lens")]
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [round(p.time_ns / 1e9, 3) for p in of["train.tokens"]] == [row["time"] for row in rows if "train.tokens" in row][:2] + [
+    assert [round(p.time_ns / 1e9, 3) for p in of["train.tokens"]] == [row["time"]
+                                                                       for row in rows if "train.tokens" in row][:2] + [
         round(of["train.tokens"][-1].time_ns / 1e9, 3)]  # the last row's time is that of the closing flush
     sums = 0.0
     for step, point in enumerate(of["train.loss"], 1):
@@ -93,16 +97,19 @@ def test_what_is_recorded_arrives(protocol, tmp_path, monkeypatch, capsys):
     assert len({s.trace_id for s in receiver.spans()}) == 3
     assert not spans["train.step"].parent_span_id and spans["train.forward"].parent_span_id == spans["train.step"].span_id
     assert spans["mc.step"].parent_span_id == spans["train.forward"].span_id
-    assert all(s.end_time_unix_nano - s.start_time_unix_nano > 2e6 and abs(s.start_time_unix_nano / 1e9 - time.time()) < 60 for s in receiver.spans())
+    assert all(s.end_time_unix_nano - s.start_time_unix_nano > 2e6
+               and abs(s.start_time_unix_nano / 1e9 - time.time()) < 60 for s in receiver.spans())
     (event,) = spans["mc.step"].events
-    assert event.name == "mc.wc.snapshot" and event.attributes[0].value.string_value.endswith("…") and event.ByteSize() < 1000
+    assert event.name == "mc.wc.snapshot" and event.attributes[0].value.string_value.endswith(
+        "…") and event.ByteSize() < 1000
     assert rows[-1]["telemetry.otlp.delivered"] == len(points) + 9 and rows[-1]["telemetry.otlp.lost"] == rows[-1]["telemetry.otlp.failures"] == 0
     out = capsys.readouterr().out
     assert f"OTLP: {len(points)} data points delivered to {protocol} {receiver.url}, 0 lost" in out and "9 spans delivered" in out
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.one_of(st.floats(-20, 20), st.sampled_from([*NATS, math.nan, math.inf])), max_size=8), max_size=6))
+@given(st.lists(st.lists(st.one_of(st.floats(-20, 20), st.sampled_from([*NATS, math.nan, math.inf])), max_size=8),
+                max_size=6))
 def test_histograms_are_the_counts_of_all_values(flushes):
     """Cumulative points against counting everything anew; a value that is not finite is left out."""
     with pytest.MonkeyPatch.context() as patch:
@@ -115,7 +122,8 @@ def test_histograms_are_the_counts_of_all_values(flushes):
         seen += finite
         if finite:
             edges = (-math.inf, *NATS, math.inf)
-            expected.append(([sum(low < v <= high for v in seen) for low, high in zip(edges, edges[1:])], math.fsum(seen)))
+            expected.append(([sum(low < v <= high for v in seen) for low, high in zip(edges, edges[1:])],
+                             math.fsum(seen)))
     found = [point[-1] for point in sink._signals["metrics"].queue]
     assert [counts for counts, _ in found] == [counts for counts, _ in expected]
     assert [total for _, total in found] == pytest.approx([total for _, total in expected])
@@ -127,7 +135,8 @@ def test_delta_temporality(tmp_path, monkeypatch):
         record_run(tmp_path)
     assert [p.value for p in receiver.points() if p.name == "test.events"] == [1, 2, 3]
     assert [sum(p.value[1]) for p in receiver.points() if p.name == "train.loss"] == [2, 2, 2]
-    assert {m.sum.aggregation_temporality for q in receiver.requests["metrics"] for r in q.resource_metrics for s in r.scope_metrics
+    assert {m.sum.aggregation_temporality for q in receiver.requests["metrics"] for r in q.resource_metrics
+            for s in r.scope_metrics
             for m in s.metrics if m.name == "test.events"} == {1}  # fmt: skip
 
 
@@ -145,8 +154,10 @@ def test_the_global_generator_is_left_alone(tmp_path, monkeypatch):
 # The environment decides
 
 
-OFF = [{}, {"OTEL_EXPORTER_OTLP_ENDPOINT": ""}, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_SDK_DISABLED": "true"},
-       {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_METRICS_EXPORTER": "none", "OTEL_TRACES_EXPORTER": "none"}]  # fmt: skip
+OFF = [{}, {"OTEL_EXPORTER_OTLP_ENDPOINT": ""},
+       {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_SDK_DISABLED": "true"},
+       {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_METRICS_EXPORTER": "none",
+        "OTEL_TRACES_EXPORTER": "none"}]  # fmt: skip
 
 
 def test_off_and_nothing_is_imported(tmp_path):
@@ -183,10 +194,12 @@ def test_signals_by_different_protocols(tmp_path, monkeypatch):
 @protocols
 def test_names_headers_and_compression_are_the_environments(protocol, tmp_path, monkeypatch):
     with Receiver(protocol) as receiver:
-        use(monkeypatch, receiver, OTEL_SERVICE_NAME="mine", OTEL_RESOURCE_ATTRIBUTES="site=lab,service.instance.id=seven",
+        use(monkeypatch, receiver, OTEL_SERVICE_NAME="mine",
+            OTEL_RESOURCE_ATTRIBUTES="site=lab,service.instance.id=seven",
             OTEL_EXPORTER_OTLP_HEADERS="x-key=secret", OTEL_EXPORTER_OTLP_COMPRESSION="gzip")
         record_run(tmp_path)
-    assert all((r["service.name"], r["site"], r["service.instance.id"]) == ("mine", "lab", "seven") for r in receiver.resources())
+    assert all((r["service.name"], r["site"], r["service.instance.id"]) == ("mine", "lab", "seven")
+               for r in receiver.resources())
     assert receiver.points() and receiver.spans() and all(h["x-key"] == "secret" for h in receiver.headers)
 
 
@@ -228,7 +241,8 @@ def test_settings_that_cannot_work_are_refused(settings, message, tmp_path, monk
         open_recorder(tmp_path, config={}, total_steps=1)
 
 
-@pytest.mark.parametrize("module", ["opentelemetry.sdk.resources", "opentelemetry.exporter.otlp.proto.http.metric_exporter"])
+@pytest.mark.parametrize("module",
+                         ["opentelemetry.sdk.resources", "opentelemetry.exporter.otlp.proto.http.metric_exporter"])
 def test_package_missing(module, tmp_path, monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setitem(sys.modules, module, None)
@@ -245,7 +259,8 @@ def test_package_missing(module, tmp_path, monkeypatch):
 def test_a_collector_in_trouble_costs_no_time_and_losses_are_counted(protocol, fault, tmp_path, monkeypatch, capsys):
     with Receiver(protocol, "" if fault == "refused" else fault) as receiver:
         use(monkeypatch, receiver, OTEL_METRIC_EXPORT_INTERVAL="20")
-        monkeypatch.setattr(otel, "GRACE", 0.5 if fault != "slow" else otel.GRACE)  # the real one is tried on whole runs
+        # the real one is tried on whole runs
+        monkeypatch.setattr(otel, "GRACE", 0.5 if fault != "slow" else otel.GRACE)
         if fault == "refused":
             monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{unused_port()}")
         recorder = open_recorder(tmp_path, config={}, total_steps=20)
@@ -259,14 +274,16 @@ def test_a_collector_in_trouble_costs_no_time_and_losses_are_counted(protocol, f
         recorder.close()
         assert time.perf_counter() - begin < otel.GRACE + 0.4, "the end waited"
     health = read_metrics(tmp_path / "metrics.jsonl")[-1]
-    sent = sum(len(json.loads(line)) - 2 for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1])  # step and time are no metrics
+    # step and time are no metrics
+    sent = sum(len(json.loads(line)) - 2 for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[:-1])
     captured = capsys.readouterr()
     if fault == "slow":
         assert health["telemetry.otlp.delivered"] == sent == len(receiver.points()) and not captured.err
         assert f"OTLP: {sent} data points delivered" in captured.out
     else:
         assert health["telemetry.otlp.lost"] == sent and health["telemetry.otlp.delivered"] == 0
-        assert (health["telemetry.otlp.failures"] > 0) == (fault == "500"), "the others' first request is still under way at the end"
+        assert (health["telemetry.otlp.failures"] > 0) == (fault
+                                                           == "500"), "the others' first request is still under way at the end"
         assert f"OTLP: 0 data points delivered to {protocol}" in captured.out and f"{sent} lost" in captured.out
         (warning,) = captured.err.splitlines()
         assert warning.startswith(f"warning: {protocol} http://") and "Training goes on" in warning
@@ -320,7 +337,8 @@ def test_a_burst_is_sent_before_the_interval_is_over(tmp_path, monkeypatch):
     with Receiver() as receiver:
         use(monkeypatch, receiver, OTEL_METRIC_EXPORT_INTERVAL="60000")
         with open_recorder(tmp_path, config={}, total_steps=1) as recorder:
-            for step in range(otel.BATCH):  # with what the recorder says of itself six points each: some requests, and less than evicts
+            # with what the recorder says of itself six points each: some requests, and less than evicts
+            for step in range(otel.BATCH):
                 recorder.record("train.tokens", step)
                 recorder.flush(step)
             deadline = time.monotonic() + 10
@@ -353,13 +371,15 @@ def test_preflight_says_what_was_accepted(protocol, monkeypatch, capsys):
         use(monkeypatch, receiver)
         preflight.run(Namespace())
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (told["metrics"], told["traces"]) == (2, 2) == (len(receiver.points()), len(receiver.spans())) and 0 < told["seconds"] < 10
+    assert (told["metrics"], told["traces"]) == (2, 2) == (len(receiver.points()),
+                                                           len(receiver.spans())) and 0 < told["seconds"] < 10
     assert {p.name for p in receiver.points()} == {"telemetry.preflight", "telemetry.preflight_time"}
     child, root = receiver.spans()
     assert (root.name, child.name) == ("mc.preflight", "mc.preflight.part") and child.parent_span_id == root.span_id
 
 
-@pytest.mark.parametrize("fault, message", [("500", "did not accept metrics: .*did not accept traces"), ("off", "OTLP is off: set OTEL_EXPORTER_OTLP_ENDPOINT")])
+@pytest.mark.parametrize("fault, message", [("500", "did not accept metrics: .*did not accept traces"),
+                                            ("off", "OTLP is off: set OTEL_EXPORTER_OTLP_ENDPOINT")])
 def test_preflight_that_fails_is_one_line(fault, message, monkeypatch, capsys):
     with Receiver(fault=fault) as receiver:
         if fault != "off":

@@ -96,7 +96,8 @@ def test_tensors_are_fetched_once_and_not_before_the_flush(tmp_path, monkeypatch
     fetches = []
     for name in ("item", "tolist", "cpu", "numpy", "__float__"):
         original = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, _f=original, _n=name: (fetches.append(_n), _f(self, *a))[1])
+        monkeypatch.setattr(torch.Tensor,
+                            name, lambda self, *a, _f=original, _n=name: (fetches.append(_n), _f(self, *a))[1])
     sink = Keep()
     r = Recorder(tmp_path, sink)
     running = torch.zeros((), requires_grad=True) + 0
@@ -195,7 +196,8 @@ def test_console_colours_only_a_terminal():
 
 
 def test_duration():
-    assert [duration(s) for s in (0, 44.6, 59.4, 60, 185, 3599, 3600, 7620)] == ["0s", "45s", "59s", "1m00s", "3m05s", "59m59s", "1h00m", "2h07m"]
+    assert [duration(s) for s in (0, 44.6, 59.4, 60, 185, 3599, 3600, 7620)] == ["0s", "45s", "59s", "1m00s", "3m05s",
+                                                                                 "59m59s", "1h00m", "2h07m"]
 
 
 @pytest.mark.parametrize("run", ["", "dummy"])
@@ -250,7 +252,8 @@ def test_wandb_falls_back_to_offline_and_says_so(tmp_path, no_credentials, monke
 
         monkeypatch.setattr(wandb, "login", unreachable)
     record_two_steps(tmp_path / "run")
-    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: W&B cannot be used online")]
+    warnings = [line for line in capsys.readouterr().err.splitlines()
+                if line.startswith("warning: W&B cannot be used online")]
     assert len(warnings) == 1 and ("WANDB_API_KEY" if obstacle == "no key" else "connection refused") in warnings[0]
     assert len(wandb_history(tmp_path / "run")) == 2
 
@@ -284,7 +287,8 @@ def test_a_line_that_cannot_be_written_is_left_out_whole(tmp_path, capsys):
                 if step >= 4:
                     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 5, 6]
-    assert [row["telemetry.jsonl.lost"] for row in sink.own] == [0, 0, 0, 1, 2, 2] and [s for s, _, _ in sink.rows] == list(range(1, 7))
+    assert [row["telemetry.jsonl.lost"] for row in sink.own] == [0, 0, 0, 1, 2,
+                                                                 2] and [s for s, _, _ in sink.rows] == list(range(1, 7))
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and "Training goes on" in errors[0] and "lacks 2 lines" in errors[1]
 
