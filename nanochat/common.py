@@ -45,6 +45,13 @@ class FlagParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
+def boolean(text: str) -> bool:
+    """The type of a flag that is 0 or 1."""
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
+    return text == "1"
+
+
 def import_optional(package: str, name: str):
     """A module of a package that `--<package>_enabled=1` has switched on, and that is imported only then. UserError without it."""
     try:

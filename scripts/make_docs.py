@@ -47,7 +47,8 @@ def flags_of(parser: FlagParser) -> Iterator[tuple[str, list[argparse.Action]]]:
 def default_of(action: argparse.Action) -> str:
     if action.required or action.default is None or action.default == argparse.SUPPRESS:
         return "required" if action.required else ""
-    return f"`{str(action.default).replace(str(base_dir()), '$NANOCHAT_BASE_DIR') or repr('')}`"  # the same page on every machine
+    default = int(action.default) if isinstance(action.default, bool) else action.default
+    return f"`{str(default).replace(str(base_dir()), '$NANOCHAT_BASE_DIR') or repr('')}`"  # the same page on every machine
 
 
 def help_of(action: argparse.Action) -> str:

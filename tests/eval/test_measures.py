@@ -83,7 +83,7 @@ def test_a_lens_that_looks_again_is_judged_as_the_system_that_does(monkeypatch):
             part = slice(first, first + size)
             yield rows[part], tokens[part], targets[part]
 
-    monkeypatch.setattr(measures, "load", lambda _: (gpt, mc, {}))
+    monkeypatch.setattr(measures, "load_with_mc", lambda _: (gpt, mc, {}))
     monkeypatch.setattr(measures, "held_out", held_out)
     monkeypatch.setenv("CORPUS", "somewhere")
     found = measures.intervals(None, {"code": "$CORPUS/code", "prose": "p"}, [1, 3, H], contexts=4, horizon=H, batch=3)
@@ -101,7 +101,7 @@ def test_what_is_more_compressed(monkeypatch):
     n, horizon = (gpt.config.sequence_len - mc.config.horizon) // K * K, mc.config.horizon
     tokens = torch.randint(VOCAB, (4, n + horizon + 1), generator=torch.Generator().manual_seed(0))
     rows, tokens, targets = torch.arange(4), tokens[:, :-1], tokens[:, 1:]
-    monkeypatch.setattr(measures, "load", lambda _: (gpt, mc, {"flags": {"seed": 0}}))
+    monkeypatch.setattr(measures, "load_with_mc", lambda _: (gpt, mc, {"flags": {"seed": 0}}))
     monkeypatch.setattr(measures, "held_out", lambda meta, length, contexts, size, data: [(rows[i:i + 2], tokens[i:i + 2, :length], targets[i:i + 2, :length]) for i in (0, 2)])
     found = measures.compression(None, contexts=4, batch=2, ratios=(2, 3))
     assert set(found) == {f"nll_{name}" for name in ("full", "window", "recent", *(f"lod{lod}" for lod in range(1, mc.config.max_lod + 1)), "ratio_2", "ratio_3")}
