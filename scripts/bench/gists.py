@@ -1,21 +1,17 @@
 """How well gists replace a whole history: networks of several kinds and ratios, trained side by side and judged alike.
 
-Every arm has a GistNet of its own and, unless `frozen=1`, a copy of the base that learns to read it. All arms see the
-same rows in the same order, and the base as it was gives them one full pass to learn from, so arms differ in what they
-name and nothing else. A working context is the whole history as gists of the highest level, a few recent tokens and the
-continuation; no budget, no lens.
+Every arm has a GistNet of its own and, unless `frozen=1`, a copy of the base that learns to read it. All arms see the same rows in
+the same order, and the base as it was gives them one full pass to learn from, so arms differ in what they name and nothing else. A
+working context is the whole history as gists of the highest level, a few recent tokens and the continuation; no budget, no lens.
 
-An arm is settings, comma-separated: any --mc_ flag without its prefix, `frozen` (1: the base stands still), and
-`window`: instead of gists the last so many raw tokens, read by a copy of the base that is trained like the others. E.g.
+An arm is settings, comma-separated: any --mc_ flag without its prefix, `frozen` (1: the base stands still), and `window`: instead of
+gists the last so many raw tokens, read by a copy of the base that is trained like the others. E.g.
 `gist=slots,block_size=8`, `gist=slots,block_size=16,gists_per_block=2,kl_weight=0,frozen=1`, `window=156`.
 
-    ΔNLL    NLL(gists, the arm's base) − NLL(full history, the base as it was) on the next --horizon
-            held-out tokens, mean over rows;
-            beside it the windows of the base as it was: the recent tokens alone, and as many
-            raw tokens as an arm has entries
+    ΔNLL    NLL(gists, the arm's base) − NLL(full history, the base as it was) on the next --horizon held-out tokens, mean over rows;
+            beside it the windows of the base as it was: the recent tokens alone, and as many raw tokens as an arm has entries
 
-What gists carry is the lead over the arm `window=RECENT`; what they are worth, the lead over
-the `window` of as many entries.
+What gists carry is the lead over the arm `window=RECENT`; what they are worth, the lead over the `window` of as many entries.
 
 Shapes: B rows, T tokens, P positions read.
 """
@@ -73,17 +69,13 @@ def parse(text: str, recent: int, horizon: int, n: int) -> tuple[MCConfig, bool,
     frozen, window = bool(values.pop("frozen", 0)), values.pop("window", 0)
     if window:
         if window < recent or window > n or frozen or set(values) - {"max_lod", "wc_weight", "kl_weight"}:
-            raise UserError(f"--arms {text}: a window is of {recent} (--recent) to {n} tokens, is read by a base that "
-                            "learns, and has no gists to set")
+            raise UserError(f"--arms {text}: a window is of {recent} (--recent) to {n} tokens, is read by a base that learns, and has no gists to set")
         values["block_size"] = math.gcd(recent, n)
     c = MCConfig(**values | dict(recent=recent, horizon=horizon))
     if n % c.block_size or c.horizon_gist_weight or c.bands or c.far_tokens:
-        raise UserError(f"--arms {text}: blocks must divide {n} tokens; the horizon loss, bands and far histories are "
-                        "for base_train")
-    # `judge` asks for that
-    one_raw = sum(entries_needed(n, FocusConfig(n, c.block_size, c.max_lod, recent=recent, n_gists=c.gists_per_block)))
-    entries = recent + c.block_size * c.max_lod * c.gists_per_block + tiling(n, c.block_size, c.max_lod,
-                                                                             c.gists_per_block)
+        raise UserError(f"--arms {text}: blocks must divide {n} tokens; the horizon loss, bands and far histories are for base_train")
+    one_raw = sum(entries_needed(n, FocusConfig(n, c.block_size, c.max_lod, recent=recent, n_gists=c.gists_per_block)))  # `judge` asks for that
+    entries = recent + c.block_size * c.max_lod * c.gists_per_block + tiling(n, c.block_size, c.max_lod, c.gists_per_block)
     return replace(c, budget=max(entries, one_raw)), frozen, window
 
 
@@ -93,18 +85,15 @@ def gist_arm(text: str, base: GPT, seed: int, recent: int, horizon: int, n: int)
         torch.manual_seed(seed)
         mc = MegaContext(config, base.config.n_embd).to(base.lm_head.weight.device)
     gpt = base if frozen else copy.deepcopy(base).requires_grad_()
-    # as base_train has it for small batches
-    groups = [dict(params=[*mc.gistnet.parameters(), mc.gist_bias], lr=config.gist_lr / 2)]
+    groups = [dict(params=[*mc.gistnet.parameters(), mc.gist_bias], lr=config.gist_lr / 2)]  # as base_train has it for small batches
     if not frozen:
-        body = [p for name, p in gpt.named_parameters()
-                if not name.startswith(("transformer.wte", "lm_head", "value_embeds"))]
+        body = [p for name, p in gpt.named_parameters() if not name.startswith(("transformer.wte", "lm_head", "value_embeds"))]
         groups.append(dict(params=body, lr=BASE_LR))
     return Arm(text, window, gpt, mc, torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0))
 
 
 def read_gists(arm: Arm, tokens_BT: Tensor, middle_BTD: Tensor, n: int) -> tuple[Tensor, Rows, Tree]:
-    """Hidden states [B, M, D] of a working context of gists, the recent tokens and the continuation, where the
-    raw ones are, and the gists."""
+    """Hidden states [B, M, D] of a working context of gists, the recent tokens and the continuation, where the raw ones are, and the gists."""
     c, (B, T) = arm.mc.config, tokens_BT.shape
     n_B = torch.full((B,), n, device=tokens_BT.device)
     tree = arm.mc.build_tree(arm.gpt.embed(tokens_BT), middle_BTD)
@@ -137,8 +126,7 @@ def loss_of(arm: Arm, tokens_BT: Tensor, targets_BT: Tensor, teacher_BPV: Tensor
 
 
 def train_arms(arms: list[Arm], base: GPT, source, steps: int, rows: int, T: int, n: int, recent: int) -> None:
-    loader, progress = Loader(source, rows, rows, T, 0, 1, base.lm_head.weight.device), Progress("steps", steps,
-                                                                                                 "steps", every_s=30)
+    loader, progress = Loader(source, rows, rows, T, 0, 1, base.lm_head.weight.device), Progress("steps", steps, "steps", every_s=30)
     for step in range(steps):
         batch = loader.next()
         tokens, targets = batch.inputs, batch.targets
@@ -151,18 +139,15 @@ def train_arms(arms: list[Arm], base: GPT, source, steps: int, rows: int, T: int
                     group.setdefault("initial_lr", group["lr"])
                     group["lr"] = group["initial_lr"] * min(1, (step + 1) / WARMUP, 2 * (steps - step) / steps)
                 loss_of(arm, tokens, targets, teacher, middle[0], n).backward()
-                torch.nn.utils.clip_grad_norm_([p for group in arm.optimizer.param_groups for p in group["params"]],
-                                               1.0)
+                torch.nn.utils.clip_grad_norm_([p for group in arm.optimizer.param_groups for p in group["params"]], 1.0)
                 arm.optimizer.step()
                 arm.optimizer.zero_grad(set_to_none=True)
         progress.update(step + 1)
 
 
 @torch.no_grad()
-def judge_arms(arms: list[Arm], base: GPT, meta: dict, contexts: int, T: int, n: int, recent: int,
-               seed: int) -> dict[str, np.ndarray]:
-    """NLL of every row by arm; of "full"; of "window W", the last W tokens, for the recent ones and for as
-    many as an arm has entries."""
+def judge_arms(arms: list[Arm], base: GPT, meta: dict, contexts: int, T: int, n: int, recent: int, seed: int) -> dict[str, np.ndarray]:
+    """NLL of every row by arm; of "full"; of "window W", the last W tokens, for the recent ones and for as many as an arm has entries."""
     found: dict[str, list[Tensor]] = {}
     for rows, tokens, targets in held_out(meta, T, contexts, 16):
         with torch.autocast(tokens.device.type, torch.bfloat16):
@@ -185,8 +170,7 @@ def judge_arms(arms: list[Arm], base: GPT, meta: dict, contexts: int, T: int, n:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_flag(parser, "of a base model, with or without MegaContext")
-    parser.add_argument("--arms", nargs="+", required=True,
-                        help="settings of each arm, comma-separated, e.g. gist=slots,block_size=8")
+    parser.add_argument("--arms", nargs="+", required=True, help="settings of each arm, comma-separated, e.g. gist=slots,block_size=8")
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps of every arm")
     parser.add_argument("--rows", type=int, default=4, help="rows per step")
     parser.add_argument("--horizon", type=int, default=64, help="H: tokens of the continuation")
@@ -215,6 +199,5 @@ def run(args: argparse.Namespace) -> None:
         interval = [round(x, 4) for x in bootstrap_interval(lambda i: delta[i].mean(), len(delta))]
         out[name] = {"nll": round(value.mean(), 4), "delta": round(delta.mean(), 4), "interval": interval}
         print(f"  {name:60s} NLL {value.mean():.3f}  Δ {delta.mean():+.3f} {interval}")
-    settings = {name: getattr(args, name) for name in ("checkpoint_dir", "steps", "rows", "horizon", "recent",
-                                                       "contexts", "seed")}
+    settings = {name: getattr(args, name) for name in ("checkpoint_dir", "steps", "rows", "horizon", "recent", "contexts", "seed")}
     print_json({**settings, "history": n, "seconds": round(time.perf_counter() - begin), "arms": out})
