@@ -29,7 +29,7 @@ def run(args: Namespace) -> None:
     trace = Trace("mc.preflight", torch.device("cpu"), keep=True)
     with trace.span("mc.preflight.part"):
         trace.event("mc.preflight.event", number=1)
-    trace.print_json()
+    trace.finish()
     sink.trace(trace)
     sink.write(0, time.time(), [Sample(METRICS["telemetry.preflight"], {}, [1.0])])
     begin = time.perf_counter()
