@@ -101,7 +101,7 @@ def ingest(networks: Networks, folder: Path, text: Path, tokens: int) -> dict:
             break
     else:
         raise UserError(f"--text={text} holds {work.report.tokens:,} tokens, --tokens={tokens:,} asks for more")
-    work.print_json()
+    work.finish()
     closing = _seconds(lambda: (history.store.close(), catalog.close()))
     wall = time.perf_counter() - begin - sum(seconds for _, seconds, _ in work.alone)
     stored, alone = np.array(work.stored[:-1]), np.array(work.alone)
