@@ -7,7 +7,7 @@
     stochastic:T         the same, on logits with Gumbel noise of temperature T, drawn anew at every refocus: blocks are then drawn without
                          replacement in proportion to exp(logit / T). Keyed by (seed, row, refocus, block): nothing else changes a draw.
                          A session is row 0 of its own seed, so that the sessions beside it do not matter: other draws, another seed
-    threshold:a,b,c      a learned price: a + b · best logit + c · market price, its scalars fitted by `mc.price_fit`
+    threshold:a,b,c      a learned price: a + b · best logit + c · market price, its scalars fitted by `scripts.bench.price`
 
 The adaptive price adds a shift of its own to λ, which falls while less than TARGET of the budget is used and returns slowly towards 0
 while it is: between the market price and +tau_expand lie blocks that would fit but are not shown.

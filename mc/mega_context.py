@@ -7,7 +7,7 @@ mean it starts, though it has read all of the block.
 
 `TreeShape` is the arithmetic: integers only, so that a working context can be chosen and edited without touching a vector.
 `build_tree` makes the tree of a batch with gradients, for training, and reads many nodes in one call, `gather`. The tree of a
-session grows on top of a store: `mc.history`.
+session grows on top of a store: `mc.store.history`.
 
 Shapes: B rows, T tokens, D width, K block size, G gists per node, N nodes, W entries to read, L levels.
 """

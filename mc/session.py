@@ -34,12 +34,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mc.catalog import Catalog
 from mc.config import setting
 from mc.focus_allocator import FocusConfig, check_feasible, utilization
 from mc.focus_price import Allocator, next_shift, room
 from mc.gaussian_rope import alibi_slopes, entry_rotary
-from mc.history import History, check_sessions, store_format
 from mc.key_search import KeySearch
 from mc.lens_networks import RERANKED, Reader
 from mc.lensnet import LOCAL_MEAN
@@ -47,7 +45,9 @@ from mc.model import MegaContext, load_mega_context
 from mc.paged_cache import NOWHERE, PagedCache, Placement
 from mc.path_edits import Edits, PathEdits
 from mc.session_meter import SessionMeter
-from mc.storage import VOID, RamStore, Store
+from mc.store.catalog import Catalog
+from mc.store.history import History, check_sessions, store_format
+from mc.store.ram import VOID, RamStore, Store
 from nanochat.common import UserError
 from nanochat.engine import check_sampling, sample
 from nanochat.gpt import GPT

@@ -1,4 +1,4 @@
-"""Measured utilities of path edits, kept in a folder: what a lens alone is trained on (`scripts.label_utility`, `scripts.train_lensnet`).
+"""Measured utilities of path edits, kept in a folder: what a lens alone is trained on (`scripts.mc_study labels`, `scripts.mc_study train_lensnet`).
 
     manifest.json              what the labels are of: base and gists by fingerprint, data, how they were drawn; where they were made
     labels_00000.npz, …        one per pass: contexts with their edits. A file is there whole or not at all, so an interrupted run goes on
@@ -132,7 +132,7 @@ class LabelFolder:
             if found["format"] != FORMAT or not isinstance(found["settings"], dict):
                 raise ValueError
         except OSError as e:
-            raise UserError(f"no labels in {self.folder}: {path.name}: {e.strerror}; make some with: python -m scripts.label_utility") from None
+            raise UserError(f"no labels in {self.folder}: {path.name}: {e.strerror}; make some with: python -m scripts.mc_study labels") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is not the manifest of labels of format {FORMAT}") from None
         return found
@@ -172,7 +172,7 @@ class LabelFolder:
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
                 raise UserError(f"{path} is damaged ({type(e).__name__}); remove it and label again, the others are kept") from None
         if not parts:
-            raise UserError(f"no labels in {self.folder} yet: make some with: python -m scripts.label_utility")
+            raise UserError(f"no labels in {self.folder} yet: make some with: python -m scripts.mc_study labels")
         return Labels.cat(parts)
 
 

@@ -19,8 +19,8 @@ import torch
 
 from nanochat.common import UserError, key_seed
 from nanochat.dataset import open_corpus
-from nanochat.hops import HopTask
-from nanochat.recall import CurriculumSchedule, RecallTask, random_bits
+from nanochat.tasks.hops import HopTask
+from nanochat.tasks.recall import CurriculumSchedule, RecallTask, random_bits
 from nanochat.tasks.source import TaskSource, parse_mix
 from nanochat.tasks.words import Words
 from nanochat.token_cache import TokenCache, open_token_cache

@@ -41,9 +41,9 @@ register(
            healthy="0", where=HERE),
     Metric("telemetry.otlp.failures", "{request}", "gauge", "Export requests since the process began that no collector accepted; they are repeated.",
            healthy="0", where=HERE),
-    Metric("telemetry.preflight", "1", "gauge", "1, sent by a preflight.", healthy="1", where="scripts/mc_otel_check.py"),
+    Metric("telemetry.preflight", "1", "gauge", "1, sent by a preflight.", healthy="1", where="scripts/bench/otlp.py"),
     Metric("telemetry.preflight_time", "s", "histogram", "Time that a collector took to accept a preflight's first request of each signal.",
-           healthy="below 0.5", where="scripts/mc_otel_check.py", buckets=SECONDS),
+           healthy="below 0.5", where="scripts/bench/otlp.py", buckets=SECONDS),
 )
 
 

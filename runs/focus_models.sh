@@ -36,5 +36,5 @@ for SEED in ${SEEDS:-1 2 3}; do
   HOPS+=("$CKPT/hops_lens_$SEED")
   WIDE+=("$CKPT/recall_wide_$SEED")
 done
-python -m scripts.eval_focus --recall_mc="$(IFS=,; echo "${WIDE[*]}")" --recall_sizes=128:8,128:16 --contexts=16 --candidates=4 --out="$NANOCHAT_BASE_DIR/recall_wide"
-python -m scripts.eval_focus --hops_mc="$(IFS=,; echo "${HOPS[*]}")" --hops_budget=256 --contexts=32 --out="$NANOCHAT_BASE_DIR/hops"
+python -m scripts.mc_eval focus --recall_mc="$(IFS=,; echo "${WIDE[*]}")" --recall_sizes=128:8,128:16 --contexts=16 --candidates=4 --out="$NANOCHAT_BASE_DIR/recall_wide"
+python -m scripts.mc_eval focus --hops_mc="$(IFS=,; echo "${HOPS[*]}")" --hops_budget=256 --contexts=32 --out="$NANOCHAT_BASE_DIR/hops"

@@ -34,6 +34,6 @@ train "quickstart_text_mc_$SEED" 250 "${TEXT[@]}" "${MC[@]}" "${MC_TEXT[@]}"
 train "quickstart_text_vanilla_$SEED" 250 "${TEXT[@]}" --mc_enabled=0
 
 CKPT="$NANOCHAT_BASE_DIR/checkpoints"
-python -m scripts.compare_focus --recall_mc="$CKPT/quickstart_recall_mc_$SEED" --recall_vanilla="$CKPT/quickstart_recall_vanilla_$SEED" \
+python -m scripts.mc_eval compare --recall_mc="$CKPT/quickstart_recall_mc_$SEED" --recall_vanilla="$CKPT/quickstart_recall_vanilla_$SEED" \
   --text_mc="$CKPT/quickstart_text_mc_$SEED" --text_vanilla="$CKPT/quickstart_text_vanilla_$SEED" --out="$NANOCHAT_BASE_DIR/quickstart"
-python -m scripts.mc_stream --checkpoint_dir="$CKPT/quickstart_recall_mc_$SEED" --streams=16 --filler=pairs --out="$NANOCHAT_BASE_DIR/stream"
+python -m scripts.mc_eval stream --checkpoint_dir="$CKPT/quickstart_recall_mc_$SEED" --streams=16 --filler=pairs --out="$NANOCHAT_BASE_DIR/stream"

@@ -29,9 +29,9 @@ from nanochat.dataloader import Loader, Source, eval_rows, is_synthetic, is_task
 from nanochat.evaluation import evaluate
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, assert_finite, check_groups, global_grad_norm, gpt_param_groups, relative_change
-from nanochat.recall import CurriculumSchedule
 from nanochat.recorder import Recorder, open_recorder
 from nanochat.schedule import batch_lr_scale, lr_multiplier, muon_momentum, weight_decay_multiplier
+from nanochat.tasks.recall import CurriculumSchedule
 from nanochat.tasks.source import most_blocks
 from nanochat.tokenizer import Tokenizer
 from nanochat.tracing import Reading, Trace

@@ -86,7 +86,7 @@ def chat_mc(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: Toke
         pool = sessions.open_pool(model, meta, args.checkpoint_dir, sessions.from_flags(args), recorder=recorder)
         if pool.untrained:
             print(f"note: gists of LOD {', '.join(map(str, pool.untrained))} were not trained (--mc_untrained={args.mc_untrained})", file=sys.stderr, flush=True)
-        history, catalog = import_optional("mc", "catalog").open_history(model, pool.mc, args.mc_tree, args.mc_store)
+        history, catalog = import_optional("mc", "store.catalog").open_history(model, pool.mc, args.mc_tree, args.mc_store)
         for note in catalog.notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
         with catalog, closing(history.store):

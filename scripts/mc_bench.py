@@ -15,9 +15,18 @@
 Each sub-command is a module of `mc` with `add_flags(parser)` and `run(args)`.
 """
 
-from mc import (benchmark, decode_benchmark, focus_benchmark, gist_benchmark, knapsack, kv_benchmark, lens_benchmark, price_fit, search_benchmark, store_benchmark,
-                telemetry_benchmark)
 from nanochat.common import FlagParser, run_main
+from scripts.bench import train_step as benchmark
+from scripts.bench import decode as decode_benchmark
+from scripts.bench import focus as focus_benchmark
+from scripts.bench import gists as gist_benchmark
+from scripts.bench import knapsack
+from scripts.bench import kv as kv_benchmark
+from scripts.bench import lens as lens_benchmark
+from scripts.bench import price as price_fit
+from scripts.bench import search as search_benchmark
+from scripts.bench import store as store_benchmark
+from scripts.bench import telemetry as telemetry_benchmark
 
 COMMANDS = {"train": benchmark, "decode": decode_benchmark, "kv": kv_benchmark, "search": search_benchmark, "focus": focus_benchmark,
             "price": price_fit, "knapsack": knapsack, "lens": lens_benchmark, "gists": gist_benchmark, "telemetry": telemetry_benchmark, "store": store_benchmark}

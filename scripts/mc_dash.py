@@ -1,12 +1,12 @@
 """A run's dashboards without Grafana: `python -m scripts.mc_dash RUN_DIR [RUN_DIR …]` writes one HTML page from metrics.jsonl.
 
-The panels and alerts are those of Grafana (`mc/dashboards.py`). Several runs, vanilla and MegaContext say, are drawn over each other.
+The panels and alerts are those of Grafana (`mc/observe/dashboards.py`). Several runs, vanilla and MegaContext say, are drawn over each other.
 """
 
 import json
 from pathlib import Path
 
-from mc.dash_page import Run, page, standings
+from mc.observe.page import Run, page, standings
 from nanochat.common import FlagParser, UserError, run_main
 from nanochat.recorder import read_metrics
 

@@ -17,17 +17,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mc.catalog import Catalog, Source, measure_variance, open_history
-from mc.disk_store import DURABILITY, DiskStore
-from mc.edits import edit_source
-from mc.export import export
-from mc.history import History
-from mc.ingest import Ingest, find_files, texts_of
-from mc.networks import Networks, default_checkpoint, load_networks, untrained_networks
-from mc.pruning import choose, prune, restore
-from mc.regist import regist
-from mc.sensitivity import measure_sensitivity
-from mc.storage import DROPPED, ERASED, VOID, Store
+from mc.store.catalog import Catalog, Source, measure_variance, open_history
+from mc.store.disk.store import DURABILITY, DiskStore
+from mc.store.edits import edit_source
+from mc.store.export import export
+from mc.store.history import History
+from mc.store.ingest import Ingest, find_files, texts_of
+from mc.store.networks import Networks, default_checkpoint, load_networks, untrained_networks
+from mc.store.pruning import choose, prune, restore
+from mc.store.ram import DROPPED, ERASED, VOID, Store
+from mc.store.rebuild import regist
+from mc.store.sensitivity import measure_sensitivity
 from nanochat.common import FlagParser, UserError, init_distributed, run_main
 from nanochat.dataset import SHARDS, Progress
 from nanochat.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from scripts.flag_table import commands, flags_of
+from scripts.make_docs import commands, flags_of
 
 ROOT = Path(__file__).resolve().parents[1]
 VAULT = ROOT / "obsidian"
@@ -22,11 +22,11 @@ pages = pytest.mark.parametrize("page", PAGES, ids=[str(p.relative_to(ROOT)) for
 
 
 def test_generated_tables_are_current(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "scripts.flag_table", f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "scripts.make_docs", f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in ("Flags.md", "Telemetry.md"):
         committed = VAULT / "ops" / name
-        assert committed.read_text() == (tmp_path / name).read_text(), f"{committed} is out of date: run python -m scripts.flag_table"
+        assert committed.read_text() == (tmp_path / name).read_text(), f"{committed} is out of date: run python -m scripts.make_docs"
 
 
 @pytest.mark.parametrize("command", commands())
@@ -161,7 +161,7 @@ def test_every_page_is_reachable_from_home():
 
 @pages
 def test_pages_name_files_that_exist(page):
-    """Every repository path in code font, `mc/runtime.py` or `tests/test_gpt.py`, is there."""
+    """Every repository path in code font, `mc/runtime.py` or `tests/nanochat/test_gpt.py`, is there."""
     for name in re.findall(r"`((?:nanochat|mc|scripts|runs|tests)/[\w/.]+\.(?:py|sh))`", page.read_text()):
         assert (ROOT / name).is_file(), f"{page.name}: {name}"
 

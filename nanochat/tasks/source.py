@@ -8,8 +8,8 @@ that they repeat from their question); of contexts whose words are distributed i
 import numpy as np
 
 from nanochat.common import UserError, key_seed
-from nanochat.recall import CurriculumSchedule
 from nanochat.tasks.catalogue import TASKS, task_named
+from nanochat.tasks.recall import CurriculumSchedule
 from nanochat.tasks.words import Words
 
 BLOCK = 32  # tokens in which the curriculum counts, and across which questions are grouped

@@ -16,7 +16,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 
 import yaml
 
-from mc.dashboards import keys_of, prometheus_name
+from mc.observe.dashboards import keys_of, prometheus_name
 from nanochat.common import FlagParser, UserError, run_main
 from nanochat.recorder import METRICS, read_metrics
 

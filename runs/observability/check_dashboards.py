@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from mc.dashboards import ALERTS, ALL_RUNS, RULE_WINDOW, Expr, as_expr
+from mc.observe.dashboards import ALERTS, ALL_RUNS, RULE_WINDOW, Expr, as_expr
 from nanochat.common import FlagParser, UserError, run_main
 
 

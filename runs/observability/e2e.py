@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import nanochat.otel  # noqa: F401  registers the transport's metrics
-from mc.dashboards import prometheus_name
+from mc.observe.dashboards import prometheus_name
 from nanochat.common import FlagParser, UserError, run_main
 from nanochat.recorder import METRICS
 
@@ -70,7 +70,7 @@ def end_to_end(folder: Path, steps: int) -> None:
         by_rpc = {"OTEL_EXPORTER_OTLP_ENDPOINT": rpc, "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
         by_http = {"OTEL_EXPORTER_OTLP_ENDPOINT": http, "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}
         for environment in (by_rpc, by_http):
-            print(command(base, "scripts.mc_otel_check", environment=environment).strip(), flush=True)
+            print(command(base, "scripts.mc_bench otlp", environment=environment).strip(), flush=True)
         runs = {"mc": (MC, direct), "vanilla": ([], direct), "mc_grpc": (MC, by_rpc), "vanilla_http": ([], by_http)}
         for pair in (("mc", "vanilla"), ("mc_grpc", "vanilla_http")):
             started = [begin(base, "scripts.base_train", *MODEL, f"--num_iterations={steps}", f"--data={ROOT / 'nanochat'}", f"--model_tag={tag}", *runs[tag][0],

@@ -1,4 +1,4 @@
-"""Write Grafana's dashboards and the alert rules from `mc/dashboards.py`: `python runs/observability/make_dashboards.py`.
+"""Write Grafana's dashboards and the alert rules from `mc/observe/dashboards.py`: `python runs/observability/make_dashboards.py`.
 
     dashboards/mc-training.json, mc-focus.json, mc-runtime.json     provisioned by docker-compose.yaml, or imported by hand
     alerts.yaml                                                     for Prometheus, or vmalert beside VictoriaMetrics
@@ -21,7 +21,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common, dashboard
 from grafana_foundation_sdk.models import xychart as xychart_models
 
-from mc.dashboards import ALERTS, DASHBOARDS, Alert, Dashboard, Line, Panel, Value
+from mc.observe.dashboards import ALERTS, DASHBOARDS, Alert, Dashboard, Line, Panel, Value
 from nanochat.common import FlagParser, run_main
 
 DATASOURCE = common.DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -113,7 +113,7 @@ def rule(alert: Alert) -> dict:
 
 
 def alert_rules() -> str:
-    made = "# Made by runs/observability/make_dashboards.py from mc/dashboards.py; edit that.\n"
+    made = "# Made by runs/observability/make_dashboards.py from mc/observe/dashboards.py; edit that.\n"
     return made + yaml.safe_dump({"groups": [{"name": "megacontext", "rules": [rule(a) for a in ALERTS]}]}, sort_keys=False, width=1000, allow_unicode=True)
 
 

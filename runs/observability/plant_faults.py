@@ -5,7 +5,7 @@
     thrashing      an allocator without cooldown, margin and thresholds
     nan            a weight is not a number after 12 steps
 
-Each leaves DIR/<fault>.jsonl, the metrics of the run. tests/data/telemetry holds what this wrote.
+Each leaves DIR/<fault>.jsonl, the metrics of the run. tests/fixtures/data/telemetry holds what this wrote.
 """
 
 import math

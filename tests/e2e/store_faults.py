@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from mc.disk_files import FileSystem
-from mc.storage import DROPPED, ERASED, KEPT, VOID, StoreFormat
+from mc.store.disk.files import FileSystem
+from mc.store.ram import DROPPED, ERASED, KEPT, VOID, StoreFormat
 
 K, D, P, C, LODS = 4, 4, 1, 2, 3
 FORMAT = StoreFormat(K, D, P, C, torch.float64)
@@ -26,7 +26,7 @@ def nodes_of(children_NKx: torch.Tensor, lod: int) -> tuple[torch.Tensor, torch.
 
 
 def nodes_in(store, lod: int, index_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As `mc.history.History.nodes`."""
+    """As `mc.store.history.History.nodes`."""
     child_NK = index_N[:, None] * K + torch.arange(K)
     below = store.tokens(child_NK.flatten()) if lod == 1 else store.gists(lod - 1, child_NK.flatten())
     return nodes_of(below.unflatten(0, child_NK.shape), lod)

@@ -6,7 +6,7 @@ from shutil import copytree
 
 import pytest
 from e2e_commands import run, start
-from test_ablation import BASE, STUDY, write
+from test_study import BASE, STUDY, write
 
 
 @pytest.fixture(scope="session")
@@ -28,11 +28,11 @@ def test_a_study_resumes_where_it_was_killed(tokenizer_base, tmp_path):
     study = write(tmp_path / "study.yaml", STUDY.replace("num_iterations: 6", "num_iterations: 20").replace("pairs: 2", "pairs: 1"))
     whole, broken = (copytree(tokenizer_base, tmp_path / name) for name in ("whole", "broken"))
     only = "--only=mc_teacher=attention"
-    done = run(whole, "ablate", str(study), "--seeds=2", only).ok()
+    done = run(whole, "mc_study", "ablate", str(study), "--seeds=2", only).ok()
     last = json.loads(done.out.splitlines()[-1])
     assert last["cells"] == 2 and "| default | 1 |" in done.out and "## Step time" in done.out
 
-    under_way = start(broken, "ablate", str(study), "--seeds=2", only)
+    under_way = start(broken, "mc_study", "ablate", str(study), "--seeds=2", only)
     results, deadline = broken / "ablations" / "study" / "results.jsonl", time.monotonic() + 300
     def second_cell_has_saved():
         tags = [path for path in (broken / "checkpoints").glob("ablate_*") if list(path.glob("complete_*.json"))]
@@ -42,20 +42,20 @@ def test_a_study_resumes_where_it_was_killed(tokenizer_base, tmp_path):
         time.sleep(0.02)
     under_way.kill()
     first = results.read_text()
-    run(broken, "ablate", str(study), "--seeds=2", only).ok()
+    run(broken, "mc_study", "ablate", str(study), "--seeds=2", only).ok()
     assert results.read_text().startswith(first)
     logs = [path.read_text() for path in (broken / "ablations" / "study" / "logs").glob("[!t]*.log")]
     assert sum("resumed" in log for log in logs) == 1
     key = lambda base: {r["key"]: r["results"] for r in map(json.loads, (base / "ablations" / "study" / "results.jsonl").read_text().splitlines()) if "time" not in r["key"]}
     assert key(whole) == key(broken)
-    again = run(broken, "ablate", str(study), "--seeds=2", only).ok()
+    again = run(broken, "mc_study", "ablate", str(study), "--seeds=2", only).ok()
     assert "2 cells, 2 of them done before" in again.out and results.read_text().startswith(first)
 
 
 def test_cells_of_one_training_share_it(tokenizer_base, tmp_path):
     """Side by side: one trains, the other waits and finds it trained."""
     study = write(tmp_path / "shared.yaml", STUDY.replace("evaluate.contexts: [3]", "evaluate.batch: [2]"))
-    done = run(tokenizer_base, "ablate", str(study), "--seeds=1", "--only=batch=2", "--jobs=2").ok()
+    done = run(tokenizer_base, "mc_study", "ablate", str(study), "--seeds=1", "--only=batch=2", "--jobs=2").ok()
     assert json.loads(done.out.splitlines()[-1])["cells"] == 2
     logs = [path.read_text() for path in (tokenizer_base / "ablations" / "shared" / "logs").glob("*.log")]
     assert sorted("done: 6 steps" in log for log in logs) == [False, True]
@@ -64,16 +64,16 @@ def test_cells_of_one_training_share_it(tokenizer_base, tmp_path):
 def test_evaluation_by_a_command(tokenizer_base, tmp_path):
     command = "python -m scripts.base_eval --checkpoint_dir={checkpoint} --eval_tokens=256 --data=random"
     study = write(tmp_path / "c.yaml", f"question: q\nbase: {BASE}\nseeds: [1]\nevaluate: {{command: '{command}'}}\n")
-    done = run(tokenizer_base, "ablate", str(study)).ok()
+    done = run(tokenizer_base, "mc_study", "ablate", str(study)).ok()
     record = json.loads((tokenizer_base / "ablations" / "c" / "results.jsonl").read_text())
     assert json.loads(done.out.splitlines()[-1])["cells"] == 1 and 4 < record["results"]["loss"] < 8
 
 
 @pytest.mark.parametrize(("old", "new", "error"), [
     ("depth: 2", "dept: 2", "unrecognized arguments: --dept=2"), ("mc_teacher: [attention]", "mc_teacher: [oracle]", "--mc_teacher=oracle: 'oracle' is not a kind"),
-    ("mc_recent: 8", "mc_recent: 9", "--mc_recent=9"), ("mc.measures:focus", "mc.measures:nothing", "there is no function mc.measures:nothing"),
+    ("mc_recent: 8", "mc_recent: 9", "--mc_recent=9"), ("scripts.eval.measures:focus", "scripts.eval.measures:nothing", "there is no function scripts.eval.measures:nothing"),
     ("pairs: 2", "pears: 2", "step_time is a mapping"), ("STUDY", "", "no arm x; it has default")])
 def test_refused_before_anything_is_run(tokenizer_base, tmp_path, old, new, error):
     study = write(tmp_path / "bad.yaml", STUDY.replace(old, new))
-    found = run(tokenizer_base, "ablate", str(study), *(["--only=x"] if old == "STUDY" else []))
+    found = run(tokenizer_base, "mc_study", "ablate", str(study), *(["--only=x"] if old == "STUDY" else []))
     assert error in found.error and not (tokenizer_base / "ablations" / "bad").exists()

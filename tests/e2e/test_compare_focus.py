@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from e2e_commands import ROOT, run, start, tree
 
-from mc.focus_measures import CHEATS, SCORES
-from mc.report import SYSTEMS
-from scripts import base_train, mc_stream
-from scripts.compare_focus import commit, make_parser
-from scripts.eval_focus import LABELS
+from scripts import base_train
+from scripts.eval import run_stream as mc_stream
+from scripts.eval.report import SYSTEMS
+from scripts.eval.run_focus import LABELS
+from scripts.eval.scores import CHEATS, SCORES
+from scripts.studies.run_compare import commit, make_parser
 
 TINY = ["--depth=1", "--aspect_ratio=16", "--head_dim=16", "--smear=0", "--value_embeds=0", "--device_batch_size=2", "--num_iterations=2",
         "--save_every=1", "--eval_every=0", "--eval_tokens=1", "--log_every=1", "--device=cpu", "--seed=3"]  # fmt: skip
@@ -43,7 +44,7 @@ def compare(base: Path, *flags: str, contexts: int = 2, **checkpoints: Path):
     """compare_focus on the checkpoints of `base`, or those named."""
     places = {f"{task}_{kind}": base / "checkpoints" / f"{task}_{kind}" for task in TASKS for kind in ("mc", "vanilla")} | checkpoints
     named = [f"--{name}={place}" for name, place in places.items()]
-    return run(base, "compare_focus", *named, f"--contexts={contexts}", "--pairs=1", *flags)
+    return run(base, "mc_eval", "compare", *named, f"--contexts={contexts}", "--pairs=1", *flags)
 
 
 @pytest.fixture(scope="session")
@@ -147,7 +148,7 @@ def test_mc_bench_lens(trained):
 def test_mc_stream(trained, tmp_path):
     """The tiny recall model knows nothing, and the numbers say so; every part of the report is there."""
     checkpoints = trained / "checkpoints"
-    done = run(trained, "mc_stream", f"--checkpoint_dir={checkpoints / 'recall_mc'}", f"--text_checkpoint_dir={checkpoints / 'text_mc'}", "--streams=2",
+    done = run(trained, "mc_eval", "stream", f"--checkpoint_dir={checkpoints / 'recall_mc'}", f"--text_checkpoint_dir={checkpoints / 'text_mc'}", "--streams=2",
                "--windows=8", "--filler=pairs", "--mc_budget=192", "--max_length=4096", "--length_budget=192", "--length_streams=1", "--passages=2",
                f"--out={tmp_path / 'out'}").ok()
     summary, report = json.loads(done.out.splitlines()[-1]), json.loads((tmp_path / "out" / "stream.json").read_text())
@@ -170,7 +171,7 @@ def test_mc_stream(trained, tmp_path):
     ("recall_mc", ["--filler=music"], "pairs, text"), ("recall_mc", ["--windows=600", "--mc_budget=96", "--streams=1"], "too small"),
 ])  # fmt: skip
 def test_mistakes_of_mc_stream(checkpoint, flags, message, trained, tmp_path):
-    done = run(trained, "mc_stream", f"--checkpoint_dir={trained / 'checkpoints' / checkpoint}", *flags, f"--out={tmp_path / 'out'}")
+    done = run(trained, "mc_eval", "stream", f"--checkpoint_dir={trained / 'checkpoints' / checkpoint}", *flags, f"--out={tmp_path / 'out'}")
     assert message in done.error and not (tmp_path / "out").exists()
 
 
@@ -178,7 +179,7 @@ def test_mistakes_of_mc_stream(checkpoint, flags, message, trained, tmp_path):
 
 
 def eval_focus(base: Path, out: Path, *flags: str):
-    return run(base, "eval_focus", *flags, "--contexts=2", "--batch=1", "--candidates=1", f"--out={out}")
+    return run(base, "mc_eval", "focus", *flags, "--contexts=2", "--batch=1", "--candidates=1", f"--out={out}")
 
 
 def test_eval_focus(trained, tmp_path):
@@ -230,8 +231,8 @@ def test_blocks_of_a_model_that_are_not_the_tasks(trained, tmp_path):
     eval_focus(base, tmp_path / "out", f"--recall_mc={recall}", "--recall_sizes=8:2").ok()
     (setting,) = json.loads((tmp_path / "out" / "focus.json").read_text())["settings"]
     assert (setting["n"], setting["budget"], setting["shown"]) == (288, 128, 13) and setting["systems"]["lens"]["hit_at_most"] is not None
-    errors = [run(base, "eval_focus", f"--hops_mc={hops}", out).error, run(base, "mc_stream", f"--checkpoint_dir={recall}", out).error,
-              run(base, "eval_focus", f"--recall_mc={recall},{trained / 'checkpoints' / 'recall_mc'}", out).error]
+    errors = [run(base, "mc_eval", "focus", f"--hops_mc={hops}", out).error, run(base, "mc_eval", "stream", f"--checkpoint_dir={recall}", out).error,
+              run(base, "mc_eval", "focus", f"--recall_mc={recall},{trained / 'checkpoints' / 'recall_mc'}", out).error]
     for error, message in zip(errors, ("--mc_block_size=8, --data=hops", "--mc_block_size=8, --data=recall", "of one block size")):
         assert message in error
 
@@ -243,7 +244,7 @@ def test_text_focus_study(trained, prepared, tmp_path):
     run(base, "base_train", *TINY, *LENS, f"--data={prepared / 'texts'}", "--max_seq_len=192", "--total_batch_size=384", "--mc_block_size=8", "--mc_budget=48",
         "--mc_horizon=8", "--mc_recent=8", "--model_tag=long").ok()
     flags[0] = f"--text_mc={base / 'checkpoints' / 'long'}"
-    done = run(base, "text_focus_study", *flags, "--train_contexts=4").ok()
+    done = run(base, "mc_eval", "text", *flags, "--train_contexts=4").ok()
     report = json.loads((tmp_path / "out" / "text_focus.json").read_text())
     (setting,) = report["settings"]
     assert (setting["n"], setting["budget"], setting["counts"], setting["contexts"]) == (128, 48, [1, 2, 4, 5], 3)
@@ -252,12 +253,12 @@ def test_text_focus_study(trained, prepared, tmp_path):
         assert all(row["nll"]["oracle@5"] <= row["nll"][f"{s}@5"] for s in ("lens", "recency", "random", "predictor")) and row["nll"]["oracle@5"] <= row["nll"]["oracle@1"]
     assert (tmp_path / "out" / "text_focus.md").read_text() in done.out
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.npz")}
-    again = run(base, "text_focus_study", *flags, "--train_contexts=4").ok()
+    again = run(base, "mc_eval", "text", *flags, "--train_contexts=4").ok()
     assert len(kept) == 1 and {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.npz")} == kept and again.out.splitlines()[-1] == done.out.splitlines()[-1]
-    run(base, "text_focus_study", *flags, "--contexts=1", "--train_contexts=0").ok()
+    run(base, "mc_eval", "text", *flags, "--contexts=1", "--train_contexts=0").ok()
     (setting,) = json.loads((tmp_path / "out" / "text_focus.json").read_text())["settings"]
     assert "predictor@5" not in setting["summary"]["horizons"]["8"]["nll"]
-    assert "number of entries" in run(base, "text_focus_study", *flags, "--text_budgets=x").error
+    assert "number of entries" in run(base, "mc_eval", "text", *flags, "--text_budgets=x").error
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -268,7 +269,7 @@ def test_text_focus_study(trained, prepared, tmp_path):
 ])  # fmt: skip
 def test_mistakes_of_eval_focus(flags, message, trained, tmp_path):
     places = {p.name: p for p in (trained / "checkpoints").iterdir()}
-    done = run(trained, "eval_focus", *(flag.format(**places) for flag in flags), f"--out={tmp_path / 'out'}")
+    done = run(trained, "mc_eval", "focus", *(flag.format(**places) for flag in flags), f"--out={tmp_path / 'out'}")
     assert message in done.error and not (tmp_path / "out").exists()
 
 
@@ -317,7 +318,7 @@ def test_impossible_values(kept, tmp_path):
     assert "--batch" in compare(kept, "--batch=0").error
     assert "--contexts: invalid int value: 'many'" in compare(kept, "--contexts=many").error
     assert "unrecognized arguments: --context=3" in compare(kept, "--context=3").error
-    assert "required: --recall_mc" in run(kept, "compare_focus").error
+    assert "required: --recall_mc" in run(kept, "mc_eval", "compare").error
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file") in compare(kept, f"--out={tmp_path / 'file'}").error
     assert tree(kept) == before
@@ -388,12 +389,12 @@ def test_quickstart_trains_twins(tmp_path):
         assert a == b and a["seed"] == 7
     tags = [parsed(words)["model_tag"] for words in flags]
     assert len(set(tags)) == 4 and [parsed(words)["data"] for words in flags] == ["recall"] * 2 + ["stdlib"] * 2
-    assert commands[-2][:3] == ["python", "-m", "scripts.compare_focus"]
+    assert commands[-2][:3] == ["python", "-m", "scripts.mc_eval compare"]
     args = vars(make_parser().parse_args(commands[-2][3:]))
     places = [tmp_path / "base" / "checkpoints" / tag for tag in tags]
     assert [args[name] for name in ("recall_mc", "recall_vanilla", "text_mc", "text_vanilla")] == places
     assert args["out"] == tmp_path / "base" / "quickstart"
-    assert commands[-1][:3] == ["python", "-m", "scripts.mc_stream"]
+    assert commands[-1][:3] == ["python", "-m", "scripts.mc_eval stream"]
     assert mc_stream.make_parser().parse_args(commands[-1][3:]).checkpoint_dir == str(places[0])
 
 

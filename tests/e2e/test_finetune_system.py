@@ -6,9 +6,9 @@ import pytest
 import torch
 from e2e_commands import run, tree
 
-from mc.systems.catalogue import load_models, make_system
-from mc.systems.rows import make_batches
 from nanochat.tokenizer import Tokenizer
+from scripts.eval.methods.registry import load_models, make_method
+from scripts.eval.rows import make_batches
 
 SHORT = ["--steps=2", "--rows=2", "--dev=1", "--budgets=40", "--device=cpu"]
 
@@ -34,21 +34,21 @@ def test_labels_classifier_and_arm(trained, tmp_path):
     base, checkpoint = trained
     labels, out = tmp_path / "labels", tmp_path / "arm"
     label = ["label", f"--checkpoint_dir={checkpoint}", f"--labels={labels}", "--rows=2", "--device=cpu"]
-    assert last(run(base, "keep_drop", *label, "--batches=2").ok())["made"] == 2
-    assert last(run(base, "keep_drop", *label, "--batches=3").ok())["made"] == 1, "goes on where it stopped"
-    assert "made otherwise: teacher" in run(base, "keep_drop", *label, "--teacher=attention").error
-    taught = last(run(base, "keep_drop", "train", f"--checkpoint_dir={checkpoint}", f"--labels={labels}", "--steps=2", "--device=cpu").ok())
+    assert last(run(base, "mc_study", "classifier", *label, "--batches=2").ok())["made"] == 2
+    assert last(run(base, "mc_study", "classifier", *label, "--batches=3").ok())["made"] == 1, "goes on where it stopped"
+    assert "made otherwise: teacher" in run(base, "mc_study", "classifier", *label, "--teacher=attention").error
+    taught = last(run(base, "mc_study", "classifier", "train", f"--checkpoint_dir={checkpoint}", f"--labels={labels}", "--steps=2", "--device=cpu").ok())
     assert 0 <= taught["kept"] <= 1
     arm = ["--system=drop_learned", f"--checkpoint_dir={checkpoint}", f"--out={out}", *SHORT]
-    assert "keep/drop classifier" in run(base, "finetune_system", *arm).error and not out.exists()
-    found = last(run(base, "finetune_system", *arm, f"--keep_drop={taught['classifier']}").ok())
+    assert "keep/drop classifier" in run(base, "mc_study", "finetune", *arm).error and not out.exists()
+    found = last(run(base, "mc_study", "finetune", *arm, f"--keep_drop={taught['classifier']}").ok())
     assert list(found["dev_nll"]) == ["0.1", "0.3"] and str(found["lr_scale"]) in found["dev_nll"]
     models, meta = load_models(out)
-    assert meta["finetuned"]["system"] == "drop_learned" and make_system("drop_learned", models, 40)
+    assert meta["finetuned"]["system"] == "drop_learned" and make_method("drop_learned", models, 40)
     before = tree(out)
-    again = run(base, "finetune_system", *arm, f"--keep_drop={taught['classifier']}").ok()
+    again = run(base, "mc_study", "finetune", *arm, f"--keep_drop={taught['classifier']}").ok()
     assert "there already" in again.out and last(again)["dev_nll"] == found["dev_nll"] and tree(out) == before
-    assert "steps differ" in run(base, "finetune_system", *arm, "--steps=3", f"--keep_drop={taught['classifier']}").error
+    assert "steps differ" in run(base, "mc_study", "finetune", *arm, "--steps=3", f"--keep_drop={taught['classifier']}").error
     assert tree(out) == before
 
 
@@ -56,9 +56,9 @@ def test_gists_arm_on_tasks(trained, tmp_path):
     base, checkpoint = trained
     out = tmp_path / "arm"
     into = [f"--checkpoint_dir={checkpoint}", f"--out={out}", *SHORT]
-    refused = run(base, "finetune_system", "--system=gists_lens", *into, "--data=tasks:nothing").error
+    refused = run(base, "mc_study", "finetune", "--system=gists_lens", *into, "--data=tasks:nothing").error
     assert "nothing" in refused and not out.exists()
-    run(base, "finetune_system", "--system=mean_gists", *into, "--lr_scales=0.2").ok()
+    run(base, "mc_study", "finetune", "--system=mean_gists", *into, "--lr_scales=0.2").ok()
     models, meta = load_models(out)
     assert models.mc.config.gist == "mean" and meta["step"] == 22
 
@@ -73,5 +73,5 @@ def test_gists_arm_on_tasks(trained, tmp_path):
 ])
 def test_mistakes_in_one_line(trained, tmp_path, flags, said):
     base, checkpoint = trained
-    assert said in run(base, "finetune_system", f"--checkpoint_dir={checkpoint}", f"--out={tmp_path / 'x'}", *SHORT, *flags).error
+    assert said in run(base, "mc_study", "finetune", f"--checkpoint_dir={checkpoint}", f"--out={tmp_path / 'x'}", *SHORT, *flags).error
     assert not (tmp_path / "x").exists()

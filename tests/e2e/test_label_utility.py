@@ -20,7 +20,7 @@ FLAGS = ["--contexts=24", "--edits=6", "--cursors=2", "--batch=4", "--device=cpu
 def labelled(reference, tmp_path_factory) -> Path:
     """A base directory with a checkpoint, `t`, and its labels, `labels`. Not to be changed."""
     base = Path(shutil.copytree(reference["mc"], tmp_path_factory.mktemp("labelled") / "base"))
-    done = run(base, "label_utility", f"--checkpoint_dir={base}/checkpoints/t", f"--out={base}/labels", *FLAGS).ok()
+    done = run(base, "mc_study", "labels", f"--checkpoint_dir={base}/checkpoints/t", f"--out={base}/labels", *FLAGS).ok()
     assert json.loads(done.out.splitlines()[-1])["contexts"] == 24
     return base
 
@@ -36,13 +36,13 @@ def test_an_interrupted_labelling_goes_on(labelled, tmp_path):
         (folder / name).unlink()
     (folder / "labels_00002.tmp").write_bytes(b"half a file")
     kept = (folder / "labels_00000.npz").stat().st_mtime_ns
-    done = run(labelled, "label_utility", f"--checkpoint_dir={labelled}/checkpoints/t", f"--out={folder}", *FLAGS).ok()
+    done = run(labelled, "mc_study", "labels", f"--checkpoint_dir={labelled}/checkpoints/t", f"--out={folder}", *FLAGS).ok()
     assert "4 of 6 files done before" in done.out and (folder / "labels_00000.npz").stat().st_mtime_ns == kept
     again = arrays(folder)
     assert again.keys() == whole.keys() and len(whole) == 6
     for name, file in whole.items():
         assert all(np.array_equal(file[key], again[name][key]) for key in file), name
-    more = run(labelled, "label_utility", f"--checkpoint_dir={labelled}/checkpoints/t", f"--out={folder}", *FLAGS, "--contexts=28").ok()
+    more = run(labelled, "mc_study", "labels", f"--checkpoint_dir={labelled}/checkpoints/t", f"--out={folder}", *FLAGS, "--contexts=28").ok()
     assert "6 of 7 files done before" in more.out
 
 
@@ -50,12 +50,12 @@ def test_a_killed_labelling_leaves_whole_files(labelled, tmp_path):
     """Killed as soon as there is a file: what is there loads, and the rest comes out as if nothing had happened."""
     folder = tmp_path / "labels"
     flags = [f"--checkpoint_dir={labelled}/checkpoints/t", f"--out={folder}", *FLAGS]
-    process = start(labelled, "label_utility", *flags)
+    process = start(labelled, "mc_study", "labels", *flags)
     while not list(folder.glob("*.npz")) and process.process.is_alive():
         process.process.join(0.02)
     process.kill()
     LabelFolder(folder).read()
-    run(labelled, "label_utility", *flags).ok()
+    run(labelled, "mc_study", "labels", *flags).ok()
     whole, again = arrays(labelled / "labels"), arrays(folder)
     assert whole.keys() == again.keys() and all(np.array_equal(whole[n][k], again[n][k]) for n in whole for k in whole[n])
 
@@ -71,7 +71,7 @@ def test_labels_are_of_legal_edits_of_the_rows_they_name(labelled):
 def test_a_lens_learns_from_labels_and_nothing_else_moves(labelled, tmp_path):
     base = Path(shutil.copytree(labelled, tmp_path / "base"))
     source, flags = base / "checkpoints" / "t", [f"--labels={base}/labels", "--out_tag=taught", "--steps=60", "--log_every=20", "--device=cpu"]
-    done = run(base, "train_lensnet", f"--checkpoint_dir={source}", *flags).ok()
+    done = run(base, "mc_study", "train_lensnet", f"--checkpoint_dir={source}", *flags).ok()
     found = json.loads(done.out.splitlines()[-1])
     assert set(found) == {"checkpoint", "hit_at_1_before", "order_before", "hit_at_1_after", "order_after"}
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in done.out.splitlines() if line.startswith("step ")]
@@ -81,19 +81,19 @@ def test_a_lens_learns_from_labels_and_nothing_else_moves(labelled, tmp_path):
     mc, before = (load_mega_context(d, m["step"], m, gpt.config.n_embd) for d, m in ((base / "checkpoints" / "taught", meta), (source, old_meta)))
     changed = {name for name, x in mc.state_dict().items() if not torch.equal(x, before.state_dict()[name])}
     assert changed == {name for name in mc.state_dict() if name.startswith("lensnet.")}
-    run(base, "train_lensnet", f"--checkpoint_dir={source}", "--steps=0", "--out_tag=new", "--device=cpu").ok()  # the same new lens, untaught
+    run(base, "mc_study", "train_lensnet", f"--checkpoint_dir={source}", "--steps=0", "--out_tag=new", "--device=cpu").ok()  # the same new lens, untaught
     untaught, taught = (next(state for name, state in last_checkpoint(base, tag).items() if name.startswith("mc_")) for tag in ("new", "taught"))
     assert changed == {name for name in taught if not torch.equal(taught[name], untaught[name])}
     # any other command takes it, base_train too; and its labels still fit, the base being the same
-    run(base, "train_lensnet", f"--checkpoint_dir={base}/checkpoints/taught", f"--labels={base}/labels", "--out_tag=more", "--new_lens=0", "--steps=2", "--device=cpu").ok()
-    again = run(base, "train_lensnet", f"--checkpoint_dir={source}", *flags[:1], "--out_tag=twice", *flags[2:]).ok()
+    run(base, "mc_study", "train_lensnet", f"--checkpoint_dir={base}/checkpoints/taught", f"--labels={base}/labels", "--out_tag=more", "--new_lens=0", "--steps=2", "--device=cpu").ok()
+    again = run(base, "mc_study", "train_lensnet", f"--checkpoint_dir={source}", *flags[:1], "--out_tag=twice", *flags[2:]).ok()
     assert json.loads(again.out.splitlines()[-1]) | {"checkpoint": ""} == found | {"checkpoint": ""}
     assert same(last_checkpoint(base, "twice"), last_checkpoint(base, "taught"))
 
 
 def test_a_new_lens_without_labels(labelled, tmp_path, train):
     base = Path(shutil.copytree(labelled, tmp_path / "base"))
-    run(base, "train_lensnet", f"--checkpoint_dir={base}/checkpoints/t", "--steps=0", "--out_tag=new").ok()
+    run(base, "mc_study", "train_lensnet", f"--checkpoint_dir={base}/checkpoints/t", "--steps=0", "--out_tag=new").ok()
     new, old = last_checkpoint(base, "new"), last_checkpoint(base)
     name = next(n for n in new if n.startswith("mc_"))
     assert same(new[name]["gist_bias"], old[name]["gist_bias"]) and not same(new[name]["lensnet.key.weight"], old[name]["lensnet.key.weight"])

@@ -16,8 +16,8 @@ import torch
 from e2e_commands import ROOT, Result, real, run, start
 from safetensors import safe_open
 
-from mc.catalog import Catalog
-from mc.disk_store import DiskStore
+from mc.store.catalog import Catalog
+from mc.store.disk.store import DiskStore
 from nanochat.tokenizer import Tokenizer
 
 K = 8  # of the checkpoint in `reference`

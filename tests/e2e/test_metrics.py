@@ -7,7 +7,7 @@ import nanochat.otel  # noqa: F401  and those of the exporter
 from nanochat.recorder import METRICS
 
 TRANSPORT = {name for name in METRICS if name.startswith(("telemetry.otlp", "telemetry.preflight"))}  # see test_telemetry.py
-SESSION = {name for name, m in METRICS.items() if m.where == "mc/session_meter.py"}  # tests/test_session.py records each of them
+SESSION = {name for name, m in METRICS.items() if m.where == "mc/session_meter.py"}  # tests/session/test_session.py records each of them
 
 
 def recorded(base) -> set[str]:

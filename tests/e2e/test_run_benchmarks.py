@@ -6,7 +6,7 @@ import time
 
 import pytest
 from e2e_commands import run, start
-from test_ablation import BASE
+from test_study import BASE
 
 SUITE = """
 title: seconds
@@ -39,13 +39,13 @@ def numbers(base) -> dict[str, dict]:
 
 def test_a_suite_resumes_and_its_cells_can_be_run_again(suite, base, prepared, tmp_path):
     other = shutil.copytree(prepared / "base", tmp_path / "other" / "base")
-    under_way, deadline = start(base, "run_benchmarks", str(suite)), time.monotonic() + 900
+    under_way, deadline = start(base, "mc_study", "suite", str(suite)), time.monotonic() + 900
     while not list((base / "evals").glob("*/seconds/results.jsonl")) or len(records(base)) < 3:
         assert time.monotonic() < deadline and under_way.process.is_alive()
         time.sleep(0.02)
     under_way.kill()
     first = records(base)
-    done = run(base, "run_benchmarks", str(suite)).ok()
+    done = run(base, "mc_study", "suite", str(suite)).ok()
     assert records(base)[: len(first)] == first and len(records(base)) == 12 and len(numbers(base)) == 12
     assert "12 cells, " in done.out and "training" not in done.out.split("12 cells")[1]
     last = json.loads(done.out.splitlines()[-1])
@@ -57,21 +57,21 @@ def test_a_suite_resumes_and_its_cells_can_be_run_again(suite, base, prepared, t
     line = 1 + next(i for i, r in enumerate(records(base)) if r["system"] == "gists_lens")
     recorded = records(base)[line - 1]
     external = next(i for i, r in enumerate(records(base), 1) if r["task"] == "qa")
-    assert json.loads(run(base, "run_benchmarks", f"--rerun={results}:{external}").ok().out.splitlines()[-1])["same"]
+    assert json.loads(run(base, "mc_study", "suite", f"--rerun={results}:{external}").ok().out.splitlines()[-1])["same"]
     alone = tmp_path / "record.jsonl"
     alone.write_text(results.read_text().splitlines()[line - 1] + "\n")
-    again = json.loads(run(base, "run_benchmarks", f"--rerun={results}:{line}").ok().out.splitlines()[-1])
+    again = json.loads(run(base, "mc_study", "suite", f"--rerun={results}:{line}").ok().out.splitlines()[-1])
     assert again["same"] and again["nll"] == pytest.approx(sum(recorded["results"]["nll"]) / 4, abs=0)
-    elsewhere = json.loads(run(other, "run_benchmarks", f"--rerun={alone}:1").ok().out.splitlines()[-1])  # trains what it needs
+    elsewhere = json.loads(run(other, "mc_study", "suite", f"--rerun={alone}:1").ok().out.splitlines()[-1])  # trains what it needs
     assert elsewhere == again
 
     alone.write_text(json.dumps(recorded | {"results": recorded["results"] | {"nll": [9.0] * 4}}) + "\n")
-    wrong = run(base, "run_benchmarks", f"--rerun={alone}:1")
+    wrong = run(base, "mc_study", "suite", f"--rerun={alone}:1")
     assert wrong.code == 1 and not json.loads(wrong.out.splitlines()[-1])["same"]
 
     changed = tmp_path / "seconds.yaml"  # the same tags: their checkpoints are no longer what the suite says
     changed.write_text(suite.read_text().replace("mc_lens_key_dim: 8", "mc_lens_key_dim: 16"))
-    stale = run(base, "run_benchmarks", str(changed))
+    stale = run(base, "mc_study", "suite", str(changed))
     assert stale.code and "was trained with --mc_lens_key_dim=8, the suite asks for 16" in stale.error and len(records(base)) == 12
 
 
@@ -79,12 +79,12 @@ def test_a_suite_resumes_and_its_cells_can_be_run_again(suite, base, prepared, t
     ([], "name one of"), (["quick", "--rerun=x:1"], "name one of"), (["--rerun=nothing.jsonl:1"], "--rerun=nothing.jsonl:1: no record"), (["nothing.yaml"], "cannot read nothing.yaml"),
     (["quick", "--seeds=one"], "--seeds=one"), (["quick", "--report=1"], "no results"), (["quick", "--jobs=0"], "--jobs=0")])
 def test_refused(base, flags, error):
-    assert error in run(base, "run_benchmarks", *flags).error and not (base / "evals").exists()
+    assert error in run(base, "mc_study", "suite", *flags).error and not (base / "evals").exists()
 
 
 def test_shipped_suites_are_understood(monkeypatch):
-    from mc.suite import read_suite
-    from scripts.run_benchmarks import SUITES
+    from scripts.studies.suite import read_suite
+    from scripts.studies.run_suite import SUITES
     for path in SUITES.glob("*.yaml"):
         suite = read_suite(path)
         assert suite.cells(suite.seeds) and all(suite.model(name, 1)["flags"] for name in suite.models)

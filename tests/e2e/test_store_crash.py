@@ -17,9 +17,9 @@ import torch
 from store_faults import FORMAT, LODS, FailingPower, K, Model, PowerCut, Script, nodes_in, nodes_of
 
 import mc
-from mc.disk_files import HEADER_BYTES, partition_files
-from mc.disk_store import DiskStore
-from mc.storage import ERASED
+from mc.store.disk.files import HEADER_BYTES, partition_files
+from mc.store.disk.store import DiskStore
+from mc.store.ram import ERASED
 from nanochat.common import UserError
 
 CRASHES = int(os.environ.get("STORE_CRASHES", 0))

@@ -168,7 +168,7 @@ def test_every_registered_name_arrives(troubled, train_flags, prepared, tmp_path
         receiver.fault = ""  # from now on it works: what failed is sent again, and the failures are on record
         for running in both:
             running.wait().ok()
-        run(base, "mc_otel_check", **environment).ok()
+        run(base, "mc_bench", "otlp", **environment).ok()
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         with open_recorder(tmp_path / "session", config={}, total_steps=1) as recorder:

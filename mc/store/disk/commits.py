@@ -1,0 +1,187 @@
+"""The commit point of a store: a manifest of two slots, and a note for each version.
+
+A note is JSON with a checksum, read whole or not at all. The manifest's slots hold the last commit: {sequence, version, durable,
+levels: {"L0": [records, checksum of the last partition], …}}. One slot is written when everything that the commit names is on the
+medium; the other keeps the commit before until this one is on the medium too, and then becomes its copy. So one whole commit is
+safe at any moment, and between commits there are two copies of it. A commit that is not synced ("durable": false) is written to
+the slot that does not hold the last synced one.
+
+The note of a version (`versions/000003.ctx`, twice in the file) holds what only edits change: {version, format, partition_bytes,
+files: {"L0": runs of the versions that made the partitions' files, …}, detail: runs of the blocks' states, before: the last commit
+of the version before}.
+"""
+
+import itertools
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from mc.store.disk.files import FORMAT_VERSION, FileSystem, check_version
+from mc.store.ram import StoreFormat
+from nanochat.common import UserError
+
+SLOT_BYTES = 4096
+_NOTE_MAGIC = b"MCTXnote"
+_NOTE = struct.Struct("<8sII")  # magic, version of the format, length of the text; then CRC-32 of all but itself, and the text
+
+
+class Commits:
+    """The manifest and the version notes of a store's folder. `last`: the commit that is in force for who opened it."""
+
+    def __init__(self, fs: FileSystem, folder: Path):
+        self.fs, self.folder, self.versions_folder = fs, folder, folder / "versions"
+        self.last: dict = {}
+        self._fd = -1
+        self._durable_slot = 0  # holds the last synced commit
+
+    def create(self, note: dict) -> None:
+        """The first version, and a commit of nothing."""
+        if not self.versions_folder.exists():
+            self.fs.mkdir(self.versions_folder)
+        self.write_version(note)
+        self.last = dict(sequence=1, version=note["version"], durable=True, levels={})
+        new = self.folder / "manifest.new"
+        self._fd = self.fs.create(new)
+        self.fs.write(self._fd, 2 * _slot_bytes(self.last), 0)
+        self.fs.fsync(self._fd, "the first commit")
+        self.fs.rename(new, self.folder / "manifest")
+        self.fs.fsync_folder(self.folder, "the manifest's name")
+
+    def open(self, writable: bool) -> None:
+        path = self.folder / "manifest"
+        if not path.is_file():
+            raise UserError(f"{self.folder} is not a MegaContext store (it has no manifest); create one, or name another folder")
+        self._fd = self.fs.open(path) if writable else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    def slots(self) -> list[dict | None]:
+        """The two commits, None where a slot is damaged or half written. UserError where this is no manifest."""
+        data = os.pread(self._fd, 2 * SLOT_BYTES, 0)
+        halves = [data[:SLOT_BYTES], data[SLOT_BYTES:]]
+        if not any(half.startswith(_NOTE_MAGIC) for half in halves):
+            raise UserError(f"{self.folder}/manifest is not that of a MegaContext store; name another folder")
+        return [read_note(half, self.folder / "manifest") for half in halves]
+
+    def resume(self, slot: int) -> None:
+        """A writer goes on with `last`; the next commit is not written to this slot.
+
+        The slot may be the copy that a process now dead had no time to sync: then the other was the safe one.
+        """
+        self.fs.fsync(self._fd, "the slot to keep")
+        self._durable_slot = slot
+
+    def write(self, version: int, levels: dict[str, list[int]], durable: bool) -> None:
+        """The next commit; durable: everything it names is on the medium, and when this returns so is it."""
+        commit = dict(sequence=self.last["sequence"] + 1, version=version, durable=durable, levels=levels)
+        slot, data = 1 - self._durable_slot, _slot_bytes(commit)
+        self.fs.write(self._fd, data, slot * SLOT_BYTES)
+        if durable:
+            self.fs.fsync(self._fd, "the commit")
+            self.fs.write(self._fd, data, self._durable_slot * SLOT_BYTES)
+            self._durable_slot = slot
+        self.last = commit
+
+    # -- versions
+
+    def versions(self) -> list[int]:
+        """Those that can be read: the last, and each before it whose end the next one tells."""
+        found = sorted(int(path.stem) for path in self.versions_folder.glob("*.ctx"))
+        last = self.last["version"]
+        return [v for v in found if v == last or (v < last and v + 1 in found)]
+
+    def end_of(self, version: int) -> dict:
+        """The last commit of a version."""
+        return self.last if version == self.last["version"] else {**self.last, **self.read_version(version + 1)["before"]}
+
+    def write_version(self, note: dict) -> None:
+        """Twice in one file: either copy will do."""
+        path = self._path(note["version"])
+        new = path.with_suffix(".new")
+        fd = self.fs.create(new)
+        try:
+            self.fs.write(fd, 2 * note_bytes(note), 0)
+            self.fs.fsync(fd, "a version")
+        finally:
+            self.fs.close(fd)
+        self.fs.rename(new, path)
+        self.fs.fsync_folder(self.versions_folder, "a version's name")
+
+    def read_version(self, version: int) -> dict:
+        path = self._path(version)
+        if not path.is_file():
+            raise UserError(f"{self.folder}: version {version} is not there")
+        data = path.read_bytes()
+        note = read_note(data, path) or read_note(data[len(data) // 2:], path)
+        if note is None:
+            raise UserError(f"{path} is damaged, both copies; restore it from a backup")
+        return note
+
+    def mend_version(self, version: int) -> bool:
+        """Write a note anew where one of its copies is damaged. Whether there was need."""
+        note = self.read_version(version)
+        if self._path(version).read_bytes() == 2 * note_bytes(note):
+            return False
+        self.write_version(note)
+        return True
+
+    def forget_versions(self) -> None:
+        """All but the last."""
+        for path in self.versions_folder.glob("*.ctx"):
+            if int(path.stem) != self.last["version"]:
+                self.fs.unlink(path)
+        self.fs.fsync_folder(self.versions_folder, "that older versions are gone")
+
+    def _path(self, version: int) -> Path:
+        return self.versions_folder / f"{version:06d}.ctx"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Notes
+
+
+def note_bytes(value: dict) -> bytes:
+    text = json.dumps(value, separators=(",", ":")).encode()
+    start = _NOTE.pack(_NOTE_MAGIC, FORMAT_VERSION, len(text))
+    return start + zlib.crc32(text, zlib.crc32(start)).to_bytes(4, "little") + text
+
+
+def read_note(data: bytes, path: Path) -> dict | None:
+    """What `note_bytes` made, at the start of data; None where it is damaged. UserError for a newer version's."""
+    if len(data) < _NOTE.size or not data.startswith(_NOTE_MAGIC):
+        return None
+    _, version, length = _NOTE.unpack_from(data)
+    text = data[_NOTE.size + 4:_NOTE.size + 4 + length]
+    if zlib.crc32(text, zlib.crc32(data[:_NOTE.size])) != int.from_bytes(data[_NOTE.size:_NOTE.size + 4], "little"):
+        return None
+    check_version(version, path)
+    return json.loads(text)
+
+
+def _slot_bytes(commit: dict) -> bytes:
+    return note_bytes(commit).ljust(SLOT_BYTES, b"\0")
+
+
+def plain_format(f: StoreFormat) -> dict:
+    return {**vars(f), "dtype": str(f.dtype).removeprefix("torch.")}
+
+
+def format_of(plain: dict) -> StoreFormat:
+    return StoreFormat(**{**plain, "dtype": getattr(torch, plain["dtype"])})
+
+
+def runs(values: Iterable[int]) -> list[list[int]]:
+    """[[value, how many times in a row], …]."""
+    return [[value, sum(1 for _ in group)] for value, group in itertools.groupby(values)]
+
+
+def unrun(runs: list[list[int]]) -> list[int]:
+    return [value for value, count in runs for _ in range(count)]

@@ -1,0 +1,223 @@
+"""Text into a history: files, folders, parquet and jsonl, one source per document, found again by the hash of its content.
+
+Memory is bounded whatever the size of a file: text is read, tokenized and stored in pieces. A run that was cut off goes on where the
+store's last commit is, also inside a document; documents that are there already are passed over.
+
+Shapes: N tokens.
+"""
+
+import codecs
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mc.store.catalog import Catalog, Source
+from mc.store.history import BATCH_BLOCKS, History
+from mc.store.ram import VOID
+from nanochat.common import UserError
+from nanochat.dataset import SHARDS, read_documents
+from nanochat.tokenizer import Tokenizer
+
+READ_BYTES = 1 << 20
+MAX_PIECE = 1 << 24  # characters that are tokenized together at most, where a text offers no place to cut
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document to ingest. `pieces` reads it again on each call; `size` in bytes."""
+
+    uri: str
+    kind: str
+    hash: str  # sha256 of its UTF-8 bytes
+    size: int
+    pieces: Callable[[], Iterable[str]]
+
+
+def find_files(paths: list[Path]) -> list[Path]:
+    """The files that paths name: themselves, and all below folders but hidden ones, in order. UserError for one that is not there."""
+    found = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(
+                p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
+            )
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"{path}: no such file or folder")
+    return found
+
+
+def texts_of(path: Path, text_column: str = "text") -> Iterator[Text]:
+    """The documents of a file, blank ones left out; none for a file that is not UTF-8 text.
+
+    UserError for a damaged parquet or jsonl file.
+    """
+    path = path.resolve()
+    if path.suffix in SHARDS:
+        for document in read_documents(path, path.parent, text_column):
+            if document.text.strip():
+                data = document.text.encode()
+                source = document.source if "#" in document.source else f"{path.name}#{document.source}"
+                yield Text(
+                    str(path.parent / source),
+                    document.kind,
+                    hashlib.sha256(data).hexdigest(),
+                    len(data),
+                    lambda text=document.text: cut(iter([text])),
+                )
+        return
+    digest, blank, size = hashlib.sha256(), True, 0
+    try:
+        for piece in _read(path):
+            data = piece.encode()
+            digest.update(data)
+            size += len(data)
+            blank = blank and not piece.strip()
+            if "\0" in piece:
+                return
+    except UnicodeDecodeError:
+        return
+    if not blank:
+        yield Text(str(path), "code" if path.suffix == ".py" else "text", digest.hexdigest(), size, lambda: cut(_read(path)))
+
+
+def _read(path: Path) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with open(path, "rb") as f:
+            while data := f.read(READ_BYTES):
+                yield decoder.decode(data)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    yield decoder.decode(b"", final=True)
+
+
+def cut(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text in other pieces: cut after a newline that no white space follows, where no token of the tokenizer's pattern
+    reaches across, so that the pieces have the tokens of the whole. A text that offers no such place is cut every MAX_PIECE characters."""
+    rest = ""
+    for piece in pieces:
+        rest += piece
+        at = rest.rfind("\n", 0, -1)
+        while at >= 0 and rest[at + 1].isspace():
+            at = rest.rfind("\n", 0, at)
+        if at < 0 and len(rest) >= MAX_PIECE:
+            at = len(rest) - 1
+        if at >= 0:
+            yield rest[: at + 1]
+            rest = rest[at + 1 :]
+    if rest:
+        yield rest
+
+
+@dataclass
+class IngestReport:
+    """What an ingest did; tokens without void slots, bytes of text."""
+
+    sources: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    known: int = 0  # documents that were there already
+    resumed: int = 0
+
+
+class Ingest:
+    """Appends documents to a history in batches of `batch` blocks, each with one commit; `finish` writes the last one.
+
+    progress: called with the characters of the present document that were read. A source is announced in the catalog before the commit
+    that holds it, so what a crash leaves is found again.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        catalog: Catalog,
+        tokenizer: Tokenizer,
+        *,
+        kind: str | None = None,
+        retrieval_score: float | None = None,
+        batch: int = BATCH_BLOCKS,
+        progress: Callable[[int], None] = lambda characters: None,
+    ):
+        self.history, self.catalog, self.tokenizer = history, catalog, tokenizer
+        self.kind, self.retrieval_score, self.limit = kind, retrieval_score, batch * history.block_size
+        self.report, self.progress = IngestReport(), progress
+        self._slots: list[Tensor] = []
+        self._buffered = 0
+        self._planned: list[Source] = []
+        self._hashes: set[str] = set()  # of what is planned
+
+    @property
+    def _end(self) -> int:
+        return self.history.n_tokens + self._buffered
+
+    def add(self, text: Text) -> bool:
+        """Append a document, unless all of it is there. Returns whether it was appended."""
+        if text.hash in self._hashes or self.catalog.complete_source(text.hash):
+            self.report.known += 1
+            return False
+        cut_off = None if self._planned else self.catalog.last_source()
+        if cut_off and cut_off.hash == text.hash and cut_off.start + cut_off.tokens == self._end:
+            source, skip = cut_off, cut_off.tokens
+            self.report.resumed += 1
+        else:
+            self._pad()
+            skip = 0
+            source = Source(0, text.uri, text.hash, self.kind or text.kind, time.time(), self.retrieval_score, self._end, 0, False)
+        self._planned.append(source)
+        self._hashes.add(text.hash)
+        self.report.sources += 1
+        self.report.bytes += text.size
+        for ids_N in self._tokens(text, skip):
+            for part in ids_N.split(self.limit):
+                self._put(part)
+        self._change(complete=True)
+        self._pad()
+        return True
+
+    def _tokens(self, text: Text, skip: int) -> Iterator[Tensor]:
+        """int64 [N] in pieces, the first `skip` left out; every source starts with bos."""
+        head, characters = [self.tokenizer.bos_id], 0
+        for piece in text.pieces():
+            self.progress(characters := characters + len(piece))
+            ids_N = torch.tensor(head + self.tokenizer.encode(piece))
+            head, skipped = [], min(skip, len(ids_N))
+            skip -= skipped
+            if skipped < len(ids_N):
+                yield ids_N[skipped:]
+
+    def _put(self, ids_N: Tensor) -> None:
+        self._change(tokens=self._planned[-1].tokens + len(ids_N))
+        self._slots.append(ids_N)
+        self._buffered += len(ids_N)
+        self.report.tokens += len(ids_N)
+        if self._buffered >= self.limit:
+            self._write()
+
+    def _change(self, **fields) -> None:
+        self._planned[-1] = Source(**{**vars(self._planned[-1]), **fields})
+
+    def _pad(self) -> None:
+        if void := -self._end % self.history.block_size:
+            self._slots.append(torch.full((void,), VOID))
+            self._buffered += void
+
+    def _write(self) -> None:
+        """Commit what is buffered, its sources first; the last one may go on."""
+        if self._planned:
+            *done, last = self.catalog.write_sources(self._planned)
+            self._planned = [] if self._planned[-1].complete else [Source(**{**vars(self._planned[-1]), "id": last})]
+            self._hashes = {source.hash for source in self._planned}
+        if self._buffered:
+            self.history.fill(torch.cat(self._slots))
+        self._slots, self._buffered = [], 0
+
+    def finish(self) -> IngestReport:
+        self._write()
+        return self.report

@@ -1,0 +1,91 @@
+"""What the approximate KV policy saves, and what it costs in NLL.
+
+Held-out rows of the model's own data, read as a history and then token by token as if they were generated, with a refocus every
+`--mc_interval` tokens; the same tokens under both policies, in turn.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mc import session as sessions
+from nanochat.common import UserError
+from nanochat.dataloader import eval_rows, make_source
+from nanochat.loading import load_model
+from nanochat.tokenizer import Tokenizer
+from scripts.bench.train_step import check_device, interval
+from scripts.eval.report import bootstrap
+
+
+class Read(NamedTuple):
+    """One row under one policy."""
+
+    nll: float  # mean over the targets [nats]
+    computed: int  # entries run after refocuses
+    shown: int  # entries shown at those refocuses
+    seconds: float
+
+
+def read_row(pool: sessions.SessionPool, tokens_T: Tensor, targets_T: Tensor, ahead: int) -> Read:
+    """The last `ahead` tokens of a row after the rest of it. targets: the next token of each, −1 where it does not count."""
+    session = pool.open()
+    try:
+        session.begin(tokens_T[:-ahead])
+        computed = shown = 0
+        begin, logits = time.perf_counter(), []
+        for piece in tokens_T[-ahead:].split(pool.interval):
+            logits.append(session.score(piece))
+            computed, shown = computed + session.computed, shown + session.computed + session.kept
+        seconds = time.perf_counter() - begin
+    finally:
+        session.close()
+    counted = targets_T[-ahead - 1:-1]
+    nll = F.cross_entropy(torch.cat(logits).float(), counted, ignore_index=-1)
+    return Read(float(nll), computed, shown, seconds)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint_dir", required=True, help="checkpoint directory of a run with --mc_enabled=1")
+    parser.add_argument("--rows", type=int, default=64, help="held-out rows")
+    parser.add_argument("--ahead", type=int, default=256, help="last tokens of each row that are read one by one")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
+    sessions.add_flags(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    check_device(args.device)
+    gpt, meta = load_model(args.checkpoint_dir, device=args.device)
+    T = gpt.config.sequence_len
+    if args.rows < 2 or not 1 <= args.ahead < T:
+        raise UserError(f"--rows={args.rows} --ahead={args.ahead}: at least 2 rows, and 1 to {T - 1} tokens of their {T}")
+    flags = meta["flags"]
+    source = make_source(flags["data"], "val", T=T, seed=flags["seed"], tokenizer=Tokenizer.load(), rows=flags["rows"], text_column=flags["text_column"],
+                         needles=flags["needles"], recall_blocks=flags["recall_blocks"])
+    count = eval_rows(source, args.rows * T)
+    rows, mask = source.row_tokens(np.arange(count))
+    targets = torch.from_numpy(rows[:, 1:] if mask is None else np.where(mask[:, 1:], rows[:, 1:], -1))
+    config = sessions.from_flags(args)
+    pools = {policy: sessions.open_pool(gpt, meta, args.checkpoint_dir, replace(config, kv_policy=policy)) for policy in ("exact", "approximate")}
+    found: dict[str, list[Read]] = {policy: [] for policy in pools}
+    for tokens_T, targets_T in zip(torch.from_numpy(rows[:, :-1]), targets):
+        for policy, pool in pools.items():
+            found[policy].append(read_row(pool, tokens_T, targets_T, args.ahead))
+    cost = np.array([a.nll - e.nll for e, a in zip(found["exact"], found["approximate"])])
+    speed = np.array([a.seconds / e.seconds for e, a in zip(found["exact"], found["approximate"])])
+    out = {"rows": count, "history": T - args.ahead, "ahead": args.ahead, "interval": pools["exact"].interval, "budget": pools["exact"].focus_config.budget,
+           "nll": {policy: float(np.mean([r.nll for r in reads])) for policy, reads in found.items()},
+           "delta_nll": float(cost.mean()), "delta_nll_interval": bootstrap(lambda i: cost[i].mean(), count),
+           "computed_share": {policy: sum(r.computed for r in reads) / max(sum(r.shown for r in reads), 1) for policy, reads in found.items()},
+           "time_ratio": float(np.median(speed)), "time_ratio_interval": list(interval(speed))}
+    low, high = out["delta_nll_interval"]
+    print(f"NLL approximate − exact: {out['delta_nll']:+.4f} [{low:+.4f}, {high:+.4f}] nats per token, {count} rows, {args.ahead} tokens each")
+    for policy, share in out["computed_share"].items():
+        print(f"  {policy:12s} runs {share:.1%} of the shown entries again after a refocus")
+    print(json.dumps(out))

@@ -1,0 +1,265 @@
+"""Facts and loss in histories far longer than a training row, through the inference session.
+
+    python -m scripts.mc_eval stream --checkpoint_dir=DIR                              a model trained on recall: facts at distances up to 64 windows
+    … --max_length=1048576                                                        and against the length of the history
+    … --text_checkpoint_dir=DIR                                                   and the loss of a model of text, with more and more text in front
+"""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+import torch
+
+from mc.focus_allocator import check_feasible
+from mc.session import SessionPool, add_flags, from_flags, open_pool
+from mc.store.history import History
+from nanochat.common import FlagParser, UserError, base_dir, init_distributed, print0, run_main
+from nanochat.dataloader import LongRows
+from nanochat.dataset import Progress, open_corpus
+from nanochat.loading import model_from_flags
+from nanochat.tasks.recall import RecallTask
+from nanochat.token_cache import open_token_cache
+from nanochat.tokenizer import Tokenizer
+from scripts.eval.report import bootstrap, save_figure
+from scripts.eval.stream import Answer, ask, ask_window, store_of
+
+SYSTEMS = ("lens", "oracle", "window")
+LABELS = {"lens": "LensNet focus", "oracle": "oracle focus", "window": "sliding window"}
+COLOURS = {"lens": "#D55E00", "oracle": "#009E73", "window": "#999999"}
+
+
+class Table:
+    """Answers by (group, system, place); a cell is the mean over questions with its 95 % bootstrap."""
+
+    def __init__(self):
+        self.cells: dict[tuple[str, str, str], list[Answer]] = {}
+
+    def add(self, group: str, system: str, place: str, answer: Answer) -> None:
+        self.cells.setdefault((group, system, place), []).append(answer)
+
+    def report(self) -> list[dict]:
+        rows = []
+        for (group, system, place), answers in self.cells.items():
+            acc, nll = np.array([a.acc for a in answers]), np.array([a.nll for a in answers])
+            entries = [sum(a.lods.values()) for a in answers]
+            lods = {str(lod): round(float(np.mean([a.lods.get(lod, 0) for a in answers])), 1) for lod in sorted(set().union(*(a.lods for a in answers)))}
+            rows.append({"group": group, "system": system, "place": place, "questions": len(answers), "acc": float(acc.mean()),
+                         "acc_interval": bootstrap(lambda i: acc[i].mean(), len(acc)), "nll": float(nll.mean()),
+                         "nll_interval": bootstrap(lambda i: nll[i].mean(), len(nll)), "entries": float(np.mean(entries)), "entries_by_lod": lods})
+        return rows
+
+
+def put(table: Table, pool: SessionPool, group: str, place: str, store, history: torch.Tensor, said: torch.Tensor, scored: torch.Tensor,
+        counted: torch.Tensor, known: list[int] | None) -> None:
+    """One question to every system; without known blocks there is no oracle."""
+    table.add(group, "lens", place, ask(pool, store, said, scored, counted))
+    if known is not None:
+        table.add(group, "oracle", place, ask(pool, store, said, scored, counted, known))
+    table.add(group, "window", place, ask_window(pool, history, said, scored, counted))
+
+
+def bins(windows: int) -> Iterator[tuple[int, int]]:
+    """[1, 2), [2, 4), … windows."""
+    low = 1
+    while low < windows:
+        yield low, min(2 * low, windows)
+        low *= 2
+
+
+def recall_by_distance(table: Table, pool: SessionPool, task: RecallTask, fillers: dict[str, np.ndarray | None], args: Namespace) -> int:
+    """Facts at distances up to `windows` times the budget; the length of the streams."""
+    W, K = pool.focus_config.budget, task.block
+    n = args.windows * W // K * K
+    progress = Progress("streams", args.streams * len(fillers), "streams", every_s=15)
+    for g, (group, filler) in enumerate(fillers.items()):
+        for s in range(args.streams):
+            rng, ranges = np.random.default_rng((args.seed, s)), list(bins(args.windows))
+            places = np.stack([rng.choice(np.arange((n - high * W) // K, (n - low * W) // K), task.episode_blocks, replace=False) for low, high in ranges])
+            stream = task.stream_rows("val", np.array([s]), n, places[None], filler)
+            tokens, questions = torch.from_numpy(stream.tokens[0]), torch.from_numpy(stream.questions[0])
+            store = store_of(pool, tokens)
+            for (low, high), where, question in zip(ranges, places, questions):
+                said, scored = question.split([task.announce, task.ask])
+                put(table, pool, group, f"{low}-{high}", store, tokens, said, scored, values_of(scored), where.tolist())
+            progress.update(g * args.streams + s + 1)
+    return n
+
+
+def values_of(scored: torch.Tensor) -> torch.Tensor:
+    """Of alias and value in turn, the values."""
+    return torch.arange(len(scored)) % 2 == 1
+
+
+def lengths(shortest: int, longest: int, pool: SessionPool, beyond: int) -> list[int]:
+    """shortest, 4 times that, … as far as the budget can show them and `beyond` more tokens."""
+    found = []
+    while shortest <= longest:
+        try:
+            check_feasible(shortest + beyond, pool.focus_config)
+        except UserError as e:
+            print0(f"not beyond {found[-1] if found else 0:,} tokens: {e}")
+            break
+        found.append(shortest)
+        shortest *= 4
+    return found
+
+
+def recall_by_length(table: Table, pool: SessionPool, task: RecallTask, args: Namespace) -> None:
+    """Facts at the start of the stream, and among its last 32 blocks, asked for when it has each length."""
+    K, shown = task.block, lengths(32 * task.block, args.max_length, pool, task.episode)
+    progress = Progress("tokens of recall streams", args.length_streams * sum(shown), "tokens", every_s=15)
+    for s in range(args.length_streams):
+        rng = np.random.default_rng((args.seed, s, 1))
+        first, width = rng.permutation(30), task.episode_blocks  # the last two blocks of a length are near the tail: left out
+        starts = first[:width * len(shown)].reshape(-1, width)
+        near = [first[-width:], *(n // K - 32 + rng.permutation(30)[:width] for n in shown[1:])]
+        stream = task.stream_rows("val", np.array([args.streams + s]), shown[-1], np.concatenate([starts, near])[None])
+        tokens, questions = torch.from_numpy(stream.tokens[0]), torch.from_numpy(stream.questions[0])
+        store = store_of(pool, tokens[:0])
+        history = History(pool.gpt, pool.mc, store)
+        for i, n in enumerate(shown):
+            history.append(tokens[history.n_tokens:n])
+            for group, places, question in (("start", starts[i], questions[i]), ("near", near[i], questions[len(shown) + i])):
+                said, scored = question.split([task.announce, task.ask])
+                put(table, pool, f"recall, {group}", str(n), store, tokens[:n], said, scored, values_of(scored), places.tolist())
+            progress.update(s * sum(shown) + sum(shown[:i + 1]))
+
+
+def text_by_length(table: Table, pool: SessionPool, tokenizer: Tokenizer, args: Namespace) -> None:
+    """The loss of the same continuations of the same passages, with more and more other text in front of them."""
+    c, n = pool.mc.config, pool.gpt.config.sequence_len // pool.mc.config.block_size * pool.mc.config.block_size - pool.mc.config.horizon
+    n = n // c.block_size * c.block_size
+    front = open_token_cache(open_corpus("stdlib"), "train", tokenizer).tokens
+    passages = LongRows(open_token_cache(open_corpus("stdlib"), "val", tokenizer), n + c.horizon, args.seed, "val").row_tokens(np.arange(args.passages))[0]
+    shown = lengths(n, args.max_length, pool, c.horizon)
+    progress = Progress("passages", len(shown) * args.passages, "passages", every_s=15)
+    store = store_of(pool, torch.empty(0, dtype=torch.int64))
+    history = History(pool.gpt, pool.mc, store)
+    for i, length in enumerate(shown):
+        index = np.arange(history.n_tokens, length - n) % len(front)
+        history.append(torch.from_numpy(front[index].astype(np.int64)))
+        before = torch.from_numpy(front[np.arange(max(history.n_tokens - pool.focus_config.budget, 0), history.n_tokens) % len(front)].astype(np.int64))
+        for p, passage in enumerate(torch.from_numpy(passages)):
+            said, scored = passage[:n], passage[n:n + c.horizon]
+            put(table, pool, "text", str(length), store, before, said, scored, torch.ones(c.horizon, dtype=torch.bool), None)
+            progress.update(i * args.passages + p + 1)
+
+
+def stream_markdown(title: str, rows: list[dict], value: str) -> list[str]:
+    """Groups and places down, systems across."""
+    places = list(dict.fromkeys((r["group"], r["place"]) for r in rows))
+    systems = [s for s in SYSTEMS if any(r["system"] == s for r in rows)]
+    cells = {(r["group"], r["place"], r["system"]): r for r in rows}
+    lines = [f"### {title}", "", "| history | place | " + " | ".join(LABELS[s] for s in systems) + " | questions | entries by LOD (lens) |",
+             "|---" * (len(systems) + 4) + "|"]
+    for group, place in places:
+        found = [cells[group, place, s] for s in systems]
+        shown = " | ".join("{:.3f} [{:.3f}, {:.3f}]".format(r[value], *r[f"{value}_interval"]) for r in found)
+        lods = ", ".join(f"{count:g} LOD{lod}" for lod, count in found[0]["entries_by_lod"].items())
+        lines.append(f"| {group} | {place} | {shown} | {found[0]['questions']} | {lods} |")
+    return [*lines, ""]
+
+
+def plot_stream(parts: dict[str, list[dict]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, len(parts), figsize=(5.2 * len(parts), 3.4), squeeze=False)
+    for axis, (part, rows) in zip(axes[0], parts.items()):
+        distance, value = part == "distance", "acc" if part == "distance" else "nll"
+        for style, group in zip(("-", "--"), dict.fromkeys(r["group"] for r in rows)):
+            for system in SYSTEMS:
+                line = [r for r in rows if r["group"] == group and r["system"] == system]
+                if line:
+                    places = range(len(line)) if distance else [int(r["place"]) for r in line]
+                    axis.plot(places, [r[value] for r in line], style, marker="o", markersize=3, color=COLOURS[system], label=f"{LABELS[system]}, {group}")
+                    axis.fill_between(places, *zip(*(r[f"{value}_interval"] for r in line)), color=COLOURS[system], alpha=0.12, linewidth=0)
+        if distance:
+            axis.set_xticks(range(len(line)), [r["place"] for r in line])
+            axis.set_ylim(-0.02, 1.02)
+        else:
+            axis.set_xscale("log", base=2)
+        axis.set_xlabel("windows between fact and question" if distance else "tokens of history")
+        axis.set_ylabel("accuracy of the answers" if distance else "nats per judged token")
+        axis.legend(fontsize=7, frameon=False)
+        axis.tick_params(labelsize=8)
+    save_figure(figure, path)
+
+
+def make_parser() -> FlagParser:
+    parser = FlagParser(prog="python -m scripts.mc_eval stream", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--checkpoint_dir", required=True, help="checkpoint directory of a run with --mc_enabled=1 on --data=recall")
+    parser.add_argument("--text_checkpoint_dir", help="also: one trained with --mc_enabled=1 on text")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto (CUDA when there is one), cpu or cuda")
+    parser.add_argument("--windows", type=int, default=64, help="length of the streams, in budgets")
+    parser.add_argument("--streams", type=int, default=32, help="streams per filler, each with one question per bin of distances")
+    parser.add_argument("--filler", default="pairs,text", help="what surrounds the facts: pairs (of other keys, again and again), text, or both")
+    parser.add_argument("--max_length", type=int, default=0, help="longest history [tokens] of recall and text against length; 0: leave these out")
+    parser.add_argument("--length_budget", type=int, default=320, help="W of these")
+    parser.add_argument("--length_streams", type=int, default=4, help="recall streams of these")
+    parser.add_argument("--passages", type=int, default=32, help="passages of text of these")
+    parser.add_argument("--seed", type=int, default=0, help="of the places of the facts")
+    parser.add_argument("--out", type=Path, default=None, help="where report and plot go; default $NANOCHAT_BASE_DIR/stream")
+    add_flags(parser, budget=256)
+    return parser
+
+
+def load_pool(checkpoint_dir: str, args: Namespace, budget: int, device: torch.device) -> tuple[SessionPool, Tokenizer, dict]:
+    names = Namespace(checkpoint_dir=checkpoint_dir, step="latest", nanochat_checkpoint=None, nanochat_tokenizer=None)
+    model, tokenizer, meta = model_from_flags(names, device)
+    if not meta.get("mc"):
+        raise UserError(f"the checkpoint in {checkpoint_dir} has no MegaContext: it was trained with --mc_enabled=0")
+    return open_pool(model, meta, checkpoint_dir, from_flags(args, budget=budget)), tokenizer, meta
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    least = dict(windows=2, streams=1, max_length=0, length_budget=1, length_streams=1, passages=1)
+    for name, low in least.items():
+        if getattr(args, name) < low:
+            raise UserError(f"--{name}={getattr(args, name)} must be at least {low}")
+    kinds = args.filler.split(",")
+    if not set(kinds) <= {"pairs", "text"}:
+        raise UserError(f"--filler={args.filler}: pairs, text, or pairs,text")
+    out, device = args.out or base_dir() / "stream", init_distributed(args.device).device
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is a file; name a folder")
+    pool, tokenizer, meta = load_pool(args.checkpoint_dir, args, args.mc_budget, device)
+    if meta["flags"]["data"] != "recall":
+        raise UserError(f"the model in {args.checkpoint_dir} was trained on {meta['flags']['data']}, not on --data=recall: it knows no facts to be asked for")
+    task = RecallTask.for_tokenizer(tokenizer, seed=meta["flags"]["seed"])
+    if (K := pool.mc.config.block_size) != task.block:
+        raise UserError(f"the model in {args.checkpoint_dir} was trained with --mc_block_size={K}, --data=recall stores facts in blocks of {task.block} tokens; "
+                        "only models of that block size are judged")
+    text = open_token_cache(open_corpus("stdlib"), "val", tokenizer).tokens if "text" in kinds else None
+    table, length_table = Table(), Table()
+    with torch.inference_mode():
+        n = recall_by_distance(table, pool, task, {kind: text if kind == "text" else None for kind in kinds}, args)
+        if args.max_length:
+            recall_by_length(length_table, load_pool(args.checkpoint_dir, args, args.length_budget, device)[0], task, args)
+        text_table = Table()
+        if args.max_length and args.text_checkpoint_dir:
+            text_pool, text_tokenizer, _ = load_pool(args.text_checkpoint_dir, args, args.length_budget, device)
+            text_by_length(text_table, text_pool, text_tokenizer, args)
+    parts = {name: t.report() for name, t in (("distance", table), ("length", length_table), ("text", text_table)) if t.cells}
+    titles = {"distance": f"Accuracy by distance in windows of {pool.focus_config.budget} entries, streams of {n:,} tokens", "length": "NLL of recall by length of the history",
+              "text": "NLL of text by length of the history"}
+    lines = [line for name, rows in parts.items() for line in stream_markdown(titles[name], rows, "acc" if name == "distance" else "nll")]
+    if length_table.cells:
+        lines += stream_markdown("Accuracy of recall by length of the history", parts["length"], "acc")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "stream.md").write_text("\n".join(lines))
+    report = {"n": n, "windows": args.windows, "budget": pool.focus_config.budget, "streams": args.streams, "seed": args.seed,
+              "trained_lods": meta["mc"]["trained_lods"], "checkpoint": str(args.checkpoint_dir), **parts}
+    (out / "stream.json").write_text(json.dumps(report, indent=1))
+    plot_stream(parts, out / "stream.png")
+    print("\n".join(lines))
+    print(f"report in {out}")
+    accuracy = {group: {s: {r["place"]: round(r["acc"], 4) for r in parts["distance"] if r["group"] == group and r["system"] == s} for s in SYSTEMS} for group in kinds}
+    summary = {key: report[key] for key in ("n", "windows", "budget", "streams", "seed")}
+    print(json.dumps({**summary, "accuracy": accuracy, "least_lens": min(r["acc"] for r in parts["distance"] if r["system"] == "lens"), "report": str(out / "stream.json")}))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,89 @@
+"""Fine-tune a base to read what one system shows, with the same steps, rows and learning rates for every system.
+
+    python -m scripts.mc_study finetune --system=bm25 --checkpoint_dir=DIR --out=DIR
+
+What is there already is left as it is, so that a recipe can be run again.
+"""
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from mc.config import MCConfig, to_dict
+from nanochat.checkpoint import complete_steps, load_model_state, save_checkpoint
+from nanochat.common import FlagParser, UserError, init_distributed, run_main
+from nanochat.dataset import Progress
+from nanochat.schedule import batch_lr_scale
+from nanochat.tokenizer import Tokenizer
+from scripts.eval.methods.registry import METHODS, load_models, method_named
+from scripts.eval.methods.token_classifier import FILE, save_token_classifier
+from scripts.eval.rows import add_row_flags, batches_from_flags
+from scripts.studies.finetune import RATES, Recipe, finetune
+
+
+def numbers(text: str, name: str, kind: type) -> tuple:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--{name}={text}: numbers with commas between") from None
+
+
+def make_parser() -> FlagParser:
+    parser = FlagParser(prog="python -m scripts.mc_study finetune", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--system", required=True, help=f"one of {', '.join(name for name, kind in SYSTEMS.items() if not kind.arm)}")
+    add("--checkpoint_dir", required=True, help="the base, with its MegaContext where the system uses it")
+    add("--step", default="latest", help="training step to load, or 'latest' (the newest intact one)")
+    add("--keep_drop", default="", help="file of the classifier that --system=drop_learned needs (made by scripts.mc_study classifier)")
+    add("--out", required=True, type=Path, help="checkpoint directory to write")
+    add("--budgets", default="128", help="entries before the continuation, with commas between: steps take them in turn")
+    add("--steps", type=int, default=60, help="optimizer steps for each learning rate")
+    add("--lr_scales", default="0.1,0.3", help="factors on the base's learning rates, to be tried; the best on dev rows is kept")
+    add("--dev", type=int, default=4, help="batches of further training rows on which the learning rate is chosen")
+    add("--seed", type=int, default=0, help="of the rows, and of random choices")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
+    add_row_flags(parser)
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    method_named(args.system)
+    ranks = init_distributed(args.device)
+    models, meta = load_models(args.checkpoint_dir, args.step, ranks.device, args.keep_drop)
+    tokenizer = Tokenizer.load()
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(f"{args.checkpoint_dir} was trained with tokenizer {meta['tokenizer']}, here is {tokenizer.fingerprint}; "
+                        f"restore that one")
+    config = models.mc.config if models.mc else MCConfig()
+    batches, rows = batches_from_flags(args, config, meta, tokenizer)
+    flags = meta["flags"]
+    recipe = Recipe(numbers(args.budgets, "budgets", int), args.steps, numbers(args.lr_scales, "lr_scales", float),
+                    {name: flags[name] for name in RATES}, batch_lr_scale(flags["total_batch_size"]), args.dev, args.seed)
+    facts = {"system": args.system, "base": str(Path(args.checkpoint_dir).resolve()), "base_step": meta["step"], **asdict(recipe), **rows}
+    facts = json.loads(json.dumps(facts))
+    if complete_steps(args.out):
+        there = load_model_state(args.out)[1].get("finetuned", {})
+        if different := sorted(name for name in facts if there.get(name) != facts[name]):
+            raise UserError(f"{args.out} holds another checkpoint ({', '.join(different)} differ); name another folder, or remove it")
+        print(f"{args.out} is there already")
+        print(json.dumps({"checkpoint": str(args.out), "lr_scale": there["lr_scale"], "dev_nll": there["dev_nll"], "seconds": 0.0}))
+        return
+    begin, progress = time.time(), Progress(f"fine-tuning {args.system}", args.steps * len(recipe.lr_scales), "steps", every_s=15)
+    tuned = finetune(args.system, models, batches, recipe, progress.update)
+    facts |= {"lr_scale": tuned.lr_scale, "dev_nll": {str(scale): nll for scale, nll in tuned.dev_nll.items()}, "losses": tuned.losses}
+    mc, classifier = tuned.models.mc, tuned.models.keep_drop
+    if classifier and "keep_drop" in method_named(args.system).needs:  # beside the checkpoint, which is complete only when this is there
+        save_token_classifier(args.out / FILE, classifier, facts)
+    mc_meta = mc and {**(meta.get("mc") or {"trained_lods": []}), "config": to_dict(mc.config)}
+    save_checkpoint(args.out, meta["step"] + args.steps, model=tuned.models.gpt.state_dict(), optimizer_shard={}, mc=mc and mc.state_dict(),
+                    meta={**{k: v for k, v in meta.items() if k != "step"}, "mc": mc_meta, "finetuned": facts})
+    seconds = time.time() - begin
+    print(f"{args.system}: loss {tuned.losses[0]:.3f} -> {tuned.losses[-1]:.3f} in {args.steps} steps at {tuned.lr_scale} of the "
+          f"learning rates, {seconds:.0f} s; {args.out}")
+    print(json.dumps({"checkpoint": str(args.out), "lr_scale": tuned.lr_scale, "dev_nll": facts["dev_nll"], "seconds": round(seconds, 1)}))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,84 @@
+"""Measure what showing blocks of history is worth to a checkpoint's base, as labels that train a lens.
+
+    python -m scripts.mc_study labels --checkpoint_dir=DIR --out=DIR [--data=…] --contexts=512 --edits=16
+
+An interrupted run goes on where it stopped; the labels of another base, or drawn otherwise, are refused.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mc.store.networks import load_networks
+from mc.utility_labels import LabelFolder, cursors, fingerprint, measure
+from nanochat.checkpoint import load_model_state
+from nanochat.common import FlagParser, UserError, init_distributed, print0, run_main
+from nanochat.dataloader import make_source
+from nanochat.dataset import Progress
+from scripts.studies.cells import commit
+
+
+def make_parser() -> FlagParser:
+    parser = FlagParser(prog="python -m scripts.mc_study labels", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--checkpoint_dir", required=True, type=Path, help="checkpoint directory of a run with --mc_enabled=1")
+    parser.add_argument("--data", default="", help="recall, stdlib, …, or a directory, as for base_train; default what the checkpoint was trained on")
+    parser.add_argument("--split", default="train", choices=("train", "val"), help="rows to label")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the labels")
+    parser.add_argument("--contexts", type=int, default=512, help="rows to label")
+    parser.add_argument("--cursors", type=int, default=1, help="ends of history per row at which edits are measured")
+    parser.add_argument("--edits", type=int, default=16, help="edits per end of history: half of blocks that the gate gradient wants, half random")
+    parser.add_argument("--batch", type=int, default=4, help="rows at a time, and per file")
+    parser.add_argument("--seed", type=int, default=0, help="of the cuts and edits that are drawn")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to measure")
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    for name, least in dict(contexts=1, cursors=1, edits=2, batch=1, seed=0).items():
+        if getattr(args, name) < least:
+            raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
+    if args.contexts % args.batch:
+        raise UserError(f"--contexts={args.contexts} is not a multiple of --batch={args.batch}: a file holds a whole batch")
+    device = init_distributed(args.device).device
+    found = load_networks(args.checkpoint_dir, device=device)
+    gpt, mc, flags = found.gpt, found.mc, load_model_state(args.checkpoint_dir)[1]["flags"]
+    T = gpt.config.sequence_len
+    at = cursors(mc, T, args.cursors)
+    if args.edits > (most := (min(at) - mc.config.protected) // mc.config.block_size):
+        raise UserError(f"--edits={args.edits}: a history of {min(at)} tokens has {most} blocks to edit")
+    data = args.data or flags["data"]
+    source = make_source(data, args.split, T=T, seed=flags["seed"], tokenizer=found.tokenizer, rows=flags["rows"], text_column=flags["text_column"],
+                         needles=flags["needles"], recall_blocks=flags["recall_blocks"])
+    if (have := source.count_rows(args.contexts)) < args.contexts:
+        raise UserError(f"--contexts={args.contexts}: {data} has {have} rows of {T} tokens in its {args.split} split")
+    folder = LabelFolder(args.out)
+    folder.begin(
+        dict(model=fingerprint(gpt, mc), data=data, split=args.split, cursors=args.cursors, edits=args.edits, batch=args.batch, seed=args.seed),
+        dict(checkpoint_dir=str(args.checkpoint_dir.resolve()), commit=commit()))
+
+    files = args.contexts // args.batch
+    waiting = [i for i in range(files) if not folder.path(i).exists()]
+    print0(f"{args.contexts} contexts, {len(at)} ends of history, {args.edits} edits each; {files - len(waiting)} of {files} files done before")
+    progress, begin = Progress("labels", len(waiting), "files"), time.monotonic()
+    for done, index in enumerate(waiting, 1):
+        rows = np.arange(index * args.batch, (index + 1) * args.batch)
+        tokens, mask = source.row_tokens(rows)
+        targets = torch.from_numpy(tokens[:, 1:] if mask is None else np.where(mask[:, 1:], tokens[:, 1:], -1)).to(device)
+        tokens = torch.from_numpy(tokens[:, :-1]).contiguous().to(device)
+        folder.add(index, measure(gpt, mc, tokens, targets, torch.from_numpy(rows).to(device), at, args.edits, args.seed))
+        progress.update(done)
+    labels = folder.read()
+    utility = labels.utility_CQE[labels.valid_CQE]
+    assert utility.isfinite().all(), "an edit did not fit the budget"
+    summary = {"labels": int(utility.numel()), "contexts": len(labels.row_C), "helpful": float((utility > 0).float().mean()), "spread": float(utility.std()),
+               "seconds": round(time.monotonic() - begin, 1), "out": str(args.out)}
+    print(f"{summary['labels']} labels in {args.out}, {summary['helpful']:.0%} of them of detail that helps")
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    run_main(main)

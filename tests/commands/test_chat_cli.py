@@ -1,0 +1,160 @@
+"""chat_cli with MegaContext, and mc_bench decode, as a user runs them, on a checkpoint small enough to make here."""
+
+import dataclasses
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+from mc import config as mc_config
+from mc.model import MegaContext
+from mc.store.catalog import Catalog
+from mc.store.disk.store import DiskStore
+from nanochat.checkpoint import save_checkpoint
+from nanochat.common import UserError
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.recorder import read_metrics
+from nanochat.tokenizer import Reserved, Tokenizer
+from scripts import chat_cli, mc_bench
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """run(main, *flags) -> (stdout, stderr) lines; a tokenizer of bytes, and a checkpoint `ckpt` with MegaContext."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    tokenizer = Tokenizer([bytes([i]) for i in range(256)], reserved=Reserved(64, 64, 64))
+    tokenizer.save()
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(sequence_len=128, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=32, value_embeds=False))
+    torch.nn.init.normal_(gpt.transformer.h[0].attn.c_proj.weight)  # at zero nothing would be read
+    torch.nn.init.normal_(gpt.lm_head.weight)
+    mc = MegaContext(mc_config.MCConfig(block_size=8, max_lod=4, budget=80, recent=8, gist="mean", lens_key_dim=16), 32)
+    flags = dict(data="recall", seed=1, rows="long", text_column="text", needles=1, recall_blocks=2)
+    save_checkpoint(tmp_path / "ckpt", 3, model=gpt.state_dict(), optimizer_shard={}, mc=mc.state_dict(), meta={
+        "model_config": dataclasses.asdict(gpt.config), "tokenizer": tokenizer.fingerprint, "flags": flags,
+        "mc": {"config": mc_config.to_dict(mc.config), "trained_lods": [1, 2, 3]}})
+    (tmp_path / "history.txt").write_text("So we beat on, boats against the current. " * 60)
+
+    def call(main, *flags):
+        monkeypatch.setattr(sys, "argv", ["x", *(flag.replace("@", f"{tmp_path}/") for flag in flags)])
+        main()
+        done = capsys.readouterr()
+        return done.out.splitlines(), done.err.splitlines()
+
+    return call
+
+
+CHAT = ("--device=cpu", "--checkpoint_dir=@ckpt", "--mc_enabled=1", "--max_tokens=9")
+
+
+def test_a_file_is_read_and_continued(run):
+    out, err = run(chat_cli.main, *CHAT, "--history=@history.txt", "--prompt=abc", "--mc_explain=1")
+    assert out[0].startswith("abc") and out == run(chat_cli.main, *CHAT, "--history=@history.txt", "--prompt=abc")[0]
+    assert any("read 2,520 tokens" in line for line in err)
+    (status,) = [line for line in err if line.startswith("[history")]
+    assert "history 2,533 tokens" in status and "LOD0" in status and "tokens/s" in status
+    table = err[err.index(status) + 1:]
+    assert "LOD" in table[0] and "recent tokens" in table[-1]
+    starts = [int(line.split("+")[0].replace(",", "")) for line in table]
+    assert starts[0] == 0 and starts == sorted(starts)
+    assert out != run(chat_cli.main, *CHAT, "--prompt=abc")[0], "the history did not matter"
+
+
+def test_prompts_are_one_conversation(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n\nthree\n"))
+    _, err = run(chat_cli.main, *CHAT)
+    assert [line.split(" tokens")[0] for line in err if line.startswith("[history")] == ["[history 13", "[history 25"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--history=@none",), "cannot read --history"), (("--history=@binary",), "is not UTF-8 text"), 
+    (("--mc_budget=30", "--history=@history.txt"), "a budget of 30 entries is too small for"), (("--mc_kv_policy=fast",), "invalid choice"),
+    (("--mc_untrained=refuse", "--history=@long.txt", "--mc_budget=60"), "LOD4 and above were not trained")])
+def test_mistakes(run, flags, message, tmp_path, capsys):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe" * 10)
+    (tmp_path / "long.txt").write_text("a" * 12_000)
+    with pytest.raises((UserError, SystemExit)) as error:
+        run(chat_cli.main, *CHAT, *flags, "--prompt=a")
+    assert message in str(error.value) + capsys.readouterr().err
+
+
+def test_a_history_on_disk_goes_on(run, tmp_path):
+    """Each run adds a source to it; what was read before is there, and counted."""
+    disk = ("--mc_tree=disk", "--mc_store=@store", "--prompt=abc", "--temperature=0", "--mc_explain=1")
+    first, _ = run(chat_cli.main, *CHAT, *disk, "--history=@history.txt")
+    assert first == run(chat_cli.main, *CHAT, "--history=@history.txt", "--prompt=abc", "--temperature=0")[0], "on disk as in memory"
+    _, err = run(chat_cli.main, *CHAT, *disk)
+    (status,) = [line for line in err if line.startswith("[history")]
+    assert "history 2,549 tokens" in status  # 2,533 fill 317 blocks of 8 with void slots, then bos, the prompt and the answer
+    with Catalog(tmp_path / "store", 8, read_only=True) as catalog:
+        assert [source.uri.rsplit("/", 1)[-1] for source in catalog.sources()] == ["history.txt", "chat"]
+        assert catalog.statistics(), "what was shown was not counted"
+    with DiskStore.open(tmp_path / "store", "r") as store:
+        assert store.n_tokens == 2549
+    (tmp_path / "binary").write_bytes(b"text " * 500_000 + b"\xff")
+    for flag in ("--history=@none", "--history=@binary"):
+        with pytest.raises(UserError, match="--history="):
+            run(chat_cli.main, *CHAT, *disk, flag)
+    with DiskStore.open(tmp_path / "store", "r") as store, Catalog(tmp_path / "store", 8, read_only=True) as catalog:
+        assert store.n_tokens == 2549 and len(catalog.sources()) == 2, "a file that cannot be read left something behind"
+    with pytest.raises(UserError, match="needs --mc_store=DIR"):
+        run(chat_cli.main, *CHAT, "--mc_tree=disk", "--prompt=a")
+
+
+def test_metrics_of_a_conversation(run, tmp_path):
+    run(chat_cli.main, *CHAT, "--history=@history.txt", "--prompt=abc", "--log_dir=@log")
+    (row,) = read_metrics(tmp_path / "log" / "metrics.jsonl")
+    assert row["mc.session.history"] == 2524 and row["gen_ai.server.request.duration"] > row["gen_ai.server.time_to_first_token"] > 0
+
+
+def test_history_needs_megacontext(run, capsys):
+    with pytest.raises(SystemExit):
+        run(chat_cli.main, "--checkpoint_dir=@ckpt", "--history=@history.txt", "--prompt=a")
+    assert "needs --mc_enabled=1" in capsys.readouterr().err
+
+
+def test_mc_bench_decode(run, tmp_path):
+    out, _ = run(mc_bench.main, "decode", "--checkpoint_dir=@ckpt", "--longest=4096", "--rounds=2", "--vanilla_prefill=1024", "--disk=1", "--out=@decode")
+    found = json.loads(out[-1])
+    assert found["memory_ratio_1m_over_4k"] == 1.0 and found["ratio_lengths"] == [4096, 4096] and 0 < found["controller_share"] < 1
+    assert [c["history"] for c in found["curve"]] == [1024, 4096] and all(c["vanilla"]["bytes"] > 0 for c in found["curve"])
+    assert [c["vanilla"]["bytes"] for c in found["curve"]] == [2 * 32 * 4 * c["history"] for c in found["curve"]]  # keys and values, nothing else
+    assert found["disk_over_ram"]["ratio"] > 0
+    for c in found["curve"]:
+        assert set(c["mc"]["parts_ms"]) >= {"base", "lens", "allocator", "refill", "ingest"} and c["mc"]["tokens_per_second"] > 0
+        assert c["mc"]["median_ms"] <= c["mc"]["p95_ms"]
+    assert all((tmp_path / "decode" / name).stat().st_size > 0 for name in ("decode.json", "decode.png", "decode.pdf"))
+
+
+def test_mc_bench_kv(run):
+    out, _ = run(mc_bench.main, "kv", "--checkpoint_dir=@ckpt", "--rows=3", "--ahead=40", "--mc_interval=8", "--mc_budget=60")
+    found = json.loads(out[-1])
+    assert found["rows"] == 3 and found["delta_nll"] == pytest.approx(found["nll"]["approximate"] - found["nll"]["exact"])
+    assert 0 < found["computed_share"]["approximate"] <= found["computed_share"]["exact"] <= 1
+    with pytest.raises(UserError, match="at least 2 rows"):
+        run(mc_bench.main, "kv", "--checkpoint_dir=@ckpt", "--rows=1")
+
+
+@pytest.mark.parametrize("flags, message", [(("--longest=10",), "at least 1024 tokens"), (("--rounds=1",), "2 rounds"), (("--mc_budget=30",), "too small")])
+def test_mistakes_of_mc_bench_decode(run, flags, message):
+    with pytest.raises(UserError, match=message):
+        run(mc_bench.main, "decode", "--checkpoint_dir=@ckpt", "--longest=1024", *flags)
+
+
+def test_mc_bench_search(run):
+    out, _ = run(mc_bench.main, "search", "--checkpoint_dir=@ckpt", "--longest=65536", "--queries=5")
+    found = json.loads(out[-1])
+    assert [row["tokens"] for row in found["lengths"]] == [4096, 65536] and len(out) == 2 + 2 + 1
+    assert [row["scored"] for row in found["lengths"]] == [512, 1024]
+    for row in found["lengths"]:
+        assert 0 < row["search_ms"] <= row["search_p95_ms"] and row["recall_1"] <= 1
+
+
+@pytest.mark.parametrize("flags, message", [(("--longest=10",), "at least 4096 tokens"), (("--queries=0",), "one tail")])
+def test_mistakes_of_mc_bench_search(run, flags, message):
+    with pytest.raises(UserError, match=message):
+        run(mc_bench.main, "search", "--checkpoint_dir=@ckpt", *flags)

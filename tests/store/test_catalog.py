@@ -1,0 +1,190 @@
+"""The catalog keeps what is told, survives a crash on either side of the store's commit, and refuses what it cannot read."""
+
+import os
+import sqlite3
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mc.store.catalog import FILE, MAX_BUFFERED, Catalog
+from mc.store.ram import DROPPED, VOID, RamStore, StoreFormat
+from nanochat.common import UserError
+
+K = 4
+
+
+def store_of(n: int, void: int = 0) -> RamStore:
+    store = RamStore(StoreFormat(K, 2, 1, 2))
+    store.append_tokens(torch.cat([torch.arange(n - void), torch.full((void,), VOID)]))
+    store.append_nodes(1, torch.zeros(n // K, 2), torch.zeros(n // K, 1, 2))
+    return store
+
+
+@pytest.fixture
+def catalog(tmp_path) -> Catalog:
+    return Catalog(tmp_path, K)
+
+
+def test_sources_are_found_by_what_is_known_of_them(catalog):
+    before = time.time()
+    a = catalog.add_source("docs/a.md", 0, hash="aa", kind="text", tokens=6, complete=True)
+    b = catalog.add_source("src/b.py", 8, hash="bb", kind="code", retrieval_score=0.5, tokens=4, complete=True)
+    c = catalog.add_source("chat", 12, tokens=0)
+    catalog.add_tags(a, [(0, 2, "heading"), (2, 6, "paragraph")])
+    assert [s.id for s in catalog.sources()] == [a, b, c]
+    assert [s.uri for s in catalog.sources(uri="*.py")] == ["src/b.py"] and [s.id for s in catalog.sources(kind="text")] == [a]
+    assert [s.id for s in catalog.sources(tag="heading")] == [a] and catalog.sources(tag="table") == []
+    assert [s.id for s in catalog.sources(min_score=0.4)] == [b]
+    assert len(catalog.sources(since=before)) == 3 and catalog.sources(until=before) == []
+    assert catalog.tags(a) == [(0, 2, "heading"), (2, 6, "paragraph")]
+    assert catalog.complete_source("bb").id == b and catalog.complete_source("") is None
+    for start, stop, expected in ((0, 6, [a]), (5, 9, [a, b]), (6, 8, []), (7, 8, []), (8, 9, [b]), (0, 40, [a, b, c]), (30, 31, [c])):
+        assert [s.id for s in catalog.sources_in(start, stop)] == expected, (start, stop)
+    with pytest.raises(ValueError, match="starts at slot 3"):
+        catalog.add_source("x", 3)
+    with pytest.raises(UserError, match="no source 9"):
+        catalog.source(9)
+
+
+def test_a_reader_sees_what_is_committed_while_another_writes(catalog, tmp_path):
+    catalog.add_source("a", 0, tokens=3, complete=True)
+    with Catalog(tmp_path, K, read_only=True) as reader:
+        assert [s.uri for s in reader.sources()] == ["a"]
+        catalog.add_source("b", 4, tokens=3, complete=True)
+        assert [s.uri for s in reader.sources()] == ["a", "b"]
+        with pytest.raises(UserError, match="readonly.*make the folder writable"):
+            reader.set("x", "y")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_reader_needs_no_write_permission(catalog, tmp_path):
+    catalog.add_source("a", 0, tokens=3, complete=True)
+    catalog.close()
+    tmp_path.chmod(0o500)
+    with Catalog(tmp_path, K, read_only=True) as reader:
+        assert len(reader.sources()) == 1
+
+
+def test_statistics_are_counted_in_memory_and_written_together(catalog, tmp_path):
+    """A raw block counts once a working context, however many of its tokens are shown."""
+    lod, index = torch.tensor([2, 1, 0, 0, 0, 0, 0]), torch.tensor([0, 16, 68, 69, 70, 71, 72])
+    for _ in range(3):
+        catalog.count_access(lod, index)
+    catalog.count_sensitivity(0, 17, 0.5)
+    catalog.count_sensitivity(0, 17, -0.1)
+    with Catalog(tmp_path, K, read_only=True) as reader:
+        assert reader.statistics() == [], "nothing is written before flush"
+        catalog.flush()
+        catalog.count_access(torch.tensor([0]), torch.tensor([68]))
+        catalog.flush()
+        found = {(s.lod, s.index): (s.accesses, s.sensitivity) for s in reader.statistics()}
+        assert found == {(2, 0): (3, None), (1, 16): (3, None), (0, 17): (4, pytest.approx(0.2)), (0, 18): (3, None)}
+        assert [s.index for s in reader.statistics(lod=0, limit=1)] == [17]
+    catalog.set_variance(1, torch.tensor([16, 20]), torch.tensor([0.25, 0.5]))
+    assert {s.index: s.variance for s in catalog.statistics(lod=1)} == {16: 0.25, 20: 0.5}
+    utility = catalog.detail_utility(19)
+    assert utility[17] == pytest.approx(4 * 0.2) and utility[18] == pytest.approx(3 * 0.2) and utility.sum() == utility[17] + utility[18]
+    assert len(catalog.detail_utility(5)) == 5
+
+
+def test_counting_needs_bounded_memory(catalog):
+    entries = torch.arange(MAX_BUFFERED // 4)
+    for _ in range(6):
+        catalog.count_access(torch.ones_like(entries), entries % 50)
+    assert sum(map(len, catalog._accessed)) <= MAX_BUFFERED
+    catalog.flush()
+    assert sum(s.accesses for s in catalog.statistics()) == 6 * len(entries)
+
+
+def test_what_was_announced_and_not_committed_is_taken_back(catalog):
+    """The process dies after the catalog wrote and before the store committed."""
+    store = store_of(16)
+    catalog.add_source("whole", 0, tokens=8, complete=True)
+    catalog.add_source("cut", 8, tokens=30, complete=True)
+    catalog.add_source("never", 40, tokens=5, complete=True)
+    notes = catalog.reconcile(store)
+    assert len(notes) == 2 and "never" in notes[0] and "cut off at 8 of 30 tokens" in notes[1]
+    assert [(s.uri, s.tokens, s.complete) for s in catalog.sources()] == [("whole", 8, True), ("cut", 8, False)]
+    assert catalog.reconcile(store) == []
+
+
+def test_a_growing_source_reaches_to_the_end(catalog):
+    store = store_of(8)
+    chat = catalog.add_source("chat", 8)
+    store.append_tokens(torch.arange(6))
+    assert catalog.totals(store) == (6, 1)
+    assert catalog.reconcile(store) == [] and catalog.source(chat).tokens == 6
+    store.append_tokens(torch.full((2,), VOID))
+    catalog.add_source("next", 16)
+    store.append_tokens(torch.arange(3))
+    catalog.reconcile(store)
+    assert [(s.uri, s.tokens) for s in catalog.sources()] == [("chat", 6), ("next", 3)]
+
+
+def test_slots_without_a_source_are_told(catalog):
+    assert catalog.reconcile(store_of(12)) == ["12 slots at the end have no source"]
+
+
+def test_tombstones_follow_the_store(catalog):
+    store = store_of(40)
+    catalog.add_source("a", 0, tokens=16, complete=True)
+    catalog.add_source("b", 16, tokens=24, complete=True)
+    store.set_detail(torch.tensor([2, 3, 4, 5, 9]), DROPPED)
+    assert catalog.reconcile(store) == ["the pruned state of 5 blocks was not known: taken from the store"]
+    first = catalog.tombstones()
+    assert [(run, count) for run, count, _ in first] == [(2, 2), (4, 2), (9, 1)], "a run lies within one source"
+    store.set_detail(torch.tensor([3]), 0)
+    catalog.set_tombstones(~store.has_detail(torch.arange(10)).numpy())
+    assert [run[:2] for run in catalog.tombstones()] == [(2, 1), (4, 2), (9, 1)] and catalog.tombstones()[0][2] == first[0][2]
+    catalog.set_tombstones(np.zeros(10, dtype=bool))
+    assert catalog.tombstones() == []
+
+
+def test_versions_and_settings(catalog):
+    assert catalog.setting("checkpoint") is None
+    catalog.set("checkpoint", "a")
+    catalog.set("checkpoint", "b")
+    catalog.add_version("f1", "here")
+    catalog.add_version("f1", "here")
+    catalog.add_version("f2", "there")
+    assert catalog.setting("checkpoint") == "b" and [v["model"] for v in catalog.versions()] == ["f1", "f2"]
+
+
+def test_what_is_no_catalog_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no catalog at"):
+        Catalog(tmp_path, K, read_only=True)
+    path = tmp_path / FILE
+    path.write_bytes(b"not a database, but long enough to be read as the header of one" * 20)
+    with pytest.raises(UserError, match="not a database; restore it from a copy"):
+        Catalog(tmp_path, K)
+    path.unlink()
+    with sqlite3.connect(path) as db:
+        db.execute("CREATE TABLE other (x)")
+    with pytest.raises(UserError, match="database of something else"):
+        Catalog(tmp_path, K)
+    path.unlink()
+    Catalog(tmp_path, K).close()
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    with pytest.raises(UserError, match="version 99, this program reads version 1"):
+        Catalog(tmp_path, K)
+
+
+def test_a_second_writer_waits_or_is_refused(catalog, tmp_path, monkeypatch):
+    other = Catalog(tmp_path, K)
+    other.db.execute("PRAGMA busy_timeout = 50")
+    catalog.db.execute("BEGIN IMMEDIATE")
+    with pytest.raises(UserError, match="database is locked; another process is writing"):
+        other.set("a", "b")
+    catalog.db.execute("ROLLBACK")
+    other.set("a", "b")
+
+
+def test_in_memory_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Catalog(None, K) as catalog:
+        catalog.add_source("a", 0)
+    assert list(Path(tmp_path).iterdir()) == []
