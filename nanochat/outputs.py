@@ -1,6 +1,6 @@
 """Where results go: looked at before the work, written whole or not at all, one run to a directory, and a run that ends when it is asked to.
 
-    out = output_folder(args.out, "report.json")   # before the work: parents made, a byte really written, nothing in the way
+    out = output_folder(args.out, "report.json")   # before the work: parents can be made, a byte really written, nothing in the way
     with replacing(out / "report.json") as part:   # after it: the old file or the new one, never a half
         part.write_text(text)
 
@@ -43,12 +43,15 @@ NAME_BYTES = 200  # of a folder that a tag names: file systems take 255, and suf
 
 
 def output_folder(path: Path | str, *files: str, flag: str = "--out") -> Path:
-    """A folder that takes `files`, made with its parents. flag: what named it, for the message.
+    """A folder that will take `files`. flag: what named it, for the message.
 
-    UserError when it cannot be made or written to, or when a folder is in the place of a file.
+    It is made with its parents, written to, and what was made is taken away again: work that fails leaves no empty folders.
+    UserError when that does not go, or when a folder is in the place of a file.
     """
     path = Path(path)
+    missing: list[Path] = []
     try:
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path) as f:
             f.write(bytes(4096))
@@ -56,6 +59,10 @@ def output_folder(path: Path | str, *files: str, flag: str = "--out") -> Path:
             os.fsync(f.fileno())
     except (OSError, ValueError) as e:  # ValueError: a null byte
         raise _refused(path, "is a file" if isinstance(e, FileExistsError) else reason(e), flag) from None
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # another command may have begun to use it
+                folder.rmdir()
     for name in files:
         if (path / name).is_dir():
             raise _refused(path / name, "is a folder", flag)
@@ -63,7 +70,7 @@ def output_folder(path: Path | str, *files: str, flag: str = "--out") -> Path:
 
 
 def output_file(path: Path | str, flag: str = "--out") -> Path:
-    """A file to be written later, its folder made with its parents. UserError as `output_folder`."""
+    """A file to be written later, in a folder as `output_folder` wants it. UserError too where it is a folder itself."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{flag}={path} is a folder; name a file")
@@ -106,7 +113,7 @@ def check_tag(tag: str, flag: str = "--model_tag") -> str:
 def replacing(path: Path | str, *failures: type[Exception]) -> Iterator[Path]:
     """A path beside `path` to write to. After a clean end it is flushed to the medium and is `path`; else it is gone and `path` is as before.
 
-    A link stays a link; a device or a pipe is written itself. failures: what a library raises besides OSError when it cannot
+    Parents are made. A link stays a link; a device or a pipe is written itself. failures: what a library raises besides OSError when it cannot
     write. UserError for these.
     """
     path = Path(path)
@@ -118,6 +125,7 @@ def replacing(path: Path | str, *failures: type[Exception]) -> Iterator[Path]:
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with _one_line(path, failures):
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield part
             _flush(part)
             os.replace(part, path)

@@ -44,10 +44,14 @@ def full(*args):
 # Before the work
 
 
-def test_missing_parents_are_made_and_nothing_else(tmp_path):
+def test_missing_parents_are_made_by_the_write_and_not_by_the_check(tmp_path):
+    (tmp_path / "there").mkdir()
     assert output_folder(tmp_path / "a" / "b", "x") == tmp_path / "a" / "b"
-    assert output_file(tmp_path / "c" / "d.json") == tmp_path / "c" / "d.json"
-    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+    assert output_folder(tmp_path / "there" / "b").parent.is_dir() and output_folder(tmp_path / "there").is_dir()
+    path = output_file(tmp_path / "c" / "d.json")
+    assert [p.name for p in tmp_path.rglob("*")] == ["there"]
+    write_file(path, "x")
+    assert path.read_text() == "x"
 
 
 @pytest.mark.parametrize("code, words", [(errno.EROFS, "Read-only file system"), (errno.ENOSPC, "No space left"), (errno.EACCES, "Permission denied")])
