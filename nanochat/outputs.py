@@ -61,7 +61,7 @@ def output_folder(path: Path | str, *files: str, flag: str = "--out") -> Path:
         raise _refused(path, "is a file" if isinstance(e, FileExistsError) else reason(e), flag) from None
     finally:
         for folder in missing:
-            with contextlib.suppress(OSError):  # another command may have begun to use it
+            with contextlib.suppress(OSError, ValueError):  # another command may have begun to use it
                 folder.rmdir()
     for name in files:
         if (path / name).is_dir():

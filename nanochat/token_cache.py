@@ -15,7 +15,7 @@ import numpy as np
 
 from nanochat.common import UserError, base_dir
 from nanochat.dataset import Corpus, Document, Progress
-from nanochat.outputs import locked
+from nanochat.outputs import BASE_DIR, locked, reason
 from nanochat.tokenizer import Tokenizer
 
 BATCH_CHARS = 1 << 20  # encoded at a time
@@ -63,16 +63,18 @@ def _build(path: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> None
         with open(tmp / "tokens.bin", "wb") as f:
             for texts in _batches(corpus.documents(split)):
                 for ids in tokenizer.encode_batch(texts, num_threads=os.cpu_count() or 1):
-                    np.array([tokenizer.bos_id, *ids], dtype=dtype).tofile(f)
+                    f.write(np.array([tokenizer.bos_id, *ids], dtype=dtype).tobytes())
                     lengths.append(1 + len(ids))
                 progress.update(len(lengths))
-    except UserError:
-        shutil.rmtree(tmp)  # a damaged corpus leaves nothing behind
-        raise
-    np.save(tmp / "docs.npy", np.cumsum([0, *lengths], dtype=np.int64))
-    meta = {"tokens": sum(lengths), "documents": len(lengths), "dtype": np.dtype(dtype).name}
-    (tmp / "meta.json").write_text(json.dumps(meta))
-    os.replace(tmp, path)
+        np.save(tmp / "docs.npy", np.cumsum([0, *lengths], dtype=np.int64))
+        meta = {"tokens": sum(lengths), "documents": len(lengths), "dtype": np.dtype(dtype).name}
+        (tmp / "meta.json").write_text(json.dumps(meta))
+        os.replace(tmp, path)
+    except (UserError, OSError) as e:
+        shutil.rmtree(tmp, ignore_errors=True)  # a damaged corpus, or a full disk, leaves nothing behind
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"cannot write the tokens of {corpus.name} to {path} ({reason(e)}); free some space, or set {BASE_DIR} to another folder") from None
 
 
 def _open(path: Path, fingerprint: str) -> TokenCache:

@@ -23,8 +23,11 @@ from mc.session import SessionState
 from nanochat import outputs
 from nanochat.checkpoint import annotate, damage, load_model_state, save_checkpoint
 from nanochat.common import FlagParser, Ranks, UserError, run_main
+from nanochat.dataset import open_corpus
 from nanochat.outputs import StopRequest, check_tag, holding, locked, output_file, output_folder, replacing, write_file
 from nanochat.recorder import METRICS, Metric, Recorder, Sink, read_metrics, run_id
+from nanochat.token_cache import open_token_cache
+from nanochat.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -161,6 +164,21 @@ def test_an_evaluation_is_noted_on_a_step_that_stays_intact(tmp_path, monkeypatc
 def test_an_empty_run_id_left_by_a_full_disk_is_made_again(tmp_path):
     (tmp_path / "run_id").write_text("")
     assert len(run_id(tmp_path)) == 8 == len((tmp_path / "run_id").read_text())
+
+
+def test_a_full_disk_leaves_no_tokens_that_could_be_taken_for_whole(tmp_path, base):
+    (tmp_path / "texts").mkdir()
+    for name in "ab":
+        (tmp_path / "texts" / f"{name}.txt").write_text("alpha beta gamma " * 2000)
+    corpus, tokenizer = open_corpus(str(tmp_path / "texts")), Tokenizer.train(iter(["alpha beta gamma"]), 257)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(UserError, match="cannot write the tokens of.*File too large"):
+            open_token_cache(corpus, "train", tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(base.glob("tokens-*")) and len(open_token_cache(corpus, "train", tokenizer).tokens) > 10_000
 
 
 # ---------------------------------------------------------------------------------------------------------------------

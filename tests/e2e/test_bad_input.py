@@ -43,6 +43,10 @@ FLAGS = {
     "budget too small for the tree": ([*MC, "--mc_budget=20"], "a budget of 20 entries is too small for 120 tokens"),
     "budget holds everything": ([*MC, "--mc_budget=121"], "holds the whole history of 120 tokens"),
     "shares": ([*MC, "--mc_cuts=lens:0.5"], "sum to 1"),
+    "too wide": (["--aspect_ratio=100000000000"], "--aspect_ratio=100000000000 must be at most"),
+    "rows too long": (["--max_seq_len=9223372036854775807"], "must be at most"),
+    "data without a name": (["--data="], "--data='' names nothing"),
+    "seed beyond 64 bits": (["--seed=99999999999999999999"], "does not fit 64 bits"),
     "vocabulary": (["--vocab_size=100"], "--vocab_size=100, but the tokenizer has"),
 }
 

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from mc.catalog import Catalog
 from mc.disk_store import DiskStore
 from nanochat.tokenizer import Tokenizer
+from scripts import mc_store
 
 K = 8  # of the checkpoint in `reference`
 
@@ -339,6 +340,7 @@ WRONG = {
     "both places": (["edit", "--store={store}", "--source=1", "--find=x", "--start=1"], "say where"),
     "two texts": (["edit", "--store={store}", "--source=1", "--start=1", "--text=x", "--text_file=y"], "give one of them"),
     "not found": (["edit", "--store={store}", "--source=1", "--find=surely not there", "--text=x"], "occurs 0 times in source 1"),
+    "found twice": (["edit", "--store={store}", "--source=1", "--find=import", "--text=x"], "(line "),
     "found often": (["edit", "--store={store}", "--source=1", "--find=e", "--text=x"], "give a text that occurs once"),
     "regist with nothing": (["regist", "--store={store}"], "give --checkpoint_dir"),
     "prune how much": (["prune", "--store={store}"], "give --share"),
@@ -347,6 +349,11 @@ WRONG = {
     "span": (["query", "--store={store}", "--span=9:1"], "--span=9:1: START:STOP"),
     "export over something": (["export", "--store={store}", "--out=mc"], "--out=mc is there already"),
 }
+
+
+def test_line_ends_of_a_new_text_are_kept(tmp_path):
+    (tmp_path / "new.txt").write_bytes(b"a\r\nb\rc\n")
+    assert mc_store._read_text(tmp_path / "new.txt") == "a\r\nb\rc\n"
 
 
 @pytest.mark.parametrize("mistake", WRONG.values(), ids=WRONG)

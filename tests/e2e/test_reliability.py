@@ -104,7 +104,7 @@ def test_two_runs_in_one_directory(base, train, monkeypatch):
         for resume in (0, 1):
             assert "is being written by another run (process" in train(base, f"--resume={resume}", "--seed=7").error
         assert "is being written" in run(base, "train_lensnet", "--checkpoint_dir=x", "--steps=0", "--out_tag=t").error
-    assert not list((base / "checkpoints" / "t").iterdir())
+    assert not list(base.rglob("checkpoints/t/*"))
 
 
 def test_runs_in_folders_keep_their_logs_apart(base, train):
