@@ -167,7 +167,8 @@ def one(tmp_path, format: str, row: dict, name: str = "made.jsonl"):
     return example
 
 
-KVPRESS = {"context": "Gates: north 4410, south 9921. ", "question": "Which?", "answer_prefix": " They are", "max_new_tokens": 20}
+KVPRESS = {"context": "Gates: 4410, 9921. ", "question": "Which?", "answer_prefix": " They are", "max_new_tokens": 20}
+BOTH = {"answer": "Lena Ford", "references": ["Lena Ford", "Ford"]}
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
@@ -180,8 +181,8 @@ KVPRESS = {"context": "Gates: north 4410, south 9921. ", "question": "Which?", "
         ("cwe", {"answer": ["one", "one", "two"]}, " one, one, two", "one", 2 / 3),
         ("qa_1", {"answer": ["Lena Ford", "Ford"]}, " Lena Ford", "that was Ford", 1),
         ("qa_2", {"answers": ["Lena Ford", "Ford"]}, " Lena Ford", "that was ford", 1),
-        ("signed", {"answer": "Lena Ford", "references": ["Lena Ford", "Ford"], "any_reference": True}, "Lena Ford", "Ford", 1),
-        ("signed", {"answer": "Lena Ford", "references": ["Lena Ford", "Ford"], "any_reference": False}, "Lena Ford", "Ford", 0.5),
+        ("signed", BOTH | {"any_reference": True}, "Lena Ford", "Ford", 1),
+        ("signed", BOTH | {"any_reference": False}, "Lena Ford", "Ford", 0.5),
         ("qa_1", {"answer": ["Lena Ford", "Ford"], "any_reference": False}, " Lena Ford, Ford", "Ford", 0.5),
         ("hotpotqa", {"answers": ["Lena Ford", "Ford"]}, " Lena Ford", "Ford", 1),
         ("hotpotqa-e", {"answers": ["Lena Ford", "Ford"]}, " Lena Ford", "Ford", 1),

@@ -1,8 +1,9 @@
 """Examples from files that the user has: question answering, long-context suites, code, in the layouts they are published in.
 
-`kvpress`: the columns of the sets that kvpress is evaluated on, which are also ours; its answer is a text or a list of them. `ruler`:
-jsonl of the RULER harness (input, outputs). `longbench`: input, context, answers. Whether a right answer contains every reference or
-any of them is the row's `any_reference`, else what the suites score that task by. References without text are left out.
+`kvpress`: the columns of the sets that kvpress is evaluated on, which are also ours; its answer is a text or a list of
+them. `ruler`: jsonl of the RULER harness (input, outputs). `longbench`: input, context, answers. Whether a right
+answer contains every reference or any of them is the row's `any_reference`, else what the suites score that task by;
+one without text is left out.
 `nq`: Natural Questions, simplified as published (question_text, document_text, annotations) or as question, answers, context(s).
 `triviaqa`: the reading-comprehension rows (question, answer, entity_pages, search_results). `humaneval`: prompt, canonical_solution.
 A path is a parquet, jsonl or json file, or a folder of such files. Nothing is downloaded.
@@ -22,8 +23,9 @@ from nanochat.tasks.schema import Example
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 SPLIT_NAMES = ("train", "dev", "validation", "val", "test")
-# Tokens that the suites let a model answer with: RULER's, by kind of task, whose score is the share of all references but for qa
-# (scripts/data/synthetic/constants.py); LongBench's (config/dataset2maxlen.json), which counts the best reference.
+# Tokens that the suites let a model answer with: RULER's, by kind of task, whose score is the share of all references
+# but for qa (scripts/data/synthetic/constants.py); LongBench's (config/dataset2maxlen.json), which counts the best
+# reference.
 RULER_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 LONGBENCH_TOKENS = {
     "narrativeqa": 128,
@@ -154,7 +156,8 @@ def _plain(value: object, name: str) -> str:
 
 
 def _unpacked(text: str) -> object:
-    """The list that a table without lists holds as text: JSON's, Python's or numpy's ['a' 'b']. Anything else: the text itself."""
+    """The list that a table without lists holds as text: JSON's, Python's or numpy's ['a' 'b']. Else the text
+    itself."""
     if not (text.strip().startswith("[") and text.strip().endswith("]")):
         return text
     for read in (json.loads, lambda t: ast.literal_eval(re.sub(r"(?<=['\"])\s+(?=['\"])", ", ", t.strip()))):
@@ -166,8 +169,8 @@ def _unpacked(text: str) -> object:
 
 
 def _texts(row: dict, *names: str) -> tuple[str, ...]:
-    """The first of the fields that has any: a text or a list of texts, those that say something. The text of a field for several
-    (answers, outputs) may be a list written out. _Unfit without any."""
+    """The first of the fields that has any: a text or a list of texts, those that say something. The text of a field
+    for several (answers, outputs) may be a list written out. _Unfit without any."""
     empty = None
     for name in names:
         value = row.get(name)
@@ -198,7 +201,8 @@ def _ruler_kind(task: str) -> str | None:
 
 
 def _any_reference(row: dict, task: str) -> bool:
-    """Whether one of several references makes an answer right: as the row says, else as the suite of that task scores it."""
+    """Whether one of several references makes an answer right: as the row says, else as the suite of that task has
+    it."""
     said = row.get("any_reference")
     if said is not None:
         if not isinstance(said, (bool, int)) or said not in (0, 1):
@@ -220,7 +224,7 @@ def _told(references: tuple[str, ...], part: bool, before: str) -> str:
 def _kvpress(row: dict, name: str) -> Example:
     task = _text(row, "task", default=name)
     kind, part = _ruler_kind(task), _any_reference(row, task)
-    if kind and isinstance(row.get("answer"), str):  # elsewhere an answer may be the text of a list, as of a program's output
+    if kind and isinstance(row.get("answer"), str):  # elsewhere it may be the text of a list, as a program's output
         row = row | {"answer": _unpacked(row["answer"])}
     references = _texts(row, "references", "answers", "answer")
     context, question, prefix = _text(row, "context"), _text(row, "question"), _text(row, "answer_prefix", default="")

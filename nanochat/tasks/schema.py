@@ -97,9 +97,9 @@ def _compared(text: str) -> str:
 
 
 def ruler_score(prediction: str, references: Sequence[str], part: bool = False) -> float:
-    """Share of the references that the prediction contains, whatever the case, the blanks around them or the way Unicode composes their
-    letters; with `part` (questions with several right answers) 1.0 if it contains any. A reference without text counts for
-    nothing: every prediction contains it. UserError without any other."""
+    """Share of the references that the prediction contains, whatever the case, the blanks around them or the way
+    Unicode composes their letters; with `part` (questions with several right answers) 1.0 if it contains any. A
+    reference without text counts for nothing: every prediction contains it. UserError without any other."""
     references = [text for reference in references if (text := _compared(reference.strip()))]
     if not references:
         raise UserError("an answer without references cannot be scored: each is missing or empty")
