@@ -233,7 +233,8 @@ def test_a_reference_without_text_is_none(tmp_path, format, row, kept):
         ("ruler", {"outputs": ["", " "]}, "answer is empty: 'outputs'"),
         ("longbench", {"answers": [""]}, "answer is empty: 'answers'"),
         ("triviaqa", {"answer": {"value": "", "aliases": []}}, "answer is empty"),
-        ("kvpress", {"answer": None}, "lacks 'references' or 'answers' or 'answer'"),
+        ("kvpress", {"answer": None}, "'answer'; it has context, question, answer_prefix, max_new_tokens"),
+        ("kvpress", {"answer": b"red"}, "'answer' holds bytes"),
         ("kvpress", {"answer": []}, "'answer' is not a text"),
         ("kvpress", {"answer": [["a"], ["b"]]}, "'answer' holds list"),
         ("kvpress", {"answer": {"text": ["a"]}}, "'answer' holds dict"),
@@ -245,8 +246,8 @@ def test_a_reference_without_text_is_none(tmp_path, format, row, kept):
     ],
 )
 def test_what_cannot_be_an_answer_is_named(tmp_path, format, row, says):
-    with pytest.raises(UserError, match="made.jsonl, row 1: ") as caught:
-        one(tmp_path, format, ROWS[format] | row)
+    with pytest.raises(UserError, match="made.parquet, row 1: ") as caught:
+        one(tmp_path, format, ROWS[format] | row, "made.parquet")
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -273,3 +274,14 @@ def test_names_and_lines_that_other_tools_write(tmp_path):
     (tmp_path / "broken.json").write_text(lines + "{")
     with pytest.raises(UserError, match="not JSON at line 3"):
         load_examples(tmp_path / "broken.json", "ruler")
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.string()), pa.large_list(pa.large_string()), pa.list_(pa.string(), 2), pa.list_(pa.int64())]
+)
+def test_lists_of_every_type_that_parquet_has(tmp_path, kind):
+    value = [4410, 9921] if pa.types.is_integer(kind.value_type) else ["4410", "9921"]
+    columns = {name: [value] for name, value in KVPRESS.items()} | {"task": pa.array(["niah_multivalue"]).dictionary_encode()}
+    pq.write_table(pa.table(columns | {"answer": pa.array([value], kind)}), tmp_path / "x.parquet")
+    (example,) = load_examples(tmp_path / "x.parquet", "kvpress")
+    assert example.references == ("4410", "9921") and example.score("9921") == 0.5

@@ -134,6 +134,11 @@ def _lines(lines: Iterable[str]) -> Iterator[tuple[int, object]]:
             yield place, row
 
 
+def _lacking(row: dict, *names: str) -> _Unfit:
+    there = [str(name) for name, value in row.items() if value is not None]
+    return _Unfit(f"it lacks {' or '.join(map(repr, names))}; it has {', '.join(there) or 'no fields'}")
+
+
 def _text(row: dict, *names: str, default: str | None = None) -> str:
     """The first of the fields that is there, which must be text. Missing: `default`, or _Unfit without one."""
     for name in names:
@@ -142,7 +147,7 @@ def _text(row: dict, *names: str, default: str | None = None) -> str:
                 raise _Unfit(f"{name!r} is {type(row[name]).__name__}, not text")
             return row[name]
     if default is None:
-        raise _Unfit(f"it lacks {' or '.join(map(repr, names))}; it has {', '.join(map(str, row)) or 'no fields'}")
+        raise _lacking(row, *names)
     return default
 
 
@@ -180,7 +185,7 @@ def _texts(row: dict, *names: str) -> tuple[str, ...]:
             return found
         empty = name if empty is None and value is not None else empty
     if empty is None:
-        raise _Unfit(f"it lacks {' or '.join(map(repr, names))}; it has {', '.join(map(str, row)) or 'no fields'}")
+        raise _lacking(row, *names)
     if row[empty] == []:
         raise _Unfit(f"{empty!r} is not a text or a list of texts: it is an empty list")
     raise _Unfit(f"its answer is empty: {empty!r} holds no text")
