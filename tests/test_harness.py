@@ -307,3 +307,13 @@ def test_sessions_answer_beyond_any_window():
     made = made[: made.index(TOKENIZER.bos_id)] if TOKENIZER.bos_id in made else made
     assert text == TOKENIZER.decode(made)
     assert not pool.sessions, "every request gives its place back"
+
+
+@pytest.mark.parametrize("kind", ["window", "session"])
+def test_the_least_top_p_or_top_k_is_the_likeliest_token(kind):
+    pool = SessionPool(GPT, tiny_mc(GPT).model, SessionConfig(), trained_lods=[1, 2])
+    lm = PlainLM(GPT, TOKENIZER) if kind == "window" else SessionLM(pool, TOKENIZER)
+    answer = lambda **how: lm.generate_until(requests("generate_until", ("the fox", {"until": [], "max_gen_toks": 8} | how)))
+    greedy, drawn = answer(), answer(temperature=1.0)
+    assert greedy == answer(temperature=1.0, top_p=1e-9) == answer(temperature=1.0, top_k=1) != drawn
+    assert drawn == answer(temperature=1.0, do_sample=True) != answer(temperature=3.0)
