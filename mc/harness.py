@@ -1,6 +1,6 @@
 """A model with MegaContext under the lm-evaluation-harness: every request is a session, whose history has no limit and is not cut."""
 
-from typing import Sequence
+from typing import Iterator, Sequence
 
 from torch import Tensor
 
@@ -28,9 +28,9 @@ class SessionLM(HarnessLM):
         finally:
             session.close()
 
-    def continuation(self, context: Sequence[int], max_tokens: int, temperature: float):
+    def continuation(self, context: Sequence[int], max_tokens: int, seed: int, **sampling) -> Iterator[int]:
         session = self._open(context)
         try:
-            yield from session.generate(max_tokens, temperature=temperature)
+            yield from session.generate(max_tokens, seed=seed, **sampling)
         finally:
             session.close()

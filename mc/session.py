@@ -277,7 +277,8 @@ class SessionPool:
             sessions[i].report_refocus(time.perf_counter() - begin)
         return out
 
-    def step(self, sessions: Sequence["Session"], temperature: float = 1.0, top_k: int | None = None) -> list[int]:
+    def step(self, sessions: Sequence["Session"], temperature: float = 1.0, top_k: int | None = None,
+             top_p: float = 1.0) -> list[int]:
         """One step of `generate`: the next token of each session, drawn by its own generator, and part of its history afterwards."""
         for session in sessions:
             session.check_length(session.n_tokens + 1)
@@ -290,19 +291,21 @@ class SessionPool:
             if temperature == 0:
                 tokens = logits_AV.argmax(-1).tolist()
             else:
-                tokens = [int(sample(logits_AV[i:i + 1], temperature, top_k, session.generator)) for i, session in enumerate(sessions)]
+                tokens = [int(sample(logits_AV[i:i + 1], temperature, top_k, session.generator, top_p))
+                          for i, session in enumerate(sessions)]
         for session, token in zip(sessions, tokens):
             session.ingest([token])
         return tokens
 
     def generate(self, sessions: Sequence["Session"], max_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
-                 seed: int | None = None, stop_ids: Sequence[int] = ()) -> Iterator[list[int | None]]:
+                 top_p: float = 1.0, seed: int | None = None,
+                 stop_ids: Sequence[int] = ()) -> Iterator[list[int | None]]:
         """Per step, each session's new token, None for those that have stopped; sampling as `nanochat.engine.Engine.generate`.
 
         seed: start every session's draws anew; None: go on with them. A session's tokens do not depend on those beside it.
         UserError, before anything runs, as the engine, for an empty session, and for a history that would outgrow the budget.
         """
-        check_sampling(self.gpt.config.vocab_size, max_tokens, temperature, top_k, stop_ids)
+        check_sampling(self.gpt.config.vocab_size, max_tokens, temperature, top_k, stop_ids, top_p)
         self.check_open(sessions)
         for session in sessions:
             if not session.n_tokens:
@@ -310,7 +313,7 @@ class SessionPool:
             session.check_growth(max_tokens)
         for session in sessions if seed is not None else ():
             session.generator.manual_seed(seed)
-        return self._stream(list(sessions), max_tokens, temperature, top_k, frozenset(stop_ids))
+        return self._stream(list(sessions), max_tokens, temperature, top_k, top_p, frozenset(stop_ids))
 
     def check_open(self, sessions: Sequence["Session"]) -> None:
         if not sessions:
@@ -318,12 +321,12 @@ class SessionPool:
         if len({session.row for session in sessions}) != len(sessions) or any(self.sessions.get(s.row) is not s for s in sessions):
             raise UserError("a session takes part once, and only in its own pool until it is closed")
 
-    def _stream(self, sessions: list["Session"], max_tokens: int, temperature: float, top_k: int | None,
+    def _stream(self, sessions: list["Session"], max_tokens: int, temperature: float, top_k: int | None, top_p: float,
                 stop_ids: frozenset[int]) -> Iterator[list[int | None]]:
         running, began = list(range(len(sessions))), time.perf_counter()
         for left in range(max_tokens, 0, -1):
             begin = time.perf_counter()
-            drawn = dict(zip(running, self.step([sessions[i] for i in running], temperature, top_k)))
+            drawn = dict(zip(running, self.step([sessions[i] for i in running], temperature, top_k, top_p)))
             going_on = [i for i in running if drawn[i] not in stop_ids and left > 1]
             for i in running if self.recorder else ():
                 sessions[i].meter.decoded(time.perf_counter() - begin)
@@ -653,10 +656,11 @@ class Session:
 
     # -- decoding ---------------------------------------------------------------------------------------------------------
 
-    def generate(self, max_tokens: int, *, temperature: float = 1.0, top_k: int | None = None, seed: int | None = None,
-                 stop_ids: Sequence[int] = ()) -> Iterator[int]:
+    def generate(self, max_tokens: int, *, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
+                 seed: int | None = None, stop_ids: Sequence[int] = ()) -> Iterator[int]:
         """The next tokens, one by one, each part of the history when it is given out; as `SessionPool.generate`."""
-        steps = self.pool.generate([self], max_tokens, temperature=temperature, top_k=top_k, seed=seed, stop_ids=stop_ids)
+        steps = self.pool.generate([self], max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+                                   stop_ids=stop_ids)
         return (token for (token,) in steps)
 
     def logits(self) -> Tensor:
