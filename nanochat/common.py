@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import importlib
 import importlib.util
+import json
 import os
 import random
 import re
@@ -24,6 +25,16 @@ class UserError(Exception):
 def base_dir() -> Path:
     """Where artefacts go: `$NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat`. Not created here."""
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+
+
+def parse_json(text: str | bytes) -> object:
+    """`json.loads`, whose every refusal is a ValueError of one line, also of bytes that are no UTF-8 and of what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"not UTF-8: {e.reason} at byte {e.start}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 class FlagParser(argparse.ArgumentParser):

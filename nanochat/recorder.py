@@ -28,7 +28,7 @@ from typing import Literal, TextIO
 import torch
 from torch import Tensor
 
-from nanochat.common import UserError
+from nanochat.common import UserError, parse_json
 from nanochat.tracing import Reading, Span, Trace, runs
 
 
@@ -345,12 +345,25 @@ def _drop_torn_line(path: Path) -> None:
 
 def read_metrics(path: str | Path) -> list[dict]:
     """The rows of a metrics file, one per step in order. Where a resumed run repeated a step, or a step was flushed twice,
-    later values win."""
+    later values win. UserError for a line that is none; OSError where there is no file."""
     rows: dict[int, dict] = {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        try:
+            row = checked_row(parse_json(line))
+        except ValueError as e:
+            raise UserError(f"{path} is no metrics file: line {number}: {e}; remove that line, or name another file") from None
         rows.setdefault(row["step"], {}).update(row)
     return [rows[step] for step in sorted(rows)]
+
+
+def checked_row(row: object) -> dict[str, int | float | None]:
+    """A line of metrics.jsonl: {"step": n, "time": s, metric: value, …}. What is not finite is None, as the recorder writes it; ValueError for
+    another thing than an object with a step and a time, and for a value that is no number."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int or type(row.get("time")) not in (int, float) or not math.isfinite(row["time"]):
+        raise ValueError("not an object with a step and a time")
+    if other := [name for name, x in row.items() if not (x is None or type(x) in (int, float) and (type(x) is float or abs(x) < 2**63))]:
+        raise ValueError(f"{other[0]!r} has no number that a metric can be")
+    return {name: x if x is None or math.isfinite(x) else None for name, x in row.items()}
 
 
 class ConsoleSink(Sink):
