@@ -150,8 +150,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "nothing").mkdir()
     for name, says in (
-        ("broken.jsonl", "not JSON at line 1"),
-        ("broken.parquet", "cannot read"),
+        ("broken.jsonl", "broken.jsonl line 1: not JSON"),
+        ("broken.parquet", "damaged parquet file .*broken.parquet"),
         ("empty.jsonl", "no example"),
         ("nothing", "file there"),
         ("missing.jsonl", "file there"),

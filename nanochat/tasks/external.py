@@ -6,17 +6,14 @@
 A path is a parquet, jsonl or json file, or a folder of such files. Nothing is downloaded.
 """
 
-import json
 from pathlib import Path
 from typing import Callable, Iterator
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from nanochat.common import UserError
+from nanochat.common import UserError, shown
+from nanochat.documents import SHARDS, files_below, is_shard, json_rows, parquet_rows, read_json
 from nanochat.tasks.schema import Example
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (*SHARDS, ".json")
 SPLIT_NAMES = ("train", "dev", "validation", "val", "test")
 
 
@@ -32,9 +29,9 @@ def load_examples(path: Path | str, format: str, limit: int = 0) -> list[Example
     if format not in FORMATS:
         raise UserError(f"format {format!r} of external examples: use one of {', '.join(FORMATS)}")
     path = Path(path).expanduser()
-    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else [path]
-    if not files or not files[0].is_file() or files[0].suffix not in SUFFIXES:
-        raise UserError(f"{path}: no {', '.join(SUFFIXES)} file there; name a file of {format} examples or a folder of them")
+    files = files_below(path, SUFFIXES) if path.is_dir() else [path]
+    if not files or not files[0].is_file() or not files[0].name.endswith(SUFFIXES):
+        raise UserError(f"{shown(path)}: no {', '.join(SUFFIXES)} file there; name a file of {format} examples or a folder of them")
     examples: list[Example] = []
     for file in files:
         for place, row in _rows(file):
@@ -48,35 +45,23 @@ def load_examples(path: Path | str, format: str, limit: int = 0) -> list[Example
                 if not example.answer:
                     raise _Unfit("its answer is empty")
             except _Unfit as e:
-                raise UserError(f"{file}, row {place}: no {format} example: {e}") from None
+                raise UserError(f"{shown(file)}, row {place}: no {format} example: {e}") from None
             examples.append(example)
     if not examples:
-        raise UserError(f"{path} holds no example")
+        raise UserError(f"{shown(path)} holds no example")
     return examples
 
 
 def _rows(file: Path) -> Iterator[tuple[int, object]]:
     """(row number from 1, row) of one file."""
-    try:
-        if file.suffix == ".parquet":
-            place = 0
-            with pq.ParquetFile(file) as table:
-                for batch in table.iter_batches(256):
-                    for row in batch.to_pylist():
-                        yield (place := place + 1), row
-        elif file.suffix == ".jsonl":
-            with open(file, encoding="utf-8") as f:
-                for place, line in enumerate(f, 1):
-                    if line.strip():
-                        yield place, json.loads(line)
-        else:
-            data = json.loads(file.read_text(encoding="utf-8"))
-            data = data.get("Data", data.get("data", data)) if isinstance(data, dict) else data
-            yield from enumerate(data if isinstance(data, list) else [data], 1)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{file}: not JSON at line {e.lineno if file.suffix == '.json' else place} ({e.msg})") from None
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as e:
-        raise UserError(f"cannot read {file} ({str(e).splitlines()[0][:100]})") from None
+    if file.suffix == ".parquet":
+        yield from parquet_rows(file)
+    elif is_shard(file):
+        yield from ((place, row) for place, row in json_rows(file) if row is not None)
+    else:
+        data = read_json(file)
+        data = data.get("Data", data.get("data", data)) if isinstance(data, dict) else data
+        yield from enumerate(data if isinstance(data, list) else [data], 1)
 
 
 def _text(row: dict, *names: str, default: str | None = None) -> str:
@@ -87,7 +72,7 @@ def _text(row: dict, *names: str, default: str | None = None) -> str:
                 raise _Unfit(f"{name!r} is {type(row[name]).__name__}, not text")
             return row[name]
     if default is None:
-        raise _Unfit(f"it lacks {' or '.join(map(repr, names))}; it has {', '.join(map(str, row)) or 'no fields'}")
+        raise _Unfit(f"it lacks {' or '.join(map(repr, names))}; it has {', '.join(map(shown, row)) or 'no fields'}")
     return default
 
 
@@ -100,7 +85,7 @@ def _texts(row: dict, *names: str) -> tuple[str, ...]:
             if not isinstance(values, list) or not values or not all(isinstance(v, str) for v in values):
                 raise _Unfit(f"{name!r} is not a text or a list of texts")
             return tuple(values)
-    raise _Unfit(f"it lacks {' or '.join(map(repr, names))}; it has {', '.join(map(str, row)) or 'no fields'}")
+    raise _Unfit(f"it lacks {' or '.join(map(repr, names))}; it has {', '.join(map(shown, row)) or 'no fields'}")
 
 
 def _most(row: dict, default: int) -> int:
@@ -184,7 +169,7 @@ def _nq(row: dict, name: str) -> Example:
     if "annotations" not in row:
         found = next((row[field] for field in ("context", "contexts", "ctxs", "document_text") if row.get(field) is not None), None)
         if found is None:
-            raise _Unfit(f"it lacks 'context', 'contexts', 'ctxs' or 'document_text'; it has {', '.join(map(str, row))}")
+            raise _Unfit(f"it lacks 'context', 'contexts', 'ctxs' or 'document_text'; it has {', '.join(map(shown, row))}")
         return _question(_passages(found), _text(row, "question", "question_text"), _texts(row, "answers", "answer"), row, "nq")
     document = _text(row, "document_text").split(" ")
     references = []
