@@ -144,7 +144,7 @@ def digests(root: Path, files: Iterable[Path]) -> dict[Path, str]:
     is read once; a filesystem whose clock runs seconds behind, or that writes no change times, defeats that."""
     status = {path: _stat(path) for path in files}
     memory = base_dir() / "digests" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.json"
-    large = [path for path in status if status[path].st_size >= REMEMBERED_BYTES]
+    large = {path for path in status if status[path].st_size >= REMEMBERED_BYTES}
     with locked(memory.with_suffix(".lock")) if large else nullcontext():
         known = _remembered(memory) if large else {}
         new = [path for path in status if path not in large or _name(status[path]) not in known]

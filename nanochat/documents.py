@@ -167,7 +167,8 @@ def _lines(path: Path) -> Iterator[bytes]:
     with opened(path) as f:
         try:
             codec = CODECS.get(path.suffix)
-            yield from io.BufferedReader(pa.CompressedInputStream(f, codec), READ_BYTES) if codec else f
+            own = open(os.dup(f.fileno()), "rb") if codec else f  # the decompressor closes what it reads
+            yield from io.BufferedReader(pa.CompressedInputStream(own, codec), READ_BYTES) if codec else f
         except (OSError, pa.ArrowException) as e:
             raise UserError(f"damaged file {shown(path)} ({shown(str(e))[:100]}); delete it or fetch it again") from None
 

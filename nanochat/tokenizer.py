@@ -29,6 +29,7 @@ SPLIT_PATTERN = (
 TRAIN_HINT = "run: python -m scripts.tok_train"
 MAX_PIECE = 1 << 24  # characters that are tokenized together at most, where a text offers no place to cut
 LONG_RUN = 1 << 17  # blanks; the pattern engines' stacks overflow between 500,000 and 1,000,000
+ENGINE_RUN = 1 << 20  # blanks that no engine takes at once, so that they may come apart: merging 10 million took 43 s
 _PLACE = re.compile(r"\n(?=\S)")
 BLANKS = "\t\v\f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"  # the pattern's \\s without CR, LF
 _BLANKS = re.compile(f"[{BLANKS}]+")
@@ -178,8 +179,8 @@ class Tokenizer:
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text`, without bos. Names of special ids inside the text are plain text unless `special`.
 
-        They are those of tiktoken, also of runs of blanks that are too long for its pattern engine, and do not depend on how `cut` cut a
-        text before; half of a surrogate pair is read as U+FFFD.
+        They are those of tiktoken, of a text that it can take (a run of some 500,000 blanks is too much for its pattern engine), and do not
+        depend on how `cut` cut a text before; half of a surrogate pair is read as U+FFFD.
         """
         ids, pieces = [], [text := whole_characters(text)] if len(text) <= MAX_PIECE else cut([text])
         for piece in pieces:
@@ -189,7 +190,8 @@ class Tokenizer:
                 last = run.stop == len(piece) or special and piece.startswith(self._special_names, run.stop)
                 ids += self._encode(piece[start : run.start], special)
                 start = run.stop if last else run.stop - 1
-                ids += self._one_piece.encode_ordinary(piece[run.start : start])
+                size = LONG_RUN if len(run) > ENGINE_RUN else len(run)
+                ids += [i for at in range(run.start, start, size) for i in self._one_piece.encode_ordinary(piece[at : min(at + size, start)])]
             ids += self._encode(piece[start:], special)
         return ids
 
