@@ -45,7 +45,7 @@ def load_examples(path: Path | str, format: str, limit: int = 0) -> list[Example
                 if not example.answer:
                     raise _Unfit("its answer is empty")
             except _Unfit as e:
-                raise UserError(f"{shown(file)}, row {place}: no {format} example: {e}") from None
+                raise UserError(f"{shown(file)}, row {place}: no {format} example: {shown(str(e))[:300]}") from None
             examples.append(example)
     if not examples:
         raise UserError(f"{shown(path)} holds no example")
