@@ -141,7 +141,7 @@ def keys_of(name: str, keys: tuple[str, ...]) -> list[tuple[str, dict[str, str]]
     for key in keys:
         plain, _, rest = key.partition("{")
         if plain == name:
-            found.append((key, dict(pair.split("=", 1) for pair in rest.rstrip("}").split(",") if pair)))
+            found.append((key, dict(pair.partition("=")[::2] for pair in rest.rstrip("}").split(",") if pair)))
     return found
 
 

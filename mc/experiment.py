@@ -37,7 +37,7 @@ import numpy as np
 import torch
 import yaml
 
-from nanochat.common import UserError, print0
+from nanochat.common import UserError, parse_json, print0
 from nanochat.outputs import locked
 from nanochat.recorder import duration
 
@@ -106,7 +106,7 @@ class Records:
         if self.path.exists():
             for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line)
                     found[record["key"]] = record
                 except (ValueError, KeyError, TypeError):
                     print(f"warning: {self.path}:{number} is no whole record; it is left out", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import importlib
 import importlib.util
+import json
 import math
 import os
 import random
@@ -29,6 +30,16 @@ class UserError(Exception):
 def base_dir() -> Path:
     """Where artefacts go: `$NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat`. Not created here."""
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+
+
+def parse_json(text: str | bytes) -> object:
+    """`json.loads`, whose every refusal is a ValueError of one line, also of bytes that are no UTF-8 and of what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"not UTF-8: {e.reason} at byte {e.start}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -180,3 +191,17 @@ def key_seed(*key: int | str) -> int:
     """A 63-bit seed that depends on `key` alone, e.g. (seed, "cuts", step, row): the same whatever the number of ranks."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def whole_characters(text: str) -> str:
+    """`text` with U+FFFD for every half of a surrogate pair: json and command lines can hold one, UTF-8 cannot. Halves side by side are a pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def shown(name: str | os.PathLike) -> str:
+    """The name of a file or a field as one printable line: bytes that are no UTF-8, line ends and other unprintable characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fspath(name))

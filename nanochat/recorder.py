@@ -29,7 +29,7 @@ from typing import Literal, TextIO
 import torch
 from torch import Tensor
 
-from nanochat.common import UserError
+from nanochat.common import UserError, parse_json
 from nanochat.outputs import BASE_DIR, output_file, reason, write_file
 from nanochat.tracing import Reading, Span, Trace, runs
 
@@ -363,32 +363,33 @@ def _drop_torn_line(path: Path) -> None:
 
 def read_metrics(path: str | Path) -> list[dict]:
     """The rows of a metrics file, one per step in order. Where a resumed run repeated a step, or a step was flushed twice,
-    later values win. Lines that are no row (torn when a run was killed, blank, foreign) are counted on stderr and left out; ValueError
-    where there are no others."""
+    later values win. Lines that are no row (torn when a run was killed, blank, foreign) are counted on stderr and left out; UserError
+    where there are no others, OSError where there is no file."""
     rows: dict[int, dict] = {}
     strange, lines = [], Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
-        if (row := _row(line)) is not None:
+        try:
+            row = checked_row(parse_json(line)) if line.strip() else None
+        except ValueError as e:
+            strange.append(f"line {number}: {e}")
+            continue
+        if row:
             rows.setdefault(row["step"], {}).update(row)
-        elif line.strip():
-            strange.append(number)
     if strange and not rows:
-        raise ValueError(f"line {strange[0]} is no row of metrics, and no other is")
+        raise UserError(f"{path} is no metrics file: {strange[0]}; name another file")
     if strange:
-        print(f"warning: {path}: {len(strange)} of {len(lines)} lines are no rows of metrics, the first is line {strange[0]}; they are left out", file=sys.stderr, flush=True)
+        print(f"warning: {path}: {len(strange)} of {len(lines)} lines are no rows of metrics and are left out; {strange[0]}", file=sys.stderr, flush=True)
     return [rows[step] for step in sorted(rows)]
 
 
-def _row(line: bytes) -> dict | None:
-    """A line of a metrics file: an object of numbers and nulls, with its step and time."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int) or not number(row.get("time")):
-        return None
-    return row if all(value is None or number(value) for value in row.values()) else None
+def checked_row(row: object) -> dict[str, int | float | None]:
+    """A line of metrics.jsonl: {"step": n, "time": s, metric: value, …}. What is not finite is None, as the recorder writes it; ValueError for
+    another thing than an object with a step and a time, and for a value that is no number."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int or type(row.get("time")) not in (int, float) or not math.isfinite(row["time"]):
+        raise ValueError("not an object with a step and a time")
+    if other := [name for name, x in row.items() if not (x is None or type(x) in (int, float) and (type(x) is float or abs(x) < 2**63))]:
+        raise ValueError(f"{other[0]!r} has no number that a metric can be")
+    return {name: x if x is None or math.isfinite(x) else None for name, x in row.items()}
 
 
 class ConsoleSink(Sink):

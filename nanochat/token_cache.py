@@ -1,4 +1,4 @@
-"""A corpus split as token ids on disk: tokenized once, memory-mapped afterwards.
+"""A corpus split as token ids on disk: tokenized once, memory-mapped afterwards, and once more when a file's content has changed.
 
 `tokens-{split}-{corpus}-{tokenizer}/` holds tokens.bin (uint16, or uint32 for vocabularies from 65,536 on), docs.npy (int64
 [documents + 1], where each document begins, and the end) and meta.json. Every document starts with bos.
@@ -14,7 +14,8 @@ from typing import Iterator
 import numpy as np
 
 from nanochat.common import UserError, base_dir
-from nanochat.dataset import Corpus, Document, Progress
+from nanochat.dataset import Corpus, Progress
+from nanochat.documents import Document
 from nanochat.outputs import BASE_DIR, locked, reason
 from nanochat.tokenizer import Tokenizer
 
@@ -66,6 +67,7 @@ def _build(path: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> None
                     f.write(np.array([tokenizer.bos_id, *ids], dtype=dtype).tobytes())
                     lengths.append(1 + len(ids))
                 progress.update(len(lengths))
+        corpus.require_unchanged()
         np.save(tmp / "docs.npy", np.cumsum([0, *lengths], dtype=np.int64))
         meta = {"tokens": sum(lengths), "documents": len(lengths), "dtype": np.dtype(dtype).name}
         (tmp / "meta.json").write_text(json.dumps(meta))

@@ -12,14 +12,13 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Iterator
 
-from nanochat.common import FlagParser, UserError, import_optional, init_distributed, parse_optional, run_main
+from nanochat.common import FlagParser, UserError, import_optional, init_distributed, parse_optional, run_main, shown
+from nanochat.documents import text_pieces
 from nanochat.engine import Engine, decode_stream
 from nanochat.gpt import GPT
 from nanochat.loading import add_model_flags, model_from_flags
 from nanochat.recorder import open_recorder
-from nanochat.tokenizer import Tokenizer
-
-PIECE = 1 << 20  # characters of a history file that are tokenized at a time
+from nanochat.tokenizer import Tokenizer, cut
 
 
 def typed_prompts() -> Iterator[str]:
@@ -53,15 +52,8 @@ def make_parser(with_mc: bool = True) -> FlagParser:
 
 
 def file_pieces(path: Path) -> Iterator[str]:
-    """Text of a file, cut at line ends where there are any."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            while piece := f.read(PIECE):
-                yield piece + f.readline()
-    except OSError as e:
-        raise UserError(f"cannot read --history={path}: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"--history={path} is not UTF-8 text ({e.reason} at byte {e.start}); convert it") from None
+    """Text of --history, cut where its tokens are those of the whole."""
+    return cut(text_pieces(path, f"--history={shown(path)}"))
 
 
 def chat_plain(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: Tokenizer) -> None:
@@ -107,13 +99,13 @@ def converse(args: Namespace, prompts: Iterator[str], session, tokenizer: Tokeni
     if args.history:
         for _ in file_pieces(args.history):
             pass  # all of it can be read: nothing of a file that is no text goes into the history
-        begin_source(str(args.history))
-        begin = shown = time.monotonic()
+        begin_source(shown(args.history))
+        begin = told = time.monotonic()
         before = session.n_tokens
         for piece in file_pieces(args.history):
             session.append(tokenizer.encode(piece))
-            if (now := time.monotonic()) - shown > 5:
-                shown = now
+            if (now := time.monotonic()) - told > 5:
+                told = now
                 print(f"read {session.n_tokens - before:,} tokens, {(session.n_tokens - before) / (now - begin):,.0f} tokens/s", file=sys.stderr, flush=True)
         print(f"read {session.n_tokens - before:,} tokens of {args.history} in {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
     else:

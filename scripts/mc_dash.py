@@ -26,8 +26,6 @@ def load_run(path: Path) -> Run:
         rows = read_metrics(file)
     except OSError as e:
         raise UserError(f"no metrics in {file}: {e.strerror or e}; give the folder of a run, $NANOCHAT_BASE_DIR/runs/TAG") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{file} is no metrics file: {type(e).__name__}: {e}") from None
     if not rows:
         raise UserError(f"{file} is empty: the run has logged nothing yet")
     return Run(file.parent.name if file.name == "metrics.jsonl" else file.stem, rows)

@@ -29,8 +29,9 @@ from mc.pruning import choose, prune, restore
 from mc.regist import regist
 from mc.sensitivity import measure_sensitivity
 from mc.storage import DROPPED, ERASED, VOID, Store
-from nanochat.common import FlagParser, UserError, init_distributed, run_main
-from nanochat.dataset import SHARDS, Progress
+from nanochat.common import FlagParser, UserError, init_distributed, run_main, shown, whole_characters
+from nanochat.dataset import Progress
+from nanochat.documents import is_shard, read_text
 from nanochat.outputs import output_folder
 from nanochat.tokenizer import Tokenizer
 
@@ -125,6 +126,7 @@ def ingest_command(args: Namespace) -> None:
     ):
         stdin = not args.paths or args.paths == [Path("-")]
         paths = [_spool_stdin(Path(scratch))] if stdin else args.paths
+        name = shown(args.uri) if stdin else ""
         files = find_files(paths)
         done, skipped, total = 0, 0, sum(path.stat().st_size for path in files)
         catalog.add_version(networks.fingerprint, networks.origin)
@@ -133,17 +135,18 @@ def ingest_command(args: Namespace) -> None:
                 history,
                 catalog,
                 networks.tokenizer,
-                kind=args.kind,
+                kind=args.kind and shown(args.kind),
                 retrieval_score=args.retrieval_score,
                 progress=lambda within: update(done + within),
             )
             for path in files:
-                texts = list(texts_of(path, args.text_column)) if path.suffix not in SHARDS else texts_of(path, args.text_column)
-                for text in texts:
-                    work.add(replace(text, uri=args.uri) if stdin else text)
-                if not texts:
+                found = False
+                for text in texts_of(path, args.text_column, named=path in paths, name=name):
+                    work.add(replace(text, uri=name) if stdin else text)
+                    found = True
+                if not found and not is_shard(path):
                     if path in paths:
-                        raise UserError(f"{args.uri if stdin else path} holds no UTF-8 text; convert it, or leave it out")
+                        raise UserError(f"{name or shown(path)} holds no text; leave it out")
                     skipped += 1
                 done += path.stat().st_size
                 update(done)
@@ -271,9 +274,9 @@ def query_command(args: Namespace) -> None:
             found = [catalog.source(args.source)]
         else:
             found = catalog.sources(
-                uri=args.uri,
-                kind=args.kind,
-                tag=args.tag,
+                uri=args.uri and shown(args.uri),
+                kind=args.kind and shown(args.kind),
+                tag=args.tag and shown(args.tag),
                 since=_time(args.since, "--since"),
                 until=_time(args.until, "--until"),
                 min_score=args.min_score,
@@ -327,7 +330,7 @@ def edit_command(args: Namespace) -> None:
         raise UserError("say where: --find=TEXT, or --start=N with --remove=N, in tokens of the source")
     if args.text is not None and args.text_file is not None:
         raise UserError("--text and --text_file: give one of them")
-    text = _read_text(args.text_file) if args.text_file is not None else args.text or ""
+    text = read_text(args.text_file) if args.text_file is not None else whole_characters(args.text or "")
     with opened(args, networks, durability=args.durability) as (history, catalog):
         source = catalog.source(args.source)
         if args.find is not None:
@@ -344,15 +347,6 @@ def edit_command(args: Namespace) -> None:
         finish(**asdict(report))
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")  # line ends as they are
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from None
-
-
 MOST_PLACES = 5  # that an error names
 
 
@@ -364,7 +358,7 @@ def find_places(data: bytes, wanted: bytes) -> list[int]:
 def locate(store: Store, tokenizer: Tokenizer, source: Source, find: str, text: str) -> tuple[int, int, str]:
     """The tokens that hold a text that occurs once in a source, and what they become when it is replaced: start, how many, new text."""
     whole, ids_N = source_text(store, tokenizer, source)
-    data, wanted = whole.encode(), find.encode()
+    data, wanted = whole.encode(), whole_characters(find).encode()
     places = find_places(data, wanted)
     if len(places) != 1:
         lines = [data[:at].count(b"\n") + 1 for at in places[:MOST_PLACES]]

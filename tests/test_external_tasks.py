@@ -150,8 +150,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "nothing").mkdir()
     for name, says in (
-        ("broken.jsonl", "not JSON at line 1"),
-        ("broken.parquet", "cannot read"),
+        ("broken.jsonl", "broken.jsonl line 1: not JSON"),
+        ("broken.parquet", "damaged parquet file .*broken.parquet"),
         ("empty.jsonl", "no example"),
         ("nothing", "file there"),
         ("missing.jsonl", "file there"),
@@ -272,7 +272,7 @@ def test_names_and_lines_that_other_tools_write(tmp_path):
         (tmp_path / name).write_text("\ufeff" + lines)
         assert len(load_examples(tmp_path / name, "ruler")) == 2
     (tmp_path / "broken.json").write_text(lines + "{")
-    with pytest.raises(UserError, match="not JSON at line 3"):
+    with pytest.raises(UserError, match="line 3: not JSON"):
         load_examples(tmp_path / "broken.json", "ruler")
 
 

@@ -13,15 +13,13 @@ import ast
 import json
 import re
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterator
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from nanochat.common import UserError
+from nanochat.common import UserError, shown
+from nanochat.documents import SHARDS, files_below, is_shard, json_rows, parquet_rows, read_json
 from nanochat.tasks.schema import Example
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (*SHARDS, ".json")
 SPLIT_NAMES = ("train", "dev", "validation", "val", "test")
 # Tokens that the suites let a model answer with: RULER's, by kind of task, whose score is the share of all references
 # but for qa (scripts/data/synthetic/constants.py); LongBench's (config/dataset2maxlen.json), which counts the best
@@ -69,9 +67,9 @@ def load_examples(path: Path | str, format: str, limit: int = 0) -> list[Example
     if format not in FORMATS:
         raise UserError(f"format {format!r} of external examples: use one of {', '.join(FORMATS)}")
     path = Path(path).expanduser()
-    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else [path]
-    if not files or not files[0].is_file() or files[0].suffix not in SUFFIXES:
-        raise UserError(f"{path}: no {', '.join(SUFFIXES)} file there; name a file of {format} examples or a folder of them")
+    files = files_below(path, SUFFIXES) if path.is_dir() else [path]
+    if not files or not files[0].is_file() or not files[0].name.endswith(SUFFIXES):
+        raise UserError(f"{shown(path)}: no {', '.join(SUFFIXES)} file there; name a file of {format} examples or a folder of them")
     examples: list[Example] = []
     for file in files:
         for place, row in _rows(file):
@@ -86,56 +84,27 @@ def load_examples(path: Path | str, format: str, limit: int = 0) -> list[Example
                 if not example.answer:
                     raise _Unfit("its answer is empty")
             except _Unfit as e:
-                raise UserError(f"{file}, row {place}: no {format} example: {e}") from None
+                raise UserError(f"{shown(file)}, row {place}: no {format} example: {shown(str(e))[:300]}") from None
             examples.append(example)
     if not examples:
-        raise UserError(f"{path} holds no example")
+        raise UserError(f"{shown(path)} holds no example")
     return examples
 
 
 def _rows(file: Path) -> Iterator[tuple[int, object]]:
     """(row number from 1, row) of one file."""
-    try:
-        if file.suffix == ".parquet":
-            place = 0
-            with pq.ParquetFile(file) as table:
-                for batch in table.iter_batches(256):
-                    for row in batch.to_pylist():
-                        yield (place := place + 1), row
-        elif file.suffix == ".jsonl":
-            with open(file, encoding="utf-8-sig") as f:
-                yield from _lines(f)
-        else:
-            text = file.read_text(encoding="utf-8-sig")
-            try:
-                data = json.loads(text)
-            except json.JSONDecodeError as e:
-                if e.msg != "Extra data":
-                    raise
-                yield from _lines(text.split("\n"))  # objects one a line, as Dataset.to_json writes them
-                return
-            data = data.get("Data", data.get("data", data)) if isinstance(data, dict) else data
-            yield from enumerate(data if isinstance(data, list) else [data], 1)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{file}: not JSON at line {e.lineno} ({e.msg})") from None
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as e:
-        raise UserError(f"cannot read {file} ({str(e).splitlines()[0][:100]})") from None
-
-
-def _lines(lines: Iterable[str]) -> Iterator[tuple[int, object]]:
-    """(line number from 1, what its JSON holds)."""
-    for place, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as e:
-                e.lineno = place
-                raise
-            yield place, row
+    if file.suffix == ".parquet":
+        yield from parquet_rows(file)
+    elif is_shard(file):
+        yield from ((place, row) for place, row in json_rows(file) if row is not None)
+    else:
+        data = read_json(file)
+        data = data.get("Data", data.get("data", data)) if isinstance(data, dict) else data
+        yield from enumerate(data if isinstance(data, list) else [data], 1)
 
 
 def _lacking(row: dict, *names: str) -> _Unfit:
-    there = [str(name) for name, value in row.items() if value is not None]
+    there = [shown(str(name)) for name, value in row.items() if value is not None]
     return _Unfit(f"it lacks {' or '.join(map(repr, names))}; it has {', '.join(there) or 'no fields'}")
 
 
@@ -306,7 +275,7 @@ def _nq(row: dict, name: str) -> Example:
     if "annotations" not in row:
         found = next((row[field] for field in ("context", "contexts", "ctxs", "document_text") if row.get(field) is not None), None)
         if found is None:
-            raise _Unfit(f"it lacks 'context', 'contexts', 'ctxs' or 'document_text'; it has {', '.join(map(str, row))}")
+            raise _Unfit(f"it lacks 'context', 'contexts', 'ctxs' or 'document_text'; it has {', '.join(map(shown, row))}")
         return _question(_passages(found), _text(row, "question", "question_text"), _texts(row, "answers", "answer"), row, "nq")
     document = _text(row, "document_text").split(" ")
     references = []

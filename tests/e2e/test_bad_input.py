@@ -75,7 +75,7 @@ def test_data_is_missing_or_empty(kept, train, tmp_path):
     (tmp_path / "blank").mkdir()
     for name in "ab":
         (tmp_path / "blank" / f"{name}.txt").write_text(" \n")
-    for directory, message in {"nowhere": "no such directory", "empty": "no .parquet .jsonl .txt .md .py files in it", "blank": "is empty"}.items():
+    for directory, message in {"nowhere": "no such directory", "empty": "no .parquet .jsonl .jsonl.gz .jsonl.zst .txt .md .py files in it", "blank": "is empty"}.items():
         error = train(kept, f"--data={tmp_path / directory}").error
         assert message in error and directory in error
     assert tree(kept) == before

@@ -331,7 +331,7 @@ WRONG = {
     "flag of another command": (["info", "--store=x", "--share=1"], "unrecognized arguments: --share=1"),
     "not a store": (["info", "--store=nowhere"], "nowhere is not a MegaContext store"),
     "missing file": (["ingest", "--store={store}", "nowhere.txt"], "nowhere.txt: no such file or folder"),
-    "binary file": (["ingest", "--store={store}", "{store}/manifest"], "manifest holds no UTF-8 text"),
+    "binary file": (["ingest", "--store={store}", "{store}/manifest"], "manifest is not UTF-8 text"),
     "other dtype": (["ingest", "--store={store}", "--dtype=int8", "README.md"], "keeps its vectors as torch.float32, not torch.int8"),
     "no such checkpoint": (["ingest", "--store={store}", "--checkpoint_dir=nowhere", "README.md"], "nowhere"),
     "no such source": (["edit", "--store={store}", "--source=99", "--start=0", "--remove=1"], "no source 99"),
