@@ -1,13 +1,16 @@
 """What every script shares: where files go, errors a user can act on, flags, processes and seeds."""
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import os
 import random
 import re
+import signal
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NoReturn
@@ -15,6 +18,9 @@ from typing import Callable, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from nanochat.redact import scrubbed
+from nanochat.streams import INTERRUPTED, READER_LEFT, StreamLost, flushed_streams, leave_at_once, on_interrupt, prepare_streams, reader_left
 
 
 class UserError(Exception):
@@ -76,19 +82,33 @@ def parse_optional(make_parser: Callable[[bool], FlagParser], package: str) -> t
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr and exit code 2."""
+    """Call `main`. A UserError becomes one line on stderr and exit code 2, as does an output that cannot be written; Ctrl-C one line and 130;
+    an output that nobody reads any more ends the command with 141, silently. No line, and no traceback, shows a secret of the environment."""
+    prepare_streams()
+    on_interrupt(signal.default_int_handler)
     try:
-        main()
+        with flushed_streams():
+            main()
         if dist.is_initialized():
             leave_together()
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        leave(f"error: {e}", 2)
+    except StreamLost as e:
+        sys.exit(READER_LEFT) if reader_left(e) else leave(f"error: cannot write to {e.filename}: {e.strerror}", 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        on_interrupt(leave_at_once)
+        leave("interrupted", INTERRUPTED)
+    except Exception:
+        leave(traceback.format_exc().rstrip(), 1)
     finally:
         shutdown_distributed()
+
+
+def leave(last_words: str, code: int) -> NoReturn:
+    """Say why on stderr, if that can be done, and exit."""
+    with contextlib.suppress(StreamLost):
+        print(scrubbed(last_words), file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 @dataclass(frozen=True)
