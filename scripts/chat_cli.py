@@ -48,6 +48,25 @@ def checked(text: str, what: str, encoding: str = "UTF-8") -> str:
     return text
 
 
+def make_parser(with_mc: bool = True) -> FlagParser:
+    parser = FlagParser(prog="python -m scripts.chat_cli", description=__doc__.split("\n\n")[0])
+    add_model_flags(parser)
+    parser.add_argument("--prompt", help="text to continue; without it, each line of stdin, until an empty one")
+    parser.add_argument("--max_tokens", type=int, default=128, help="tokens to generate per prompt")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token; 1 draws as the model predicts")
+    parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--mc_enabled", type=int, choices=(0, 1), default=0, help="1: a session with MegaContext, whose context never ends")
+    parser.add_argument("--history", type=Path, help="text file of any length that is read before the first prompt (needs --mc_enabled=1)")
+    if with_mc:
+        parser.add_argument("--mc_tree", choices=("ram", "disk"), default="ram", help="where the history is kept: gone at the end, or in --mc_store")
+        parser.add_argument("--mc_store", type=Path, help="folder of --mc_tree=disk; a history that is there goes on")
+        parser.add_argument("--log_dir", type=Path, help="folder of metrics.jsonl; by OTLP too, where OTEL_EXPORTER_OTLP_ENDPOINT is set")
+        parser.add_argument("--mc_explain", type=int, choices=(0, 1), default=0, help="1: after each answer, what the working context shows and why")
+        import_optional("mc", "session").add_flags(parser)
+    return parser
+
+
 def open_history(path: Path, prompted: bool) -> TextIO:
     """The file of --history at its beginning, all of it seen to be text. What can be read only once, a pipe, is kept in a file meanwhile.
 
@@ -184,7 +203,7 @@ def main() -> None:
         parser.error(f"--history={args.history}: a history of any length needs --mc_enabled=1")
     ranks = init_distributed(args.device)
     model, tokenizer, meta = model_from_flags(args, ranks.device)
-    prompts = typed_prompts() if args.prompt is None else iter([checked(args.prompt, "--prompt")])
+    prompts = typed_prompts() if args.prompt is None else iter([checked(args.prompt, "--prompt", sys.getfilesystemencoding())])
     if args.mc_enabled:
         chat_mc(args, prompts, model, tokenizer, meta)
     else:
