@@ -46,11 +46,16 @@ def _secrets() -> Iterator[str]:
 
 
 def _of_variable(name: str, value: str) -> Iterator[str]:
-    if SECRET_NAME.search(name.upper()) and not FILE_NAME.search(name):
+    name = name.upper()
+    if SECRET_NAME.search(name) and not FILE_NAME.search(name):
         yield value
-        if name.upper().endswith("HEADERS"):
-            for pair in value.split(","):
-                yield from (pair.strip(), pair.partition("=")[2].strip(), unquote(pair).split()[-1] if pair.split() else "")
-    if "://" in value or ADDRESS_NAME.search(name.upper()):
-        yield re.sub(SCHEME, "", value).rpartition("@")[0].partition(":")[2]
+    if name.endswith(("HEADERS", "RESOURCE_ATTRIBUTES")):  # lists of key=value, and messages about one that is not
+        for pair in value.split(","):
+            yield pair.strip()
+            if name.endswith("HEADERS"):
+                yield from (pair.partition("=")[2].strip(), *unquote(pair.partition("=")[2]).split()[-1:])
+    if "://" in value or ADDRESS_NAME.search(name):
+        login = re.sub(SCHEME, "", value).rpartition("@")[0]
+        password = login.partition(":")[2]
+        yield from (password, *re.split("[/?#]", password), *re.split("[/?#]", login)[:1] * bool(password))  # as libraries cut one that is not escaped
         yield from re.findall(r"[?&][\w.-]+=([^&#\s]+)", value)
