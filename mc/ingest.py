@@ -48,6 +48,8 @@ def find_files(paths: list[Path]) -> list[Path]:
             )
         elif path.is_file():
             found.append(path)
+        elif path.exists():
+            raise UserError(f"{path} is a pipe or a device; hand over what it holds on standard input, with - for the path")
         else:
             raise UserError(f"{path}: no such file or folder")
     return found

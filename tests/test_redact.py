@@ -69,7 +69,7 @@ def test_last_words(error, code, capsys):
     with pytest.raises(SystemExit) as left:
         run_main(main)
     err = capsys.readouterr().err
-    assert left.value.code == code and SECRET not in err.replace("a:s3cret@h\")", "") and "http://***@h" in err
+    assert left.value.code == code and SECRET not in err and "http://***@h" in err
 
 
 # -- a run ------------------------------------------------------------------------------------------------------------
