@@ -43,6 +43,8 @@ def find_files(paths: list[Path]) -> list[Path]:
             found += files_below(path)
         elif path.is_file():
             found.append(path)
+        elif path.exists():
+            raise UserError(f"{path} is a pipe or a device; hand over what it holds on standard input, with - for the path")
         else:
             raise UserError(f"{shown(path)}: no such file or folder")
     return found

@@ -1,6 +1,7 @@
 """What every script shares: where files go, errors a user can act on, flags, processes and seeds."""
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import importlib
@@ -10,7 +11,9 @@ import math
 import os
 import random
 import re
+import signal
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NoReturn
@@ -18,6 +21,9 @@ from typing import Callable, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from nanochat.redact import scrubbed
+from nanochat.streams import INTERRUPTED, READER_LEFT, StreamLost, flushed_streams, leave_at_once, on_interrupt, prepare_streams, reader_left
 
 
 MEDIUM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # full, or not to be written: nothing that a program did wrong
@@ -103,29 +109,43 @@ def parse_optional(make_parser: Callable[[bool], FlagParser], package: str) -> t
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError, a full or read-only disk and a lack of memory become one line on stderr and exit code 2."""
+    """Call `main`. A UserError becomes one line on stderr and exit code 2, as does an output that cannot be written, a full or read-only disk and
+    a lack of memory; Ctrl-C one line and 130; an output that nobody reads any more ends the command with 141, silently. No line, and no
+    traceback, shows a secret of the environment."""
+    prepare_streams()
+    on_interrupt(signal.default_int_handler)
     try:
-        main()
+        with flushed_streams():
+            main()
         if dist.is_initialized():
             leave_together()
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except OSError as e:
-        if e.errno not in MEDIUM:
-            raise
-        print(f"error: {f'cannot write {e.filename}: ' if e.filename else ''}{e.strerror}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as e:  # torch's own, on the CPU, is a plain RuntimeError
-        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(e):
-            raise
-        print(f"error: out of memory ({(str(e).splitlines() or ['this machine has no more'])[0]}); use smaller sizes", file=sys.stderr, flush=True)
-        sys.exit(2)
+        leave(f"error: {e}", 2)
+    except StreamLost as e:
+        sys.exit(READER_LEFT) if reader_left(e) else leave(f"error: cannot write to {e.filename}: {e.strerror}", 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        on_interrupt(leave_at_once)
+        leave("interrupted", INTERRUPTED)
+    except Exception as e:
+        leave(f"error: {said}", 2) if (said := beyond_this_machine(e)) else leave(traceback.format_exc().rstrip(), 1)
     finally:
         shutdown_distributed()
+
+
+def beyond_this_machine(e: Exception) -> str:
+    """The words of an exception that says the disk or the memory is not enough; "" for any other."""
+    if isinstance(e, OSError) and e.errno in MEDIUM:
+        return f"{f'cannot write {e.filename}: ' if e.filename else ''}{e.strerror}"
+    if isinstance(e, MemoryError | torch.OutOfMemoryError) or (isinstance(e, RuntimeError) and "allocate memory" in str(e)):  # torch's on the CPU
+        return f"out of memory ({(str(e).splitlines() or ['this machine has no more'])[0]}); use smaller sizes"
+    return ""
+
+
+def leave(last_words: str, code: int) -> NoReturn:
+    """Say why on stderr, if that can be done, and exit."""
+    with contextlib.suppress(StreamLost):
+        print(scrubbed(last_words), file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ what is generated, so memory grows with both; how far back attention looks is th
 Shapes: B rows, S entries, D width, V vocabulary.
 """
 
-from typing import Iterator, Sequence
+import codecs
+from typing import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +17,6 @@ from nanochat.common import UserError
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.tokenizer import Tokenizer
-
-MAX_CHARACTER_TOKENS = 8  # a character not complete after this many tokens is not going to be
 
 
 def sample(
@@ -120,14 +119,11 @@ class Engine:
         return decode_stream(self.tokenizer, (token for (token,) in steps if token != bos))
 
 
-def decode_stream(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """Pieces of text, whole characters only."""
-    pending: list[int] = []
+def decode_stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """Pieces of text, whole characters only; put together they are what `tokenizer.decode` makes of all the tokens."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
-        pending.append(token)
-        text = tokenizer.decode(pending)
-        if not text.endswith("\ufffd") or len(pending) >= MAX_CHARACTER_TOKENS:
-            pending = []
+        if text := decoder.decode(tokenizer.decode_bytes([token])):
             yield text
-    if pending:
-        yield tokenizer.decode(pending)
+    if text := decoder.decode(b"", final=True):
+        yield text

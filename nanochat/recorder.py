@@ -31,6 +31,7 @@ from torch import Tensor
 
 from nanochat.common import UserError, parse_json
 from nanochat.outputs import BASE_DIR, output_file, reason, write_file
+from nanochat.redact import scrubbed
 from nanochat.tracing import Reading, Span, Trace, runs
 
 
@@ -478,7 +479,7 @@ class WandbSink(Sink):
             if not obstacle:
                 self.run = self._start(mode, options)
         except wandb.Error as e:
-            obstacle = next(iter(str(e).splitlines()), type(e).__name__)
+            obstacle = scrubbed(next(iter(str(e).splitlines()), type(e).__name__))
             if mode != "online":
                 raise UserError(f"wandb cannot start: {obstacle}; leave --run out to go without") from e
         if obstacle:
@@ -496,14 +497,14 @@ class WandbSink(Sink):
             self.run.log({"step": step, **{s.key.replace(".", "/"): s.value for s in samples}})
         except (OSError, self.wandb.Error) as e:
             if not self.lost:
-                print(f"warning: W&B takes no more metrics ({e}). Training goes on; metrics.jsonl has them", file=sys.stderr, flush=True)
+                print(f"warning: W&B takes no more metrics ({scrubbed(str(e))}). Training goes on; metrics.jsonl has them", file=sys.stderr, flush=True)
             self.lost += 1
 
     def close(self) -> None:
         try:
             self.run.finish()
         except (OSError, self.wandb.Error) as e:
-            print(f"warning: W&B could not be closed ({e})", file=sys.stderr, flush=True)
+            print(f"warning: W&B could not be closed ({scrubbed(str(e))})", file=sys.stderr, flush=True)
         if self.lost:
             print(f"warning: W&B lacks {self.lost} lines that metrics.jsonl has", file=sys.stderr, flush=True)
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -34,6 +35,11 @@ def base(tmp_path, monkeypatch, tokenizer) -> Path:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     tokenizer.save()
     return tmp_path / "base"
+
+
+def from_history(path: Path) -> Iterator[str]:
+    """The pieces of a file in which a chat reads it."""
+    return chat_cli.history_pieces(chat_cli.open_history(path, prompted=True), path)
 
 
 def parquet(column, **more) -> bytes:
@@ -149,8 +155,8 @@ def test_read_alike_by_all(case, base, tmp_path, tokenizer, monkeypatch):
     if name.endswith(".txt"):
         (folder / "plain.txt").write_text(PLAIN)
         wanted, texts = [*wanted, tokenizer.encode(PLAIN)], [*texts, PLAIN]
-        assert "".join(chat_cli.file_pieces(folder / name)) == "".join(t for t in texts if t != PLAIN) or not texts[:-1]
-        assert [i for piece in chat_cli.file_pieces(folder / name) for i in tokenizer.encode(piece)] == tokenizer.encode(read_text(folder / name))
+        assert "".join(from_history(folder / name)) == "".join(t for t in texts if t != PLAIN) or not texts[:-1]
+        assert [i for piece in from_history(folder / name) for i in tokenizer.encode(piece)] == tokenizer.encode(read_text(folder / name))
     cached = []
     for split in ("train", "val"):
         with contextlib.suppress(UserError):  # a split without text
@@ -183,7 +189,7 @@ def test_refused_alike_by_all(case, base, tmp_path, tokenizer, monkeypatch, caps
     refused(lambda: [open_token_cache(open_corpus(str(folder)), split, tokenizer) for split in ("train", "val")])
     refused(lambda: [text for path in find_files([folder]) for text in texts_of(path)])
     if name.endswith(".txt"):
-        refused(lambda: list(chat_cli.file_pieces(folder / name)))
+        refused(lambda: list(from_history(folder / name)))
         refusals[-1] = refusals[-1].removeprefix("--history=")
     for command, held_out in ((tok_train, False), (tok_eval, True)):
         root = corpus(tmp_path / command.__name__, name, data, held_out)

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 from itertools import accumulate
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -193,3 +195,12 @@ def test_a_text_without_a_place_to_cut_is_cut_all_the_same(monkeypatch):
     text = "word " * 1000
     pieces = list(cut(iter(lambda f=io.StringIO(text): f.read(30), "")))
     assert "".join(pieces) == text and max(map(len, pieces)) < 140
+
+
+def test_a_pipe_is_named_as_what_it_is():
+    read, write = os.pipe()
+    try:
+        with pytest.raises(UserError, match=f"/dev/fd/{read} is a pipe or a device; hand over what it holds on standard input"):
+            find_files([Path(f"/dev/fd/{read}")])
+    finally:
+        os.close(read), os.close(write)
