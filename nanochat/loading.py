@@ -1,17 +1,20 @@
 """A model from a checkpoint directory, ours or karpathy/nanochat's, and the flags that name one."""
 
-import json
 import pickle
 import re
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from nanochat.checkpoint import load_model_state
-from nanochat.common import FlagParser, UserError
+from nanochat.checkpoint import load_model_state, load_weights, read_tensors
+from nanochat.common import FlagParser, UserError, one_line, parse_json
 from nanochat.gpt import GPT, config_from_dict
 from nanochat.tokenizer import Reserved, Tokenizer
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 def load_model(checkpoint_dir: Path | str, step: int | str = "latest", device: torch.device | str = "cpu") -> tuple[GPT, dict]:
@@ -22,12 +25,25 @@ def load_model(checkpoint_dir: Path | str, step: int | str = "latest", device: t
     state, meta = load_model_state(checkpoint_dir, step, device)
     if not isinstance(meta.get("model_config"), dict):
         raise UserError(f"the checkpoint in {checkpoint_dir} names no model_config; a reference checkpoint? use --nanochat_checkpoint")
-    model = GPT(config_from_dict(meta["model_config"])).to(device)
+    config, state = config_from_dict(meta["model_config"]), {str(name).removeprefix("_orig_mod."): t for name, t in state.items()}
+    where = f"{checkpoint_dir} do not fit its model_config"
+    if config.n_layer > len(state):  # more layers than tensors: not even their shapes are built
+        raise UserError(f"weights in {where}: {len(state)} tensors, {config.n_layer} layers")
+    return build(lambda: GPT(config), state, where, device), meta
+
+
+def build(make: Callable[[], Module], state: dict, where: str, device: torch.device | str) -> Module:
+    """The module that `make` makes, with these weights, in evaluation mode. UserError where they are not its own: before it takes memory."""
     try:
-        model.load_state_dict({name.removeprefix("_orig_mod."): t for name, t in state.items()})
-    except RuntimeError as e:
-        raise UserError(f"weights in {checkpoint_dir} do not fit its model_config: " + " ".join(str(e).split())) from None
-    return model.eval(), meta
+        with torch.device("meta"):
+            shapes = {name: x.shape for name, x in make().state_dict().items()}
+        if wrong := [name for name, shape in shapes.items() if name not in state or getattr(state[name], "shape", None) != shape]:
+            raise RuntimeError(f"{wrong[0]} is {one_line(list(getattr(state.get(wrong[0]), 'shape', ['missing'])))} there, and {list(shapes[wrong[0]])} here")
+    except (RuntimeError, OverflowError, ZeroDivisionError) as e:
+        raise UserError(f"weights in {where}: {one_line(e, 400)}") from None
+    module = make().to(device)
+    load_weights(module, state, where)
+    return module.eval()
 
 
 def load_nanochat_dir(directory: Path | str, step: int | str = "latest") -> GPT:
@@ -45,12 +61,14 @@ def load_nanochat_dir(directory: Path | str, step: int | str = "latest") -> GPT:
         raise UserError(f"no step {step} in {directory}; there: {', '.join(map(str, sorted(steps)))}")
     weights, meta = (directory / f"{kind}_{int(step):06d}.{ext}" for kind, ext in (("model", "pt"), ("meta", "json")))
     try:
-        config = json.loads(meta.read_text())["model_config"]
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        config = parse_json(meta.read_bytes())["model_config"]
+        if not isinstance(config, dict):
+            raise ValueError("model_config is no mapping")
     except OSError as e:
         raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
-    except (KeyError, TypeError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as e:
-        raise UserError(f"{weights} and {meta.name} are no nanochat checkpoint ({type(e).__name__}: {str(e).splitlines()[:1]})") from None
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{weights.name} and {meta} are no nanochat checkpoint ({type(e).__name__}: {one_line(e)})") from None
+    state = read_tensors(weights, "cpu")
     if "rope_fraction" in config:  # a field the reference does not know, and from_nanochat would not read
         raise UserError(f"{directory} holds a checkpoint of ours: use --checkpoint_dir")
     return GPT.from_nanochat(config, state)

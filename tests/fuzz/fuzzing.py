@@ -98,7 +98,7 @@ def command(kind: str, main: Callable[[], None], *flags: str) -> str | None:
 
 def fuzzed(*strategies: st.SearchStrategy, cost: float = 1, **named: st.SearchStrategy) -> Callable:
     """`given`, with FUZZ_EXAMPLES ÷ cost examples. Fixtures are made once per test: it must put back what it changes."""
-    unhurried = settings(max_examples=max(round(EXAMPLES / cost), 3), deadline=None, print_blob=True,
+    unhurried = settings(max_examples=max(round(EXAMPLES / cost), 3), deadline=None, print_blob=True, report_multiple_bugs=False,
                          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large])
     return lambda test: unhurried(given(*strategies, **named)(test))
 
