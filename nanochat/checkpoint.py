@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.common import UserError, one_line, parse_json
+from nanochat.common import UserError, one_line, parse_json, whole_number
 
 State = dict[str, object]  # nested dicts, lists and tuples of tensors, numbers, strings and None
 
@@ -183,7 +183,7 @@ def find_step(directory: str | Path, step: int | str = "latest") -> int:
     if not directory.is_dir():
         raise UserError(f"no checkpoint directory {directory}")
     if step != "latest":
-        if not str(step).isdigit():
+        if whole_number(str(step)) is None:
             raise UserError(f"checkpoint step {step!r} is neither a number nor 'latest'")
         if reason := damage(directory, int(step)):
             raise UserError(f"checkpoint of step {step} in {directory} cannot be used: {reason}; {_choices(directory, int(step))}")

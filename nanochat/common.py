@@ -72,6 +72,11 @@ def one_line(value: object, most: int = 80) -> str:
     return text if len(text) <= most else text[:most - 1] + "…"
 
 
+def whole_number(text: str) -> int | None:
+    """A number ≥ 0 of decimal digits alone, at most 18; None for any other text, ² and - among them."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
+
+
 class FlagParser(argparse.ArgumentParser):
     """argparse with one-line errors (exit code 2), defaults in the help, and `--a-b 1` meaning `--a_b=1`."""
 

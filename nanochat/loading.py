@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from nanochat.checkpoint import load_model_state, load_weights, read_tensors
-from nanochat.common import FlagParser, UserError, one_line, parse_json
+from nanochat.common import FlagParser, UserError, one_line, parse_json, whole_number
 from nanochat.gpt import GPT, config_from_dict
 from nanochat.tokenizer import Reserved, Tokenizer
 
@@ -57,7 +57,7 @@ def load_nanochat_dir(directory: Path | str, step: int | str = "latest") -> GPT:
         raise UserError(f"no model_<step>.pt in {directory}")
     if step == "latest":
         step = max(steps)
-    elif not str(step).isdigit() or int(step) not in steps:
+    elif whole_number(str(step)) not in steps:
         raise UserError(f"no step {step} in {directory}; there: {', '.join(map(str, sorted(steps)))}")
     weights, meta = (directory / f"{kind}_{int(step):06d}.{ext}" for kind, ext in (("model", "pt"), ("meta", "json")))
     try:

@@ -237,9 +237,16 @@ def dumped(value) -> bytes:
 # Folders
 
 
-def image(folder: Path) -> dict[str, bytes | None]:
-    """Every file below a folder with its content, and every folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+class Image(dict):
+    """Files below a folder: content by relative path, None of folders. Its repr is short, as `Intact`'s."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} files>"
+
+
+def image(folder: Path) -> Image:
+    """Every file below a folder, and every folder; but for what SQLite leaves beside a database that was read."""
+    return Image((str(p.relative_to(folder)), p.read_bytes() if p.is_file() else None) for p in sorted(folder.rglob("*")) if not p.name.endswith(("-shm", "-wal")))
 
 
 def put_image(folder: Path, files: dict[str, bytes | None]) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzzing import EDGES, Intact, changes, command, dumped, fuzzed, image, json_changes, put_image, tried
+from fuzzing import EDGES, Image, changes, command, dumped, fuzzed, image, json_changes, put_image, tried
 from hypothesis import strategies as st
 
 from mc.networks import load_networks
@@ -39,8 +39,8 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def files(base) -> dict[str, Intact]:
-    return {name: Intact(data) for name, data in image(base / "checkpoints" / "t").items()}
+def files(base) -> Image:
+    return image(base / "checkpoints" / "t")
 
 
 def signed(files: dict[str, bytes]) -> dict[str, bytes]:
