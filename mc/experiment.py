@@ -37,7 +37,7 @@ import numpy as np
 import torch
 import yaml
 
-from nanochat.common import UserError, parse_json, print0
+from nanochat.common import UserError, one_line, parse_json, print0
 from nanochat.dataset import locked
 from nanochat.recorder import duration
 
@@ -68,11 +68,11 @@ def digest(config: dict) -> str:
 def read_yaml(path: Path, known: Iterable[str], required: Iterable[str]) -> dict:
     """A study or a suite. UserError unless it is a mapping with these keys."""
     try:
-        found = yaml.safe_load(path.read_text())
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # a date that there is not is a ValueError
+        raise UserError(f"{path} is not YAML: {one_line(e, 400)}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is not a mapping of names to values")
     if unknown := [str(key) for key in found if key not in known]:

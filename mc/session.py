@@ -130,7 +130,8 @@ class SessionState(NamedTuple):
         """CRC-32 of values and tensors: a flipped bit in a key or value of the cache has no other sign."""
         crc = zlib.crc32(json.dumps(self.meta).encode())
         for name, t in sorted(self.tensors.items()):
-            crc = zlib.crc32(t.cpu().contiguous().flatten().view(torch.uint8).numpy(), zlib.crc32(repr((name, t.dtype, tuple(t.shape))).encode(), crc))
+            whole = t.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()  # of one element, `contiguous` leaves any stride
+            crc = zlib.crc32(whole.view(torch.uint8).numpy(), zlib.crc32(repr((name, t.dtype, tuple(t.shape))).encode(), crc))
         return f"{crc:08x}"
 
     @staticmethod
