@@ -230,4 +230,5 @@ def load_mega_context(checkpoint_dir: Path | str, step: int, meta: dict, d_model
     if state is None or not meta.get("mc"):
         raise UserError(f"the checkpoint in {checkpoint_dir} has no MegaContext: it was trained with --mc_enabled=0")
     config = from_dict(meta["mc"].get("config"))
-    return build(lambda: MegaContext(config, d_model), state, f"{checkpoint_dir} do not fit its MC config", device)
+    sizes = (config.block_size, config.max_lod, config.lens_key_dim, 1 if config.gist == "mean" else config.gist_width)
+    return build(lambda: MegaContext(config, d_model), state, f"{checkpoint_dir} do not fit its MC config", device, sizes)

@@ -3,7 +3,7 @@
 import pickle
 import re
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,21 +27,21 @@ def load_model(checkpoint_dir: Path | str, step: int | str = "latest", device: t
         raise UserError(f"the checkpoint in {checkpoint_dir} names no model_config; a reference checkpoint? use --nanochat_checkpoint")
     config, state = config_from_dict(meta["model_config"]), {str(name).removeprefix("_orig_mod."): t for name, t in state.items()}
     where = f"{checkpoint_dir} do not fit its model_config"
-    if config.n_layer > len(state):  # more layers than tensors: not even their shapes are built
+    if config.n_layer > len(state):  # before a layer after the other is built
         raise UserError(f"weights in {where}: {len(state)} tensors, {config.n_layer} layers")
-    return build(lambda: GPT(config), state, where, device), meta
+    return build(lambda: GPT(config), state, where, device, (config.padded_vocab * config.n_embd,)), meta
 
 
-def build(make: Callable[[], Module], state: dict, where: str, device: torch.device | str) -> Module:
-    """The module that `make` makes, with these weights, in evaluation mode. UserError where they are not its own: before it takes memory."""
+def build(make: Callable[[], Module], state: dict, where: str, device: torch.device | str, sizes: Iterable[int]) -> Module:
+    """The module that `make` makes, with these weights, in evaluation mode. sizes: numbers of elements that it needs at least, which are
+    compared with what is there before memory is taken. UserError where the weights are not its own."""
+    elements = sum(x.numel() for x in state.values() if isinstance(x, torch.Tensor))
+    if (most := max(sizes)) > elements:
+        raise UserError(f"weights in {where}: {elements} numbers, where one part needs {most}")
     try:
-        with torch.device("meta"):
-            shapes = {name: x.shape for name, x in make().state_dict().items()}
-        if wrong := [name for name, shape in shapes.items() if name not in state or getattr(state[name], "shape", None) != shape]:
-            raise RuntimeError(f"{wrong[0]} is {one_line(list(getattr(state.get(wrong[0]), 'shape', ['missing'])))} there, and {list(shapes[wrong[0]])} here")
+        module = make().to(device)
     except (RuntimeError, OverflowError, ZeroDivisionError) as e:
         raise UserError(f"weights in {where}: {one_line(e, 400)}") from None
-    module = make().to(device)
     load_weights(module, state, where)
     return module.eval()
 
@@ -68,7 +68,10 @@ def load_nanochat_dir(directory: Path | str, step: int | str = "latest") -> GPT:
         raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{weights.name} and {meta} are no nanochat checkpoint ({type(e).__name__}: {one_line(e)})") from None
-    state = read_tensors(weights, "cpu")
+    try:
+        state = read_tensors(weights, "cpu")
+    except UserError as e:
+        raise UserError(f"no nanochat checkpoint: {e}") from None
     if "rope_fraction" in config:  # a field the reference does not know, and from_nanochat would not read
         raise UserError(f"{directory} holds a checkpoint of ours: use --checkpoint_dir")
     return GPT.from_nanochat(config, state)
