@@ -131,7 +131,7 @@ _context = multiprocessing.get_context("forkserver")
 
 def find_function(name: str) -> Callable:
     """"module:function". UserError if there is none."""
-    module, _, function = name.partition(":")
+    module, _, function = str(name).partition(":")
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
@@ -297,7 +297,7 @@ class Formula:
         self.text = text
         try:
             self.tree = ast.parse(text, mode="eval").body
-        except SyntaxError:
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # of deep nesting, and of what is no text for a parser
             raise UserError(f"{text!r} is no arithmetic on names of measures") from None
         self.names: set[str] = set()
         self._check(self.tree)

@@ -111,7 +111,7 @@ class Tokenizer:
             if payload["format"] != FORMAT:
                 raise ValueError(f"format {payload['format']!r}, expected {FORMAT!r}")
             tokens = [base64.b64decode(token, validate=True) for token in payload["tokens"]]
-            if len({*tokens}) < len(tokens) or not {*tokens} >= {bytes([i]) for i in range(256)} or not isinstance(payload["pattern"], str):
+            if len({*tokens}) < len(tokens) or not {*tokens} >= {bytes([i]) for i in range(256)} or not (isinstance(payload["pattern"], str) and payload["pattern"]):
                 raise ValueError("its tokens are not different strings of bytes with every byte among them")  # tiktoken would panic
             tokenizer = cls(tokens, payload["pattern"], from_plain(Reserved, payload["reserved"], "reserved"))
             if tokenizer.fingerprint != payload["fingerprint"]:

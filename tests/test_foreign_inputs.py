@@ -52,7 +52,7 @@ def test_an_error_is_one_printable_line():
     assert str(UserError("a\nb \ud800 \x1b[31m" + "x" * 9000)).startswith("a b � �[31mxxx") and len(str(UserError("x" * 9000))) == 1500
 
 
-@pytest.mark.parametrize("changed", [{"tokens": []}, {"tokens": ["YQ==", "YQ=="]}, {"reserved": {"keys": 10**30, "aliases": 0, "values": 0}}, {"reserved": []}, {"pattern": None}])
+@pytest.mark.parametrize("changed", [{"tokens": []}, {"tokens": ["YQ==", "YQ=="]}, {"reserved": {"keys": 10**30, "aliases": 0, "values": 0}}, {"reserved": []}, {"pattern": None}, {"pattern": ""}])
 def test_tokenizers_that_tiktoken_would_panic_at(changed, tmp_path):
     path = Tokenizer([bytes([i]) for i in range(256)]).save(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
