@@ -7,7 +7,7 @@ from mc.gaussian_rope import SCHEMES
 from mc.gistnet import GISTS
 from mc.gistnet import VARIANTS as GIST_VARIANTS
 from mc.lens_networks import READERS
-from nanochat.common import UserError
+from nanochat.common import UserError, from_plain
 
 POLICIES = ("random", "recency", "lens", "teacher")
 DENSE_TEACHERS = ("attention", "gate")  # a distribution over blocks for every query
@@ -172,10 +172,8 @@ RETIRED = dict(max_gap=0, far_nodes=0)  # settings of earlier versions, and the 
 
 def from_dict(values: dict) -> MCConfig:
     """The config that a checkpoint's meta holds, of this version or of an earlier one that made no use of what is gone."""
-    values = {name: value for name, value in values.items() if name not in RETIRED or value != RETIRED[name]}
-    if unknown := sorted(set(values) - {f.name for f in fields(MCConfig)}):
-        raise UserError(f"MC config has unknown fields: {', '.join(unknown)}; it was written by another version")
-    return MCConfig(**values)
+    values = {name: value for name, value in values.items() if name not in RETIRED or value != RETIRED[name]} if isinstance(values, dict) else values
+    return from_plain(MCConfig, values, "MC config")
 
 
 to_dict = asdict

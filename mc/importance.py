@@ -9,12 +9,13 @@ import json
 from pathlib import Path
 from typing import Callable
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mc.teachers import attention_mass, continuation_pass, gate_utility
-from nanochat.common import UserError
+from nanochat.common import UserError, parse_json
 from nanochat.gpt import GPT
 from nanochat.outputs import output_folder, replacing, write_file
 
@@ -61,7 +62,10 @@ def write_labels(directory: Path, facts: dict, batches: Callable[[int], tuple[Te
 
 def read_manifest(directory: Path) -> dict:
     try:
-        return json.loads((directory / "manifest.json").read_text())
+        found = parse_json((directory / "manifest.json").read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("manifest.json is not an object")
+        return found
     except (OSError, ValueError) as e:
         raise UserError(f"no labels in {directory} ({e}); make them: python -m scripts.keep_drop label") from None
 
@@ -75,8 +79,11 @@ def read_labels(directory: Path) -> list[tuple[Tensor, Tensor]]:
     for path in paths:
         try:
             content = load_file(path)
-            shards.append((content["tokens"].long(), content["importance"]))
-        except (OSError, KeyError, SafetensorError) as e:
+            tokens, worth = content["tokens"], content["importance"]
+            if not (tokens.dtype == torch.int32 and worth.dtype == torch.float32 and tokens.shape == worth.shape and tokens.ndim == 2 and len(tokens) and worth.isfinite().all()):
+                raise ValueError("tokens and importance are not of one shape")
+            shards.append((tokens.long(), worth))
+        except (OSError, KeyError, ValueError, SafetensorError) as e:
             raise UserError(f"{path} is damaged ({e}); remove it, and make it again") from None
     return shards
 

@@ -30,6 +30,7 @@ from mc.working_context import Cut, by_entry, entries_used, width
 from nanochat.checkpoint import load_mc_state
 from nanochat.common import UserError
 from nanochat.gpt import GPT
+from nanochat.loading import build
 
 EARLIER = 0.9  # share of itself that the earlier lens keeps at a step: it is about ten steps old
 
@@ -228,6 +229,6 @@ def load_mega_context(checkpoint_dir: Path | str, step: int, meta: dict, d_model
     state = load_mc_state(checkpoint_dir, step, device)
     if state is None or not meta.get("mc"):
         raise UserError(f"the checkpoint in {checkpoint_dir} has no MegaContext: it was trained with --mc_enabled=0")
-    model = MegaContext(from_dict(meta["mc"]["config"]), d_model).to(device)
-    model.load_state_dict(state)
-    return model.eval()
+    config = from_dict(meta["mc"].get("config"))
+    sizes = (config.block_size, config.max_lod, config.lens_key_dim, 1 if config.gist == "mean" else config.gist_width)
+    return build(lambda: MegaContext(config, d_model), state, f"{checkpoint_dir} do not fit its MC config", device, sizes)

@@ -21,6 +21,7 @@ import argparse
 import hashlib
 import json
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,8 +48,9 @@ from mc.model import MegaContext, load_mega_context
 from mc.paged_cache import NOWHERE, PagedCache, Placement
 from mc.path_edits import Edits, PathEdits
 from mc.session_meter import SessionMeter
+from mc.session_state import check_cache, check_entries, check_focus, check_history, check_meta
 from mc.storage import VOID, RamStore, Store
-from nanochat.common import UserError
+from nanochat.common import UserError, one_line, parse_json
 from nanochat.engine import check_sampling, sample
 from nanochat.gpt import GPT
 from nanochat.outputs import replacing
@@ -122,14 +124,27 @@ class SessionState(NamedTuple):
     def save(self, path: Path | str) -> None:
         """Write as safetensors, in place of what is there, whole or not at all. UserError where that fails."""
         with replacing(path, SafetensorError) as part:
-            save_file({name: t.contiguous() for name, t in self.tensors.items()}, part, {"session": json.dumps(self.meta)})
+            about = {"session": json.dumps(self.meta), "crc": self.checksum()}
+            save_file({name: t.contiguous() for name, t in self.tensors.items()}, part, about)
+
+    def checksum(self) -> str:
+        """CRC-32 of values and tensors: a flipped bit in a key or value of the cache has no other sign."""
+        crc = zlib.crc32(json.dumps(self.meta).encode())
+        for name, t in sorted(self.tensors.items()):
+            whole = t.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()  # of one element, `contiguous` leaves any stride
+            crc = zlib.crc32(whole.view(torch.uint8).numpy(), zlib.crc32(repr((name, t.dtype, tuple(t.shape))).encode(), crc))
+        return f"{crc:08x}"
 
     @staticmethod
     def load(path: Path | str) -> "SessionState":
         """UserError for a file that is not there or is no session's state."""
         try:
             with safe_open(path, "pt") as f:
-                return SessionState(json.loads((f.metadata() or {})["session"]), {name: f.get_tensor(name) for name in f.keys()})
+                about = f.metadata() or {}
+                state = SessionState(parse_json(about["session"]), {name: f.get_tensor(name) for name in f.keys()})
+            if about.get("crc", state.checksum()) != state.checksum():  # states of earlier versions have none
+                raise ValueError("it does not match its checksum")
+            return state
         except OSError as e:
             raise UserError(f"cannot read the session state {path}: {e.strerror or e}") from None
         except (SafetensorError, KeyError, ValueError) as e:
@@ -228,10 +243,11 @@ class SessionPool:
         UserError for the state of another model, version or configuration, or a store that is not at the moment of the state.
         """
         meta, tensors = state
-        if meta.get("version") != STATE_VERSION:
-            raise UserError(f"a session state of version {meta.get('version')}; this program reads version {STATE_VERSION}")
-        if meta["model"] != self.fingerprint:
-            raise UserError(f"the session state was taken with model {meta['model']}, this is {self.fingerprint}; load that checkpoint")
+        if not isinstance(meta, dict) or meta.get("version") != STATE_VERSION:
+            raise UserError(f"a session state of version {one_line(meta.get('version') if isinstance(meta, dict) else meta)}; this program reads version {STATE_VERSION}")
+        check_meta(meta, tensors)
+        if meta.get("model") != self.fingerprint:
+            raise UserError(f"the session state was taken with model {meta.get('model')}, this is {self.fingerprint}; load that checkpoint")
         if different := [name for name, value in asdict(self.config).items() if meta["config"].get(name) != value]:
             raise UserError("the session state was taken with other settings: " + ", ".join(f"--mc_{name}={meta['config'].get(name)}" for name in different))
         if (store is None) != ("history" in tensors):
@@ -240,8 +256,11 @@ class SessionPool:
             raise UserError(f"the session state ends at {meta['n_stored']} stored tokens, the store at {store.n_tokens}: they are not of one moment")
         if store is not None and store.version != meta["store_version"]:
             raise UserError(f"the history was edited since the session state was taken (version {meta['store_version']}, now {store.version}): open a new session on it")
+        if store is None:
+            check_history(tensors["history"], meta["n_stored"], self.gpt.config.vocab_size)
         session = self.open(store, catalog=catalog)
         try:
+            session.check_length(meta["n_stored"] + len(meta["pending"]))
             if store is None:
                 session.history.fill(tensors["history"])
             session.resume(meta, tensors)
@@ -481,11 +500,18 @@ class Session:
             raise UserError(f"{e}{hint}") from None
 
     def resume(self, meta: dict, tensors: dict[str, Tensor]) -> None:
-        """Continue where a state was taken; `SessionPool.restore` has checked it."""
-        focus, cache, slot = meta["focus"], self.pool.cache, tensors["slot"]
+        """Continue where a state was taken, whose values `SessionPool.restore` has checked by themselves. UserError where they do not fit the
+        history and each other, before the cache is touched."""
+        focus, cache = meta["focus"], self.pool.cache
         self.pending = list(meta["pending"])
-        self._restart(PathEdits(self.pool.focus_config, focus["n_tokens"], focus["refocuses"], {tuple(node) for node in focus["expanded"]},
-                                {(lod, index): at for lod, index, at in focus["changed"]}, set(focus["pruned"])))
+        self.history.check_ids(torch.tensor(self.pending, dtype=torch.int64))
+        edits = PathEdits(self.pool.focus_config, focus["n_tokens"], focus["refocuses"], {tuple(node) for node in focus["expanded"]},
+                          {(lod, index): at for lod, index, at in focus["changed"]}, set(focus["pruned"]))
+        check_focus(edits, meta, self.n_tokens)
+        check_entries(tensors, edits, cache, meta, self._ids)
+        check_cache(tensors, cache, self.pool.gpt.config.n_embd, self.pool.device)
+        slot = tensors["slot"]
+        self._restart(edits)
         self.scores, self.last_edits = {block: score for block, score in meta["scores"]}, Edits(**{name: value if name == "paths" else [tuple(node) for node in value] for name, value in meta["last_edits"].items()})
         for name in ("asked", "recut", "n_read", "cut_tokens", "kept", "computed", "seed", "price_shift"):
             setattr(self, name, meta[name])

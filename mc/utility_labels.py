@@ -15,6 +15,7 @@ Shapes: C contexts, T tokens, Q cursors of a context, E edits of a cursor, N blo
 import hashlib
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,7 +30,7 @@ from mc.counterfactual import can_flip, draw_cut, draw_edits, edit_utilities
 from mc.lens_objectives import standardized, visible_blocks
 from mc.model import MegaContext
 from mc.teachers import continuation_pass, gate_utility
-from nanochat.common import UserError
+from nanochat.common import UserError, parse_json
 from nanochat.gpt import GPT
 from nanochat.outputs import output_folder, replacing, write_file
 
@@ -49,6 +50,17 @@ class Labels:
     utility_CQE: Tensor  # float32, nats per token of the continuation, positive where detail helps
     valid_CQE: Tensor  # bool
     nll_CQ: Tensor  # float32, of the cut that was edited
+
+    def fit(self) -> bool:
+        """Whether types and shapes are those of labels."""
+        whole, real = torch.int64, torch.float32
+        types = dict(row_C=whole, tokens_CT=whole, n_CQ=whole, block_CQE=whole, utility_CQE=real, valid_CQE=torch.bool, nll_CQ=real)
+        sizes: dict[str, int] = {}
+        for name, dtype in types.items():
+            x, letters = getattr(self, name), name.rpartition("_")[2]
+            if x.dtype != dtype or x.ndim != len(letters) or any(sizes.setdefault(letter, size) != size for letter, size in zip(letters, x.shape)):
+                return False
+        return True
 
     @staticmethod
     def cat(parts: "Sequence[Labels]") -> "Labels":
@@ -128,7 +140,7 @@ class LabelFolder:
         """UserError where there is none, or it is not ours."""
         path = self.folder / MANIFEST
         try:
-            found = json.loads(path.read_text())
+            found = parse_json(path.read_bytes())
             if found["format"] != FORMAT or not isinstance(found["settings"], dict):
                 raise ValueError
         except OSError as e:
@@ -162,7 +174,9 @@ class LabelFolder:
             try:
                 with np.load(path, allow_pickle=False) as arrays:
                     parts.append(Labels(**{f.name: torch.from_numpy(arrays[f.name]) for f in fields(Labels)}))
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+                if not parts[-1].fit() or any(x.shape[1:] != y.shape[1:] for x, y in zip(vars(parts[0]).values(), vars(parts[-1]).values())):
+                    raise ValueError("arrays that do not fit each other")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
                 raise UserError(f"{path} is damaged ({type(e).__name__}); remove it and label again, the others are kept") from None
         if not parts:
             raise UserError(f"no labels in {self.folder} yet: make some with: python -m scripts.label_utility")

@@ -14,9 +14,9 @@ import re
 import signal
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Callable, NoReturn
+from typing import Callable, NoReturn, TypeVar, get_type_hints
 
 import numpy as np
 import torch
@@ -25,12 +25,19 @@ import torch.distributed as dist
 from nanochat.redact import scrubbed
 from nanochat.streams import INTERRUPTED, READER_LEFT, StreamLost, flushed_streams, leave_at_once, on_interrupt, prepare_streams, reader_left
 
+T = TypeVar("T")
 
 MEDIUM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # full, or not to be written: nothing that a program did wrong
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one line saying what is wrong, which value, and what to do. Exit code 2."""
+    """A mistake the user can mend: one line saying what is wrong, which value, and what to do. Exit code 2.
+
+    It is one line that a terminal can show whatever the value is: foreign text in it is cut and cleaned.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__(), 1500)
 
 
 def base_dir() -> Path:
@@ -46,6 +53,38 @@ def parse_json(text: str | bytes) -> object:
         raise ValueError(f"not UTF-8: {e.reason} at byte {e.start}") from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def from_plain(kind: type[T], values: object, where: str) -> T:
+    """A dataclass of plain values from what was stored of it; a field may be left out that has a default, an int may stand for a float.
+
+    UserError for anything but a mapping of its fields to values of their types, and what `kind` itself refuses.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is not a mapping of names to values")
+    types = get_type_hints(kind)
+    if unknown := sorted(map(str, set(values) - set(types))):
+        raise UserError(f"{where} has unknown fields: {', '.join(unknown)[:200]}; it was written by another version")
+    if missing := [f.name for f in fields(kind) if f.name not in values and f.default is MISSING]:
+        raise UserError(f"{where} lacks {', '.join(missing)}; it was written by another version, or damaged")
+    for name, value in values.items():
+        if type(value) not in {float: (int, float), bool: (bool, int)}.get(types[name], (types[name],)):
+            raise UserError(f"{where}: {name} is {one_line(value)}, not of type {types[name].__name__}; it was written by another version, or damaged")
+        if type(value) is int and not -(2**63) <= value < 2**63:
+            raise UserError(f"{where}: {name} is {one_line(value)}, beyond 64 bits")
+    return kind(**values)
+
+
+def one_line(value: object, most: int = 80) -> str:
+    """A foreign value, or an error's text, as it can stand in an error of ours: one printable line that is not long."""
+    text = " ".join((value if isinstance(value, str) else str(value) if isinstance(value, Exception) else repr(value))[:4 * most].split())
+    text = "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return text if len(text) <= most else text[:most - 1] + "…"
+
+
+def whole_number(text: str) -> int | None:
+    """A number ≥ 0 of decimal digits alone, at most 18; None for any other text, ² and - among them."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -75,7 +114,7 @@ class FlagParser(argparse.ArgumentParser):
         return value
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see --help)\n")
+        self.exit(2, f"error: {one_line(message, 1500)} (see --help)\n")
 
 
 def import_optional(package: str, name: str):

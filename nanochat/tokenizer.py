@@ -18,7 +18,7 @@ from typing import Iterable, Iterator, Sequence
 import numpy as np
 import tiktoken
 
-from nanochat.common import UserError, base_dir, whole_characters
+from nanochat.common import UserError, base_dir, from_plain, one_line, parse_json, whole_characters
 from nanochat.outputs import BASE_DIR, output_file, write_file
 
 FORMAT = "megacontext-bpe-1"
@@ -95,6 +95,10 @@ class Reserved:
     aliases: int = 512
     values: int = 32
 
+    def __post_init__(self):
+        if not all(0 <= count <= 1 << 20 for count in (self.keys, self.aliases, self.values)):
+            raise UserError(f"reserved ids {self.keys}, {self.aliases}, {self.values}: from 0 to {1 << 20} of each")
+
 
 def tokenizer_dir() -> Path:
     return base_dir() / "tokenizer"
@@ -160,17 +164,19 @@ class Tokenizer:
         """Read what `save` wrote. UserError when the file is missing or does not match its own fingerprint."""
         path = Path(directory or tokenizer_dir()) / "tokenizer.json"
         try:
-            payload = json.loads(path.read_text(encoding="utf-8"))
+            payload = parse_json(path.read_bytes())
             if payload["format"] != FORMAT:
                 raise ValueError(f"format {payload['format']!r}, expected {FORMAT!r}")
             tokens = [base64.b64decode(token, validate=True) for token in payload["tokens"]]
-            tokenizer = cls(tokens, payload["pattern"], Reserved(**payload["reserved"]))
+            if len({*tokens}) < len(tokens) or not {*tokens} >= {bytes([i]) for i in range(256)} or not (isinstance(payload["pattern"], str) and payload["pattern"]):
+                raise ValueError("its tokens are not different strings of bytes with every byte among them")  # tiktoken would panic
+            tokenizer = cls(tokens, payload["pattern"], from_plain(Reserved, payload["reserved"], "reserved"))
             if tokenizer.fingerprint != payload["fingerprint"]:
                 raise ValueError("contents do not match the fingerprint")
         except OSError as e:
             raise UserError(f"no tokenizer at {path} ({e.strerror}); {TRAIN_HINT}") from None
-        except (ValueError, KeyError, TypeError, binascii.Error) as e:
-            raise UserError(f"damaged tokenizer {path} ({type(e).__name__}: {e}); {TRAIN_HINT}") from None
+        except (ValueError, KeyError, TypeError, binascii.Error, UserError) as e:
+            raise UserError(f"damaged tokenizer {path} ({type(e).__name__}: {one_line(e)}); {TRAIN_HINT}") from None
         return tokenizer
 
     def encode(self, text: str, special: bool = False) -> list[int]:

@@ -29,7 +29,7 @@ from mc.pruning import choose, prune, restore
 from mc.regist import regist
 from mc.sensitivity import measure_sensitivity
 from mc.storage import DROPPED, ERASED, VOID, Store
-from nanochat.common import FlagParser, UserError, init_distributed, run_main, shown, whole_characters
+from nanochat.common import FlagParser, UserError, init_distributed, run_main, shown, whole_characters, whole_number
 from nanochat.dataset import Progress
 from nanochat.documents import is_shard, read_text
 from nanochat.outputs import output_folder
@@ -68,11 +68,11 @@ def networks_of(args: Namespace) -> Networks:
     checkpoint, step = args.checkpoint_dir, args.step
     if not checkpoint and (args.store / "manifest").exists():
         with DiskStore.open(args.store, "r", check=False) as store, Catalog(args.store, store.format.block_size, read_only=True) as catalog:
-            made = [json.loads(v["origin"]) for v in catalog.versions() if v["model"] == store.format.model]
+            made = catalog.origins(store.format.model)
         if made and not made[-1]:
             return untrained_networks(device)
         if made:
-            checkpoint, step = made[-1]["checkpoint_dir"], made[-1]["step"]
+            checkpoint, step = str(made[-1].get("checkpoint_dir")), str(made[-1].get("step"))
             if not Path(checkpoint).is_dir():
                 raise UserError(f"the history was made with {checkpoint}, which is gone; name a copy with --checkpoint_dir, or regist it")
     checkpoint = checkpoint or default_checkpoint()
@@ -210,9 +210,7 @@ def describe(values: dict, catalog: Catalog) -> None:
         f"{megabytes(values['bytes'])} on disk, {values['bytes'] / slots:.2f} bytes per slot; "
         f"version {values['version']}, readable: {values['versions']}"
     )
-    made = [
-        json.loads(v["origin"]).get("checkpoint_dir", "untrained networks") for v in catalog.versions() if v["model"] == values["model"]
-    ]
+    made = [origin.get("checkpoint_dir", "untrained networks") for origin in catalog.origins(values["model"])]
     print(f"gists of model {values['model']}" + (f", {made[-1]}" if made else ""))
     if values["pruned"] or values["erased"]:
         print(f"without raw tokens: {values['pruned']:,} blocks pruned (restorable), {values['erased']:,} compacted away")
@@ -303,16 +301,16 @@ def _number(x: float | None) -> str:
 
 
 def _span(text: str, n: int) -> tuple[int, int]:
-    start, colon, stop = text.partition(":")
-    if not (colon and start.isdigit() and stop.isdigit() and int(start) < int(stop) <= n):
+    start, stop = (whole_number(part) for part in (text.partition(":")[::2]))
+    if start is None or stop is None or not start < stop <= n:
         raise UserError(f"--span={text}: START:STOP in slots, 0 ≤ START < STOP ≤ {n}")
-    return int(start), int(stop)
+    return start, stop
 
 
 def _time(text: str | None, flag: str) -> float | None:
     try:
         return None if text is None else datetime.fromisoformat(text).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UserError(f"{flag}={text}: a date like 2026-01-31, or 2026-01-31T12:00") from None
 
 

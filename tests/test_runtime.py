@@ -18,7 +18,7 @@ from nanochat.gpt import GPT, GPTConfig, token_losses
 from nanochat.optim import MuonAdamW, check_groups, gpt_param_groups
 from nanochat.schedule import ramp
 from scripts.base_train import vanilla_step
-from tiny_mc import H, K, N, R, SMALL, T, VOCAB, W, planted, step, tiny_base, tiny_batch, tiny_mc, values
+from tiny_mc import H, K, N, R, SMALL, T, W, planted, step, tiny_base, tiny_batch, tiny_mc, values
 
 torch.set_num_threads(1)
 

@@ -1,13 +1,10 @@
 """Standard streams that are not a UTF-8 terminal, and Ctrl-C, as every command meets them in `run_main`: each in a process of its own."""
 
-import errno
 import io
 import os
-import pty
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 

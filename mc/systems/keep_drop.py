@@ -18,8 +18,9 @@ from torch import Tensor
 from mc.gistnet import Layer, linear
 from mc.importance import keep_labels
 from mc.systems.token_drop import TokenDrop
-from nanochat.common import UserError
+from nanochat.common import UserError, from_plain, parse_json
 from nanochat.gpt import GPT
+from nanochat.loading import build
 from nanochat.outputs import output_file, replacing
 
 
@@ -106,9 +107,12 @@ def load_keep_drop(path: Path, device: torch.device | str = "cpu") -> KeepDrop:
     """UserError unless the file is what `save_keep_drop` writes."""
     try:
         with safe_open(path, "pt", device=str(device)) as file:
-            model = KeepDrop(KeepDropConfig(**json.loads(file.metadata()["config"])))
-            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e:
+            config = from_plain(KeepDropConfig, parse_json(file.metadata()["config"]), "its config")
+            state = {name: file.get_tensor(name) for name in file.keys()}
+        if not 0 < config.n_layer <= len(state) or min(config.n_head, config.width, config.d_model, config.span) < 1:
+            raise ValueError(f"{len(state)} tensors, {config.n_layer} layers")
+        model = build(lambda: KeepDrop(config), state, str(path), device, (config.d_model, config.width, config.n_head, config.span))
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, AssertionError, SafetensorError, UserError) as e:
         why = f"{type(e).__name__}: {str(e).splitlines()[0]}"
         raise UserError(f"{path} is no keep/drop classifier ({why}); make one: python -m scripts.keep_drop") from None
-    return model.to(device).eval()
+    return model

@@ -98,7 +98,7 @@ def command(kind: str, main: Callable[[], None], *flags: str) -> str | None:
 
 def fuzzed(*strategies: st.SearchStrategy, cost: float = 1, **named: st.SearchStrategy) -> Callable:
     """`given`, with FUZZ_EXAMPLES ÷ cost examples. Fixtures are made once per test: it must put back what it changes."""
-    unhurried = settings(max_examples=max(round(EXAMPLES / cost), 3), deadline=None, print_blob=True,
+    unhurried = settings(max_examples=max(round(EXAMPLES / cost), 3), deadline=None, print_blob=True, report_multiple_bugs=False,
                          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large])
     return lambda test: unhurried(given(*strategies, **named)(test))
 
@@ -237,9 +237,16 @@ def dumped(value) -> bytes:
 # Folders
 
 
-def image(folder: Path) -> dict[str, bytes | None]:
-    """Every file below a folder with its content, and every folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+class Image(dict):
+    """Files below a folder: content by relative path, None of folders. Its repr is short, as `Intact`'s."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} files>"
+
+
+def image(folder: Path) -> Image:
+    """Every file below a folder, and every folder; but for what SQLite leaves beside a database that was read."""
+    return Image((str(p.relative_to(folder)), p.read_bytes() if p.is_file() else None) for p in sorted(folder.rglob("*")) if not p.name.endswith(("-shm", "-wal")))
 
 
 def put_image(folder: Path, files: dict[str, bytes | None]) -> Path:

@@ -8,7 +8,7 @@ from fuzzing import Intact, changes, command, dumped, fuzzed, image, json_change
 
 from mc.dashboards import METRICS
 from mc.experiment import Records
-from nanochat.recorder import Recorder, read_metrics
+from nanochat.recorder import Recorder
 from scripts import mc_dash
 
 
