@@ -36,7 +36,7 @@ from torch import Tensor
 
 from mc.catalog import Catalog
 from mc.config import setting
-from mc.focus_allocator import FocusConfig, check_feasible, utilization
+from mc.focus_allocator import FocusConfig, check_budget, utilization
 from mc.focus_price import Allocator, next_shift, room
 from mc.gaussian_rope import alibi_slopes, entry_rotary
 from mc.history import History, check_sessions, store_format
@@ -185,6 +185,7 @@ class SessionPool:
         self.focus_config = FocusConfig(
             config.budget or c.budget, c.block_size, max_lod, recent=c.protected, tau_expand=config.tau_expand,
             tau_collapse=config.tau_collapse, margin=config.margin, max_edits=config.max_edits, cooldown=config.cooldown, span=self.allocator.span)
+        check_budget(self.focus_config)
         slots = self.focus_config.budget + self.interval
         if min(gpt.config.windows()) < min(slots, gpt.config.sequence_len):
             raise UserError(f"window_pattern {gpt.config.window_pattern}: its short layers see {min(gpt.config.windows())} of {slots} entries; use a model with L only")
@@ -213,7 +214,7 @@ class SessionPool:
         """A session on a store, with what it holds as history; default: an empty one in memory. seed: of its draws, of tokens and of the
         allocator's noise; sessions of one seed draw alike. catalog: counts at each refocus what is shown.
 
-        UserError when all places are taken, or the store's history is not the model's or too long for the budget.
+        UserError when all places are taken, or the store's history is not the model's.
         """
         row = next((row for row in range(self.max_sessions) if row not in self.sessions), None)
         if row is None:
@@ -280,8 +281,6 @@ class SessionPool:
     def step(self, sessions: Sequence["Session"], temperature: float = 1.0, top_k: int | None = None) -> list[int]:
         """One step of `generate`: the next token of each session, drawn by its own generator, and part of its history afterwards."""
         for session in sessions:
-            session.check_length(session.n_tokens + 1)
-        for session in sessions:
             if session.due:
                 session.refocus()
         self.catch_up(sessions)
@@ -300,14 +299,13 @@ class SessionPool:
         """Per step, each session's new token, None for those that have stopped; sampling as `nanochat.engine.Engine.generate`.
 
         seed: start every session's draws anew; None: go on with them. A session's tokens do not depend on those beside it.
-        UserError, before anything runs, as the engine, for an empty session, and for a history that would outgrow the budget.
+        UserError, before anything runs, as the engine, and for an empty session.
         """
         check_sampling(self.gpt.config.vocab_size, max_tokens, temperature, top_k, stop_ids)
         self.check_open(sessions)
         for session in sessions:
             if not session.n_tokens:
                 raise UserError("the session is empty: begin with at least one token (bos, for text from nothing)")
-            session.check_growth(max_tokens)
         for session in sessions if seed is not None else ():
             session.generator.manual_seed(seed)
         return self._stream(list(sessions), max_tokens, temperature, top_k, frozenset(stop_ids))
@@ -399,7 +397,6 @@ class Session:
         self.history = History(pool.gpt, pool.mc, store)
         self.pending: list[int] = []
         self.generator = torch.Generator(pool.device).manual_seed(seed)
-        self.check_length(self.n_tokens)
         self._restart(PathEdits(pool.focus_config))
         self.meter = SessionMeter(pool.recorder, pool.focus_config.cooldown) if pool.recorder else None
 
@@ -440,7 +437,6 @@ class Session:
         ids_N = torch.as_tensor(tokens, dtype=torch.int64).cpu()
         if not len(ids_N):
             return
-        self.check_length(self.n_tokens + len(ids_N))
         begin = time.perf_counter()
         self.history.append(torch.cat([torch.tensor(self.pending, dtype=torch.int64), ids_N]))
         self.pending, self.asked = [], True
@@ -450,7 +446,6 @@ class Session:
 
     def end_source(self) -> None:
         """What is appended next is another document, and starts a block of its own."""
-        self.check_length(-(-self.n_tokens // self.history.block_size) * self.history.block_size)
         self.flush()
         self.asked = self.recut = True  # void slots are not numbered under contiguous positions
         self.history.end_source()
@@ -461,21 +456,6 @@ class Session:
         self.history.append(torch.tensor(self.pending, dtype=torch.int64))
         self.pending = []
         self.search.grow(self.history.store.n_nodes(1))
-
-    def check_growth(self, max_tokens: int) -> None:
-        """Refuse to generate max_tokens when the history would outgrow the budget on the way."""
-        K, end = self.history.block_size, self.n_tokens + max_tokens
-        for n_tokens in (*range((self.n_tokens // K + 1) * K - 1, end, K), end):  # a block is largest before it is complete
-            self.check_length(n_tokens)
-
-    def check_length(self, n_tokens: int) -> None:
-        """Refuse a history that the budget cannot show with one block raw, with the numbers."""
-        try:
-            check_feasible(n_tokens, self.pool.focus_config)
-        except UserError as e:
-            untrained = self.pool.untrained and self.pool.config.untrained == "refuse"
-            hint = f" (LOD{self.pool.untrained[0]} and above were not trained; --mc_untrained=report shows them)" if untrained else ""
-            raise UserError(f"{e}{hint}") from None
 
     def resume(self, meta: dict, tensors: dict[str, Tensor]) -> None:
         """Continue where a state was taken; `SessionPool.restore` has checked it."""
@@ -579,14 +559,17 @@ class Session:
         focus, n_B = self.focus, torch.tensor([self.focus.n_tokens])
         fixed = torch.tensor(sorted({*focus.tail_blocks(), *focus.pruned}), dtype=torch.int64)
         index_BI, logits_BI = torch.tensor([list(logits)], dtype=torch.int64), torch.tensor([list(logits.values())], dtype=torch.float64)
+        room_B = torch.tensor([focus.room]) if focus.omits else room(n_B, focus.cfg)
         scores_BI = self.pool.allocator.scores(
-            logits_BI, index_BI, ~torch.isin(index_BI, fixed), room(n_B, focus.cfg), torch.tensor([self.price_shift], dtype=torch.float64),
+            logits_BI, index_BI, ~torch.isin(index_BI, fixed), room_B, torch.tensor([self.price_shift], dtype=torch.float64),
             rows_B=torch.zeros(1, dtype=torch.int64), seed=self.seed, refocus=focus.refocuses)
         return dict(zip(logits, scores_BI[0].tolist()))
 
     @property
     def utilization(self) -> float:
-        """Of the cut that the last refocus left, see `mc.focus_allocator.utilization`."""
+        """Of the cut that the last refocus left, see `mc.focus_allocator.utilization`; where spans are left out of blocks alone, gists filling up."""
+        if self.focus.omits:
+            return self.focus.utilization
         return float(utilization(torch.tensor([self.focus.entries]), torch.tensor([self.focus.n_tokens]), self.focus.cfg))
 
     @property
@@ -672,7 +655,6 @@ class Session:
         first if the user has appended, and then every `interval` tokens. They are history afterwards."""
         left, parts = torch.as_tensor(tokens, dtype=torch.int64).cpu(), []
         self.history.check_ids(left)
-        self.check_growth(len(left))
         while len(left):
             parts.append(self.logits()[None])
             piece = left[:self.pool.interval - (self.n_tokens - self.cut_tokens)]
