@@ -25,7 +25,22 @@ from mc.mega_context import tiling
 
 Node = tuple[int, int]  # (lod, index)
 UNSCORED = -1.0
-GISTS = 0  # entries that are kept for gists where spans are left out
+
+
+def outlook(cfg: FocusConfig, n_tokens: int) -> str:
+    """What a session of about n_tokens shows with as many blocks raw as it can, as a phrase: ranges over a block's worth of lengths."""
+    K, raw, gists, omitted = cfg.block_size, [], [], []
+    for n in range(n_tokens, n_tokens + K):
+        edits, count = PathEdits(cfg), cfg.budget // K
+        blocks = {(2 * i + 1) * (n // K) // (2 * count) for i in range(count)}  # spread over the history
+        edits.advance(n, blocks)
+        edits.refocus(dict.fromkeys(blocks, 1.0))
+        lod, _ = edits.cut()
+        raw.append(int((lod == 0).sum()))
+        gists.append(int((lod > 0).sum()))
+        omitted.append(1 - int((K**lod).sum()) / n)
+    (r0, r1), (g0, g1), (o0, o1) = ((min(x), max(x)) for x in (raw, gists, omitted))
+    return f"{r0}-{r1} raw tokens and {g0}-{g1} gists in {cfg.budget} entries, {o0:.1%}-{o1:.1%} of the history left out and searched all the same"
 
 
 @dataclass
@@ -95,10 +110,8 @@ class PathEdits:
     @property
     def most_blocks(self) -> int:
         """Blocks that the budget shows raw where spans are left out, those of the tail included."""
-        c, tail = self.cfg, self.tail_blocks()
-        pruned = len(self.pruned.intersection(tail))
-        entries = c.budget - self.n_tokens % c.block_size - pruned - GISTS
-        return max(entries // c.block_size, len(tail) - pruned + 1)
+        c, pruned = self.cfg, len(self.pruned.intersection(self.tail_blocks()))
+        return (c.budget - self.n_tokens % c.block_size - pruned) // c.block_size
 
     @property
     def room(self) -> int:

@@ -11,6 +11,9 @@ whole history by the last tokens (`mc.key_search`), edits the cut on a few nodes
 pass: only entries that are not in the cache are run. Under the exact policy those are all from the first edit on, so that the
 logits are those of a forward pass over the cut from scratch; under the approximate policy only the new entries.
 
+No session ends because of its length: where the budget no longer tiles the history, spans of it are left out of the working context
+(`mc.path_edits`); `explain`, `status` and the metrics name them, the search covers them, and the lens can have any of their blocks shown.
+
 Entries before the continuation stay within the budget, and at most `interval` tokens are read between two refocuses: a row of the
 cache holds budget + interval slots, whatever the length of the history. Tokens that do not fill a block yet wait in `pending`.
 
@@ -63,7 +66,7 @@ class SessionConfig:
     budget: int = setting(0, "W: entries of the working context, tokens since the last refocus apart; 0: as trained")
     interval: int = setting(0, "tokens between two refocuses; 0: the block size")
     kv_policy: str = setting("exact", "after an edit: run everything behind it again, or (approximate) the new entries only", ("exact", "approximate"))
-    untrained: str = setting("refuse", "levels of gists that were not trained: refuse histories that need them, or show and report them", ("refuse", "report"))
+    untrained: str = setting("refuse", "levels of gists that were not trained: refuse to show them, leaving out what only they could show, or show and report them", ("refuse", "report"))
     candidates: int = setting(32, "blocks that the search of the history proposes at a refocus")
     allocator: str = setting("greedy", "how detail is chosen: greedy; bundle:BLOCKS, one edit shows up to so many adjacent blocks; stochastic:TEMPERATURE, with noise; threshold:a,b,c, a learned price")
     price: str = setting("adaptive", "price of an entry: what just fits the budget, or (adaptive) falling from there until the budget is used", ("market", "adaptive"))
@@ -95,12 +98,12 @@ def from_flags(args: argparse.Namespace, **changes) -> SessionConfig:
 
 
 class Shown(NamedTuple):
-    """A line of `Session.explain`: one gist, or the raw tokens of one block."""
+    """A line of `Session.explain`: one gist, the raw tokens of one block, or a span that is left out."""
 
     start: int
     tokens: int
-    entries: int
-    lod: int
+    entries: int  # 0: left out
+    lod: int | None  # None: left out
     score: float | None  # of the last refocus, relative to the price; None: not scored
     why: str
 
@@ -110,6 +113,7 @@ class Status(NamedTuple):
     entries_by_lod: dict[int, int]
     refocused_at: int  # tokens of history at the last refocus
     last_edits: Edits
+    omitted_tokens: int = 0  # of the history, in no entry
 
 
 class SessionState(NamedTuple):
@@ -530,7 +534,7 @@ class Session:
             lods = self.status().entries_by_lod
             raw = sum(lod == 1 for lod, _ in self.focus.expanded)
             self.meter.refocused(
-                self.focus.refocuses, self.last_edits, seconds=self.refocus_seconds + pass_seconds, entries_by_lod=lods, swappable=raw + lods.get(1, 0),
+                self.focus.refocuses, self.last_edits, seconds=self.refocus_seconds + pass_seconds, entries_by_lod=lods, omitted=self.omitted_tokens, swappable=raw + lods.get(1, 0),
                 utilization=self.utilization, kv_kept=self.kept, kv_recomputed=self.computed, store_reads=self.store_reads)
             self.store_reads = 0
         self.refocus_seconds = 0.0
@@ -675,13 +679,21 @@ class Session:
     # -- what it is ---------------------------------------------------------------------------------------------------------
 
     def status(self) -> Status:
-        return Status(self.n_tokens, dict(sorted(Counter(self._shown()[0].tolist()).items())), self.focus.n_tokens, self.last_edits)
+        return Status(self.n_tokens, dict(sorted(Counter(self._shown()[0].tolist()).items())), self.focus.n_tokens, self.last_edits, self.omitted_tokens)
+
+    @property
+    def omitted_tokens(self) -> int:
+        """Tokens of the history that no entry stands for since the last refocus: they are searched, and shown when they are asked for."""
+        return self.cut_tokens - int((self.history.block_size ** self.cut_lod).sum())
 
     def explain(self) -> list[Shown]:
-        """The working context as a table: every gist, and the raw tokens block by block, with the reason."""
-        K, focus, lines = self.history.block_size, self.focus, []
+        """The history as a table: every gist, the raw tokens block by block, and the spans that are left out, each token in one line."""
+        K, focus, lines, end = self.history.block_size, self.focus, [], 0
         for at, i in zip(*(x.tolist() for x in self._shown())):
             start, block = i * K ** at, i if at == 1 else i // K
+            if start > end:
+                lines.append(Shown(end, start - end, 0, None, None, "left out: no entry has room for it; searched at every refocus"))
+            end = start + K ** at
             score = self.scores.get(block) if at < 2 else None
             if at == 0 and lines and lines[-1].lod == 0 and lines[-1].start // K == block:
                 lines[-1] = lines[-1]._replace(tokens=lines[-1].tokens + 1, entries=lines[-1].entries + 1)

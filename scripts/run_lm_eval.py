@@ -105,6 +105,9 @@ def main() -> None:
         print(
             f"note: {cut} requests were longer than the window of {lm.max_length} tokens and lost their beginning; --mc_enabled=1 keeps it"
         )
+    left_out = getattr(lm, "left_out", 0)
+    if left_out:
+        print(f"note: of {left_out} requests a part of the context had no entry in the working context at last; a larger --mc_budget shows more")
     results = {
         task: {key: value for key, value in scores.items() if key != "sample_len" and isinstance(value, (int, float))}
         for task, scores in found["results"].items()
@@ -118,6 +121,7 @@ def main() -> None:
                 "results": results,
                 "documents": samples,
                 "cut": cut,
+                "left_out": left_out,
                 "checkpoint": str(args.checkpoint_dir or args.nanochat_checkpoint),
                 "mc": bool(args.mc_enabled),
                 "flags": {k: str(v) for k, v in vars(args).items()},
@@ -127,7 +131,7 @@ def main() -> None:
     )
     for task, scores in results.items():
         print(f"{task}: " + ", ".join(f"{key.removesuffix(',none')} {value:.4f}" for key, value in scores.items()))
-    print(json.dumps({"results": results, "documents": samples, "cut": cut, "out": str(out)}))
+    print(json.dumps({"results": results, "documents": samples, "cut": cut, "left_out": left_out, "out": str(out)}))
 
 
 if __name__ == "__main__":
