@@ -69,7 +69,9 @@ def with_far_tokens(config: MCConfig, micro_batch: int) -> tuple[MCConfig, str |
                  f"--mc_gist_source={config.gist_source}": config.gist_source != "embeddings",
                  f"--mc_far_entries={config.far_entries}": most < 1}
     why = next((obstacle for obstacle, holds in obstacles.items() if holds), None)
-    return replace(config, far_tokens=0 if why else min(min(8, most) * K**top, LONGEST)), why
+    if why:
+        return replace(config, far_tokens=0, far_entries=MCConfig.far_entries), why
+    return replace(config, far_tokens=min(min(8, most) * K**top, LONGEST)), None
 
 
 def draw_cut(config: MCConfig, rows_B: Tensor, *key: int | str) -> tuple[Cut, Tensor]:
