@@ -22,7 +22,7 @@ def setting(default, help: str, choices: tuple | None = None):
 class MCConfig:
     # the tree and its gists
     block_size: int = setting(32, "tokens per LOD1 gist, and gists per gist of the next level")
-    max_lod: int = setting(2, "highest level of the tree that is built and shown")
+    max_lod: int = setting(4, "highest level of the tree that is built and shown")
     gist: str = setting("slots", "GistNet variant", GIST_VARIANTS)
     gists_per_block: int = setting(1, "vectors that GistNet makes of a block, an entry each; sessions and far histories need 1", GISTS)
     gist_source: str = setting("embeddings", "what GistNet reads of a block: its embeddings, or the hidden states behind the base's middle layer, detached (no sessions)", ("embeddings", "hidden"))
@@ -38,7 +38,9 @@ class MCConfig:
     damping_floor: float = setting(0.1, "share of every frequency that a gist keeps under --mc_positions=gaussian")
     lod_axis: int = setting(0, "1: unrotated dims turn by the entry's LOD (needs --rope_fraction < 1)", (0, 1))
     alibi: int = setting(0, "1: ALiBi by global distance in the working context", (0, 1))
-    far_tokens: int = setting(0, "tokens of the longest stored history (log-uniform per row) shown in and around a row's own, as gists of other rows: far distances, levels that rows do not reach; 0: none")
+    far_tokens: int = setting(
+        -1, "tokens of the longest stored history (log-uniform per row) shown in and around a row's own, as gists of other rows: far distances, levels that rows do not reach; "
+        "0: none; -1: eight nodes of the highest level, at most 8,388,608, where the other settings allow it")
     far_entries: int = setting(128, "entries that the stored history may take")
     # what is trained on it
     start: float = setting(0.3, "share of the training after which working contexts and lens begin: recall must have formed")
@@ -79,7 +81,7 @@ class MCConfig:
         self.cut_shares()
         teachers = self.teacher_weights()
         low = dict(block_size=2, max_lod=1, horizon=1, row_stride=1, variants=1, lens_horizon=1, lens_row_stride=1, budget=1,
-                   recent=0, far_tokens=0, far_entries=1, ramp=0, lens_edits=2)
+                   recent=0, far_tokens=-1, far_entries=1, ramp=0, lens_edits=2)
         for name, least in low.items():
             if getattr(self, name) < least:
                 raise UserError(f"--mc_{name}={getattr(self, name)} must be at least {least}")
@@ -107,7 +109,7 @@ class MCConfig:
             raise UserError(f"--mc_lens_queries={self.lens_queries} must exceed --mc_lens_horizon={self.lens_horizon}")
         if 0 < self.far_tokens < self.block_size:
             raise UserError(f"--mc_far_tokens={self.far_tokens} is less than a block of {self.block_size}")
-        if self.far_tokens and self.gists_per_block > 1:
+        if self.far_tokens > 0 and self.gists_per_block > 1:
             raise UserError(f"--mc_far_tokens={self.far_tokens} holds one gist per node, and --mc_gists_per_block={self.gists_per_block}; use 1")
         if self.lens != "bilinear" and self.gists_per_block > 1:
             raise UserError(f"--mc_lens={self.lens} reads one gist per node, and --mc_gists_per_block={self.gists_per_block}; use --mc_lens=bilinear")
@@ -116,7 +118,7 @@ class MCConfig:
         if self.damping_floor != MCConfig.damping_floor and self.positions != "gaussian":
             raise UserError(f"--mc_damping_floor has no effect with --mc_positions={self.positions}")
 
-        for name, value in (("far_tokens", self.far_tokens), ("lens", self.lens != "bilinear")):
+        for name, value in (("far_tokens", self.far_tokens > 0), ("lens", self.lens != "bilinear")):
             if value and self.gist_source == "hidden":
                 raise UserError(f"--mc_gist_source=hidden has no hidden states for --mc_{name}={getattr(self, name)}; use embeddings")
         for name in ("gist_width", "gist_shared", "gist_source", "contrast_weight"):
@@ -172,7 +174,9 @@ RETIRED = dict(max_gap=0, far_nodes=0)  # settings of earlier versions, and the 
 
 def from_dict(values: dict) -> MCConfig:
     """The config that a checkpoint's meta holds, of this version or of an earlier one that made no use of what is gone."""
-    values = {name: value for name, value in values.items() if name not in RETIRED or value != RETIRED[name]} if isinstance(values, dict) else values
+    if isinstance(values, dict):
+        kept = {name: value for name, value in values.items() if name not in RETIRED or value != RETIRED[name]}
+        values = {"far_tokens": 0} | kept
     return from_plain(MCConfig, values, "MC config")
 
 

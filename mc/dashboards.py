@@ -340,6 +340,8 @@ RUNTIME = Dashboard("mc-runtime", "MegaContext: runtime", "Latency, memory and t
         panel("Entries by LOD", "Healthy: their sum at most the budget and the tokens since the last refocus.", Line(Value("mc.session.entries", by="lod"), "LOD"), zero=True),
         panel("KV kept", "Share of entries whose keys and values survive a refocus. Healthy: above 0.5.",
               Value("mc.session.kv_kept") / (Value("mc.session.kv_kept") + Value("mc.session.kv_recomputed")), unit="percentunit", zero=True),
+        panel("Left out", "Share of the history that no entry stands for. Healthy: 0 while the budget tiles it; what is left out is searched all the same.",
+              Value("mc.session.omitted") / Value("mc.session.history"), unit="percentunit", zero=True),
         panel("Store reads", "Records read per second. Healthy: flat in the history.", Value("mc.session.store_reads"), zero=True),
         panel("Session swap rate", "Healthy: below 0.12.", Value("mc.session.swap_rate"), limit=0.12, zero=True),
         panel("Session edits", "Nodes per second: expanded, collapsed, collapsed by force, undone within twice the cooldown. Healthy: undone below a tenth.",

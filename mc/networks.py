@@ -72,5 +72,5 @@ def untrained_networks(device: torch.device | str = "cpu") -> Networks:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         gpt = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=4, n_kv_head=4, n_embd=UNTRAINED_WIDTH, value_embeds=False))
-        mc = MegaContext(MCConfig(gist="mean"), UNTRAINED_WIDTH)
+        mc = MegaContext(MCConfig(gist="mean", max_lod=2), UNTRAINED_WIDTH)  # written out: stores that these made must stay readable
     return Networks(gpt.to(device).eval(), mc.to(device).eval(), tokenizer, "{}")

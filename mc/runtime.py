@@ -16,6 +16,7 @@ Shapes: B rows, R rows with a working context (V variants of each: RV), T tokens
 
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from torch import Tensor
 from mc.config import POLICIES, MCConfig, to_dict
 from mc.counterfactual import can_flip, draw_cut, draw_edits, edit_utilities
 from mc.diagnostics import gist_statistics, probe, shares_by_lod
-from mc.far_history import draw_far_history, most_entries
+from mc.far_history import draw_far_history, most_entries, with_far_tokens
 from mc.gist_objectives import HORIZON_LODS, blocks_in_band, check_bands, contrast_loss
 from mc.focus_allocator import check_feasible, utilization
 from mc.keyed_random import gumbel, uniform
@@ -35,6 +36,7 @@ from mc.lens_objectives import Edits, Lesson, Variants, cursor_logits, lens_obje
 from mc.losses import distillation, row_mean
 from mc.mega_context import Tree, TreeShape
 from mc.model import Entries, MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
+from mc.path_edits import outlook
 from mc.teachers import attention_mass
 from mc.working_context import entries_used
 from nanochat.common import UserError, print0
@@ -65,6 +67,7 @@ class _Pending(NamedTuple):
 class MCController:
     def __init__(self, config: MCConfig, gpt: GPT, *, T: int, micro_batch: int, num_iterations: int, seed: int):
         """gpt: the base, already on its device. T: tokens per row. UserError for settings that cannot work together."""
+        config, nothing_far = with_far_tokens(config, micro_batch)
         K, R, H = config.block_size, config.protected, config.horizon
         history = (T - H) // K * K
         if history // K <= config.budget // K:
@@ -90,6 +93,10 @@ class MCController:
         self._far_entries = config.far_entries if config.far_tokens else 0
         self.model = MegaContext(config, gpt.config.n_embd).to(gpt.lm_head.weight.device)
         check_feasible(history, self.model.focus_config())
+        untrained = [lod for lod in range(1, config.max_lod + 1) if lod not in self.meta()["trained_lods"]]
+        if nothing_far and untrained:
+            print0(f"note: gists of LOD {', '.join(map(str, untrained))} will not be trained ({nothing_far}); sessions leave out what only they would show",
+                   file=sys.stderr)
         self.start_step, self.num_iterations = int(config.start * num_iterations), num_iterations
         if config.bands:
             check_bands(history, self.model.focus_config())
@@ -117,6 +124,14 @@ class MCController:
         K, history = self.config.block_size, self.history
         return {"config": to_dict(self.config),
                 "trained_lods": [lod for lod in range(1, self.config.max_lod + 1) if K ** lod <= max(history, self.config.far_tokens)]}
+
+    @property
+    def outlook(self) -> str:
+        """In a line, what sessions of this training's model will show of a history of 1,048,576 tokens, with default settings."""
+        trained = self.meta()["trained_lods"]
+        top = next((lod - 1 for lod in range(1, self.config.max_lod + 1) if lod not in trained), self.config.max_lod)
+        cfg = replace(self.model.focus_config(), max_lod=top, n_gists=1)
+        return f"sessions: gists of LOD1 to LOD{top} are trained; of 1,048,576 tokens they show {outlook(cfg, 2**20)}"
 
     def flops_per_token(self, gpt: GPT) -> float:
         """Training FLOPs that MegaContext adds per token of the LM pass, from shapes, while it is active."""

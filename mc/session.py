@@ -11,6 +11,9 @@ whole history by the last tokens (`mc.key_search`), edits the cut on a few nodes
 pass: only entries that are not in the cache are run. Under the exact policy those are all from the first edit on, so that the
 logits are those of a forward pass over the cut from scratch; under the approximate policy only the new entries.
 
+No session ends because of its length: where the budget no longer tiles the history, spans of it are left out of the working context
+(`mc.path_edits`); `explain`, `status` and the metrics name them, the search covers them, and the lens can have any of their blocks shown.
+
 Entries before the continuation stay within the budget, and at most `interval` tokens are read between two refocuses: a row of the
 cache holds budget + interval slots, whatever the length of the history. Tokens that do not fill a block yet wait in `pending`.
 
@@ -37,7 +40,7 @@ from torch import Tensor
 
 from mc.catalog import Catalog
 from mc.config import setting
-from mc.focus_allocator import FocusConfig, check_feasible, utilization
+from mc.focus_allocator import FocusConfig, check_budget, utilization
 from mc.focus_price import Allocator, next_shift, room
 from mc.gaussian_rope import alibi_slopes, entry_rotary
 from mc.history import History, check_sessions, store_format
@@ -66,7 +69,7 @@ class SessionConfig:
     budget: int = setting(0, "W: entries of the working context, tokens since the last refocus apart; 0: as trained")
     interval: int = setting(0, "tokens between two refocuses; 0: the block size")
     kv_policy: str = setting("exact", "after an edit: run everything behind it again, or (approximate) the new entries only", ("exact", "approximate"))
-    untrained: str = setting("refuse", "levels of gists that were not trained: refuse histories that need them, or show and report them", ("refuse", "report"))
+    untrained: str = setting("refuse", "levels of gists that were not trained: refuse to show them, leaving out what only they could show, or show and report them", ("refuse", "report"))
     candidates: int = setting(32, "blocks that the search of the history proposes at a refocus")
     allocator: str = setting("greedy", "how detail is chosen: greedy; bundle:BLOCKS, one edit shows up to so many adjacent blocks; stochastic:TEMPERATURE, with noise; threshold:a,b,c, a learned price")
     price: str = setting("adaptive", "price of an entry: what just fits the budget, or (adaptive) falling from there until the budget is used", ("market", "adaptive"))
@@ -98,12 +101,12 @@ def from_flags(args: argparse.Namespace, **changes) -> SessionConfig:
 
 
 class Shown(NamedTuple):
-    """A line of `Session.explain`: one gist, or the raw tokens of one block."""
+    """A line of `Session.explain`: one gist, the raw tokens of one block, or a span that is left out."""
 
     start: int
     tokens: int
-    entries: int
-    lod: int
+    entries: int  # 0: left out
+    lod: int | None  # None: left out
     score: float | None  # of the last refocus, relative to the price; None: not scored
     why: str
 
@@ -113,6 +116,7 @@ class Status(NamedTuple):
     entries_by_lod: dict[int, int]
     refocused_at: int  # tokens of history at the last refocus
     last_edits: Edits
+    omitted_tokens: int = 0  # of the history, in no entry
 
 
 class SessionState(NamedTuple):
@@ -200,6 +204,7 @@ class SessionPool:
         self.focus_config = FocusConfig(
             config.budget or c.budget, c.block_size, max_lod, recent=c.protected, tau_expand=config.tau_expand,
             tau_collapse=config.tau_collapse, margin=config.margin, max_edits=config.max_edits, cooldown=config.cooldown, span=self.allocator.span)
+        check_budget(self.focus_config)
         slots = self.focus_config.budget + self.interval
         if min(gpt.config.windows()) < min(slots, gpt.config.sequence_len):
             raise UserError(f"window_pattern {gpt.config.window_pattern}: its short layers see {min(gpt.config.windows())} of {slots} entries; use a model with L only")
@@ -228,7 +233,7 @@ class SessionPool:
         """A session on a store, with what it holds as history; default: an empty one in memory. seed: of its draws, of tokens and of the
         allocator's noise; sessions of one seed draw alike. catalog: counts at each refocus what is shown.
 
-        UserError when all places are taken, or the store's history is not the model's or too long for the budget.
+        UserError when all places are taken, or the store's history is not the model's.
         """
         row = next((row for row in range(self.max_sessions) if row not in self.sessions), None)
         if row is None:
@@ -300,8 +305,6 @@ class SessionPool:
              top_p: float = 1.0) -> list[int]:
         """One step of `generate`: the next token of each session, drawn by its own generator, and part of its history afterwards."""
         for session in sessions:
-            session.check_length(session.n_tokens + 1)
-        for session in sessions:
             if session.due:
                 session.refocus()
         self.catch_up(sessions)
@@ -322,14 +325,13 @@ class SessionPool:
         """Per step, each session's new token, None for those that have stopped; sampling as `nanochat.engine.Engine.generate`.
 
         seed: start every session's draws anew; None: go on with them. A session's tokens do not depend on those beside it.
-        UserError, before anything runs, as the engine, for an empty session, and for a history that would outgrow the budget.
+        UserError, before anything runs, as the engine, and for an empty session.
         """
         check_sampling(self.gpt.config.vocab_size, max_tokens, temperature, top_k, stop_ids, top_p)
         self.check_open(sessions)
         for session in sessions:
             if not session.n_tokens:
                 raise UserError("the session is empty: begin with at least one token (bos, for text from nothing)")
-            session.check_growth(max_tokens)
         for session in sessions if seed is not None else ():
             session.generator.manual_seed(seed)
         return self._stream(list(sessions), max_tokens, temperature, top_k, top_p, frozenset(stop_ids))
@@ -421,7 +423,6 @@ class Session:
         self.history = History(pool.gpt, pool.mc, store)
         self.pending: list[int] = []
         self.generator = torch.Generator(pool.device).manual_seed(seed)
-        self.check_length(self.n_tokens)
         self._restart(PathEdits(pool.focus_config))
         self.meter = SessionMeter(pool.recorder, pool.focus_config.cooldown) if pool.recorder else None
 
@@ -462,7 +463,6 @@ class Session:
         ids_N = torch.as_tensor(tokens, dtype=torch.int64).cpu()
         if not len(ids_N):
             return
-        self.check_length(self.n_tokens + len(ids_N))
         begin = time.perf_counter()
         self.history.append(torch.cat([torch.tensor(self.pending, dtype=torch.int64), ids_N]))
         self.pending, self.asked = [], True
@@ -472,7 +472,6 @@ class Session:
 
     def end_source(self) -> None:
         """What is appended next is another document, and starts a block of its own."""
-        self.check_length(-(-self.n_tokens // self.history.block_size) * self.history.block_size)
         self.flush()
         self.asked = self.recut = True  # void slots are not numbered under contiguous positions
         self.history.end_source()
@@ -483,21 +482,6 @@ class Session:
         self.history.append(torch.tensor(self.pending, dtype=torch.int64))
         self.pending = []
         self.search.grow(self.history.store.n_nodes(1))
-
-    def check_growth(self, max_tokens: int) -> None:
-        """Refuse to generate max_tokens when the history would outgrow the budget on the way."""
-        K, end = self.history.block_size, self.n_tokens + max_tokens
-        for n_tokens in (*range((self.n_tokens // K + 1) * K - 1, end, K), end):  # a block is largest before it is complete
-            self.check_length(n_tokens)
-
-    def check_length(self, n_tokens: int) -> None:
-        """Refuse a history that the budget cannot show with one block raw, with the numbers."""
-        try:
-            check_feasible(n_tokens, self.pool.focus_config)
-        except UserError as e:
-            untrained = self.pool.untrained and self.pool.config.untrained == "refuse"
-            hint = f" (LOD{self.pool.untrained[0]} and above were not trained; --mc_untrained=report shows them)" if untrained else ""
-            raise UserError(f"{e}{hint}") from None
 
     def resume(self, meta: dict, tensors: dict[str, Tensor]) -> None:
         """Continue where a state was taken, whose values `SessionPool.restore` has checked by themselves. UserError where they do not fit the
@@ -579,7 +563,7 @@ class Session:
             lods = self.status().entries_by_lod
             raw = sum(lod == 1 for lod, _ in self.focus.expanded)
             self.meter.refocused(
-                self.focus.refocuses, self.last_edits, seconds=self.refocus_seconds + pass_seconds, entries_by_lod=lods, swappable=raw + lods.get(1, 0),
+                self.focus.refocuses, self.last_edits, seconds=self.refocus_seconds + pass_seconds, entries_by_lod=lods, omitted=self.omitted_tokens, swappable=raw + lods.get(1, 0),
                 utilization=self.utilization, kv_kept=self.kept, kv_recomputed=self.computed, store_reads=self.store_reads)
             self.store_reads = 0
         self.refocus_seconds = 0.0
@@ -608,14 +592,17 @@ class Session:
         focus, n_B = self.focus, torch.tensor([self.focus.n_tokens])
         fixed = torch.tensor(sorted({*focus.tail_blocks(), *focus.pruned}), dtype=torch.int64)
         index_BI, logits_BI = torch.tensor([list(logits)], dtype=torch.int64), torch.tensor([list(logits.values())], dtype=torch.float64)
+        room_B = torch.tensor([focus.room]) if focus.omits else room(n_B, focus.cfg)
         scores_BI = self.pool.allocator.scores(
-            logits_BI, index_BI, ~torch.isin(index_BI, fixed), room(n_B, focus.cfg), torch.tensor([self.price_shift], dtype=torch.float64),
+            logits_BI, index_BI, ~torch.isin(index_BI, fixed), room_B, torch.tensor([self.price_shift], dtype=torch.float64),
             rows_B=torch.zeros(1, dtype=torch.int64), seed=self.seed, refocus=focus.refocuses)
         return dict(zip(logits, scores_BI[0].tolist()))
 
     @property
     def utilization(self) -> float:
-        """Of the cut that the last refocus left, see `mc.focus_allocator.utilization`."""
+        """Of the cut that the last refocus left, see `mc.focus_allocator.utilization`; where spans are left out of blocks alone, gists filling up."""
+        if self.focus.omits:
+            return self.focus.utilization
         return float(utilization(torch.tensor([self.focus.entries]), torch.tensor([self.focus.n_tokens]), self.focus.cfg))
 
     @property
@@ -702,7 +689,6 @@ class Session:
         first if the user has appended, and then every `interval` tokens. They are history afterwards."""
         left, parts = torch.as_tensor(tokens, dtype=torch.int64).cpu(), []
         self.history.check_ids(left)
-        self.check_growth(len(left))
         while len(left):
             parts.append(self.logits()[None])
             piece = left[:self.pool.interval - (self.n_tokens - self.cut_tokens)]
@@ -723,13 +709,21 @@ class Session:
     # -- what it is ---------------------------------------------------------------------------------------------------------
 
     def status(self) -> Status:
-        return Status(self.n_tokens, dict(sorted(Counter(self._shown()[0].tolist()).items())), self.focus.n_tokens, self.last_edits)
+        return Status(self.n_tokens, dict(sorted(Counter(self._shown()[0].tolist()).items())), self.focus.n_tokens, self.last_edits, self.omitted_tokens)
+
+    @property
+    def omitted_tokens(self) -> int:
+        """Tokens of the history that no entry stands for since the last refocus: they are searched, and shown when they are asked for."""
+        return self.cut_tokens - int((self.history.block_size ** self.cut_lod).sum())
 
     def explain(self) -> list[Shown]:
-        """The working context as a table: every gist, and the raw tokens block by block, with the reason."""
-        K, focus, lines = self.history.block_size, self.focus, []
+        """The history as a table: every gist, the raw tokens block by block, and the spans that are left out, each token in one line."""
+        K, focus, lines, end = self.history.block_size, self.focus, [], 0
         for at, i in zip(*(x.tolist() for x in self._shown())):
             start, block = i * K ** at, i if at == 1 else i // K
+            if start > end:
+                lines.append(Shown(end, start - end, 0, None, None, "left out: no entry has room for it; searched at every refocus"))
+            end = start + K ** at
             score = self.scores.get(block) if at < 2 else None
             if at == 0 and lines and lines[-1].lod == 0 and lines[-1].start // K == block:
                 lines[-1] = lines[-1]._replace(tokens=lines[-1].tokens + 1, entries=lines[-1].entries + 1)

@@ -117,6 +117,8 @@ register(
     Metric("mc.session.ingest_rate", "{token}/s", "gauge", "Tokens appended per second of append: embedding, gists, keys, storing.", healthy="steady", where=SESSION),
     Metric("mc.session.history", "{token}", "gauge", "Tokens of history.", healthy="grows", where=SESSION),
     Metric("mc.session.entries", "{entry}", "gauge", "Entries of the working context, by attribute lod.", healthy="sum at most W", where=SESSION),
+    Metric("mc.session.omitted", "{token}", "gauge", "Tokens of history that no entry stands for: the budget does not tile the history. They are searched, and shown when they are asked for.",
+           healthy="0 while the budget tiles the history; else below mc.session.history by what blocks and gists show", where=SESSION),
     Metric("mc.session.kv_kept", "{entry}", "counter", "Entries whose keys and values were kept over a refocus.", healthy="most of the entries", where=SESSION),
     Metric("mc.session.kv_recomputed", "{entry}", "counter", "Entries whose keys and values were computed again at a refocus, or for the first time.",
            healthy="less than kv_kept", where=SESSION),
@@ -128,7 +130,7 @@ register(
     Metric("mc.session.forced", "{node}", "counter", "Nodes collapsed by the hard budget.", healthy="at most one per block appended", where=SESSION),
     Metric("mc.session.undone", "{node}", "counter", "Nodes whose flip by an edit undid another edit's of at most 2 x cooldown refocuses ago (2 without).",
            healthy="below a tenth of expands + collapses", where=SESSION),
-    Metric("mc.session.utilization", "1", "gauge", "Entries used / the largest count reachable within the budget.", healthy="above 0.95 with --mc_price=adaptive; 0.69 to 0.80 was measured on text at the market price", where=SESSION),
+    Metric("mc.session.utilization", "1", "gauge", "Entries used / the largest count reachable within the budget; raw entries alone where spans are left out.", healthy="above 0.95 with --mc_price=adaptive; 0.69 to 0.80 was measured on text at the market price", where=SESSION),
     Metric("mc.session.residency", "{refocus}", "histogram", "Refocuses that a block had stayed shown by an edit when it was hidden.",
            healthy="mean above 2", where=SESSION, buckets=one_two_five(0, 4)),
 )

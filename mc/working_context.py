@@ -220,12 +220,12 @@ def collapse(cut: Cut, mask_BW: Tensor, max_lod: int) -> Cut:
 # The invariants
 
 
-def check(cut: Cut, n_tokens_B: Tensor, capacity: int, max_lod: int | None = None) -> None:
+def check(cut: Cut, n_tokens_B: Tensor, capacity: int, max_lod: int | None = None, gaps: bool = False) -> None:
     """Assert every invariant of a cut, entry by entry. For tests and debugging: slow, syncs with the device.
 
     Budget (entries <= capacity), padding, level consistency (0 <= lod <= max_lod, complete nodes only), monotone
     time, contiguity and coverage of `[0, n)`. Block alignment needs no test of its own: a node's span is aligned by
-    construction, so a misaligned entry shows as a gap or an overlap.
+    construction, so a misaligned entry shows as a gap or an overlap. gaps: spans may be left out between entries and before the first.
     """
     assert cut.lod_BW.shape == cut.index_BW.shape == cut.valid_BW.shape, "shapes of lod, index and valid differ"
     assert cut.lod_BW.dtype == cut.index_BW.dtype == torch.int64 and cut.valid_BW.dtype == torch.bool, "dtypes"
@@ -240,7 +240,7 @@ def check(cut: Cut, n_tokens_B: Tensor, capacity: int, max_lod: int | None = Non
         for w, (lod, index) in enumerate(zip(lods[:used], indices[:used])):
             assert lod >= 0 and (max_lod is None or lod <= max_lod), f"row {b}, entry {w}: no level {lod}"
             start, end = index * cut.block_size**lod, (index + 1) * cut.block_size**lod
-            assert start == time, f"row {b}, entry {w}: ({lod}, {index}) starts at {start}, not at {time}"
+            assert start == time or gaps and start > time, f"row {b}, entry {w}: ({lod}, {index}) starts at {start}, not at {time}"
             assert end <= n, f"row {b}, entry {w}: ({lod}, {index}) ends at {end}, beyond {n} tokens"
             time = end
         assert time == n, f"row {b}: covers {time} of {n} tokens"

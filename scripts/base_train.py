@@ -303,6 +303,8 @@ def train(args, directory: Path) -> None:
 
     facts = describe(plan, model, ranks.world_size, mc)
     print0(f"{facts['parameters']:,} parameters, {plan.num_iterations} steps of {plan.tokens_per_step:,} tokens, {facts['flops']:.3g} FLOPs, {ranks.world_size} rank(s) on {device}")
+    if mc:
+        print0(mc.outlook)
     recorder = open_recorder(base_dir() / "runs" / tag(args), run=args.run, config=vars(args), total_steps=plan.num_iterations, first_step=step, rank=ranks.rank,
                              labels={"mc.stage": "train", "mc.variant": "mc" if mc else "vanilla"})
     peak = peak_flops(device) * ranks.world_size

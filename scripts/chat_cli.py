@@ -184,14 +184,15 @@ def converse(args: Namespace, prompts: Iterator[str], session, tokenizer: Tokeni
         if args.mc_explain:
             for line in session.explain():
                 score = "" if line.score is None else f"{line.score:+.2f}"
-                print(f"  {line.start:>10,} + {line.tokens:<8,} LOD{line.lod} {line.entries:>4} entries {score:>6}  {line.why}", file=sys.stderr)
+                level = "left out" if line.lod is None else f"LOD{line.lod}"
+                print(f"  {line.start:>10,} + {line.tokens:<8,} {level:<8} {line.entries:>4} entries {score:>6}  {line.why}", file=sys.stderr)
         go_on(args, interrupted)
 
 
 def status_line(status, rate: float) -> str:
     entries = ", ".join(f"{count} LOD{lod}" for lod, count in status.entries_by_lod.items())
-    edits = status.last_edits
-    return (f"[history {status.history_tokens:,} tokens | entries {sum(status.entries_by_lod.values())}: {entries} | last refocus at {status.refocused_at:,}: "
+    edits, omitted = status.last_edits, f" | {status.omitted_tokens:,} tokens left out" if status.omitted_tokens else ""
+    return (f"[history {status.history_tokens:,} tokens | entries {sum(status.entries_by_lod.values())}: {entries}{omitted} | last refocus at {status.refocused_at:,}: "
             f"{edits.expands} expanded, {edits.collapses} collapsed, {edits.forced} forced | {rate:,.0f} tokens/s]")
 
 

@@ -143,6 +143,9 @@ def main() -> None:
         )
     if lm.apart:
         print(f"note: {lm.apart} continuations only complete the last token of their context; they were encoded apart")
+    left_out = getattr(lm, "left_out", 0)
+    if left_out:
+        print(f"note: of {left_out} requests a part of the context had no entry in the working context at last; a larger --mc_budget shows more")
     results = {
         task: {key: value for key, value in scores.items() if key != "sample_len" and isinstance(value, (int, float))}
         for task, scores in found["results"].items()
@@ -158,6 +161,7 @@ def main() -> None:
                 "documents": samples,
                 "cut": cut,
                 "apart": lm.apart,
+                "left_out": left_out,
                 "checkpoint": str(args.checkpoint_dir or args.nanochat_checkpoint),
                 "mc": bool(args.mc_enabled),
                 "flags": {k: str(v) for k, v in vars(args).items()},
@@ -165,7 +169,7 @@ def main() -> None:
             indent=1,
         ),
     )
-    print(json.dumps({"results": results, "documents": samples, "cut": cut, "out": str(out)}))
+    print(json.dumps({"results": results, "documents": samples, "cut": cut, "left_out": left_out, "out": str(out)}))
 
 
 if __name__ == "__main__":

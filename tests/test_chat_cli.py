@@ -246,14 +246,26 @@ def test_an_empty_history_and_a_folder(run, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (("--history=@none",), "cannot read --history"), (("--history=@binary",), "is not UTF-8 text"), 
-    (("--mc_budget=30", "--history=@history.txt"), "a budget of 30 entries is too small for"), (("--mc_kv_policy=fast",), "invalid choice"),
-    (("--mc_untrained=refuse", "--history=@long.txt", "--mc_budget=60"), "LOD4 and above were not trained")])
+    (("--mc_budget=22", "--history=@history.txt"), "a budget of 22 entries is too small for a session"), (("--mc_kv_policy=fast",), "invalid choice")])
 def test_mistakes(run, flags, message, tmp_path, capsys):
     (tmp_path / "binary").write_bytes(b"\xff\xfe" * 10)
-    (tmp_path / "long.txt").write_text("a" * 12_000)
     with pytest.raises((UserError, SystemExit)) as error:
         run(chat_cli.main, *CHAT, *flags, "--prompt=a")
     assert message in str(error.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [(), ("--mc_tree=disk", "--mc_store=@store"), ("--mc_budget=23",), ("--mc_kv_policy=approximate",)])
+def test_a_conversation_that_its_budget_cannot_tile_goes_on(run, monkeypatch, flags, tmp_path):
+    """12,000 tokens of history, then 40 turns, with a level that was not trained: all answered, and what is left out is said."""
+    (tmp_path / "long.txt").write_text("\u0436\u00e9 foreign \u4e2d " * 800)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("and then?\n" * 40))
+    _, err = run(chat_cli.main, *CHAT, "--mc_budget=40", *flags, "--history=@long.txt", "--mc_explain=1")
+    turns = [line for line in err if line.startswith("[history")]
+    assert len(turns) == 40 and all("tokens left out" in line for line in turns)
+    table = err[err.index(turns[-1]) + 1:]
+    assert any("left out: no entry" in line for line in table)
+    covered = [tuple(int(x.replace(",", "")) for x in line.split("LOD")[0].split("left out")[0].split("+")) for line in table]
+    assert all(a + b == c for (a, b), (c, _) in zip(covered, covered[1:])) and covered[0][0] == 0
 
 
 def test_a_history_on_disk_goes_on(run, tmp_path):
@@ -313,7 +325,7 @@ def test_mc_bench_kv(run):
         run(mc_bench.main, "kv", "--checkpoint_dir=@ckpt", "--rows=1")
 
 
-@pytest.mark.parametrize("flags, message", [(("--longest=10",), "at least 1024 tokens"), (("--rounds=1",), "2 rounds"), (("--mc_budget=30",), "too small")])
+@pytest.mark.parametrize("flags, message", [(("--longest=10",), "at least 1024 tokens"), (("--rounds=1",), "2 rounds"), (("--mc_budget=22",), "too small")])
 def test_mistakes_of_mc_bench_decode(run, flags, message):
     with pytest.raises(UserError, match=message):
         run(mc_bench.main, "decode", "--checkpoint_dir=@ckpt", "--longest=1024", *flags)

@@ -11,7 +11,7 @@ from tiny_gpt import tiny_gpt
 
 K, T, H, W, R, N = 4, 64, 8, 32, 8, 56  # block, row, continuation, budget, protected tokens, history
 VOCAB = 50
-SMALL = dict(block_size=K, max_lod=2, gist_width=16, budget=W, horizon=H, start=0.0, ramp=0, lens_horizon=4, lens_queries=24,
+SMALL = dict(block_size=K, max_lod=2, far_tokens=0, gist_width=16, budget=W, horizon=H, start=0.0, ramp=0, lens_horizon=4, lens_queries=24,
              lens_key_dim=16, lens_keys=2)
 
 
