@@ -38,7 +38,7 @@ import torch
 import yaml
 
 from nanochat.common import UserError, print0
-from nanochat.dataset import locked
+from nanochat.outputs import locked
 from nanochat.recorder import duration
 
 DRAWS = 4000

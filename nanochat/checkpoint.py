@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanochat.common import UserError
+from nanochat.outputs import write_file
 
 State = dict[str, object]  # nested dicts, lists and tuples of tensors, numbers, strings and None
 
@@ -145,6 +146,15 @@ def _commit(directory: Path, step: int, own: dict, files: dict, rank: int, world
     return attempt(rename_own) or attempt(write_record)
 
 
+def annotate(directory: str | Path, step: int, **facts: object) -> None:
+    """Add to what a complete step's meta says, e.g. an evaluation that came after the save. One rank calls it.
+
+    The facts stand in the commit record, which is replaced as a whole: the step is intact at every moment.
+    """
+    record = Path(directory) / f"complete_{step:06d}.json"
+    write_file(record, json.dumps(json.loads(record.read_text()) | {"facts": facts}, indent=1))
+
+
 def complete_steps(directory: str | Path) -> list[int]:
     """Steps with a commit record, oldest first; whether they are intact is not looked at."""
     return sorted(int(m[1]) for p in Path(directory).glob("complete_*.json") if (m := re.fullmatch(r"complete_(\d+)\.json", p.name)))
@@ -249,7 +259,8 @@ def load_mc_state(directory: str | Path, step: int, device: torch.device | str =
 
 
 def _read_model(directory: Path, step: int, device: torch.device | str) -> tuple[dict[str, Tensor], dict]:
-    return _read(directory / f"model_{step:06d}.pt", device), json.loads((directory / f"meta_{step:06d}.json").read_text())
+    meta, record = (json.loads((directory / f"{name}_{step:06d}.json").read_text()) for name in ("meta", "complete"))
+    return _read(directory / f"model_{step:06d}.pt", device), meta | record.get("facts", {})
 
 
 def _read(path: Path, device: torch.device | str) -> dict:

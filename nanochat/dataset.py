@@ -5,7 +5,6 @@ one long document. `python -m nanochat.dataset --num_shards 8 --dir DIR` fetches
 directory of parquet, jsonl or text files is a corpus as well.
 """
 
-import fcntl
 import hashlib
 import http.client
 import json
@@ -27,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import FlagParser, UserError, base_dir, print0, run_main
+from nanochat.outputs import locked
 
 SPLITS = ("train", "val")
 SHARDS = (".parquet", ".jsonl")
@@ -39,19 +39,6 @@ class Document(NamedTuple):
     text: str
     source: str  # path inside the corpus, with #row where a file holds several documents
     kind: str  # "code", "text" or what the corpus says in its column `kind`
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`, so that of several processes one builds and the others then find it built."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "a")
-    except OSError as e:
-        raise UserError(f"cannot write in {path.parent} ({e.strerror}); set NANOCHAT_BASE_DIR to a folder that can be written") from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 class Progress:

@@ -14,7 +14,8 @@ from typing import Iterator
 import numpy as np
 
 from nanochat.common import UserError, base_dir
-from nanochat.dataset import Corpus, Document, Progress, locked
+from nanochat.dataset import Corpus, Document, Progress
+from nanochat.outputs import locked
 from nanochat.tokenizer import Tokenizer
 
 BATCH_CHARS = 1 << 20  # encoded at a time

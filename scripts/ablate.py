@@ -19,7 +19,7 @@ from mc.config import from_flags
 from mc.experiment import ROOT, Records, find_function, run_cells, whole_numbers
 from nanochat.checkpoint import load_model_state
 from nanochat.common import FlagParser, UserError, base_dir, run_main
-from nanochat.dataset import locked
+from nanochat.outputs import locked
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train
 

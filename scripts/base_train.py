@@ -23,12 +23,13 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # torchrun scripts/base_train.py, not installed
 
-from nanochat.checkpoint import complete_steps, load_checkpoint, load_mc_state, load_model_state, save_checkpoint, set_rng_state
+from nanochat.checkpoint import annotate, complete_steps, load_checkpoint, load_mc_state, load_model_state, save_checkpoint, set_rng_state
 from nanochat.common import FlagParser, Ranks, UserError, base_dir, import_optional, init_distributed, parse_optional, print0, run_main, seed_everything
 from nanochat.dataloader import Loader, Source, eval_rows, is_synthetic, is_tasks, make_source
 from nanochat.evaluation import evaluate
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW, assert_finite, check_groups, global_grad_norm, gpt_param_groups, relative_change
+from nanochat.outputs import BASE_DIR, StopRequest, check_tag, holding, output_folder
 from nanochat.recall import CurriculumSchedule
 from nanochat.recorder import Recorder, open_recorder
 from nanochat.schedule import batch_lr_scale, lr_multiplier, muon_momentum, weight_decay_multiplier
@@ -139,8 +140,14 @@ def check_ranges(args, defaults: dict) -> None:
         raise UserError(f"--rows=packed has no effect with --data={args.data}: it packs documents")
     if args.text_column != defaults["text_column"] and (args.data == "stdlib" or is_synthetic(args.data)):
         raise UserError(f"--text_column={args.text_column} has no effect with --data={args.data}: it is for directories of parquet or jsonl files")
+    check_tag(tag(args))
     if not 0 < args.target_tokens_per_param < math.inf:
         raise UserError(f"--target_tokens_per_param={args.target_tokens_per_param} must be positive")
+
+
+def tag(args) -> str:
+    """Where the run is, below checkpoints/ and runs/."""
+    return args.model_tag or f"d{args.depth}" + "_mc" * args.mc_enabled
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,6 +213,25 @@ def vanilla_step(model: GPT, batch):
 
 def main() -> None:
     args = parse_flags()
+    if args.dry_run:
+        return train(args, base_dir())
+    directory = base_dir() / "checkpoints" / tag(args)
+    if not args.resume:
+        refuse_other_run(directory)
+    output_folder(directory, flag=BASE_DIR)
+    with holding(directory) if int(os.environ.get("RANK", 0)) == 0 else contextlib.nullcontext():
+        if not args.resume:
+            refuse_other_run(directory)  # it may have begun and ended in between
+        train(args, directory)
+
+
+def refuse_other_run(directory: Path) -> None:
+    if steps := complete_steps(directory):
+        raise UserError(f"{directory} holds checkpoints of another run, up to step {steps[-1]}; use --resume=1, another --model_tag, or remove it")
+
+
+def train(args, directory: Path) -> None:
+    """The run; directory: of its checkpoints, which are its own."""
     begin = time.time()
     if args.dry_run:
         ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.device("meta"))  # shapes, no memory
@@ -254,8 +280,7 @@ def main() -> None:
     print0(source.summary)
 
     # Resume
-    directory = base_dir() / "checkpoints" / (args.model_tag or f"d{args.depth}" + "_mc" * args.mc_enabled)
-    step, flops, trained_s = 0, 0.0, 0.0
+    step, flops, trained_s, val = 0, 0.0, 0.0, None  # val: the last evaluation, with its step
     if args.resume and complete_steps(directory):
         saved = load_checkpoint(directory, device=device, rank=ranks.rank, world_size=ranks.world_size)
         check_resumable(saved.meta, args, plan, tokenizer, directory)
@@ -265,33 +290,67 @@ def main() -> None:
         optimizer.load_state_dict(saved.optimizer)
         loader.load_state_dict(saved.loader)
         set_rng_state(saved.rng)
-        step, flops, trained_s = saved.step, saved.meta["flops"], saved.meta.get("trained_s", 0.0)
+        step, flops, trained_s, val = saved.step, saved.meta["flops"], saved.meta.get("trained_s", 0.0), saved.meta["val"]
         print0(f"resumed {directory} at step {step} of {plan.num_iterations}")
-    elif steps := complete_steps(directory):
-        raise UserError(f"{directory} holds checkpoints of another run, up to step {steps[-1]}; use --resume=1, another --model_tag, or remove it")
 
     facts = describe(plan, model, ranks.world_size, mc)
     print0(f"{facts['parameters']:,} parameters, {plan.num_iterations} steps of {plan.tokens_per_step:,} tokens, {facts['flops']:.3g} FLOPs, {ranks.world_size} rank(s) on {device}")
-    recorder = open_recorder(base_dir() / "runs" / directory.name, run=args.run, config=vars(args), total_steps=plan.num_iterations, first_step=step, rank=ranks.rank,
+    recorder = open_recorder(base_dir() / "runs" / tag(args), run=args.run, config=vars(args), total_steps=plan.num_iterations, first_step=step, rank=ranks.rank,
                              labels={"mc.stage": "train", "mc.variant": "mc" if mc else "vanilla"})
     peak = peak_flops(device) * ranks.world_size
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
     last = min(args.stop_at or plan.num_iterations, plan.num_iterations)
     unlogged: list[dict[str, torch.Tensor | Reading]] = []  # metrics of the micro-steps since the last log line
-    val = None
+    saved_step = step  # the last one that is on disk
     clock, logged_step, logged_flops = time.perf_counter(), step, flops  # at the last log line: speed is measured from line to line
 
     def save() -> None:
+        nonlocal saved_step
         meta = {"model_config": dataclasses.asdict(plan.model), "num_iterations": plan.num_iterations, "tokenizer": tokenizer.fingerprint,
                 "flops": flops, "tokens": plan.tokens_per_step * step, "trained_s": trained_s,
-                "val": val and val._asdict(), "flags": vars(args), "mc": mc and mc.meta()}
+                "val": val, "flags": vars(args), "mc": mc and mc.meta()}
         begin_save = time.perf_counter()
         save_checkpoint(directory, step, model=model.state_dict(), optimizer_shard=optimizer.state_dict(), meta=meta,
                         mc=mc and mc.state_dict(), loader=loader.state_dict(), rank=ranks.rank, world_size=ranks.world_size, keep_last=args.keep_last)
+        saved_step = step
         recorder.record("checkpoint.save_time", time.perf_counter() - begin_save)
 
-    with recorder:
+    def evaluate_step() -> None:
+        nonlocal val
+        with autocast:
+            found = evaluate(model, batches(held_out, plan, ranks, stop), eval_steps, token_bytes)
+        recorder.record("val.loss", found.loss)
+        if found.bpb is not None:
+            recorder.record("val.bpb", found.bpb)
+        val = {"step": step, **found._asdict()}
+        if ranks.is_main and saved_step == step:
+            annotate(directory, step, val=val)
+
+    def probe_step() -> None:
+        begin_probe = time.perf_counter()
+        with autocast:
+            found = mc.probe(model, next(batches(held_out, plan, ranks, stop)))
+        for name, value in mean_over_ranks([found], ranks)[0].items():
+            recorder.record(name, value)
+        recorder.record("mc.time.probe", time.perf_counter() - begin_probe)
+
+    def look(evaluating: bool, probing: bool) -> bool:
+        """Evaluate, and probe MegaContext, on held-out rows; whether it came to the end without being asked to stop."""
+        try:
+            if evaluating:
+                evaluate_step()
+            if probing:
+                probe_step()
+        except Stopped:
+            return False
+        return True
+
+    with StopRequest(ranks) as stop, recorder:
+        stopping = False
+        if step == last and (not val or val.get("step", step) != step):  # a resumed run that was stopped in its last evaluation
+            recorder.step = step
+            stopping = not look(True, bool(mc and mc.active(step - 1)))
         while step < last:
             waited, losses = 0.0, 0.0
             trace = Trace("train.step", device, keep=bool(args.trace_every) and step % args.trace_every == 0, step=step)
@@ -310,6 +369,8 @@ def main() -> None:
                 unlogged.append(metrics)
                 flops += step_flops(model, mc, plan, step, batch.num_targets) / plan.accumulation
             evaluating, saving = (step + 1 == last or (every and (step + 1) % every == 0) for every in (args.eval_every, args.save_every))
+            stopping = stop.agreed()
+            saving = saving or stopping
             logging = (step + 1) % args.log_every == 0 or evaluating or saving  # a saved step's loss was looked at
             probing = bool(mc and mc.active(step) and (evaluating or (args.probe_every and (step + 1) % args.probe_every == 0)))
             logging = logging or probing
@@ -356,28 +417,27 @@ def main() -> None:
                 recorder.record("train.elapsed", trained_s)
                 record_state(recorder, multiplier, flops, plan, step, device)
             paused = time.perf_counter()
-            if evaluating:
-                with autocast:
-                    val = evaluate(model, batches(held_out, plan, ranks), eval_steps, token_bytes)
-                recorder.record("val.loss", val.loss)
-                if val.bpb is not None:
-                    recorder.record("val.bpb", val.bpb)
-            if probing:
-                begin_probe = time.perf_counter()
-                with autocast:
-                    found = mc.probe(model, next(batches(held_out, plan, ranks)))
-                for name, value in mean_over_ranks([found], ranks)[0].items():
-                    recorder.record(name, value)
-                recorder.record("mc.time.probe", time.perf_counter() - begin_probe)
-            if logging:
+            looking = (evaluating or probing) and not stopping
+            if logging and not looking:
                 recorder.flush(step)
             if saving:
-                save()
+                save()  # before what can be stopped, or fail
+            if looking and not look(evaluating, probing):
+                stopping = True
+                if not saving:
+                    save()
+            if looking:
+                recorder.flush(step)
+            if stopping:
+                break
             clock += time.perf_counter() - paused  # evaluating and saving is no training
-    summary = {"step": step, "val_loss": val and val.loss, "val_bpb": val and val.bpb, "tokens": step * plan.tokens_per_step,
+    summary = {"step": step, "stopped": stopping, "val_loss": val and val["loss"], "val_bpb": val and val["bpb"], "tokens": step * plan.tokens_per_step,
                "flops": flops, "seconds": round(time.time() - begin, 1), "checkpoint": str(directory)}
-    print0(f"done: {step} steps, checkpoint in {directory}")
+    print0(f"stopped by {stop.signal or 'a signal to another rank'} at step {step} of {plan.num_iterations}, saved in {directory}; --resume=1 goes on" if stopping
+           else f"done: {step} steps, checkpoint in {directory}")
     print0(json.dumps(summary))
+    if stopping and stop.signal == "SIGINT":
+        raise KeyboardInterrupt
 
 
 def check_finite(losses: torch.Tensor, step: int, recorder: Recorder) -> None:
@@ -452,12 +512,17 @@ def mean_over_ranks(metrics: list[dict[str, torch.Tensor | Reading]], ranks: Ran
     return [{name: next(means) for name in m} for m in metrics]
 
 
-def batches(source: Source, plan: Plan, ranks: Ranks):
-    """Held-out batches, from the first row on."""
+class Stopped(Exception):
+    """The run was asked to stop in an evaluation."""
+
+
+def batches(source: Source, plan: Plan, ranks: Ranks, stop: StopRequest):
+    """Held-out batches, from the first row on. Stopped, on all ranks at the same batch, where the run is to stop."""
     per_step = plan.micro_batch * ranks.world_size
     loader = Loader(source, per_step, plan.micro_batch, plan.T, ranks.rank, ranks.world_size, ranks.device)
-    while True:
+    while not stop.agreed():
         yield loader.next()
+    raise Stopped
 
 
 def record_state(recorder: Recorder, multiplier: float, flops: float, plan: Plan, step: int, device: torch.device) -> None:
