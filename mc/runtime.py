@@ -148,6 +148,17 @@ class MCController:
         captured = micro_batch * self.T * g.n_layer * 5 * g.n_embd
         return 4 * (micro_batch // c.row_stride * c.variants * per_row + captured)
 
+    @property
+    def modules(self):
+        return {"mc": self.model}
+
+    def share_active(self) -> float:
+        return 1 - self.config.start
+
+    def after_backward(self, accumulation=1, trace=None):
+        metrics = self.lens_step(accumulation, trace)
+        return metrics.get("mc.loss.lens", 0.0), metrics
+
     def active(self, step: int) -> bool:
         return step >= self.start_step
 

@@ -33,8 +33,9 @@ class NullController:
         loss = model.loss(model.hidden(batch.inputs), batch.targets, batch.num_targets)
         return StepResult(loss, {"train.loss": loss.detach()})
 
-    def after_backward(self, accumulation: int = 1, trace: Trace | None = None) -> Metrics:
-        return {}
+    def after_backward(self, accumulation: int = 1, trace: Trace | None = None) -> tuple[Tensor | float, Metrics]:
+        """What is learned from the gradients of the pass whose backward has just run: its loss, 0 for none, and metrics."""
+        return 0.0, {}
 
     def active(self, step: int) -> bool:
         return False

@@ -3,7 +3,7 @@
     with TrainingMeter(...) as meter:
         meter.begin_step()
         with meter.span("train.forward"): ...
-        meter.micro_step(result, batch.num_targets)
+        meter.micro_step(result, controller.after_backward(), batch.num_targets)
         meter.read_losses()                  # at log lines: waits for the device, stops where a loss is not finite
         meter.updated()                      # the optimizer has stepped
 
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from nanochat.common import Ranks, UserError, base_dir
 from nanochat.controller import Metrics, NullController, StepResult
@@ -75,9 +76,10 @@ class TrainingMeter:
         self.waited += time.perf_counter() - asked
         return batch
 
-    def micro_step(self, result: StepResult, num_targets: int) -> None:
-        self.losses = self.losses + result.loss.detach()
-        self.unlogged.append(result.metrics)
+    def micro_step(self, result: StepResult, after: tuple[Tensor | float, Metrics], num_targets: int) -> None:
+        """after: what the controller's `after_backward` gave."""
+        self.losses = self.losses + result.loss.detach() + after[0]
+        self.unlogged.append(result.metrics | after[1])
         self.progress.flops += step_flops(self.model, self.controller, self.plan, self.progress.step, num_targets) / self.plan.accumulation
 
     def read_losses(self) -> None:

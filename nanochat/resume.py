@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nanochat.checkpoint import annotate, complete_steps, load_checkpoint, load_mc_state, load_model_state, save_checkpoint, set_rng_state
@@ -32,6 +32,10 @@ class Progress:
     trained_s: float = 0.0
     val: dict | None = None  # the last evaluation, with its step
     saved_step: int = 0  # the last one that is on disk
+
+    def unjudged(self, last: int) -> bool:
+        """Whether a run that has done its `last` step was stopped in its last evaluation."""
+        return self.step == last and (not self.val or self.val.get("step", self.step) != self.step)
 
 
 @contextmanager
@@ -65,11 +69,12 @@ class Checkpoints:
     controller: NullController
     optimizer: MuonAdamW
     loader: Loader
+    progress: Progress = field(default_factory=Progress)
 
     def resume(self) -> Progress:
         """Where the newest intact checkpoint stands, everything put back; the beginning where there is none or none is wanted."""
         if not (self.args.resume and complete_steps(self.directory)):
-            return Progress()
+            return self.progress
         saved = load_checkpoint(self.directory, device=self.ranks.device, rank=self.ranks.rank, world_size=self.ranks.world_size)
         check_resumable(saved.meta, self.args, self.plan, self.tokenizer, self.directory)
         self.model.load_state_dict(saved.model)
@@ -78,10 +83,12 @@ class Checkpoints:
         self.loader.load_state_dict(saved.loader)
         set_rng_state(saved.rng)
         print0(f"resumed {self.directory} at step {saved.step} of {self.plan.num_iterations}")
-        return Progress(saved.step, saved.meta["flops"], saved.meta.get("trained_s", 0.0), saved.meta["val"], saved.step)
+        self.progress = Progress(saved.step, saved.meta["flops"], saved.meta.get("trained_s", 0.0), saved.meta["val"], saved.step)
+        return self.progress
 
-    def save(self, progress: Progress) -> None:
-        """Every rank calls it."""
+    def save(self) -> None:
+        """Where the run stands. Every rank calls it."""
+        progress = self.progress
         meta = {
             "model_config": asdict(self.plan.model), "num_iterations": self.plan.num_iterations, "tokenizer": self.tokenizer.fingerprint,
             "flops": progress.flops, "tokens": self.plan.tokens_per_step * progress.step, "trained_s": progress.trained_s,
@@ -94,8 +101,9 @@ class Checkpoints:
         )  # fmt: skip
         progress.saved_step = progress.step
 
-    def judged(self, progress: Progress, val: dict) -> None:
+    def judged(self, val: dict) -> None:
         """An evaluation of where the run stands, which its checkpoint learns of when it came first."""
+        progress = self.progress
         progress.val = {"step": progress.step, **val}
         if self.ranks.is_main and progress.saved_step == progress.step:
             annotate(self.directory, progress.step, val=progress.val)
@@ -103,9 +111,9 @@ class Checkpoints:
 
 def check_resumable(meta: dict, args, plan: Plan, tokenizer: Tokenizer, directory: Path) -> None:
     """UserError when a run would go on with other flags than it began with: state that is restored would silently win over them."""
-    saved = meta["flags"]
-    changed = [f"--{k}={v} (was {saved.get(k, 'not there')})" for k, v in vars(args).items() if k not in MAY_CHANGE and saved.get(k) != v]
-    changed += [f"--{k} (was {saved[k]})" for k in saved if k not in vars(args) and k not in MAY_CHANGE]
+    now, saved = ({k: int(v) if isinstance(v, bool) else v for k, v in flags.items() if k not in MAY_CHANGE} for flags in (vars(args), meta["flags"]))
+    changed = [f"--{k}={v} (was {saved.get(k, 'not there')})" for k, v in now.items() if saved.get(k) != v]
+    changed += [f"--{k} (was {v})" for k, v in saved.items() if k not in now]
     if meta["tokenizer"] != tokenizer.fingerprint:
         changed.append(f"tokenizer {tokenizer.fingerprint} (was {meta['tokenizer']})")
     if not changed and (meta["model_config"] != asdict(plan.model) or meta["num_iterations"] != plan.num_iterations):
