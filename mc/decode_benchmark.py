@@ -31,6 +31,7 @@ from nanochat.dataloader import make_source
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.loading import load_model
+from nanochat.outputs import output_folder, write_file
 from nanochat.tokenizer import Tokenizer
 
 LENGTHS = (1_024, 4_096, 16_384, 65_536, 262_144, 1_048_576, 10_485_760)
@@ -262,6 +263,7 @@ def run(args: argparse.Namespace) -> None:
     check_device(args.device)
     gpt, meta = load_model(args.checkpoint_dir, device=args.device)
     config = sessions.from_flags(args)
+    out = output_folder(args.out or base_dir() / "evals" / "decode", "decode.json", "decode.png")
     pool = sessions.open_pool(gpt, meta, args.checkpoint_dir, config)
     ends = [m for n in lengths for m in range(n, n + (args.rounds + 4) * pool.interval)]
     need = max(sum(entries_needed(n, pool.focus_config)) for n in ends)
@@ -281,9 +283,7 @@ def run(args: argparse.Namespace) -> None:
         parts, speedup = c["mc"]["parts_ms"], c["speedup"]
         print(f"{c['history']:>10,}  {c['mc']['mean_ms']:>11.2f} {c['mc']['p95_ms']:>6.2f}  " + " ".join(f"{parts.get(p, 0):>6.3f}" for p in ("base", "refill", "lens", "allocator", "ingest"))
               + (f"  {c['vanilla']['mean_ms']:>8.2f}  {speedup['ratio']:>5.2f} [{speedup['low']:.2f}, {speedup['high']:.2f}]" if speedup else ""))
-    out = args.out or base_dir() / "evals" / "decode"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "decode.json").write_text(json.dumps(found, indent=1))
+    write_file(out / "decode.json", json.dumps(found, indent=1))
     plot(found, out / "decode.png")
     print(f"decode.json and the plot are in {out}")
     print(json.dumps(found))

@@ -6,7 +6,6 @@ Shapes: B rows, n tokens of history, T tokens of a row.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Callable
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from mc.teachers import attention_mass, continuation_pass, gate_utility
 from nanochat.common import UserError
 from nanochat.gpt import GPT
+from nanochat.outputs import output_folder, replacing, write_file
 
 TEACHERS = ("gate", "attention")
 
@@ -37,7 +37,7 @@ def write_labels(directory: Path, facts: dict, batches: Callable[[int], tuple[Te
 
     A directory holds labels of one base and one source: UserError when `facts` differ from those of its manifest.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    output_folder(directory, flag="--labels")
     manifest = directory / "manifest.json"
     if manifest.exists():
         if (there := read_manifest(directory)) != facts:
@@ -45,24 +45,18 @@ def write_labels(directory: Path, facts: dict, batches: Callable[[int], tuple[Te
             said = ", ".join(f"{k}={there.get(k)} (now {facts.get(k)})" for k in changed)
             raise UserError(f"{directory} holds labels made otherwise: {said}; use another folder, or remove it")
     else:
-        replace_file(manifest, lambda path: path.write_text(json.dumps(facts, indent=1)))
+        write_file(manifest, json.dumps(facts, indent=1))
     made = 0
     for i in range(count):
         path = directory / f"labels_{i:06d}.safetensors"
         if not path.exists():
             tokens, worth = batches(i)
             content = {"tokens": tokens.int().contiguous(), "importance": worth.contiguous()}
-            replace_file(path, lambda path: save_file(content, path))
+            with replacing(path, SafetensorError) as part:
+                save_file(content, part)
             made += 1
         progress(i + 1)
     return made
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def read_manifest(directory: Path) -> dict:

@@ -48,7 +48,7 @@ def default_checkpoint() -> Path | None:
     folder = base_dir() / "checkpoints"
     if any((quickstart := folder / "quickstart_text_mc_42").glob("complete_*.json")):
         return quickstart
-    found = sorted(folder.glob("*/mc_*.pt"), key=lambda path: path.stat().st_mtime)
+    found = sorted(folder.rglob("mc_*.pt"), key=lambda path: path.stat().st_mtime)
     return found[-1].parent if found else None
 
 

@@ -51,6 +51,7 @@ from mc.storage import VOID, RamStore, Store
 from nanochat.common import UserError
 from nanochat.engine import check_sampling, sample
 from nanochat.gpt import GPT
+from nanochat.outputs import replacing
 from nanochat.recorder import Recorder
 
 STATE_VERSION = 2
@@ -119,10 +120,9 @@ class SessionState(NamedTuple):
     tensors: dict[str, Tensor]
 
     def save(self, path: Path | str) -> None:
-        """Write as safetensors, in place of what is there."""
-        partial = Path(f"{path}.partial")
-        save_file({name: t.contiguous() for name, t in self.tensors.items()}, partial, {"session": json.dumps(self.meta)})
-        partial.replace(path)
+        """Write as safetensors, in place of what is there, whole or not at all. UserError where that fails."""
+        with replacing(path, SafetensorError) as part:
+            save_file({name: t.contiguous() for name, t in self.tensors.items()}, part, {"session": json.dumps(self.meta)})
 
     @staticmethod
     def load(path: Path | str) -> "SessionState":

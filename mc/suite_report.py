@@ -17,6 +17,7 @@ from mc.figures import COLOURS, GREY, MARKERS, legend_below, new_figure, save_fi
 from mc.report import LEAST_GAP
 from mc.suite import UNBOUNDED, Suite
 from mc.systems.catalogue import INTERVALS
+from nanochat.outputs import write_file
 from nanochat.recorder import read_metrics
 
 MC = "gists_lens"  # the system that the others are compared with
@@ -471,7 +472,7 @@ def write_report(suite: Suite, records: list[dict], out: Path, *, costs: dict[st
     commits, machines = sorted({record["commit"] for record in records}), {str(record["environment"]) for record in records}
     lines += ["## Where this comes from", "", f"Commits {', '.join(commits)}. {' '.join(sorted(machines))}", ""]
     text = "\n".join(lines)
-    (out / "report.md").write_text(text)
+    write_file(out / "report.md", text)
     return text
 
 

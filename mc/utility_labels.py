@@ -14,7 +14,6 @@ Shapes: C contexts, T tokens, Q cursors of a context, E edits of a cursor, N blo
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -32,6 +31,7 @@ from mc.model import MegaContext
 from mc.teachers import continuation_pass, gate_utility
 from nanochat.common import UserError
 from nanochat.gpt import GPT
+from nanochat.outputs import output_folder, replacing, write_file
 
 FORMAT = 1
 CONTRAST = 3.0  # logits per standard deviation of gate utility, when edits are drawn
@@ -140,11 +140,8 @@ class LabelFolder:
     def begin(self, settings: dict, about: dict) -> None:
         """Write the manifest, or find that of an earlier run; UserError if that run's labels are of something else."""
         if not (self.folder / MANIFEST).exists():
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                _write(self.folder / MANIFEST, json.dumps({"format": FORMAT, "settings": settings, "about": about}, indent=1).encode())
-            except OSError as e:
-                raise UserError(f"cannot write to {self.folder}: {e.strerror}; name another --out") from None
+            output_folder(self.folder, MANIFEST)
+            write_file(self.folder / MANIFEST, json.dumps({"format": FORMAT, "settings": settings, "about": about}, indent=1))
             return
         there = self.manifest()["settings"]
         different = [f"{name} {there.get(name)} there, {settings.get(name)} here" for name in settings | there if settings.get(name) != there.get(name)]
@@ -155,12 +152,8 @@ class LabelFolder:
         return self.folder / f"labels_{index:05d}.npz"
 
     def add(self, index: int, labels: Labels) -> None:
-        temporary = self.path(index).with_suffix(".tmp")
-        with open(temporary, "wb") as f:
+        with replacing(self.path(index)) as part, open(part, "wb") as f:
             np.savez(f, **{name: x.cpu().numpy() for name, x in asdict(labels).items()})
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, self.path(index))
 
     def read(self) -> Labels:
         """All that is there, in the order it was drawn. UserError where there is nothing, or a file is damaged."""
@@ -174,13 +167,3 @@ class LabelFolder:
         if not parts:
             raise UserError(f"no labels in {self.folder} yet: make some with: python -m scripts.label_utility")
         return Labels.cat(parts)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from nanochat.common import UserError
+from nanochat.outputs import BASE_DIR, output_file, write_file
 from nanochat.tracing import Reading, Span, Trace, runs
 
 
@@ -337,20 +338,42 @@ class JsonlSink(Sink):
 
 
 def _drop_torn_line(path: Path) -> None:
+    """Said on stderr: what is left of the last step that was logged before a crash goes."""
     if path.exists():
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):
             os.truncate(path, data.rfind(b"\n") + 1)
+            print(f"note: the last line of {path} was cut off and is removed", file=sys.stderr, flush=True)
 
 
 def read_metrics(path: str | Path) -> list[dict]:
     """The rows of a metrics file, one per step in order. Where a resumed run repeated a step, or a step was flushed twice,
-    later values win."""
+    later values win. Lines that are no row (torn when a run was killed, blank, foreign) are counted on stderr and left out; ValueError
+    where there are no others."""
     rows: dict[int, dict] = {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        rows.setdefault(row["step"], {}).update(row)
+    strange, lines = [], Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if (row := _row(line)) is not None:
+            rows.setdefault(row["step"], {}).update(row)
+        elif line.strip():
+            strange.append(number)
+    if strange and not rows:
+        raise ValueError(f"line {strange[0]} is no row of metrics, and no other is")
+    if strange:
+        print(f"warning: {path}: {len(strange)} of {len(lines)} lines are no rows of metrics, the first is line {strange[0]}; they are left out", file=sys.stderr, flush=True)
     return [rows[step] for step in sorted(rows)]
+
+
+def _row(line: bytes) -> dict | None:
+    """A line of a metrics file: an object of numbers and nulls, with its step and time."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int) or not number(row.get("time")):
+        return None
+    return row if all(value is None or number(value) for value in row.values()) else None
 
 
 class ConsoleSink(Sink):
@@ -472,9 +495,8 @@ class WandbSink(Sink):
 def run_id(run_dir: str | Path) -> str:
     """What tells a run from all others, also once it is resumed: eight hex digits, kept in the file `run_id`."""
     path = Path(run_dir) / "run_id"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(secrets.token_hex(4))
+    if not path.exists() or not path.read_text().strip():
+        write_file(output_file(path, flag=BASE_DIR), secrets.token_hex(4))
     return path.read_text().strip()
 
 

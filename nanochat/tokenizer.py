@@ -8,7 +8,6 @@ import base64
 import binascii
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import tiktoken
 
 from nanochat.common import UserError, base_dir
+from nanochat.outputs import BASE_DIR, output_file, write_file
 
 FORMAT = "megacontext-bpe-1"
 # GPT-4's split, with numbers cut into pairs of digits: a small vocabulary has no room for triples.
@@ -92,10 +92,7 @@ class Tokenizer:
     def save(self, directory: Path | str | None = None) -> Path:
         """Write `tokenizer.json` atomically into `directory` (default: `tokenizer_dir()`) and return its path."""
         path = Path(directory or tokenizer_dir()) / "tokenizer.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        tmp.write_text(json.dumps(self._payload() | {"fingerprint": self.fingerprint}, indent=0), encoding="utf-8")
-        os.replace(tmp, path)
+        write_file(output_file(path, flag=BASE_DIR), json.dumps(self._payload() | {"fingerprint": self.fingerprint}, indent=0))
         return path
 
     @classmethod

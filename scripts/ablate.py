@@ -19,7 +19,7 @@ from mc.config import from_flags
 from mc.experiment import ROOT, Records, find_function, run_cells, whole_numbers
 from nanochat.checkpoint import load_model_state
 from nanochat.common import FlagParser, UserError, base_dir, run_main
-from nanochat.outputs import locked
+from nanochat.outputs import BASE_DIR, locked, output_folder, write_file
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train
 
@@ -33,6 +33,8 @@ def train(flags: dict[str, str], seed: int, tag: str) -> Path:
             if meta["step"] == meta["num_iterations"]:
                 return directory
         call(base_train, {"save_every": "50", "keep_last": "1"} | flags | {"resume": "1", "model_tag": tag, "seed": str(seed)})
+        if (meta := load_model_state(directory)[1])["step"] < meta["num_iterations"]:
+            raise UserError(f"{directory} was stopped at step {meta['step']} of {meta['num_iterations']}; run the command again, it goes on")
     return directory
 
 
@@ -109,7 +111,7 @@ def main() -> None:
     seeds = whole_numbers(args.seeds, "--seeds") if args.seeds else study.seeds
     arms = [arm for arm in study.arms if arm == DEFAULT or arm in wanted]
 
-    out = base_dir() / "ablations" / study.name
+    out = output_folder(base_dir() / "ablations" / study.name, "results.jsonl", "report.md", "plot.png", flag=BASE_DIR)
     records = Records(out / "results.jsonl")
     cells = [study.cell(arm, seed) for seed in seeds for arm in arms]
     run_cells(cells, "scripts.ablate:run_cell", records, what=study.name, jobs=args.jobs)
@@ -119,7 +121,7 @@ def main() -> None:
 
     everything, times = study_results(study, records.read(), sorted({*study.seeds, *seeds}))
     text, found = table(study, everything, times)
-    (out / "report.md").write_text(text)
+    write_file(out / "report.md", text)
     plot(found, out / "plot.png")
     print(text, flush=True)
     print(json.dumps({"report": str(out / "report.md"), "results": str(records.path), "cells": len(everything)}))

@@ -20,6 +20,7 @@ from nanochat.dataloader import eval_rows, make_source
 from nanochat.dataset import Progress
 from nanochat.gpt import GPT
 from nanochat.loading import load_model
+from nanochat.outputs import output_folder
 from nanochat.tokenizer import Tokenizer
 from scripts.base_train import MAY_CHANGE
 
@@ -110,9 +111,7 @@ def main() -> None:
     args = make_parser().parse_args()
     if min(args.contexts, args.batch, args.pairs) < 1:
         raise UserError("--contexts, --batch and --pairs must be at least 1")
-    out = args.out or base_dir() / "quickstart"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file; name a folder")
+    out = output_folder(args.out or base_dir() / "quickstart", "report.json", "report.md")
     tokenizer = Tokenizer.load()
     pairs = {task: load_pair(getattr(args, f"{task}_mc"), getattr(args, f"{task}_vanilla"), tokenizer) for task in TASKS}
     report: dict = {"tasks": {}, "step_times": {}}

@@ -15,6 +15,7 @@ from typing import Iterator
 import mc.telemetry  # noqa: F401  registers MegaContext's metrics
 import nanochat.otel  # noqa: F401  registers those of the transport
 from nanochat.common import FlagParser, UserError, base_dir, run_main
+from nanochat.outputs import output_folder, write_file
 from nanochat.recorder import metric_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,10 +88,10 @@ def make_parser() -> FlagParser:
 
 def main() -> None:
     args = make_parser().parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    output_folder(args.out, "Flags.md", "Telemetry.md")
     pages = {"Flags.md": flags_page(), "Telemetry.md": telemetry_page()}
     for name, text in pages.items():
-        (args.out / name).write_text(text, encoding="utf-8")
+        write_file(args.out / name, text)
     print(f"wrote {' and '.join(pages)} in {args.out}")
     print(json.dumps({"files": [str(args.out / name) for name in pages]}))
 

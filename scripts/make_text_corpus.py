@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from nanochat.common import FlagParser, UserError, run_main
 from nanochat.dataset import SPLITS, build_stdlib
+from nanochat.outputs import output_folder, replacing
 
 
 def prose_documents(folder: Path, held_out: str) -> dict[str, list[dict]]:
@@ -38,14 +39,16 @@ def make_parser() -> FlagParser:
 def main() -> None:
     args = make_parser().parse_args()
     prose = prose_documents(args.prose, args.held_out)
+    for name in ("code", "prose", "mix"):
+        output_folder(args.out / name, *(f"{split}-00000.parquet" for split in SPLITS))
     stdlib = build_stdlib()
     code = {split: pq.read_table(stdlib / f"{split}-00000.parquet").to_pylist() for split in SPLITS}
     counts = {}
     for name, parts in {"code": [code], "prose": [prose], "mix": [code, prose]}.items():
-        (args.out / name).mkdir(parents=True, exist_ok=True)
         for split in SPLITS:  # "val" sorts last, so that it is the shard held out
             rows = [row for part in parts for row in part[split]]
-            pq.write_table(pa.Table.from_pylist(rows), args.out / name / f"{split}-00000.parquet")
+            with replacing(args.out / name / f"{split}-00000.parquet") as part:
+                pq.write_table(pa.Table.from_pylist(rows), part)
             counts[f"{name}/{split}"] = len(rows)
     print(json.dumps({"out": str(args.out), "documents": counts}))
 

@@ -30,6 +30,7 @@ from mc.sensitivity import measure_sensitivity
 from mc.storage import DROPPED, ERASED, VOID, Store
 from nanochat.common import FlagParser, UserError, init_distributed, run_main
 from nanochat.dataset import SHARDS, Progress
+from nanochat.outputs import output_folder
 from nanochat.tokenizer import Tokenizer
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int8")}
@@ -429,6 +430,7 @@ def compact_command(args: Namespace) -> None:
 
 def export_command(args: Namespace) -> None:
     with reading(args) as (store, catalog):
+        output_folder(args.out)
         total = sum(level.n for name, level in store.levels.items() if name[0] == "L")
         with progress("export", total, "records") as update:
             files = export(store, catalog, args.out, args.format, update)

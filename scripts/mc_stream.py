@@ -22,6 +22,7 @@ from nanochat.common import FlagParser, UserError, base_dir, init_distributed, p
 from nanochat.dataloader import LongRows
 from nanochat.dataset import Progress, open_corpus
 from nanochat.loading import model_from_flags
+from nanochat.outputs import output_folder, write_file
 from nanochat.recall import RecallTask
 from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer
@@ -222,9 +223,7 @@ def main() -> None:
     kinds = args.filler.split(",")
     if not set(kinds) <= {"pairs", "text"}:
         raise UserError(f"--filler={args.filler}: pairs, text, or pairs,text")
-    out, device = args.out or base_dir() / "stream", init_distributed(args.device).device
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file; name a folder")
+    out, device = output_folder(args.out or base_dir() / "stream", "stream.json", "stream.md"), init_distributed(args.device).device
     pool, tokenizer, meta = load_pool(args.checkpoint_dir, args, args.mc_budget, device)
     if meta["flags"]["data"] != "recall":
         raise UserError(f"the model in {args.checkpoint_dir} was trained on {meta['flags']['data']}, not on --data=recall: it knows no facts to be asked for")
@@ -248,11 +247,10 @@ def main() -> None:
     lines = [line for name, rows in parts.items() for line in markdown(titles[name], rows, "acc" if name == "distance" else "nll")]
     if length_table.cells:
         lines += markdown("Accuracy of recall by length of the history", parts["length"], "acc")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "stream.md").write_text("\n".join(lines))
+    write_file(out / "stream.md", "\n".join(lines))
     report = {"n": n, "windows": args.windows, "budget": pool.focus_config.budget, "streams": args.streams, "seed": args.seed,
               "trained_lods": meta["mc"]["trained_lods"], "checkpoint": str(args.checkpoint_dir), **parts}
-    (out / "stream.json").write_text(json.dumps(report, indent=1))
+    write_file(out / "stream.json", json.dumps(report, indent=1))
     plot(parts, out / "stream.png")
     print("\n".join(lines))
     print(f"report in {out}")

@@ -27,6 +27,7 @@ from mc.systems.keep_drop import FILE
 from nanochat.checkpoint import complete_steps, load_model_state
 from nanochat.common import FlagParser, UserError, base_dir, print0, run_main
 from nanochat.dataset import Progress, open_corpus
+from nanochat.outputs import output_folder
 from nanochat.tasks.catalogue import task_rows
 from nanochat.tasks.external import load_examples
 from nanochat.tasks.schema import Example, TaskBatch, batch_of
@@ -285,12 +286,12 @@ def main() -> None:
     suite = read_suite(path if path.exists() else Path(args.suite))
     seeds = whole_numbers(args.seeds, "--seeds") if args.seeds else suite.seeds
     out = args.out or results_folder(suite)
-    records = Records(out / "results.jsonl")
+    if args.report and not (out / "results.jsonl").exists():
+        raise UserError(f"--report=1, but there are no results in {out}")
+    records = Records(output_folder(out, "results.jsonl", "report.md") / "results.jsonl")
     if not args.report:
         run_suite(suite, seeds, records, args.jobs)
         run_cells(list(cost_cells(suite).values()), "scripts.run_benchmarks:measure_cost", records, what=f"{suite.name}: cost")
-    elif not records.path.exists():
-        raise UserError(f"--report=1, but there are no results in {out}")
     text = report(suite, seeds, records)
     print(text, flush=True)
     print(json.dumps({"report": str(out / "report.md"), "results": str(records.path), "cells": len(records.read())}))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nanochat.common import FlagParser, UserError, base_dir, import_optional, init_distributed, parse_optional, run_main
 from nanochat.loading import add_model_flags, model_from_flags
+from nanochat.outputs import output_file, write_file
 
 
 def make_parser(with_mc: bool = True) -> FlagParser:
@@ -76,6 +77,7 @@ def main() -> None:
         raise UserError(f"--include_path={args.include_path}: no such folder")
     if args.limit < 0 or args.num_fewshot < -1 or args.seed < 0:
         raise UserError("--limit and --seed are at least 0, --num_fewshot at least -1")
+    out = output_file(args.out or base_dir() / "evals" / "lm_eval.json")
     simple_evaluate, TaskManager = import_harness()
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     managers = (
@@ -110,9 +112,10 @@ def main() -> None:
         for task, scores in found["results"].items()
     }
     samples = {task: counts["effective"] for task, counts in found["n-samples"].items()}
-    out = args.out or base_dir() / "evals" / "lm_eval.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
+    for task, scores in results.items():  # before the file, which may fail
+        print(f"{task}: " + ", ".join(f"{key.removesuffix(',none')} {value:.4f}" for key, value in scores.items()))
+    write_file(
+        out,
         json.dumps(
             {
                 "results": results,
@@ -123,10 +126,8 @@ def main() -> None:
                 "flags": {k: str(v) for k, v in vars(args).items()},
             },
             indent=1,
-        )
+        ),
     )
-    for task, scores in results.items():
-        print(f"{task}: " + ", ".join(f"{key.removesuffix(',none')} {value:.4f}" for key, value in scores.items()))
     print(json.dumps({"results": results, "documents": samples, "cut": cut, "out": str(out)}))
 
 

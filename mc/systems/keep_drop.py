@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mc.gistnet import Layer, linear
-from mc.importance import keep_labels, replace_file
+from mc.importance import keep_labels
 from mc.systems.token_drop import TokenDrop
 from nanochat.common import UserError
 from nanochat.gpt import GPT
+from nanochat.outputs import output_file, replacing
 
 
 FILE = "keep_drop.safetensors"  # beside the labels that taught it, and beside the weights that read what it keeps
@@ -94,10 +95,11 @@ def train(model: KeepDrop, gpt: GPT, shards: list[tuple[Tensor, Tensor]], *, sha
 
 def save_keep_drop(path: Path, model: KeepDrop, meta: dict) -> None:
     """One safetensors file; config and meta as JSON in its header."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    output_file(path)
     header = {"config": json.dumps(asdict(model.config)), "meta": json.dumps(meta)}
     state = {name: t.contiguous() for name, t in model.state_dict().items()}
-    replace_file(path, lambda path: save_file(state, path, metadata=header))
+    with replacing(path, SafetensorError) as part:
+        save_file(state, part, metadata=header)
 
 
 def load_keep_drop(path: Path, device: torch.device | str = "cpu") -> KeepDrop:
