@@ -1,9 +1,11 @@
 """What every script shares: where files go, errors a user can act on, flags, processes and seeds."""
 
 import argparse
+import errno
 import hashlib
 import importlib
 import importlib.util
+import math
 import os
 import random
 import re
@@ -15,6 +17,9 @@ from typing import Callable, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
+
+
+MEDIUM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # full, or not to be written: nothing that a program did wrong
 
 
 class UserError(Exception):
@@ -52,6 +57,17 @@ class FlagParser(argparse.ArgumentParser):
                 args[i] = "--" + name[2:].replace("-", "_") + eq + value
         return super().parse_known_args(args, namespace)
 
+    def _get_value(self, action, arg_string: str):
+        """Refuses what no flag can mean: an empty path, a number that is not one or that 64 bits do not hold."""
+        value = super()._get_value(action, arg_string)
+        if action.type is Path and not arg_string:
+            raise argparse.ArgumentError(action, "an empty path")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise argparse.ArgumentError(action, f"{arg_string} is no finite number")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise argparse.ArgumentError(action, f"{arg_string[:30]} does not fit 64 bits")
+        return value
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see --help)\n")
 
@@ -87,13 +103,23 @@ def parse_optional(make_parser: Callable[[bool], FlagParser], package: str) -> t
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr and exit code 2."""
+    """Call `main`; a UserError, a full or read-only disk and a lack of memory become one line on stderr and exit code 2."""
     try:
         main()
         if dist.is_initialized():
             leave_together()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except OSError as e:
+        if e.errno not in MEDIUM:
+            raise
+        print(f"error: {f'cannot write {e.filename}: ' if e.filename else ''}{e.strerror}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as e:  # torch's own, on the CPU, is a plain RuntimeError
+        if not isinstance(e, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(e):
+            raise
+        print(f"error: out of memory ({(str(e).splitlines() or ['this machine has no more'])[0]}); use smaller sizes", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -79,6 +79,9 @@ def add_flags(parser: FlagParser) -> None:
     switch("--dry_run", False, "1: print the plan (model, tokens, FLOPs, memory) and stop")
 
 
+MOST = 1 << 24  # of a size: sizes multiply, and the product must stay a number of bytes
+
+
 def check_flags(args, defaults: dict) -> None:
     """UserError for a number that no run can use, or a flag of data that is not trained on."""
     least = dict.fromkeys(("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size", "log_every", "keep_last", "eval_tokens"), 1)
@@ -88,6 +91,11 @@ def check_flags(args, defaults: dict) -> None:
     for name, low in least.items():
         if not low <= getattr(args, name) < math.inf:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {low}")
+    for name in ("depth", "aspect_ratio", "head_dim", "max_seq_len", "device_batch_size"):
+        if getattr(args, name) > MOST:
+            raise UserError(f"--{name}={getattr(args, name)} must be at most {MOST}")
+    if not args.data.strip():
+        raise UserError(f"--data={args.data!r} names nothing; see --help for what can be trained on")
     for name in ("recall_grow", "warmdown_ratio", "final_lr_frac"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name}={getattr(args, name)} must be in [0, 1]")

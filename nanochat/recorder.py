@@ -20,6 +20,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from nanochat.common import UserError
-from nanochat.outputs import BASE_DIR, output_file, write_file
+from nanochat.outputs import BASE_DIR, output_file, reason, write_file
 from nanochat.tracing import Reading, Span, Trace, runs
 
 
@@ -187,6 +188,7 @@ class Recorder:
         self.step = 0  # what a flush at the end, or after a failure, is labelled with
         self._spent = 0.0
         self._not_finite = 0
+        self._warned: set[type[Sink]] = set()
 
     def record(self, name: str, value: float | Tensor | Reading, **attributes: str | int | float) -> None:
         """Note one value; a tensor has one element and may be overwritten by the caller afterwards. A Reading is read at the flush.
@@ -255,14 +257,27 @@ class Recorder:
         samples.append(Sample(METRICS["telemetry.not_finite"], {}, [float(self._not_finite)]))
         now = time.time()
         for sink in self.sinks:
-            sink.write(step, now, samples)
+            with self._going_on(sink):
+                sink.write(step, now, samples)
+
+    @contextmanager
+    def _going_on(self, sink: Sink) -> Iterator[None]:
+        """No place where metrics go (a console piped into a full disk, say) ends a training: it is said once."""
+        try:
+            yield
+        except OSError as e:
+            if type(sink) not in self._warned:
+                self._warned.add(type(sink))
+                with suppress(OSError):
+                    print(f"warning: {type(sink).__name__} takes no metrics ({reason(e)}). Training goes on", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Flush what is left and close the sinks, the file last: it hears of what the others lost. A second call does nothing."""
         self.flush(self.step)
         while self.sinks:
             sink = self.sinks.pop()
-            sink.close()
+            with self._going_on(sink):
+                sink.close()
             if self.sinks:
                 self._record_health([sink])
                 self.flush(self.step)

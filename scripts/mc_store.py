@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import resource
 import shutil
 import sys
@@ -345,25 +346,34 @@ def edit_command(args: Namespace) -> None:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8")  # line ends as they are
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from None
 
 
+MOST_PLACES = 5  # that an error names
+
+
+def find_places(data: bytes, wanted: bytes) -> list[int]:
+    """Where `wanted` begins in `data`, overlapping occurrences too: `aa` is twice in `aaa`, and none of them is the one."""
+    return [m.start() for m in re.finditer(b"(?=" + re.escape(wanted) + b")", data)] if wanted else []
+
+
 def locate(store: Store, tokenizer: Tokenizer, source: Source, find: str, text: str) -> tuple[int, int, str]:
     """The tokens that hold a text that occurs once in a source, and what they become when it is replaced: start, how many, new text."""
     whole, ids_N = source_text(store, tokenizer, source)
     data, wanted = whole.encode(), find.encode()
-    if not wanted or (times := data.count(wanted)) != 1:
-        raise UserError(
-            f"--find={find!r} occurs {times if wanted else 'everywhere, 0'} times in source {source.id}; give a text that occurs once"
-        )
+    places = find_places(data, wanted)
+    if len(places) != 1:
+        lines = [data[:at].count(b"\n") + 1 for at in places[:MOST_PLACES]]
+        seen = "; ".join(f"line {line}, byte {at}" for line, at in zip(lines, places)) + "; …" * (len(places) > MOST_PLACES)
+        raise UserError(f"--find={find!r} occurs {len(places)} times in source {source.id}{seen and f' ({seen})'}; give a text that occurs once")
     ends = np.cumsum(tokenizer.token_bytes()[ids_N.numpy()])
     if ends[-1] != len(data):
         raise UserError(f"source {source.id} holds bytes that are no UTF-8; edit it with --start and --remove")
-    at = data.index(wanted)
+    at = places[0]
     first = int(np.searchsorted(ends, at, "right"))
     last = int(np.searchsorted(ends, at + len(wanted), "left"))
     while True:  # whole characters: neighbours whose bytes share one with a token are taken along
