@@ -126,6 +126,11 @@ class MCController:
                 "trained_lods": [lod for lod in range(1, self.config.max_lod + 1) if K ** lod <= max(history, self.config.far_tokens)]}
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Lines for the start of a run."""
+        return (self.outlook,)
+
+    @property
     def outlook(self) -> str:
         """In a line, what sessions of this training's model will show of a history of 1,048,576 tokens, with default settings."""
         trained = self.meta()["trained_lods"]
@@ -162,6 +167,17 @@ class MCController:
         per_row = entries * g.n_layer * 24 * g.n_embd + read * 2 * 4 * g.vocab_size  # as many copies of each as in the LM pass
         captured = micro_batch * self.T * g.n_layer * 5 * g.n_embd
         return 4 * (micro_batch // c.row_stride * c.variants * per_row + captured)
+
+    @property
+    def modules(self):
+        return {"mc": self.model}
+
+    def share_active(self) -> float:
+        return 1 - self.config.start
+
+    def after_backward(self, accumulation=1, trace=None):
+        metrics = self.lens_step(accumulation, trace)
+        return metrics.get("mc.loss.lens", 0.0), metrics
 
     def active(self, step: int) -> bool:
         return step >= self.start_step

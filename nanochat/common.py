@@ -87,12 +87,23 @@ def whole_number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
+def switch(text: str) -> bool:
+    """The value of a flag that is 0 or 1."""
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
+    return text == "1"
+
+
 class FlagParser(argparse.ArgumentParser):
     """argparse with one-line errors (exit code 2), defaults in the help, and `--a-b 1` meaning `--a_b=1`."""
 
     def __init__(self, **kwargs):
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
+
+    def add_switch(self, name: str, default: bool, help: str) -> None:
+        """A flag that is 0 or 1 on the command line, and a bool from there on."""
+        self.add_argument(name, type=switch, default=default, metavar="{0,1}", help=help)
 
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)

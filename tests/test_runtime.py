@@ -14,10 +14,11 @@ from mc.lens_objectives import variant_cost
 from mc.model import recency_scores, run_entries, take
 from mc.runtime import MCController
 from nanochat.common import UserError
+from nanochat.controller import NullController
 from nanochat.gpt import GPT, GPTConfig, token_losses
 from nanochat.optim import MuonAdamW, check_groups, gpt_param_groups
 from nanochat.schedule import ramp
-from scripts.base_train import vanilla_step
+
 from tiny_mc import H, K, N, R, SMALL, T, W, planted, step, tiny_base, tiny_batch, tiny_mc, values
 
 torch.set_num_threads(1)
@@ -43,7 +44,7 @@ def clear(*modules) -> None:
 def test_before_the_start_a_step_is_the_vanilla_step():
     gpt, batch = tiny_base(dtype=torch.float32), tiny_batch()
     mc = tiny_mc(gpt, start=0.5)
-    vanilla, _ = vanilla_step(gpt, batch)
+    vanilla = NullController().training_step(gpt, batch, 0).loss
     vanilla.backward()
     expected = gradients(gpt)
     clear(gpt)
@@ -57,7 +58,7 @@ def test_before_the_start_a_step_is_the_vanilla_step():
 
 def test_the_lm_pass_of_an_active_step_is_the_vanilla_pass():
     gpt, batch = tiny_base(dtype=torch.float32), tiny_batch()
-    assert torch.equal(step(tiny_mc(gpt), gpt, batch).metrics["train.loss"], vanilla_step(gpt, batch)[0])
+    assert torch.equal(step(tiny_mc(gpt), gpt, batch).metrics["train.loss"], NullController().training_step(gpt, batch, 0).loss)
 
 
 @pytest.mark.parametrize("term", [{"wc_weight": 1.0, "kl_weight": 0.0}, {"wc_weight": 0.0, "kl_weight": 1.0}])
@@ -557,7 +558,7 @@ def test_flops_are_those_that_run(config):
     mc = MCController(MCConfig(**{**SMALL, "block_size": 8, "recent": 8, "budget": 64, "horizon": 16, "lens_queries": 64, **config}), gpt, T=length, micro_batch=4,
                       num_iterations=10, seed=0)
     batch, counted = tiny_batch(T=length), []
-    for run in (lambda: vanilla_step(gpt, batch)[0].backward(), lambda: step(mc, gpt, batch)):
+    for run in (lambda: NullController().training_step(gpt, batch, 0).loss.backward(), lambda: step(mc, gpt, batch)):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             run()
         counted.append(counter.get_total_flops())

@@ -15,7 +15,9 @@ import torch
 from e2e_commands import KINDS, MC, ROOT, TINY, last_checkpoint, losses, real, rows, same, start, tree
 
 from mc.runtime import MCController
+from nanochat import meter, resume
 from nanochat.checkpoint import load_mc_state, load_model_state
+from nanochat.controller import NullController
 from nanochat.tokenizer import Reserved, Tokenizer
 from scripts import base_train
 
@@ -188,21 +190,21 @@ def test_speed_is_of_the_logging_interval(base, prepared, monkeypatch):
     """By a clock on which only training steps (step n: 2n seconds), evaluations and saves take time."""
     now = [0.0]
 
-    def takes(name: str, seconds: Callable[[], float]):
-        true = getattr(base_train, name)
+    def takes(owner, name: str, seconds: Callable[[], float]):
+        true = getattr(owner, name)
 
         def slow(*args, **kwargs):
             now[0] += seconds()
             return true(*args, **kwargs)
 
-        monkeypatch.setattr(base_train, name, slow)
+        monkeypatch.setattr(owner, name, slow)
 
     micro_steps = iter(range(2, 100))
-    takes("vanilla_step", lambda: next(micro_steps) // 2)
-    takes("evaluate", lambda: 1000.0)
-    takes("save_checkpoint", lambda: 10_000.0)
-    monkeypatch.setattr(base_train, "time", SimpleNamespace(perf_counter=lambda: now[0], time=time.time))
-    monkeypatch.setattr(base_train, "peak_flops", lambda device: 1e6)
+    takes(NullController, "training_step", lambda: next(micro_steps) // 2)
+    takes(base_train, "evaluate", lambda: 1000.0)
+    takes(resume, "save_checkpoint", lambda: 10_000.0)
+    monkeypatch.setattr(meter, "time", SimpleNamespace(perf_counter=lambda: now[0], time=time.time))
+    monkeypatch.setattr(meter, "peak_flops", lambda device: 1e6)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
     flags = [*TINY, f"--data={prepared / 'texts'}", "--num_iterations=8", "--log_every=3", "--eval_every=4", "--save_every=4"]
     monkeypatch.setattr(sys, "argv", ["base_train", *flags])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from e2e_commands import ROOT
 
-from nanochat import dataset
+from nanochat import dataset, meter, resume
 from nanochat.common import UserError
 from nanochat.recorder import Recorder
 from scripts import base_train
@@ -170,7 +170,7 @@ def observe(prepared, tmp_path_factory):
 
     def attempt(base: Path, argv: list[str]):
         printed, compiled, sinks, traces = [], [], [], []
-        open_recorder, trace = base_train.open_recorder, Recorder.trace
+        open_recorder, trace = meter.open_recorder, Recorder.trace
 
         def opened(*args, **kwargs):
             recorder = open_recorder(*args, **kwargs)
@@ -182,7 +182,7 @@ def observe(prepared, tmp_path_factory):
             patch.setenv("NANOCHAT_BASE_DIR", str(base))
             patch.setenv("WANDB_MODE", "disabled")
             patch.setattr(base_train, "print0", lambda *values: printed.append(" ".join(map(str, values))))
-            patch.setattr(base_train, "open_recorder", opened)
+            patch.setattr(meter, "open_recorder", opened)
             patch.setattr(Recorder, "trace", lambda self, it: (traces.append(it.keep), trace(self, it)))
             patch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
             dataset.build_stdlib(prepared / "texts")  # a small one
@@ -240,10 +240,10 @@ def test_resume_refuses_or_honours(flag, monkeypatch):
     plan = base_train.make_plan(args, 300, 1)
     meta = {"flags": vars(args), "tokenizer": "abc", "model_config": dataclasses.asdict(plan.model), "num_iterations": plan.num_iterations}
     tokenizer = SimpleNamespace(fingerprint="abc")
-    base_train.check_resumable(meta, args, plan, tokenizer, ROOT)
+    resume.check_resumable(meta, args, plan, tokenizer, ROOT)
     changed = argparse.Namespace(**vars(args) | {flag: "changed"})
-    if flag in base_train.MAY_CHANGE:
-        base_train.check_resumable(meta, changed, plan, tokenizer, ROOT)
+    if flag in resume.MAY_CHANGE:
+        resume.check_resumable(meta, changed, plan, tokenizer, ROOT)
     elif flag != "dry_run":
         with pytest.raises(UserError, match=f"--{flag}=changed"):
-            base_train.check_resumable(meta, changed, plan, tokenizer, ROOT)
+            resume.check_resumable(meta, changed, plan, tokenizer, ROOT)
