@@ -11,7 +11,7 @@ from nanochat.common import UserError
 
 POLICIES = ("random", "recency", "lens", "teacher")
 DENSE_TEACHERS = ("attention", "gate")  # a distribution over blocks for every query
-TEACHERS = (*DENSE_TEACHERS, "softmax", "counterfactual", "preference")
+TEACHERS = (*DENSE_TEACHERS, "counterfactual", "preference")
 
 
 def setting(default, help: str, choices: tuple | None = None):
@@ -55,7 +55,7 @@ class MCConfig:
     bands: int = setting(0, "1: cuts of up to 5 tokens per entry, then up to 10, then more as well, a third of the training each; 0: as full as the budget allows, one in four coarser", (0, 1))
     # the lens
     lens: str = setting("bilinear", "LensNet variant: each block by itself, or with a network on top that reads the blocks together", ("bilinear", *READERS))
-    teacher: str = setting("gate", "what the lens is taught, a kind or kind:weight, …: gate (gradients of the full pass), attention (mass in it), softmax (its logit is a bias in the working context's attention), counterfactual (measured utilities of edits) or preference (the best of --mc_variants)")
+    teacher: str = setting("gate", "what the lens is taught, a kind or kind:weight, …: gate (gradients of the full pass), attention (mass in it), counterfactual (measured utilities of edits) or preference (the best of --mc_variants)")
     lens_horizon: int = setting(8, "tokens ahead whose need for a block the lens predicts")
     lens_queries: int = setting(128, "last positions of a row that teach the lens")
     lens_row_stride: int = setting(1, "every how many rows teach the lens")
@@ -66,7 +66,6 @@ class MCConfig:
     lens_zero_sum: float = setting(0.0, "weight of the zero-sum term: squared mean logit over the visible blocks")
     lens_illegal: float = setting(0.0, "weight of the illegality term: probability on protected blocks, which are raw anyway")
     lens_kl: float = setting(0.0, "weight of the KL from the lens's earlier distribution, that of an exponential mean of its weights")
-    lens_normalize: int = setting(0, "1: utilities in standard deviations over the candidates of a query; 0: in nats", (0, 1))
     # optimization
     gist_lr: float = setting(4e-3, "learning rate of GistNet and the gists' logit bias (AdamW), scaled with the batch like the base's")
     lens_lr: float = setting(0.06, "learning rate of LensNet (Muon; half for its scalars), scaled with the batch like the base's")
@@ -95,8 +94,6 @@ class MCConfig:
         dense = any(teachers[kind] for kind in DENSE_TEACHERS)
         if self.lens_rank and not dense:
             raise UserError(f"--mc_lens_rank={self.lens_rank} ranks by a dense teacher, {' or '.join(DENSE_TEACHERS)}, not by --mc_teacher={self.teacher}")
-        if self.lens_normalize and not dense and not teachers["counterfactual"]:
-            raise UserError(f"--mc_lens_normalize=1 has no effect with --mc_teacher={self.teacher}")
         if not 0 <= self.start < 1:
             raise UserError(f"--mc_start={self.start} must be in [0, 1)")
         if not 0 <= self.damping_floor <= 1:
@@ -167,12 +164,14 @@ def from_flags(args: argparse.Namespace) -> MCConfig:
     return MCConfig(**{f.name: getattr(args, f"mc_{f.name}") for f in fields(MCConfig)})
 
 
-RETIRED = dict(max_gap=0, far_nodes=0)  # settings of earlier versions, and the value at which they did nothing
+RETIRED = dict(max_gap=0, far_nodes=0, lens_normalize=0)  # settings of earlier versions, and the value at which they did nothing
 
 
 def from_dict(values: dict) -> MCConfig:
     """The config that a checkpoint's meta holds, of this version or of an earlier one that made no use of what is gone."""
-    values = {name: value for name, value in values.items() if name not in RETIRED or value != RETIRED[name]}
+    if gone := [f"{name}={values[name]}" for name in RETIRED if values.get(name, RETIRED[name]) != RETIRED[name]]:
+        raise UserError(f"it was made with {', '.join(gone)}, which this version does not have; an earlier commit reads it (see the log)")
+    values = {name: value for name, value in values.items() if name not in RETIRED}
     if unknown := sorted(set(values) - {f.name for f in fields(MCConfig)}):
         raise UserError(f"MC config has unknown fields: {', '.join(unknown)}; it was written by another version")
     return MCConfig(**values)

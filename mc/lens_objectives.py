@@ -3,8 +3,6 @@
 Targets (`--mc_teacher=kind:weight,…`), all of one sign: what lowers the loss is to be shown.
 
     attention, gate   dense: a distribution over the visible blocks for hundreds of queries a row, read off the full pass (`mc.teachers`)
-    softmax           the lens's logit enters the attention logits of the raw tokens that a working context shows of a block; the
-                      working context's loss trains it directly. Bounded, so that a sure lens does not silence what is shown.
     counterfactual    measured utilities of path edits (`mc.counterfactual`): of any two, the more useful comes first,
                       with as much weight as the difference is worth
     preference        Bradley–Terry over the variants of a row: the best one beats each other; a variant's strength is the summed
@@ -18,12 +16,9 @@ Terms, each with a weight:
     illegal     −log of the probability that is left when blocks that cannot be expanded, being protected and so raw anyway, compete too
     kl          KL from the lens's own earlier distribution, that of an exponential mean of its weights
 
-`--mc_lens_normalize=1` measures utilities in standard deviations over a row's (a query's) candidates instead of nats: those of the dense
-targets from zero, so that what hurts stays no reason to look.
+All of it is computed after the backward pass and reaches the lens alone, whose inputs are detached.
 
-Everything but the softmax target is computed after the backward pass and reaches the lens alone, whose inputs are detached.
-
-Shapes: B rows, T tokens, D width, Q queries, N blocks, E edits, V variants, M entries.
+Shapes: B rows, T tokens, D width, Q queries, N blocks, E edits, V variants.
 """
 
 from typing import Callable, NamedTuple, Sequence
@@ -39,14 +34,13 @@ from mc.lens_networks import CURSORS
 from mc.lensnet import LensNet
 from mc.losses import lens_loss, lens_targets, row_mean
 from mc.mega_context import Tree
-from mc.model import Entries, MegaContext, take
+from mc.model import MegaContext, take
 from mc.teachers import attention_mass, beyond_average, gate_utility, over_horizon
 from nanochat.gpt import Captured
 from nanochat.recorder import Labelled
 
 MARGIN = 1.0  # logits by which the best block is to lead
 RIVALS = 8  # of the lens's best others that it is compared with
-BIAS_LIMIT = 2.0  # largest logit that the softmax target adds
 EDIT_PRICE = 1e-3  # nats per token of next-token loss, a path edit: among variants that are as good, the cheapest wins
 
 
@@ -84,16 +78,11 @@ class Lesson(NamedTuple):
 # Targets
 
 
-def rescaled(x_BQN: Tensor, visible_BQN: Tensor) -> Tensor:
-    """In standard deviations of the visible from zero (their root mean square): signs stay, 0 where they are all 0."""
-    x_BQN = x_BQN * visible_BQN
-    square = x_BQN.square().sum(-1, keepdim=True) / visible_BQN.sum(-1, keepdim=True).clamp_min(1)
-    return x_BQN / square.sqrt().clamp_min(1e-12)
-
-
 def standardized(x_BQN: Tensor, visible_BQN: Tensor) -> Tensor:
     """Deviation from the mean of the visible, in standard deviations of theirs; 0 where they are all alike. For what only compares."""
-    return rescaled(beyond_average(x_BQN, visible_BQN), visible_BQN)
+    x_BQN = beyond_average(x_BQN, visible_BQN) * visible_BQN
+    square = x_BQN.square().sum(-1, keepdim=True) / visible_BQN.sum(-1, keepdim=True).clamp_min(1)
+    return x_BQN / square.sqrt().clamp_min(1e-12)
 
 
 def utility_order(logits_BE: Tensor, utility_BE: Tensor, valid_BE: Tensor) -> Tensor:
@@ -125,18 +114,6 @@ def bradley_terry(logits_BN: Tensor, visible_BN: Tensor, shown_BVN: Tensor, cost
     others_BV = torch.ones_like(cost_BV).scatter(1, best_B1, 0)
     lost_BV = F.softplus(strength_BV - strength_BV.gather(1, best_B1)) * others_BV
     return lost_BV.sum(1) / max(cost_BV.shape[1] - 1, 1)
-
-
-def softmax_bias(logits_BN: Tensor, visible_BN: Tensor, entries: Entries, block_size: int, weight: float) -> Tensor:
-    """[B, M] what the lens adds to the attention logits of each entry: to raw tokens of visible blocks, in (−BIAS_LIMIT, BIAS_LIMIT).
-
-    The gradient that passes through is `weight` times that of the value.
-    """
-    x_BN = beyond_average(logits_BN, visible_BN)
-    x_BN = x_BN / (1 + x_BN.abs() / BIAS_LIMIT)
-    x_BN = (weight * x_BN + (1 - weight) * x_BN.detach()) * visible_BN
-    block_BM = (entries.index_BM // block_size).clamp_max(x_BN.shape[1] - 1)
-    return x_BN.gather(1, block_BM) * (entries.valid_BM & (entries.lod_BM == 0))
 
 
 def visible_blocks(cursor: Tensor, count: int, block_size: int, protected: int) -> Tensor:
@@ -193,7 +170,7 @@ def lens_objective(model: MegaContext, lesson: Lesson) -> tuple[Tensor | None, d
         dense, metrics = dense_parts(model, lesson, weights)
         parts += dense
     if lesson.edits is not None:
-        parts.append(("counterfactual", weights["counterfactual"], edit_loss(model, lesson.tree, lesson.edits, bool(c.lens_normalize)).mean()))
+        parts.append(("counterfactual", weights["counterfactual"], edit_loss(model, lesson.tree, lesson.edits, False).mean()))
     if lesson.variants is not None:
         parts.append(("preference", weights["preference"], variant_loss(model, lesson.tree, lesson.variants).mean()))
     if not parts:
@@ -210,11 +187,6 @@ def cursor_logits(model: MegaContext, tree: Tree, n_B: Tensor) -> tuple[Tensor, 
     if model.lensnet.reader is None:
         return (bilinear_BN,)
     return bilinear_BN, model.reread(model.lensnet, bilinear_BN[:, None], tree.levels[0], n_B[:, None], tree)[:, 0]
-
-
-def summed_gradient(logits: tuple[Tensor, ...]) -> Tensor:
-    """The last of several logits, whose gradient reaches all of them."""
-    return logits[-1] + sum(x - x.detach() for x in logits[:-1])
 
 
 def edit_loss(model: MegaContext, tree: Tree, edits: Edits, normalize: bool) -> Tensor:
@@ -312,6 +284,4 @@ def _dense_target(kind: str, c: MCConfig, lesson: Lesson, count: int, visible_BQ
     signal = over_horizon(signal * (lesson.targets_BT[rows, queries] >= 0).unsqueeze(-1), c.lens_horizon)
     if kind == "attention":
         signal = beyond_average(signal, visible_BQN)
-    if c.lens_normalize:
-        signal = rescaled(signal, visible_BQN)
     return lens_targets(signal, visible_BQN)

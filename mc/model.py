@@ -170,14 +170,10 @@ def with_continuation(cut: Cut, n_tokens_B: Tensor, count: int) -> Entries:
     return Entries(lod, index.masked_fill(~valid, 0), valid, used_B)
 
 
-def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entries: Entries, far: FarHistory | None = None,
-                focus_BM: Tensor | None = None) -> Tensor:
-    """Hidden states [B, M, D] of a working context with its continuation. tokens [B, T] int64: what the tree was built on.
-
-    focus: logits that the entries get on top of `MegaContext.key_bias`.
-    """
+def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entries: Entries, far: FarHistory | None = None) -> Tensor:
+    """Hidden states [B, M, D] of a working context with its continuation. tokens [B, T] int64: what the tree was built on."""
     lod, index, valid, _ = entries
-    M, config, focus = lod.shape[1], mc.config, focus_BM
+    M, config = lod.shape[1], mc.config
     vectors = tree.gather(lod, index, valid)
     each = width(lod, config.block_size, config.gists_per_block)
     length, start = each * valid, index * each
@@ -190,12 +186,11 @@ def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entrie
         order = start.masked_fill(~valid, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
         start, length, lod, valid, ids = (x.gather(1, order) for x in (start, length, lod, valid, ids))
         vectors = take(torch.cat([vectors, far.vectors_BFD], 1), order)
-        focus = None if focus is None else F.pad(focus, (0, far_valid.shape[1])).gather(1, order)
     raw = valid & (lod == 0)
     linked = raw & F.pad(raw, (1, 0))[:, :-1] & (start == F.pad(start, (1, 0))[:, :-1] + 1)
     rotary = entry_rotary(gpt, start, length, scheme=config.positions, floor=config.damping_floor,
                           lod_axis=bool(config.lod_axis), lod_BW=lod)
-    bias = mc.key_bias(lod) if focus is None else mc.key_bias(lod) + focus
+    bias = mc.key_bias(lod)
     if config.alibi:
         bias = bias[:, None] + alibi_bias(start, length, entries.index_BM.amax(1), gpt.config.n_head)
     hidden = gpt.hidden(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=bias)

@@ -31,7 +31,7 @@ from mc.gist_objectives import HORIZON_LODS, blocks_in_band, check_bands, contra
 from mc.focus_allocator import check_feasible, utilization
 from mc.keyed_random import gumbel, uniform
 from mc.lens_networks import CURSORS
-from mc.lens_objectives import Edits, Lesson, Variants, cursor_logits, lens_objective, softmax_bias, summed_gradient, variant_cost, visible_blocks
+from mc.lens_objectives import Edits, Lesson, Variants, lens_objective, variant_cost, visible_blocks
 from mc.losses import distillation, row_mean
 from mc.mega_context import Tree, TreeShape
 from mc.model import Entries, MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
@@ -227,7 +227,7 @@ class MCController:
             entries = with_continuation(cut, n_RV, c.horizon - 1)
             trace.event("mc.wc.snapshot", row=rows[0], tokens=n_RV[0], lods=torch.where(cut.valid_BW, cut.lod_BW, -1)[0])
         with timed(trace, metrics, "wc"):
-            out = run_entries(gpt, self.model, tree, tokens, entries, far, self._focus_bias(tree, n_RV, entries))
+            out = run_entries(gpt, self.model, tree, tokens, entries, far)
             if c.targets == "tail":
                 read = read_rows(entries, c.block_size, c.protected + c.horizon - 1, c.protected, c.gists_per_block)
             else:
@@ -330,14 +330,6 @@ class MCController:
         return F.pad(mass, (0, count - seen)).repeat(self.config.variants, 1)  # what lies beyond any history is never shown
 
     # -- what the working context teaches the lens ---------------------------------------------------------------------------
-
-    def _focus_bias(self, tree: Tree, n: Tensor, entries: Entries) -> Tensor | None:
-        """[RV, M] logits of entries by the lens, for the softmax target."""
-        c = self.config
-        if not (weight := c.teacher_weights()["softmax"]):
-            return None
-        logits = summed_gradient(cursor_logits(self.model, tree.with_table(tree.table_BND.detach()), n))
-        return softmax_bias(logits, visible_blocks(n, logits.shape[1], c.block_size, c.protected), entries, c.block_size, weight)
 
     @torch.no_grad()
     def _measured_edits(self, gpt: GPT, tree: Tree, tokens: Tensor, targets: Tensor, rows: Tensor, n: Tensor, step: int) -> Edits | None:

@@ -71,8 +71,8 @@ def test_the_working_context_teaches_base_gistnet_and_gist_bias_but_not_the_lens
     assert got["1.gist_bias"].all()
 
 
-EVERYTHING = dict(teacher="attention:0.5,gate:0.5,softmax:1,counterfactual:1,preference:1", variants=2, lens_edits=4, lens_rank=0.5, lens_zero_sum=0.1,
-                  lens_illegal=0.2, lens_kl=0.3, lens_normalize=1)  # fmt: skip
+EVERYTHING = dict(teacher="attention:0.5,gate:0.5,counterfactual:1,preference:1", variants=2, lens_edits=4, lens_rank=0.5, lens_zero_sum=0.1,
+                  lens_illegal=0.2, lens_kl=0.3)  # fmt: skip
 
 
 @pytest.mark.parametrize("config", [{}, *({"teacher": kind, "variants": 2} for kind in ("attention", "counterfactual", "preference")),
@@ -89,20 +89,6 @@ def test_the_lens_loss_teaches_the_lens_alone(config):
     assert {n for n in lens if not torch.equal(after[n], before.get(n, torch.zeros(())))} == lens
     assert set(after) - lens == set(before) - lens and all(torch.equal(after[name], before[name]) for name in set(before) - lens)
     assert mc.lens_step() == {}, "a lens step without a pass behind it"
-
-
-def test_the_softmax_target_teaches_the_lens_from_the_working_context():
-    """The one target whose gradient comes with the backward pass: as large as its weight says, and the base gets no other through the lens."""
-    found = {}
-    for weight in (0.5, 1.0):
-        gpt = tiny_base()
-        mc = tiny_mc(gpt, teacher=f"softmax:{weight}", cuts="random:1")
-        mc.training_step(gpt, tiny_batch(), 0).loss.backward()
-        found[weight] = gradients(gpt, mc.model)
-        assert set(found[weight]) == names(gpt, mc.model)
-        assert set(mc.lens_step()) == {"mc.time.lens"} and gradients(gpt, mc.model).keys() == found[weight].keys()
-    for name, gradient in found[1.0].items():
-        torch.testing.assert_close(gradient, (2 if "lensnet" in name else 1) * found[0.5][name], msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_a_named_teacher_weighs_one_and_weights_scale_its_loss():
@@ -287,7 +273,7 @@ def test_the_best_variant_of_a_row_is_that_of_least_next_token_loss_whatever_its
     gpt, batch, seen = tiny_base(), tiny_batch(rows=range(8)), []
     mc = tiny_mc(gpt, variants=4, micro_batch=8, teacher="preference", **weights)
 
-    def listening(gpt, model, tree, tokens, entries, placed, focus):
+    def listening(gpt, model, tree, tokens, entries, placed):
         seen.append((tokens, entries, run_entries(gpt, model, tree, tokens, entries, placed)))
         return seen[-1][2]
 
@@ -416,7 +402,7 @@ OTHER = dict(
     block_size=8, max_lod=1, gist="mean", gists_per_block=2, gist_source="hidden", contrast_weight=1.0, horizon_gist_weight=1.0, bands=1, gist_width=8, gist_pool=dict(gist="transformer", gist_pool="cls"), gist_head="mlp", gist_shared=0,
     budget=28, recent=12, horizon=4, positions="centre", damping_floor=0.5, lod_axis=1, alibi=1, far_tokens=400, far_entries=dict(far_tokens=400, seed=68, far_entries=28),
     start=0.5, ramp=5, row_stride=2, variants=2, cuts="random:1", targets="raw", split="random", wc_weight=0.5, kl_weight=0.0,
-    lens="slots", teacher="attention", lens_edits=dict(teacher="counterfactual", lens_edits=3), lens_rank=1.0, lens_zero_sum=1.0, lens_illegal=1.0, lens_kl=1.0, lens_normalize=1, lens_horizon=2, lens_queries=16, lens_row_stride=2, lens_key_dim=8, lens_keys=4, gist_lr=0.5, lens_lr=0.5,
+    lens="slots", teacher="attention", lens_edits=dict(teacher="counterfactual", lens_edits=3), lens_rank=1.0, lens_zero_sum=1.0, lens_illegal=1.0, lens_kl=1.0, lens_horizon=2, lens_queries=16, lens_row_stride=2, lens_key_dim=8, lens_keys=4, gist_lr=0.5, lens_lr=0.5,
 )  # fmt: skip
 
 
@@ -463,7 +449,6 @@ def test_every_setting_changes_something(name):
     ({"gist": "mean", "gist_shared": 0}, {}, "gist_shared has no effect"),
     ({"lens_edits": 4}, {}, "lens_edits=4 has no effect"),
     ({"lens_rank": 1.0, "teacher": "counterfactual"}, {}, "ranks by a dense teacher"),
-    ({"lens_normalize": 1, "teacher": "softmax"}, {}, "lens_normalize=1 has no effect"),
 ])  # fmt: skip
 def test_settings_that_cannot_work_together_are_refused(config, gpt, message):
     T = gpt.get("T", 64)

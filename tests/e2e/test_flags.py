@@ -119,7 +119,6 @@ TABLE_MC: dict[str, tuple[str, list[str]]] = {
     "lens_zero_sum": ("1", []),
     "lens_illegal": ("1", []),
     "lens_kl": ("1", []),
-    "lens_normalize": ("1", []),
     "lens_horizon": ("4", []),
     "lens_queries": ("24", []),
     "lens_row_stride": ("2", []),
