@@ -27,9 +27,6 @@ class MCConfig:
     gists_per_block: int = setting(1, "vectors that GistNet makes of a block, an entry each; sessions and far histories need 1", GISTS)
     gist_source: str = setting("embeddings", "what GistNet reads of a block: its embeddings, or the hidden states behind the base's middle layer, detached (no sessions)", ("embeddings", "hidden"))
     gist_width: int = setting(64, "internal width of GistNet")
-    gist_pool: str = setting("mean", "pooling of --mc_gist=transformer", ("mean", "query", "cls"))
-    gist_head: str = setting("linear", "GistNet's head", ("linear", "mlp"))
-    gist_shared: int = setting(1, "1: one GistNet for all levels with a level embedding; 0: one per level", (0, 1))
     # the working context
     budget: int = setting(128, "W: entries of the working context before the continuation, everything included")
     recent: int = setting(0, "R: last tokens protected as LOD0; 0: min(128, W/4) in whole blocks, at least one")
@@ -116,7 +113,7 @@ class MCConfig:
         for name, value in (("far_tokens", self.far_tokens), ("lens", self.lens != "bilinear")):
             if value and self.gist_source == "hidden":
                 raise UserError(f"--mc_gist_source=hidden has no hidden states for --mc_{name}={getattr(self, name)}; use embeddings")
-        for name in ("gist_width", "gist_shared", "gist_source", "contrast_weight"):
+        for name in ("gist_width", "gist_source", "contrast_weight"):
             if self.gist == "mean" and getattr(self, name) != getattr(MCConfig, name):
                 raise UserError(f"--mc_{name} has no effect with --mc_gist=mean, which has no weights")
 
@@ -164,7 +161,7 @@ def from_flags(args: argparse.Namespace) -> MCConfig:
     return MCConfig(**{f.name: getattr(args, f"mc_{f.name}") for f in fields(MCConfig)})
 
 
-RETIRED = dict(max_gap=0, far_nodes=0, lens_normalize=0)  # settings of earlier versions, and the value at which they did nothing
+RETIRED = dict(max_gap=0, far_nodes=0, lens_normalize=0, gist_pool="mean", gist_head="linear", gist_shared=1)  # settings of earlier versions, and the value at which they did nothing
 
 
 def from_dict(values: dict) -> MCConfig:

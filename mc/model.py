@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mc.config import MCConfig, from_dict, to_dict
+from mc.config import RETIRED, MCConfig, from_dict, to_dict
 from mc.focus_allocator import FocusConfig, GreedyAllocator
 from mc.far_history import FarHistory, place
 from mc.gaussian_rope import alibi_bias, entry_rotary
@@ -41,8 +41,7 @@ class MegaContext(nn.Module):
         super().__init__()
         self.config = config
         self.gistnet = GistNet(GistNetConfig(
-            d_model, config.block_size, config.max_lod, config.gist, config.gist_width, pool=config.gist_pool,
-            head=config.gist_head, n_gists=config.gists_per_block, shared_levels=bool(config.gist_shared)))
+            d_model, config.block_size, config.max_lod, config.gist, config.gist_width, n_gists=config.gists_per_block))
         self.lensnet = LensNet(LensNetConfig(d_model, config.block_size, config.lens_keys, config.lens_key_dim,
                                              tail=config.protected, network=config.lens, max_lod=config.max_lod))
         self.earlier_lens = copy.deepcopy(self.lensnet).requires_grad_(False) if config.lens_kl else None
@@ -134,7 +133,7 @@ def recency_scores(n_B: Tensor, count: int) -> Tensor:
 
 
 STORED = ("block_size", "max_lod", "gist", "gists_per_block", "gist_source", "gist_width", "gist_pool", "gist_head", "gist_shared",
-          "lens_keys", "lens_key_dim")  # settings that gists and lens keys depend on
+          "lens_keys", "lens_key_dim")  # settings that gists and lens keys depend on, those that are gone included: histories name their hash
 
 
 def fingerprint(gpt: GPT, mc: MegaContext) -> str:
@@ -142,7 +141,7 @@ def fingerprint(gpt: GPT, mc: MegaContext) -> str:
 
     Networks that differ elsewhere (a fine-tuned head, another budget, a setting that a later version adds) read each other's histories.
     """
-    settings = to_dict(mc.config)
+    settings = RETIRED | to_dict(mc.config)
     digest = hashlib.sha256(repr([(name, settings[name]) for name in STORED]).encode())
     for tensor in (gpt.transformer.wte.weight, *mc.gistnet.state_dict().values(), mc.lensnet.key.weight):
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())

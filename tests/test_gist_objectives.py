@@ -189,7 +189,7 @@ def test_gists_of_hidden_states_do_not_bend_the_base():
 @pytest.fixture(scope="module")
 def arms_alone_and_together():
     base = tiny_base(dtype=torch.float32, sequence_len=64).requires_grad_(False)
-    settings = ["gist=binding,block_size=4,gist_width=16", "gist=slots,block_size=8,gists_per_block=2,gist_width=16,frozen=1",
+    settings = ["gist=transformer,block_size=4,gist_width=16", "gist=slots,block_size=8,gists_per_block=2,gist_width=16,frozen=1",
                 "gist=mean,block_size=4,kl_weight=0", "window=19"]
     source = make_source("random", "train", T=40, seed=0, tokenizer=type("Tokens", (), {"vocab_size": VOCAB})())
 
