@@ -43,8 +43,6 @@ class MCConfig:
     row_stride: int = setting(1, "every how many rows get a working context: the dial of its compute")
     variants: int = setting(1, "working contexts per such row")
     cuts: str = setting("random:0.2,recency:0.1,lens:0.5,teacher:0.2", "how training chooses what to show: policy:share, …; teacher means attention mass, known before the backward pass")
-    targets: str = setting("tail", "working-context loss on the recent tokens and the continuation, or on all raw entries", ("tail", "raw"))
-    split: str = setting("end", "continuation after the row's last block boundary that leaves room for it, or after a random one of its last half", ("end", "random"))
     wc_weight: float = setting(0.1, "weight of the working context's next-token loss; far fewer tokens than the LM's, so a noisier gradient")
     kl_weight: float = setting(0.1, "weight of the KL from the full-context distribution")
     contrast_weight: float = setting(0.0, "weight of the gists' contrast: each names its own block's content among the row's")
@@ -161,7 +159,8 @@ def from_flags(args: argparse.Namespace) -> MCConfig:
     return MCConfig(**{f.name: getattr(args, f"mc_{f.name}") for f in fields(MCConfig)})
 
 
-RETIRED = dict(max_gap=0, far_nodes=0, lens_normalize=0, gist_pool="mean", gist_head="linear", gist_shared=1)  # settings of earlier versions, and the value at which they did nothing
+RETIRED = dict(max_gap=0, far_nodes=0, lens_normalize=0, gist_pool="mean", gist_head="linear", gist_shared=1, targets="tail",
+               split="end")  # settings of earlier versions, and the value at which they did nothing
 
 
 def from_dict(values: dict) -> MCConfig:

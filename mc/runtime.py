@@ -122,7 +122,7 @@ class MCController:
         """Training FLOPs that MegaContext adds per token of the LM pass, from shapes, while it is active."""
         c, T = self.config, self.T
         entries = c.budget + c.horizon - 1 + self._far_entries
-        read = c.protected + c.horizon - 1 if c.targets == "tail" else entries
+        read = c.protected + c.horizon - 1
         edits = (1 + c.lens_edits) / 3 if c.teacher_weights()["counterfactual"] else 0  # forward only
         passes = (gpt.flops_per_token(entries, read) * entries + 2 * read * gpt.lm_head.weight.numel()) * (c.variants + edits) / c.row_stride
         tree = 3 * self.model.gistnet.flops_per_token() / c.row_stride
@@ -143,7 +143,7 @@ class MCController:
         teacher's logits, and q, k, v, y and the gradient of y of every layer of the LM pass."""
         c, g = self.config, gpt.config
         entries = c.budget + c.horizon + self._far_entries
-        read = c.protected + c.horizon if c.targets == "tail" else entries
+        read = c.protected + c.horizon
         per_row = entries * g.n_layer * 24 * g.n_embd + read * 2 * 4 * g.vocab_size  # as many copies of each as in the LM pass
         captured = micro_batch * self.T * g.n_layer * 5 * g.n_embd
         return 4 * (micro_batch // c.row_stride * c.variants * per_row + captured)
@@ -211,7 +211,7 @@ class MCController:
         c, chosen, every_row, every_target = self.config, slice(None, None, self.config.row_stride), rows, targets
         tokens, targets, rows, hidden = tokens[chosen], targets[chosen], rows[chosen], hidden[chosen]
         with timed(trace, metrics, "tree"):
-            tree, n_R, far = self.model.build_tree(embeds[chosen], middle[chosen]), self._splits(rows, step), None
+            tree, n_R, far = self.model.build_tree(embeds[chosen], middle[chosen]), torch.full_like(rows, self.history), None
             gist_loss = self._gist_loss(tree, hidden, metrics)
             hidden = hidden.detach()
             trees = tree.with_table(tree.table_BND.detach())
@@ -228,10 +228,7 @@ class MCController:
             trace.event("mc.wc.snapshot", row=rows[0], tokens=n_RV[0], lods=torch.where(cut.valid_BW, cut.lod_BW, -1)[0])
         with timed(trace, metrics, "wc"):
             out = run_entries(gpt, self.model, tree, tokens, entries, far)
-            if c.targets == "tail":
-                read = read_rows(entries, c.block_size, c.protected + c.horizon - 1, c.protected, c.gists_per_block)
-            else:
-                read = read_rows(entries, c.block_size, entries.lod_BM.shape[1], c.budget, c.gists_per_block)
+            read = read_rows(entries, c.block_size, c.protected + c.horizon - 1, c.protected, c.gists_per_block)
             token = read.token_BP.clamp_max(self.T - 1)
             wanted = targets.gather(1, token)
             counted = read.valid_BP & (wanted >= 0)
@@ -270,14 +267,6 @@ class MCController:
             found = self.model.horizon_head.loss(hidden, tree)
             metrics["mc.loss.horizon_gist"], loss = found.detach(), loss + c.horizon_gist_weight * found
         return loss
-
-    def _splits(self, rows: Tensor, step: int) -> Tensor:
-        """[R] tokens of history before the continuation, a block boundary."""
-        K, last = self.config.block_size, self.history
-        if self.config.split == "end":
-            return torch.full_like(rows, last)
-        least = max(last // 2, self.config.budget) // K + 1
-        return K * (least + (uniform(rows, 1, self.seed, "split", step)[:, 0] * (last // K - least + 1)).long())
 
     def _variants(self, tree: Tree, tokens: Tensor, targets: Tensor, rows: Tensor, hidden: Tensor, n: Tensor):
         """Everything repeated once per variant: row r of variant v stands at v·R + r."""
@@ -318,10 +307,7 @@ class MCController:
         return rank >= torch.where(draw < 0.75, most, (draw - 0.75) * 4 * most).long()[:, None]
 
     def _teacher_scores(self, captured: list[Captured], chosen: slice, n: Tensor, count: int, rows: int) -> Tensor:
-        """[RV, N] attention mass of the continuation's queries in the full pass: the best that is known before its backward.
-
-        With random splits the rows of the latest continuation stand for every row's.
-        """
+        """[RV, N] attention mass of the continuation's queries in the full pass: the best that is known before its backward."""
         if not self.config.cut_shares()["teacher"]:
             return torch.zeros(rows, count, device=n.device)
         last = slice(self.history - 1, self.history + self.config.horizon - 1)

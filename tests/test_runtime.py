@@ -18,7 +18,7 @@ from nanochat.gpt import GPT, GPTConfig, token_losses
 from nanochat.optim import MuonAdamW, check_groups, gpt_param_groups
 from nanochat.schedule import ramp
 from scripts.base_train import vanilla_step
-from tiny_mc import H, K, N, R, SMALL, T, W, planted, step, tiny_base, tiny_batch, tiny_mc, values
+from tiny_mc import H, K, N, R, SMALL, T, planted, step, tiny_base, tiny_batch, tiny_mc, values
 
 torch.set_num_threads(1)
 
@@ -214,7 +214,7 @@ def test_every_parameter_is_in_one_group_moves_is_saved_and_restored():
 # Which tokens
 
 
-@pytest.mark.parametrize("config", [{}, {"targets": "raw"}, {"split": "random"}, {"targets": "raw", "split": "random", "variants": 2}, {"gists_per_block": 2, "budget": 36}, {"far_tokens": 400, "far_entries": 40}])
+@pytest.mark.parametrize("config", [{}, {"variants": 2}, {"gists_per_block": 2, "budget": 36}, {"far_tokens": 400, "far_entries": 40}])
 def test_an_entry_is_trained_on_the_token_after_it(config):
     """Where each token is the one before it plus one, a model of successors has nothing to learn, one that copies everything."""
     rows = torch.arange(4)
@@ -227,7 +227,7 @@ def test_an_entry_is_trained_on_the_token_after_it(config):
         assert abs(successor["mc.delta_nll"]) < 1e-9 and abs(copier["mc.delta_nll"]) < 1e-9
 
 
-@pytest.mark.parametrize("config", [{}, {"split": "random"}, {"targets": "raw"}, {"row_stride": 2}, {"horizon": 7}, {"gists_per_block": 2, "targets": "raw", "budget": 36}])
+@pytest.mark.parametrize("config", [{}, {"row_stride": 2}, {"horizon": 7}, {"gists_per_block": 2, "budget": 36}])
 @torch.no_grad()
 def test_delta_nll_compares_the_same_tokens_under_two_contexts(config):
     gpt, batch = tiny_base(), tiny_batch()
@@ -240,7 +240,7 @@ def test_delta_nll_compares_the_same_tokens_under_two_contexts(config):
     full, expected, wc, H = gpt(inputs), [], [], mc.config.horizon
     for b, used in enumerate(entries.used_B.tolist()):
         n = int(entries.index_BM[b, used])
-        assert n % K == 0 and W < n <= N and (n == N or config.get("split") == "random")
+        assert n == N
         wanted = targets[b, n - 1:n + H - 1]
         ours, theirs = (token_losses(x[None], wanted[None])[0] for x in (gpt.logits(out[b, used - 1:used + H - 1]), full[b, n - 1:n + H - 1]))
         counted = (wanted >= 0).sum()
@@ -297,7 +297,7 @@ def test_the_best_variant_of_a_row_is_that_of_least_next_token_loss_whatever_its
 # Rows on their own
 
 
-@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random"}, {"teacher": "attention"}, EVERYTHING | {"split": "random"}])
+@pytest.mark.parametrize("config", [{}, {"variants": 2}, {"teacher": "attention"}, EVERYTHING])
 def test_micro_batches_add_up_to_the_batch(config):
     gpt = tiny_base()
     mc = tiny_mc(gpt, **config)
@@ -316,7 +316,7 @@ def test_micro_batches_add_up_to_the_batch(config):
         assert torch.equal(x, torch.cat(parts))
 
 
-@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random"}, EVERYTHING | {"lens": "perceiver"}, {"gists_per_block": 2, "budget": 36}])
+@pytest.mark.parametrize("config", [{}, {"variants": 2}, EVERYTHING | {"lens": "perceiver"}, {"gists_per_block": 2, "budget": 36}])
 def test_permuting_the_batch_permutes_the_results(config):
     gpt = tiny_base()
     mc = tiny_mc(gpt, **config)
@@ -325,15 +325,6 @@ def test_permuting_the_batch_permutes_the_results(config):
         assert torch.equal(x[[2, 0, 3, 1]], y)
     assert len(set(map(tuple, one.primary.lod_BM.tolist()))) > 1
     assert values(one.metrics) == pytest.approx(values(two.metrics), rel=1e-6)
-
-
-def test_splits_are_drawn_per_row():
-    mc = tiny_mc(tiny_base(), split="random")
-    rows = torch.arange(200)
-    splits = mc._splits(rows, 0)
-    assert splits.unique().tolist() == list(range(W + K, N + 1, K)) and not torch.equal(splits, mc._splits(rows, 1))
-    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(mc._splits(rows[order], 0), splits[order])
 
 
 @pytest.mark.parametrize("policy", ["lens", "teacher"])
@@ -358,19 +349,17 @@ def test_policies_are_drawn_by_their_shares_and_do_what_they_say():
     assert shares == pytest.approx({"random": 0.25, "recency": 0, "lens": 0.25, "teacher": 0.5}, abs=0.12)
 
 
-@pytest.mark.parametrize("config", [{}, {"split": "random"}])
 @pytest.mark.parametrize("policy", ["random", "recency", "lens"])
-def test_training_cuts_show_what_fits_of_the_history_and_never_look_ahead(policy, config):
+def test_training_cuts_show_what_fits_of_the_history_and_never_look_ahead(policy):
     """In three rows of four as many blocks as the budget holds; the tail and the future take no place among them."""
     gpt = tiny_base()
     batch = tiny_batch(range(40))
-    mc = tiny_mc(gpt, cuts=f"{policy}:1", micro_batch=40, **config)
+    mc = tiny_mc(gpt, cuts=f"{policy}:1", micro_batch=40)
     entries = mc.training_step(gpt, batch, 0).primary
     later = batch._replace(inputs=batch.inputs.clone())
     later.inputs[:, mc.history:] = (later.inputs[:, mc.history:] + 1) % gpt.config.vocab_size
-    if not config:
-        again = tiny_mc(gpt, cuts=f"{policy}:1", micro_batch=40).training_step(gpt, later, 0).primary
-        assert torch.equal(entries.lod_BM, again.lod_BM) and torch.equal(entries.index_BM, again.index_BM)
+    again = tiny_mc(gpt, cuts=f"{policy}:1", micro_batch=40).training_step(gpt, later, 0).primary
+    assert torch.equal(entries.lod_BM, again.lod_BM) and torch.equal(entries.index_BM, again.index_BM)
     shown = []
     for lods, used in zip(entries.lod_BM.tolist(), entries.used_B.tolist()):
         assert lods[used - R:used] == [0] * R
@@ -379,8 +368,8 @@ def test_training_cuts_show_what_fits_of_the_history_and_never_look_ahead(policy
         if policy == "recency" and raw:  # nothing but raw tokens from the first shown block on
             assert not any(lods[lods.index(0):used])
     full = max(shown)
-    most = sum(blocks >= full - 1 for blocks in shown)  # how many fit depends on the paths, and with random splits on n
-    assert full >= 3 and most >= len(shown) * (0.5 if config else 0.65), shown
+    most = sum(blocks >= full - 1 for blocks in shown)  # how many fit depends on the paths
+    assert full >= 3 and most >= len(shown) * 0.65, shown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -401,13 +390,13 @@ plain = cache(fingerprint)
 OTHER = dict(
     block_size=8, max_lod=1, gist="mean", gists_per_block=2, gist_source="hidden", contrast_weight=1.0, horizon_gist_weight=1.0, bands=1, gist_width=8,
     budget=28, recent=12, horizon=4, positions="centre", damping_floor=0.5, lod_axis=1, alibi=1, far_tokens=400, far_entries=dict(far_tokens=400, seed=68, far_entries=28),
-    start=0.5, ramp=5, row_stride=2, variants=2, cuts="random:1", targets="raw", split="random", wc_weight=0.5, kl_weight=0.0,
+    start=0.5, ramp=5, row_stride=2, variants=2, cuts="random:1", wc_weight=0.5, kl_weight=0.0,
     lens="slots", teacher="attention", lens_edits=dict(teacher="counterfactual", lens_edits=3), lens_rank=1.0, lens_zero_sum=1.0, lens_illegal=1.0, lens_kl=1.0, lens_horizon=2, lens_queries=16, lens_row_stride=2, lens_key_dim=8, lens_keys=4, gist_lr=0.5, lens_lr=0.5,
 )  # fmt: skip
 
 
 def test_one_setting_gives_one_result():
-    assert fingerprint(variants=2, split="random") == fingerprint(variants=2, split="random")
+    assert fingerprint(variants=2) == fingerprint(variants=2)
 
 
 def test_every_setting_is_tried():
@@ -424,7 +413,6 @@ def test_every_setting_changes_something(name):
 @pytest.mark.parametrize("config, gpt, message", [
     ({"budget": 60}, {}, "nothing to focus on"),
     ({"budget": N}, {}, "nothing to focus on"),
-    ({"budget": N, "split": "random"}, {}, "nothing to focus on"),
     ({"row_stride": 3}, {}, "does not divide the micro-batch"),
     ({"lens_row_stride": 3}, {}, "does not divide the micro-batch"),
     ({"lens_queries": 60}, {}, "leaves no history"),
@@ -451,23 +439,6 @@ def test_settings_that_cannot_work_together_are_refused(config, gpt, message):
     T = gpt.get("T", 64)
     with pytest.raises(UserError, match=message):
         tiny_mc(tiny_base(**{k: v for k, v in gpt.items() if k != "T"}), T=T, **config)
-
-
-@pytest.mark.parametrize("max_lod", [1, 2, 3])
-def test_random_splits_always_fit(max_lod):
-    """Where a budget is accepted, no split leaves a row without its cut or beyond its tokens."""
-    gpt, accepted = tiny_base(), []
-    for budget in range(20, N + 1):
-        try:
-            mc = tiny_mc(gpt, budget=budget, max_lod=max_lod, split="random")
-        except UserError:
-            continue
-        accepted.append(budget)
-        splits = mc._splits(torch.arange(200), 0).unique()
-        assert splits.min() > budget and splits.max() <= N
-        scores = torch.randn(len(splits), T // K)
-        assert mc.model.allocator.cut(mc.model.allocator.allocate(scores, splits))[1].all()
-    assert len(accepted) > 20 and max(accepted) == N - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -500,7 +471,7 @@ def watched(gpt, mc, batch, at) -> Watch:
     return watch
 
 
-@pytest.mark.parametrize("config", [{}, {"variants": 2, "targets": "raw", "split": "random", "far_tokens": 400, "teacher": "attention"}, {"alibi": 1, "lod_axis": 1},
+@pytest.mark.parametrize("config", [{}, {"variants": 2, "far_tokens": 400, "teacher": "attention"}, {"alibi": 1, "lod_axis": 1},
                                     EVERYTHING | {"far_tokens": 400, "alibi": 1}])
 def test_a_step_never_waits_for_the_device_and_has_static_shapes(config):
     gpt = tiny_base(dtype=torch.float32, rope_fraction=0.5, n_kv_head=4)
@@ -532,7 +503,7 @@ def test_flops_follow_the_dials():
     assert plain - fewer > wc / 2 and plain - lens > 0
 
 
-@pytest.mark.parametrize("config", [{}, {"variants": 2}, {"targets": "raw"}, {"row_stride": 2}, {"teacher": "attention"}])
+@pytest.mark.parametrize("config", [{}, {"variants": 2}, {"row_stride": 2}, {"teacher": "attention"}])
 def test_flops_are_those_that_run(config):
     """Within a tenth of what torch counts, MC's step minus the vanilla one."""
     gpt, length = GPT(GPTConfig(512, 512, 3, 4, 4, 128)), 256

@@ -148,7 +148,7 @@ def test_a_derived_horizon_is_the_same_given(kind, prepared, train, tmp_path):
 
 def test_settings_that_are_off_by_default_resume_too(prepared, train, tmp_path):
     every = [*MC, "--mc_lens_kl=0.3", "--mc_variants=2", "--mc_teacher=gate:1,counterfactual:1,preference:1", "--mc_lens_edits=3", "--mc_far_tokens=400", "--mc_bands=1",
-             "--mc_split=random", "--mc_lens=slots", "--mc_contrast_weight=0.1", "--mc_horizon_gist_weight=0.1", "--grad_clip=1"]
+             "--mc_lens=slots", "--mc_contrast_weight=0.1", "--mc_horizon_gist_weight=0.1", "--grad_clip=1"]
     whole, parts = (Path(shutil.copytree(prepared / "base", tmp_path / name)) for name in ("whole", "parts"))
     train(whole, *every).ok()
     train(parts, *every, "--stop_at=9").ok()
@@ -291,7 +291,7 @@ def test_both_spellings_of_flags(base, train):
 
 def test_planned_memory_counts_megacontext(base, train):
     """More contexts, entries or logits: more bytes, at the same number of weights."""
-    plans = [json.loads(train(base, "--dry_run=1", *MC, *flag).ok().out) for flag in ([], ["--mc_variants=2"], ["--mc_budget=48"], ["--mc_targets=raw"])]
+    plans = [json.loads(train(base, "--dry_run=1", *MC, *flag).ok().out) for flag in ([], ["--mc_variants=2"], ["--mc_budget=48"])]
     usual, *more = (plan["memory_bytes_per_rank"] - 16 * plan["parameters"] for plan in plans)
     vanilla = json.loads(train(base, "--dry_run=1").ok().out)
     captured = 4 * 5 * 2 * 128 * 2 * 32  # q, k, v, y and its gradient: rows, tokens, layers, width

@@ -105,8 +105,6 @@ TABLE_MC: dict[str, tuple[str, list[str]]] = {
     "row_stride": ("2", []),
     "variants": ("2", []),
     "cuts": ("random:1", []),
-    "targets": ("raw", []),
-    "split": ("random", []),
     "wc_weight": ("0.5", []),
     "kl_weight": ("0", []),
     "lens": ("perceiver", []),
