@@ -33,8 +33,6 @@ class MCConfig:
     horizon: int = setting(32, "H: tokens of the continuation on which a working context is judged")
     positions: str = setting("gaussian", "positions of entries: damped at global centres, undamped, or numbered in order", SCHEMES)
     damping_floor: float = setting(0.1, "share of every frequency that a gist keeps under --mc_positions=gaussian")
-    lod_axis: int = setting(0, "1: unrotated dims turn by the entry's LOD (needs --rope_fraction < 1)", (0, 1))
-    alibi: int = setting(0, "1: ALiBi by global distance in the working context", (0, 1))
     far_tokens: int = setting(0, "tokens of the longest stored history (log-uniform per row) shown in and around a row's own, as gists of other rows: far distances, levels that rows do not reach; 0: none")
     far_entries: int = setting(128, "entries that the stored history may take")
     # what is trained on it
@@ -160,7 +158,7 @@ def from_flags(args: argparse.Namespace) -> MCConfig:
 
 
 RETIRED = dict(max_gap=0, far_nodes=0, lens_normalize=0, gist_pool="mean", gist_head="linear", gist_shared=1, targets="tail",
-               split="end")  # settings of earlier versions, and the value at which they did nothing
+               split="end", lod_axis=0, alibi=0)  # settings of earlier versions, and the value at which they did nothing
 
 
 def from_dict(values: dict) -> MCConfig:

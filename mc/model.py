@@ -21,7 +21,7 @@ from torch import Tensor
 from mc.config import RETIRED, MCConfig, from_dict, to_dict
 from mc.focus_allocator import FocusConfig, GreedyAllocator
 from mc.far_history import FarHistory, place
-from mc.gaussian_rope import alibi_bias, entry_rotary
+from mc.gaussian_rope import entry_rotary
 from mc.gist_objectives import HorizonHead
 from mc.gistnet import GistNet, GistNetConfig
 from mc.lensnet import LOCAL_MEAN, LensNet, LensNetConfig
@@ -187,12 +187,8 @@ def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entrie
         vectors = take(torch.cat([vectors, far.vectors_BFD], 1), order)
     raw = valid & (lod == 0)
     linked = raw & F.pad(raw, (1, 0))[:, :-1] & (start == F.pad(start, (1, 0))[:, :-1] + 1)
-    rotary = entry_rotary(gpt, start, length, scheme=config.positions, floor=config.damping_floor,
-                          lod_axis=bool(config.lod_axis), lod_BW=lod)
-    bias = mc.key_bias(lod)
-    if config.alibi:
-        bias = bias[:, None] + alibi_bias(start, length, entries.index_BM.amax(1), gpt.config.n_head)
-    hidden = gpt.hidden(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=bias)
+    rotary = entry_rotary(gpt, start, length, scheme=config.positions, floor=config.damping_floor)
+    hidden = gpt.hidden(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=mc.key_bias(lod))
     return hidden if far is None else take(hidden, order.argsort(1)[:, :M])
 
 

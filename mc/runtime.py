@@ -80,10 +80,6 @@ class MCController:
                             f"raise it or --mc_max_lod, or lower --mc_far_tokens")
         if config.lens_queries > T - R - K:
             raise UserError(f"--mc_lens_queries={config.lens_queries} leaves no history in rows of {T} tokens; lower it")
-        if config.lod_axis and gpt.config.rope_fraction == 1:
-            raise UserError("--mc_lod_axis=1 needs unrotated dims: set --rope_fraction below 1")
-        if config.alibi and gpt.config.n_head != gpt.config.n_kv_head:
-            raise UserError("--mc_alibi=1 needs as many kv heads as heads")
         if min(gpt.config.windows()) < T:
             raise UserError(f"--window_pattern={gpt.config.window_pattern}: windowed layers cannot see distant gists; use L with --mc_enabled=1")
         self.config, self.T, self.history, self.seed = config, T, history, seed  # history: the longest before a continuation

@@ -47,8 +47,8 @@ DOUBLES = {
     "utilities",
 }
 INTERFACE = {"main", "make_parser", "add_flags", "run"}  # what every command has
-NOT_VARIED = {"alibi", "damping_floor", "far_entries", "gist_source", "gist_width", "gists_per_block",
-              "lens_edits", "lens_key_dim", "lod_axis", "positions"}
+NOT_VARIED = {"damping_floor", "far_entries", "gist_source", "gist_width", "gists_per_block",
+              "lens_edits", "lens_key_dim", "positions"}
 CORE_LINES, SESSION_LINES = 1823, 2930  # the goal: 1800, 2900
 MAIN_LINES = 174  # the goal: 60
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mc.config import MCConfig, add_flags, from_dict, from_flags, to_dict
 from mc.far_history import FarHistory, draw_far_history, place
-from mc.gaussian_rope import alibi_bias, entry_rotary
+from mc.gaussian_rope import entry_rotary
 from mc.model import Entries, MegaContext, fingerprint, load_mega_context, read_rows, recency_scores, run_entries, take, with_continuation
 from mc.working_context import Cut, finest
 from nanochat.checkpoint import save_checkpoint
@@ -210,11 +210,10 @@ def test_padding_changes_nothing():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [{}, {"lod_axis": 1, "alibi": 1}])
-def test_a_far_history_is_a_longer_cut_in_time_order(config):
+def test_a_far_history_is_a_longer_cut_in_time_order():
     """Against one row at a time, its entries put in order by hand, no padding."""
     gpt = tiny_base(rope_fraction=0.5, n_kv_head=4)
-    mc = mega(gpt, **config)
+    mc = mega(gpt)
     entries, tree = random_entries(mc), mc.build_tree(gpt.embed(tokens))
     far_config = MCConfig(**{**vars(mc.config), "far_tokens": 200, "far_entries": 24})
     far = draw_far_history(far_config, mc.gistnet, gpt.embed(tokens), torch.arange(4), slice(None), torch.full((4,), N), 1, 0, 7)
@@ -229,14 +228,11 @@ def test_a_far_history_is_a_longer_cut_in_time_order(config):
         ids = torch.tensor([[int(tokens[b, entries.index_BM[b, w]]) if level == 0 else -1 for _, level, w in both]])
         vectors = torch.stack([tree.gather(entries.lod_BM, entries.index_BM, entries.valid_BM)[b, w] if w >= 0 else far.vectors_BFD[b, ~w] for *_, w in both])
         linked = torch.tensor([[i > 0 and both[i][1] == both[i - 1][1] == 0 and both[i][0] == both[i - 1][0] + 1 for i in range(len(both))]])
-        rotary = entry_rotary(gpt, at, K**lod, lod_axis=bool(mc.config.lod_axis), lod_BW=lod)
-        bias = mc.key_bias(lod)
-        if mc.config.alibi:
-            bias = bias[:, None] + alibi_bias(at, K**lod, torch.zeros(1), gpt.config.n_head)
-        hidden = gpt.hidden(ids, inputs_embeds=vectors[None], rotary=rotary, linked=linked, key_bias=bias)[0]
+        rotary = entry_rotary(gpt, at, K**lod)
+        hidden = gpt.hidden(ids, inputs_embeds=vectors[None], rotary=rotary, linked=linked, key_bias=mc.key_bias(lod))[0]
         for i, (*_, w) in enumerate(both):
             if w >= 0:
-                torch.testing.assert_close(out[b, w], hidden[i], rtol=0, atol=1e-5 if config else 1e-9)
+                torch.testing.assert_close(out[b, w], hidden[i], rtol=0, atol=1e-9)
 
 
 @torch.no_grad()
@@ -250,7 +246,7 @@ def test_an_empty_far_history_changes_nothing():
     torch.testing.assert_close(out[entries.valid_BM], plain[entries.valid_BM], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("config", [{"positions": "centre"}, {"positions": "contiguous"}, {"alibi": 1}, {"lod_axis": 1}, {"damping_floor": 0.7}])
+@pytest.mark.parametrize("config", [{"positions": "centre"}, {"positions": "contiguous"}, {"damping_floor": 0.7}])
 @torch.no_grad()
 def test_position_settings_change_the_pass(config):
     gpt = tiny_base(n_kv_head=4, rope_fraction=0.5)
@@ -286,7 +282,7 @@ def test_config_survives_flags_and_dicts():
 
 
 @pytest.mark.parametrize("wrong, message", [
-    ({"gist": "sum"}, "use one of mean"), ({"alibi": 2}, "use one of 0, 1"), ({"budget": 0}, "at least 1"), ({"block_size": 1}, "at least 2"),
+    ({"gist": "sum"}, "use one of mean"), ({"bands": 2}, "use one of 0, 1"), ({"budget": 0}, "at least 1"), ({"block_size": 1}, "at least 2"),
     ({"start": 1.0}, r"in \[0, 1\)"), ({"damping_floor": 1.5}, r"in \[0, 1\]"), ({"recent": 33}, "not a multiple"),
     ({"lens_queries": 8, "lens_horizon": 8}, "must exceed"), ({"positions": "centre", "damping_floor": 0.2}, "no effect"),
     ({"cuts": "random:0.5"}, "sum to 1"), ({"cuts": "random:x"}, "not policy:share"), ({"cuts": "best:1"}, "shares of"), ({"cuts": "random:2,lens:-1"}, "≥ 0"),

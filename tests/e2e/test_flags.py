@@ -96,8 +96,6 @@ TABLE_MC: dict[str, tuple[str, list[str]]] = {
     "horizon": ("16", []),
     "positions": ("contiguous", []),
     "damping_floor": ("0.5", []),
-    "lod_axis": ("1", ["--rope_fraction=0.5"]),
-    "alibi": ("1", []),
     "far_tokens": ("400", []),
     "far_entries": ("64", ["--mc_far_tokens=400"]),
     "start": ("0.5", []),
