@@ -99,10 +99,6 @@ class Ranks:
     world_size: int
     device: torch.device
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
 
 def init_distributed(device: str = "auto") -> Ranks:
     """Join the process group when started by torchrun (NCCL on CUDA, gloo on CPU), else run alone.
