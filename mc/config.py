@@ -48,7 +48,7 @@ class MCConfig:
     bands: int = setting(0, "1: cuts of up to 5 tokens per entry, then up to 10, then more as well, a third of the training each; 0: as full as the budget allows, one in four coarser", (0, 1))
     # the lens
     lens: str = setting("bilinear", "LensNet variant: each block by itself, or with a network on top that reads the blocks together", ("bilinear", *READERS))
-    teacher: str = setting("gate", "what the lens is taught, a kind or kind:weight, …: gate (gradients of the full pass), attention (mass in it), counterfactual (measured utilities of edits) or preference (the best of --mc_variants)")
+    teacher: str = setting("attention", "what the lens is taught, a kind or kind:weight, …: gate (gradients of the full pass), attention (mass in it), counterfactual (measured utilities of edits) or preference (the best of --mc_variants)")
     lens_horizon: int = setting(8, "tokens ahead whose need for a block the lens predicts")
     lens_queries: int = setting(128, "last positions of a row that teach the lens")
     lens_row_stride: int = setting(1, "every how many rows teach the lens")

@@ -19,6 +19,7 @@ from mc.lens_networks import READERS
 from mc.lens_objectives import Lesson, lens_objective
 from mc.measures import held_out, lens_measures, utilities
 from mc.model import MegaContext
+from mc.teachers import keep_gradients
 from mc.report import bootstrap
 from nanochat.common import UserError, print0, seed_everything
 from nanochat.dataloader import Loader, make_source
@@ -90,7 +91,9 @@ def run(args: argparse.Namespace) -> None:
         batch, captured, begin = loader.next(), list[Captured](), time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=flags["dtype"] == "bfloat16"):
             embeds = gpt.embed(batch.inputs)
-            gpt.loss(gpt.hidden(batch.inputs, inputs_embeds=embeds, capture=captured), batch.targets, batch.num_targets).backward()
+            hidden = gpt.hidden(batch.inputs, inputs_embeds=embeds, capture=captured)
+            keep_gradients(captured)
+            gpt.loss(hidden, batch.targets, batch.num_targets).backward()
         gpt.zero_grad(set_to_none=True)
         pass_seconds += time.perf_counter() - begin
         for kind, pupil in pupils.items():

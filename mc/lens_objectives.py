@@ -16,7 +16,8 @@ Terms, each with a weight:
     illegal     −log of the probability that is left when blocks that cannot be expanded, being protected and so raw anyway, compete too
     kl          KL from the lens's own earlier distribution, that of an exponential mean of its weights
 
-All of it is computed after the backward pass and reaches the lens alone, whose inputs are detached.
+All of it reaches the lens alone, whose inputs are detached. With the gate it is computed after the backward pass, which leaves behind what
+the gate reads, else before it, as a part of the one loss.
 
 Shapes: B rows, T tokens, D width, Q queries, N blocks, E edits, V variants.
 """
@@ -161,8 +162,8 @@ def policy_term(logits_BQN: Tensor, earlier_BQN: Tensor, visible_BQN: Tensor) ->
 # Together
 
 
-def lens_objective(model: MegaContext, lesson: Lesson) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """The loss whose gradient the lens gets after the backward pass, nats, with its metrics; None where nothing is to be learned then."""
+def lens_objective(model: MegaContext, lesson: Lesson) -> tuple[Tensor, dict[str, Tensor]]:
+    """The lens's loss, nats, with its metrics."""
     c, weights = model.config, model.config.teacher_weights()
     parts: list[tuple[str, float, Tensor]] = []
     metrics: dict[str, Tensor] = {}
@@ -173,8 +174,6 @@ def lens_objective(model: MegaContext, lesson: Lesson) -> tuple[Tensor | None, d
         parts.append(("counterfactual", weights["counterfactual"], edit_loss(model, lesson.tree, lesson.edits, False).mean()))
     if lesson.variants is not None:
         parts.append(("preference", weights["preference"], variant_loss(model, lesson.tree, lesson.variants).mean()))
-    if not parts:
-        return None, metrics
     loss = sum(weight * part for _, weight, part in parts)
     metrics["mc.loss.lens"] = loss.detach()
     metrics |= {Labelled("mc.loss.lens_part", part=name): part.detach() for name, _, part in parts}

@@ -1,12 +1,12 @@
 """MCController: all of MegaContext that a training loop sees.
 
-    loss, metrics = mc.training_step(model, batch, step)[:2] # every micro-step afresh
+    loss, metrics = mc.training_step(model, batch, step)[:2] # every micro-step afresh: one loss, one backward
     (loss / accumulation).backward()
-    metrics |= mc.lens_step(accumulation)                    # the gate gradients exist only now
+    metrics |= mc.after_backward(accumulation)               # for what needs the gradients of that pass: nothing by default
 
 One micro-batch: the ordinary LM pass; a tree of gists on the same embeddings; per row one or more cuts of its history at the
 budget, chosen by a random, recency, lens or teacher policy; one packed pass [cut ‖ continuation]; next-token loss and KL from the
-LM pass. After the backward pass the lens learns, on detached inputs, which blocks the LM pass used.
+LM pass. The lens learns, on detached inputs, which blocks the LM pass attended to.
 
 Every random draw is keyed by (seed, step, global row), so it does not depend on ranks or micro-steps. Nothing is carried over
 between micro-batches. Before `start` a step is the vanilla step.
@@ -35,7 +35,7 @@ from mc.lens_objectives import Edits, Lesson, Variants, lens_objective, variant_
 from mc.losses import distillation, row_mean
 from mc.mega_context import Tree, TreeShape
 from mc.model import Entries, MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
-from mc.teachers import attention_mass
+from mc.teachers import attention_mass, keep_gradients
 from mc.working_context import entries_used
 from nanochat.common import UserError, print0
 from nanochat.gpt import GPT, Captured, token_losses
@@ -56,7 +56,7 @@ class StepResult(NamedTuple):
 
 
 class _Pending(NamedTuple):
-    """What the lens learns once the backward pass has run."""
+    """What the lens learns only once the backward pass has run."""
 
     lesson: Lesson
     weight: float
@@ -136,12 +136,12 @@ class MCController:
 
     def activation_bytes(self, gpt: GPT, micro_batch: int) -> int:
         """Bytes of float32 that MegaContext adds to a micro-batch, from shapes: the working-context pass, the student's and the
-        teacher's logits, and q, k, v, y and the gradient of y of every layer of the LM pass."""
+        teacher's logits, and q, k, v and y of every layer of the LM pass."""
         c, g = self.config, gpt.config
         entries = c.budget + c.horizon + self._far_entries
         read = c.protected + c.horizon
         per_row = entries * g.n_layer * 24 * g.n_embd + read * 2 * 4 * g.vocab_size  # as many copies of each as in the LM pass
-        captured = micro_batch * self.T * g.n_layer * 5 * g.n_embd
+        captured = micro_batch * self.T * g.n_layer * 4 * g.n_embd
         return 4 * (micro_batch // c.row_stride * c.variants * per_row + captured)
 
     def active(self, step: int) -> bool:
@@ -173,7 +173,12 @@ class MCController:
         if captured is not None:
             extra, primary, lesson = self._working_context(gpt, tokens, targets, rows, step, embeds, hidden, middle[0], captured, metrics, trace)
             loss = loss + weight * extra
-            self._pending = _Pending(lesson, weight)
+            if "gate" in self.config.teacher:
+                keep_gradients(captured)
+                self._pending = _Pending(lesson, weight)
+            else:
+                lens, found = self._teach_lens(lesson, trace)
+                loss, metrics = loss + weight * lens, metrics | found
         return StepResult(loss, metrics, embeds, primary)
 
     def probe(self, gpt: GPT, batch) -> dict[str, Tensor]:
@@ -187,17 +192,21 @@ class MCController:
         networks = {"gistnet": self.model.gistnet.parameters(), "lensnet": self.model.lensnet.parameters()}
         return {name: found for name, params in networks.items() if (found := list(params))}  # the masked mean has none
 
-    def lens_step(self, accumulation: int = 1, trace: Trace | None = None) -> Metrics:
-        """Teach the lens from the pass whose backward has just run: adds to the lens's gradients only."""
+    def after_backward(self, accumulation: int = 1, trace: Trace | None = None) -> Metrics:
+        """Teach the lens what only the backward pass that has just run can say: adds to the lens's gradients only."""
         if self._pending is None:
             return {}
         pending, self._pending = self._pending, None
+        loss, metrics = self._teach_lens(pending.lesson, trace or Trace("mc.step", pending.lesson.embeds_BTD.device))
+        (pending.weight * loss / accumulation).backward()
+        return metrics
+
+    def _teach_lens(self, lesson: Lesson, trace: Trace) -> tuple[Tensor, Metrics]:
+        """The lens's loss, which reaches the lens alone."""
         metrics: Metrics = {}
-        with timed(trace or Trace("mc.step", pending.lesson.embeds_BTD.device), metrics, "lens"):
-            loss, found = lens_objective(self.model, pending.lesson)
-            if loss is not None:
-                (pending.weight * loss / accumulation).backward()
-        return metrics | found
+        with timed(trace, metrics, "lens"), torch.autocast(lesson.embeds_BTD.device.type, enabled=False):  # small, and what it sums up is long
+            loss, found = lens_objective(self.model, lesson)
+        return loss, metrics | found
 
     # -- the working context -----------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ register(
     Metric("mc.loss.horizon_gist", "{nat}", "histogram",
            "Cross-entropy of the hidden state at a node's end naming the next node's gist among its row's, mean over the levels of which a row has two nodes (--mc_horizon_gist_weight).",
            healthy="below ln(nodes), falling slowly", where=RUNTIME, buckets=NATS),
-    Metric("mc.loss.lens", "{nat}", "histogram", "What the lens is taught after the backward pass, all targets and terms: with a dense teacher cross-entropies against its distribution.", short="lens",
+    Metric("mc.loss.lens", "{nat}", "histogram", "What the lens is taught, all targets and terms: with a dense teacher cross-entropies against its distribution.", short="lens",
            healthy="falls; with one dense teacher towards twice mc.lens.teacher_entropy", where=RUNTIME, buckets=NATS),
     Metric("mc.loss.lens_part", "{nat}", "histogram", "One target or term of the lens's loss, not yet weighted, by attribute part.",
            healthy="falls", where="mc/lens_objectives.py", buckets=NATS),
@@ -44,7 +44,7 @@ register(
     *(Metric(f"mc.time.{part}", "s", "histogram", f"Time of {what}, per micro-batch; on CUDA the device's.", healthy="steady", where=RUNTIME, buckets=SECONDS)
       for part, what in (("lm", "the LM pass, forward"), ("tree", "building the tree"), ("score", "scoring blocks by the drawn policies"),
                          ("focus", "choosing cuts by the scores"), ("wc", "the working-context pass, forward, and measured edits"),
-                         ("lens", "the lens, teacher and backward included"))),
+                         ("lens", "the lens and its teacher, forward"))),
     Metric("mc.time.probe", "s", "gauge", "Wall time of the last probe; like evaluation it is not part of train.step_time.",
            healthy="steady; below --probe_every steps' time / 20", where=TRAIN),
 )

@@ -215,7 +215,7 @@ def main() -> None:
     if args.mc_enabled and args.rows == "packed":
         raise UserError("--rows=packed mixes documents in a row, which a working context must not cross; use --rows=long with --mc_enabled=1")
     if args.mc_enabled and args.compile:
-        raise UserError("--compile=1 hides the attention gradients that teach the lens; use --compile=0 with --mc_enabled=1")
+        raise UserError("--compile=1 hides the attention that teaches the lens; use --compile=0 with --mc_enabled=1")
     tokenizer = None if args.dry_run and args.vocab_size else Tokenizer.load()
     if tokenizer and args.vocab_size not in (0, tokenizer.vocab_size):
         raise UserError(f"--vocab_size={args.vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids; leave the flag out, or train another")
@@ -305,7 +305,7 @@ def main() -> None:
                 with trace.span("train.backward"):
                     (loss / plan.accumulation).backward()
                 if mc:
-                    metrics |= mc.lens_step(plan.accumulation, trace)
+                    metrics |= mc.after_backward(plan.accumulation, trace)
                 losses = losses + loss.detach() + metrics.get("mc.loss.lens", 0.0)
                 unlogged.append(metrics)
                 flops += step_flops(model, mc, plan, step, batch.num_targets) / plan.accumulation

@@ -20,7 +20,7 @@ from mc.working_context import from_expanded
 from mc.utility_labels import measure
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig, token_losses
-from tiny_mc import H, K, N, R, T, VOCAB, W, step, tiny_base, tiny_batch, tiny_mc
+from tiny_mc import H, K, N, R, T, VOCAB, W, lesson_of, step, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)
 BLOCKS, EDITABLE = T // K, (N - R) // K
@@ -339,8 +339,7 @@ def test_each_part_reaches_the_lens_alone():
     """Every target and term by itself: a gradient in each weight of the lens, none elsewhere (trap 6)."""
     gpt = tiny_base()
     mc = tiny_mc(gpt, teacher="attention:1,gate:1,counterfactual:1,preference:1", variants=3, lens_rank=1.0, lens_zero_sum=1.0, lens_illegal=1.0, lens_kl=1.0)
-    mc.training_step(gpt, tiny_batch(), 0).loss.backward()
-    lesson = mc._pending.lesson
+    lesson = lesson_of(mc, gpt, tiny_batch())
     parts, _ = dense_parts(mc.model, lesson, mc.config.teacher_weights())
     assert [name for name, _, _ in parts] == ["attention", "rank", "gate", "rank", "zero_sum", "illegal", "kl"]
     alone = [(name, part) for name, _, part in parts]

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mc.config import POLICIES, MCConfig
-from mc.lens_objectives import variant_cost
+from mc.lens_objectives import lens_objective, variant_cost
 from mc.model import recency_scores, run_entries, take
 from mc.runtime import MCController
 from nanochat.common import UserError
@@ -18,7 +18,7 @@ from nanochat.gpt import GPT, GPTConfig, token_losses
 from nanochat.optim import MuonAdamW, check_groups, gpt_param_groups
 from nanochat.schedule import ramp
 from scripts.base_train import vanilla_step
-from tiny_mc import H, K, N, R, SMALL, T, planted, step, tiny_base, tiny_batch, tiny_mc, values
+from tiny_mc import H, K, N, R, SMALL, T, lesson_of, planted, step, tiny_base, tiny_batch, tiny_mc, values
 
 torch.set_num_threads(1)
 
@@ -51,7 +51,7 @@ def test_before_the_start_a_step_is_the_vanilla_step():
     assert torch.equal(result.loss, vanilla) and set(values(result.metrics)) == {"train.loss"} and result.primary is None
     got = gradients(gpt)
     assert got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in expected)
-    assert not gradients(mc.model) and mc.lens_step() == {}
+    assert not gradients(mc.model) and mc.after_backward() == {}
     assert "mc.loss.wc" in step(mc, gpt, batch, at=5).metrics
 
 
@@ -65,6 +65,7 @@ def test_the_working_context_teaches_base_gistnet_and_gist_bias_but_not_the_lens
     gpt = tiny_base()
     mc = tiny_mc(gpt, **term)
     monkeypatch.setattr(gpt, "loss", lambda *_: torch.zeros((), dtype=torch.float64))
+    monkeypatch.setattr(mc, "_teach_lens", lambda *_: (torch.zeros(()), {}))
     mc.training_step(gpt, tiny_batch(), 0).loss.backward()
     got = gradients(gpt, mc.model)
     assert set(got) == {n for n in names(gpt, mc.model) if "lensnet" not in n}
@@ -81,14 +82,16 @@ def test_the_lens_loss_teaches_the_lens_alone(config):
     """Whatever the target, its gradient reaches every weight of the lens and nothing else (C11)."""
     gpt = tiny_base()
     mc = tiny_mc(gpt, **config)
-    mc.training_step(gpt, tiny_batch(), 0).loss.backward()
-    before = gradients(gpt, mc.model)
-    mc.lens_step()
+    teach, mc._teach_lens = mc._teach_lens, lambda *_: (torch.zeros(()).requires_grad_(), {})
+    step(mc, gpt, tiny_batch())
+    before, mc._teach_lens = gradients(gpt, mc.model), teach
+    clear(gpt, mc.model)
+    step(mc, gpt, tiny_batch())
     after = gradients(gpt, mc.model)
     lens = {n for n in names(gpt, mc.model) if "lensnet" in n}
     assert {n for n in lens if not torch.equal(after[n], before.get(n, torch.zeros(())))} == lens
     assert set(after) - lens == set(before) - lens and all(torch.equal(after[name], before[name]) for name in set(before) - lens)
-    assert mc.lens_step() == {}, "a lens step without a pass behind it"
+    assert mc.after_backward() == {}, "a lesson without a pass behind it"
 
 
 def test_a_named_teacher_weighs_one_and_weights_scale_its_loss():
@@ -123,12 +126,12 @@ def test_the_lens_loss_falls(teacher):
     gpt, batch = tiny_base(dtype=torch.float32), tiny_batch()
     mc = tiny_mc(gpt, teacher=teacher)
     optimizer = torch.optim.Adam(mc.model.lensnet.parameters(), lr=3e-2)
-    mc.training_step(gpt, batch, 0).loss.backward()
-    pending, curve = mc._pending, []  # the base stands still: one pass will do
+    lesson, curve = lesson_of(mc, gpt, batch), []  # the base stands still: one pass will do
     for _ in range(50):
-        mc._pending = pending
         clear(mc.model)
-        curve.append(mc.lens_step())
+        loss, metrics = lens_objective(mc.model, lesson)
+        loss.backward()
+        curve.append(metrics)
         optimizer.step()
     losses = [m["mc.loss.lens"].item() for m in curve]
     assert losses[-1] < losses[0] - 0.5 and curve[-1]["mc.lens.hit"] > curve[0]["mc.lens.hit"]
@@ -160,7 +163,7 @@ def test_lens_cuts_and_edits_do_not_know_the_full_pass():
             for block in gpt.transformer.h:
                 block.attn.c_v.weight.mul_(factor)
         result = mc.training_step(gpt, batch, 0)
-        found.append((result.metrics["train.loss"], result.primary.lod_BM, result.primary.index_BM, mc._pending.lesson.edits.block_BE))
+        found.append((result.metrics["train.loss"], result.primary.lod_BM, result.primary.index_BM, lesson_of(mc, gpt, batch).edits.block_BE))
     assert found[0][0] != found[1][0] and all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:]))
 
 
@@ -264,7 +267,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
         kl = torch.nn.functional.kl_div(ours.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
         counted = wanted >= 0
         rows.append(0.7 * token_losses(ours[None], wanted[None])[0][counted].mean() + 0.3 * kl[counted].mean())
-    torch.testing.assert_close(result.loss, result.metrics["train.loss"] + ramp(1, 0, 4) * torch.stack(rows).mean())
+    torch.testing.assert_close(result.loss, result.metrics["train.loss"] + ramp(1, 0, 4) * (torch.stack(rows).mean() + result.metrics["mc.loss.lens"]))
 
 
 @pytest.mark.parametrize("weights", [{"kl_weight": 0.0}, {"wc_weight": 0.01, "kl_weight": 3.0}, {"wc_weight": 0.0}])
@@ -280,6 +283,7 @@ def test_the_best_variant_of_a_row_is_that_of_least_next_token_loss_whatever_its
     monkeypatch.setattr("mc.runtime.run_entries", listening)
     primary = mc.training_step(gpt, batch, 0).primary
     (tokens, entries, out), = seen
+    _, shown, cost = lesson_of(mc, gpt, batch).variants
     assert torch.equal(tokens, batch.inputs.repeat(4, 1))
     slot = entries.used_B[:, None] - R + torch.arange(R + H - 1)
     wanted = batch.targets[:, N - R:N + H - 1].repeat(4, 1)
@@ -288,7 +292,6 @@ def test_the_best_variant_of_a_row_is_that_of_least_next_token_loss_whatever_its
     for b, v in enumerate(nll.argmin(0).tolist()):
         assert all(torch.equal(x[b], y[8 * v + b]) for x, y in zip(primary, entries))
     assert not torch.equal(entries.lod_BM[:8], entries.lod_BM[8:16])
-    _, shown, cost = mc._pending.lesson.variants
     recent = mc.model.allocator.allocate(recency_scores(torch.full((8,), N), T // K), torch.full((8,), N)).expanded[0]
     torch.testing.assert_close(cost, variant_cost(nll.T, shown, recent & (torch.arange(T // K) < (N - R) // K)))
 
@@ -391,7 +394,7 @@ OTHER = dict(
     block_size=8, max_lod=1, gist="mean", gists_per_block=2, gist_source="hidden", contrast_weight=1.0, horizon_gist_weight=1.0, bands=1, gist_width=8,
     budget=28, recent=12, horizon=4, positions="centre", damping_floor=0.5, far_tokens=400, far_entries=dict(far_tokens=400, seed=68, far_entries=28),
     start=0.5, ramp=5, row_stride=2, variants=2, cuts="random:1", wc_weight=0.5, kl_weight=0.0,
-    lens="slots", teacher="attention", lens_edits=dict(teacher="counterfactual", lens_edits=3), lens_rank=1.0, lens_zero_sum=1.0, lens_illegal=1.0, lens_kl=1.0, lens_horizon=2, lens_queries=16, lens_row_stride=2, lens_key_dim=8, lens_keys=4, gist_lr=0.5, lens_lr=0.5,
+    lens="slots", teacher="gate", lens_edits=dict(teacher="counterfactual", lens_edits=3), lens_rank=1.0, lens_zero_sum=1.0, lens_illegal=1.0, lens_kl=1.0, lens_horizon=2, lens_queries=16, lens_row_stride=2, lens_key_dim=8, lens_keys=4, gist_lr=0.5, lens_lr=0.5,
 )  # fmt: skip
 
 

@@ -125,6 +125,4 @@ def teach_lens(system: System, rows: Rows, step: int) -> None:
     with torch.no_grad():
         embeds = system.gpt.embed(tokens)
         tree = mc.build_tree(embeds[::mc.config.row_stride])
-    loss, _ = lens_objective(mc, Lesson(captured, embeds, asked, numbers, tree, None, None, (system.seed, step)))
-    if loss is not None:
-        loss.backward()
+    lens_objective(mc, Lesson(captured, embeds, asked, numbers, tree, None, None, (system.seed, step)))[0].backward()

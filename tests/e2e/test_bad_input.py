@@ -164,7 +164,7 @@ def test_not_finite_anywhere_in_a_step(kind, base, prepared, monkeypatch):
         return call
 
     if kind == "lens":
-        monkeypatch.setattr(MCController, "lens_step", spoiled(MCController.lens_step))
+        monkeypatch.setattr(MCController, "after_backward", spoiled(MCController.after_backward))
     else:
         monkeypatch.setattr(base_train, "vanilla_step", spoiled(base_train.vanilla_step))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
