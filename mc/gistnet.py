@@ -7,7 +7,7 @@ Only the summary differs between variants, and each is put together from one `La
 
     mean         no summary, no parameters
     transformer  the entries read each other; then the mean over them
-    slots        K→1→K→1: the entries read each other; query 1 reads them; they read it back; query 2 reads what they became
+    slots        an arm, `mc.arms.gist_slots`
 
 Nothing is causal. The network is narrow (`width`), because it runs on every token: at width 64, beside a base layer of width
 128 at 1,088 tokens, `transformer` costs 14 % of that layer per token, `slots` 27 % (`GistNet.flops_per_token`; measured
@@ -28,10 +28,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from mc.arm import KINDS, load
 from nanochat.common import UserError
 from nanochat.gpt import norm
 
-VARIANTS, GISTS = ("mean", "transformer", "slots"), (1, 2, 4)
+VARIANTS, GISTS = ("mean", "transformer", *KINDS["gist"]), (1, 2, 4)
 MLP_RATIO = 2  # hidden width of an MLP / C
 MAX_WIDTH = 512
 POSITION_STD = 0.5  # of the position embedding, beside entries of rms 1
@@ -45,7 +46,7 @@ class GistNetConfig:
     d_model: int
     block_size: int = 32
     max_lod: int = 2  # gists are made for LOD1 … LOD max_lod
-    variant: str = "slots"
+    variant: str = "transformer"
     width: int = 64
     n_head: int = 2
     n_layer: int = 1  # layers in which the entries read each other
@@ -121,29 +122,7 @@ class Transformer(nn.Module):
         return sum(layer.flops(K, K) for layer in self.layers) + 2 * G * K * self.layers[0].query.in_features
 
 
-class Slots(nn.Module):
-    """K→1→K→1: what the first query gathered is given back to the entries before the second one reads them."""
-
-    def __init__(self, config: GistNetConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(config.width, config.n_head) for _ in range(config.n_layer))
-        self.query_1_GC = nn.Parameter(QUERY_STD * torch.randn(config.n_gists, config.width))
-        self.query_2_GC = nn.Parameter(QUERY_STD * torch.randn(config.n_gists, config.width))
-        self.gather_1, self.give_back, self.gather_2 = (Layer(config.width, config.n_head) for _ in range(3))
-
-    def forward(self, h_NKC: Tensor, mask_NK: Tensor | None, share_NGK: Tensor) -> Tensor:
-        """As `Transformer.forward`; share is not used."""
-        for layer in self.layers:
-            h_NKC = layer(h_NKC, h_NKC, mask_NK)
-        slot_NGC = self.gather_1(spread(self.query_1_GC, h_NKC), h_NKC, mask_NK)
-        h_NKC = self.give_back(h_NKC, slot_NGC, None)
-        return self.gather_2(spread(self.query_2_GC, h_NKC), h_NKC, mask_NK)
-
-    def flops(self, K: int, G: int) -> int:
-        return sum(layer.flops(K, K) for layer in self.layers) + 2 * self.gather_1.flops(G, K) + self.give_back.flops(K, G)
-
-
-def spread(query_GC: Tensor, like_NKC: Tensor) -> Tensor:
+def spread_rows(query_GC: Tensor, like_NKC: Tensor) -> Tensor:
     """The same learned rows for each block: [G, C] -> [N, G, C]."""
     return query_GC.to(like_NKC.dtype).expand(len(like_NKC), -1, -1)
 
@@ -156,7 +135,8 @@ class Summary(nn.Module):
         self.embed = linear(config.d_model, config.width)
         self.position_KC = nn.Parameter(POSITION_STD * torch.randn(config.entries(config.max_lod), config.width))
         self.level_LC = nn.Parameter(torch.zeros(config.max_lod, config.width))
-        self.body = {"transformer": Transformer, "slots": Slots}[config.variant](config)
+        body = Transformer if config.variant == "transformer" else load(KINDS["gist"][config.variant]).BODY
+        self.body = body(config)
         self.head = linear(config.width, config.d_model)
         nn.init.zeros_(self.head.weight)
 

@@ -2,7 +2,7 @@
 
 LOD0 is the tokens' embeddings. Node (lod, index) covers tokens [index·K^lod, (index+1)·K^lod) and is made by GistNet from its K
 children, never from the tokens again. It exists only when complete; what is left over stays LOD0. Its gist is one vector, or G of
-them (`--mc_gists_per_block`): each is an entry of its own and stands for the g-th of G equal parts of the node's span, from whose
+them (the arm `several`): each is an entry of its own and stands for the g-th of G equal parts of the node's span, from whose
 mean it starts, though it has read all of the block.
 
 `TreeShape` is the arithmetic: integers only, so that a working context can be chosen and edited without touching a vector.

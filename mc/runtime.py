@@ -14,7 +14,6 @@ between micro-batches. Before `start` a step is the vanilla step.
 Shapes: B rows, R rows with a working context (V variants of each: RV), T tokens, D width, N blocks, P positions read, Q queries.
 """
 
-import sys
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -24,25 +23,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mc.config import POLICIES, MCConfig, to_dict
-from mc.counterfactual import can_flip, draw_cut, draw_edits, edit_utilities
-from mc.diagnostics import gist_statistics, probe, shares_by_lod
 from mc.far_history import draw_far_history, most_entries
-from mc.gist_objectives import HORIZON_LODS, blocks_in_band, check_bands, contrast_loss
 from mc.focus_allocator import check_feasible, utilization
 from mc.keyed_random import gumbel, uniform
-from mc.lens_networks import CURSORS
-from mc.lens_objectives import Edits, Lesson, Variants, lens_objective, variant_cost, visible_blocks
+from mc.lens_loss import Lesson, lens_objective
+from mc.lensnet import CURSORS
 from mc.losses import distillation, row_mean
 from mc.mega_context import Tree, TreeShape
 from mc.model import Entries, MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
-from mc.teachers import attention_mass, keep_gradients
+from mc.teachers import attention_mass
+from mc.telemetry import gist_statistics, shares_by_lod
 from mc.working_context import entries_used
-from nanochat.common import UserError, print0
+from nanochat.common import UserError
 from nanochat.gpt import GPT, Captured, token_losses
 from nanochat.schedule import ramp
 from nanochat.tracing import Reading, Trace
-
-import mc.telemetry  # noqa: F401  registers the metrics
 
 Metrics = dict[str, Tensor | Reading]
 
@@ -53,6 +48,20 @@ class StepResult(NamedTuple):
     metrics: Metrics
     embeds_BTD: Tensor
     primary: Entries | None
+
+
+class Seen(NamedTuple):
+    """The working contexts of a micro-batch as an arm sees them, nothing with gradients."""
+
+    gpt: GPT
+    tree: Tree
+    tokens_RT: Tensor
+    targets_RT: Tensor
+    rows_R: Tensor  # global row numbers
+    n_R: Tensor  # tokens of history
+    shown_VRN: Tensor  # bool, blocks that each variant shows raw
+    nll_VR: Tensor  # nats per token
+    key: tuple[int, int]  # seed and step
 
 
 class _Pending(NamedTuple):
@@ -87,14 +96,11 @@ class MCController:
         self.model = MegaContext(config, gpt.config.n_embd).to(gpt.lm_head.weight.device)
         check_feasible(history, self.model.focus_config())
         self.start_step, self.num_iterations = int(config.start * num_iterations), num_iterations
-        if config.bands:
-            check_bands(history, self.model.focus_config())
-        few = [lod for lod in HORIZON_LODS[:config.max_lod] if T // K**lod < 2]
-        if config.horizon_gist_weight and few:
-            print0(f"note: --mc_horizon_gist_weight={config.horizon_gist_weight} teaches nothing at LOD{few[0]}, of which a row of {T} tokens has fewer "
-                   f"than two nodes; it would with a --max_seq_len of {2 * K**few[0]}", file=sys.stderr)
+        for arm in self.model.arms.values():
+            arm.begin(self)
+        self._waits = any(arm.waits for arm in self.model.arms.values())
         self._pending: _Pending | None = None
-        self._followed = -1  # the step before which the earlier lens moved last
+        self._begun = -1  # the step that arms were told of last
 
     # -- the training loop's interface ------------------------------------------------------------------------------------
 
@@ -119,8 +125,8 @@ class MCController:
         c, T = self.config, self.T
         entries = c.budget + c.horizon - 1 + self._far_entries
         read = c.protected + c.horizon - 1
-        edits = (1 + c.lens_edits) / 3 if c.teacher_weights()["counterfactual"] else 0  # forward only
-        passes = (gpt.flops_per_token(entries, read) * entries + 2 * read * gpt.lm_head.weight.numel()) * (c.variants + edits) / c.row_stride
+        more = sum(arm.more_passes() for arm in self.model.arms.values())
+        passes = (gpt.flops_per_token(entries, read) * entries + 2 * read * gpt.lm_head.weight.numel()) * (c.variants + more) / c.row_stride
         tree = 3 * self.model.gistnet.flops_per_token() / c.row_stride
         lens = self.model.lensnet.config
         nodes, width = T // c.block_size * c.lens_keys, gpt.config.n_embd
@@ -158,34 +164,31 @@ class MCController:
         weight = ramp(step, self.start_step, self.config.ramp)
         metrics: Metrics = {}
         captured: list[Captured] | None = [] if self.active(step) else None
-        if captured is not None and self.config.lens_kl and step != self._followed:  # once a step, before it: the same when resumed
-            self.model.follow_lens()
-            self._followed = step
+        arms = list(self.model.arms.values()) if captured is not None else []
+        if step != self._begun:  # once a step, before it: the same when resumed
+            for arm in arms:
+                arm.before_step(self.model)
+            self._begun = step
         with timed(trace, metrics, "lm"):
             embeds = gpt.embed(tokens)
-            if "gate" in self.config.teacher and not embeds.requires_grad:
-                embeds.requires_grad_()  # the base is frozen, yet gate gradients need its backward pass
+            for arm in arms:
+                arm.before_pass(embeds)
             middle: list[Tensor] = []
             hidden = gpt.hidden(tokens, inputs_embeds=embeds, capture=captured, middle=middle)
             loss = gpt.loss(hidden, targets, batch.num_targets)
+            for arm in arms:
+                arm.after_pass(captured)
         metrics["train.loss"] = loss.detach()
         primary = None
         if captured is not None:
             extra, primary, lesson = self._working_context(gpt, tokens, targets, rows, step, embeds, hidden, middle[0], captured, metrics, trace)
             loss = loss + weight * extra
-            if "gate" in self.config.teacher:
-                keep_gradients(captured)
+            if self._waits:
                 self._pending = _Pending(lesson, weight)
             else:
                 lens, found = self._teach_lens(lesson, trace)
                 loss, metrics = loss + weight * lens, metrics | found
         return StepResult(loss, metrics, embeds, primary)
-
-    def probe(self, gpt: GPT, batch) -> dict[str, Tensor]:
-        """What `mc.diagnostics.probe` finds on a held-out micro-batch."""
-        n, end = self.history, self.history + self.config.horizon
-        return probe(gpt, self.model, batch.inputs[:, :end], batch.targets[:, :end], n, self.seed, batch.rows,
-                     [lod for lod in self.meta()["trained_lods"] if self.config.block_size ** lod <= n])
 
     def networks(self) -> dict[str, list[torch.nn.Parameter]]:
         """Parameters of each network, for the norms of their gradients."""
@@ -223,7 +226,7 @@ class MCController:
             if c.far_tokens:
                 far = draw_far_history(c, self.model.gistnet, embeds, every_row, chosen, n_R, c.variants, self.seed, step)
         with timed(trace, metrics, "score"):
-            row = (trees, tokens, targets, rows, n_R)
+            row = (gpt, trees, tokens, targets, rows, n_R)
             tree, tokens, targets, rows, hidden, n_RV, variant = self._variants(tree, tokens, targets, rows, hidden, n_R)
             scores, policy = self._scores(tree, captured, chosen, rows, variant, n_RV, step, metrics)
         with timed(trace, metrics, "focus"):
@@ -248,7 +251,6 @@ class MCController:
                 kl = row_mean(distillation(logits, teacher), counted)
                 loss_RV = loss_RV + c.kl_weight * kl
                 metrics["mc.loss.kl"] = kl.detach().mean()
-            edits = self._measured_edits(gpt, *row, step)
         ahead = counted & (token >= n_RV[:, None] - 1)
         delta = row_mean((nll - full).detach(), ahead)
         metrics["mc.loss.wc"] = row_mean(nll.detach(), ahead).mean()
@@ -258,20 +260,16 @@ class MCController:
         best = nll_RV.detach().view(c.variants, -1).argmin(0) * len(n_R) + torch.arange(len(n_R), device=rows.device)
         for i, name in enumerate(POLICIES):
             metrics[f"mc.cuts.best.{name}"] = (policy[best] == i).float().mean()
-        variants = self._judged_variants(n_R, state.expanded[0], nll_RV.detach())
-        lesson = Lesson(captured, embeds.detach(), every_target, every_row, trees, edits, variants, (self.seed, step))
+        seen = Seen(*row, state.expanded[0].unflatten(0, (c.variants, -1)), nll_RV.detach().view(c.variants, -1), (self.seed, step))
+        watched = {name: found for name, arm in self.model.arms.items() if (found := arm.watch(self, seen)) is not None}
+        lesson = Lesson(captured, embeds.detach(), every_target, every_row, trees, (self.seed, step), watched)
         return loss_RV.mean() + gist_loss, Entries(*(x[best] for x in entries)), lesson
 
     def _gist_loss(self, tree: Tree, hidden: Tensor, metrics: Metrics) -> Tensor | float:
-        """The terms on gists themselves, weighted. hidden [R, T, D]: of the LM pass, with gradients."""
-        c, loss = self.config, 0.0
-        if c.contrast_weight:
-            found = contrast_loss(tree)
-            metrics["mc.loss.contrast"], loss = found.detach(), loss + c.contrast_weight * found
-        if c.horizon_gist_weight:
-            found = self.model.horizon_head.loss(hidden, tree)
-            metrics["mc.loss.horizon_gist"], loss = found.detach(), loss + c.horizon_gist_weight * found
-        return loss
+        """What arms add on gists themselves, weighted. hidden [R, T, D]: of the LM pass, with gradients."""
+        parts = [part for arm in self.model.arms.values() if (part := arm.gist_part(self.model, tree, hidden)) is not None]
+        metrics |= {f"mc.loss.{name}": found.detach() for name, _, found in parts}
+        return sum((weight * found for _, weight, found in parts), 0.0)
 
     def _variants(self, tree: Tree, tokens: Tensor, targets: Tensor, rows: Tensor, hidden: Tensor, n: Tensor):
         """Everything repeated once per variant: row r of variant v stands at v·R + r."""
@@ -303,11 +301,12 @@ class MCController:
 
     def _unwanted(self, scores: Tensor, draw: Tensor, n: Tensor, step: int) -> Tensor:
         """Mask all but the best m blocks: in three rows of four m is what the budget holds, else fewer, so that coarse cuts and
-        levels above LOD1 are trained too; or what a compression band leaves."""
+        levels above LOD1 are trained too; or what an arm says."""
         rank = scores.argsort(1, descending=True).argsort(1)
-        if self.config.bands:
-            done = (step - self.start_step) / (self.num_iterations - self.start_step)
-            return rank >= blocks_in_band(draw, done, n, rank, self.model.focus_config())[:, None]
+        done = (step - self.start_step) / (self.num_iterations - self.start_step)
+        for arm in self.model.arms.values():
+            if (most := arm.shown(draw, done, n, rank, self.model.focus_config())) is not None:
+                return rank >= most[:, None]
         most = self.config.budget // self.config.block_size
         return rank >= torch.where(draw < 0.75, most, (draw - 0.75) * 4 * most).long()[:, None]
 
@@ -319,31 +318,6 @@ class MCController:
         seen = self.history // self.config.block_size
         mass = attention_mass(captured, chosen, last, seen, self.config.block_size).sum(1)
         return F.pad(mass, (0, count - seen)).repeat(self.config.variants, 1)  # what lies beyond any history is never shown
-
-    # -- what the working context teaches the lens ---------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _measured_edits(self, gpt: GPT, tree: Tree, tokens: Tensor, targets: Tensor, rows: Tensor, n: Tensor, step: int) -> Edits | None:
-        """Edits of a cut of every row that has a working context, measured, for the counterfactual target."""
-        c = self.config
-        if not c.teacher_weights()["counterfactual"]:
-            return None
-        logits = self.model.lens_logits(tree.levels[0], n, tree=tree)
-        editable = visible_blocks(n, logits.shape[1], c.block_size, c.protected)
-        expanded = draw_cut(self.model.allocator, editable, n, rows, self.seed, step)
-        block, drawn = draw_edits(logits, can_flip(expanded, editable, n, c.block_size), c.lens_edits, rows, self.seed, step)
-        utility, _ = edit_utilities(gpt, self.model, tree, tokens, targets, n, expanded, block)
-        return Edits(n, block, utility.masked_fill(~drawn, 0), drawn)
-
-    def _judged_variants(self, n: Tensor, shown: Tensor, nll: Tensor) -> Variants | None:
-        """The variants of every row with what they cost, for the preference target. shown [RV, N], nll [RV] in nats per token."""
-        c = self.config
-        if not c.teacher_weights()["preference"]:
-            return None
-        visible = visible_blocks(n, shown.shape[1], c.block_size, c.protected)
-        recency = self.model.allocator.allocate(recency_scores(n, shown.shape[1]), n).expanded[0] & visible
-        shown = shown.unflatten(0, (c.variants, len(n))).transpose(0, 1) & visible[:, None]
-        return Variants(n, shown, variant_cost(nll.view(c.variants, -1).T, shown, recency))
 
 
 SPANS = {"lm": "mc.lm.forward", "tree": "mc.tree.build", "score": "mc.lens.score", "focus": "mc.focus.apply", "wc": "mc.wc.forward",

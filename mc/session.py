@@ -41,8 +41,7 @@ from mc.focus_price import Allocator, next_shift, room
 from mc.gaussian_rope import entry_rotary
 from mc.history import History, check_sessions, store_format
 from mc.key_search import KeySearch
-from mc.lens_networks import RERANKED, Reader
-from mc.lensnet import LOCAL_MEAN
+from mc.lensnet import LOCAL_MEAN, RERANKED
 from mc.model import MegaContext, load_mega_context
 from mc.paged_cache import NOWHERE, PagedCache, Placement
 from mc.path_edits import Edits, PathEdits
@@ -554,7 +553,7 @@ class Session:
             self.store_reads = 0
         self.refocus_seconds = 0.0
 
-    def _reread(self, reader: Reader, index_N: Tensor, logits_N: Tensor) -> Tensor:
+    def _reread(self, reader: torch.nn.Module, index_N: Tensor, logits_N: Tensor) -> Tensor:
         """[N] the logits of blocks after the lens's reader has seen them together, with the nodes above them."""
         store, c, device = self.history.store, self.pool.focus_config, self.pool.device
         nodes = {1: index_N}

@@ -16,6 +16,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,7 +41,8 @@ from nanochat.tracing import Reading, Trace
 # Flags
 
 
-def make_parser(with_mc: bool = True) -> FlagParser:
+def make_parser(with_mc: bool = True, argv: Sequence[str] | None = None) -> FlagParser:
+    """argv: the command line that may name arms of MegaContext, whose settings are flags then; by default this process's."""
     parser = FlagParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     flag = dict(type=int, choices=(0, 1))
@@ -103,7 +105,7 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     add("--dry_run", default=0, help="1: print the plan (model, tokens, FLOPs, memory) and stop", **flag)
     add("--mc_enabled", default=0, help="1: train MegaContext beside the model", **flag)
     if with_mc:
-        import_optional("mc", "config").add_flags(parser)
+        import_optional("mc", "config").add_flags(parser, argv)
     return parser
 
 
@@ -365,7 +367,7 @@ def main() -> None:
             if probing:
                 begin_probe = time.perf_counter()
                 with autocast:
-                    found = mc.probe(model, next(batches(held_out, plan, ranks)))
+                    found = import_optional("mc", "diagnostics").probe_batch(mc, model, next(batches(held_out, plan, ranks)))
                 for name, value in mean_over_ranks([found], ranks)[0].items():
                     recorder.record(name, value)
                 recorder.record("mc.time.probe", time.perf_counter() - begin_probe)
@@ -408,6 +410,10 @@ MAY_CHANGE = {"data", "device_batch_size", "stop_at", "eval_every", "eval_tokens
 def check_resumable(meta: dict, args, plan: Plan, tokenizer: Tokenizer, directory: Path) -> None:
     """UserError when a run would go on with other flags than it began with: state that is restored would silently win over them."""
     saved = meta["flags"]
+    if meta.get("mc") and args.mc_enabled:  # as this version reads it: settings that came or went since make no difference
+        config = import_optional("mc", "config")
+        saved = {k: v for k, v in saved.items() if not k.startswith("mc_") or k == "mc_enabled"}
+        saved |= {f"mc_{k}": v for k, v in config.to_dict(config.from_dict(meta["mc"]["config"])).items()}
     changed = [f"--{k}={v} (was {saved.get(k, 'not there')})" for k, v in vars(args).items() if k not in MAY_CHANGE and saved.get(k) != v]
     changed += [f"--{k} (was {saved[k]})" for k in saved if k not in vars(args) and k not in MAY_CHANGE]
     if meta["tokenizer"] != tokenizer.fingerprint:

@@ -282,7 +282,7 @@ def test_config_survives_flags_and_dicts():
 
 
 @pytest.mark.parametrize("wrong, message", [
-    ({"gist": "sum"}, "use one of mean"), ({"bands": 2}, "use one of 0, 1"), ({"budget": 0}, "at least 1"), ({"block_size": 1}, "at least 2"),
+    ({"gist": "sum"}, "use one of mean"), ({"budget": 0}, "at least 1"), ({"block_size": 1}, "at least 2"),
     ({"start": 1.0}, r"in \[0, 1\)"), ({"damping_floor": 1.5}, r"in \[0, 1\]"), ({"recent": 33}, "not a multiple"),
     ({"lens_queries": 8, "lens_horizon": 8}, "must exceed"), ({"positions": "centre", "damping_floor": 0.2}, "no effect"),
     ({"cuts": "random:0.5"}, "sum to 1"), ({"cuts": "random:x"}, "not policy:share"), ({"cuts": "best:1"}, "shares of"), ({"cuts": "random:2,lens:-1"}, "≥ 0"),

@@ -1,6 +1,5 @@
 """MCController: what a micro-batch teaches whom, the same however rows are spread, and every setting with an effect."""
 
-from dataclasses import fields
 from functools import cache
 
 import pytest
@@ -9,8 +8,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from mc.config import POLICIES, MCConfig
-from mc.lens_objectives import lens_objective, variant_cost
+from mc.arm import SETTINGS
+from mc.config import POLICIES, MCConfig, core_settings, to_dict
+from mc.arms.preference import variant_cost
+from mc.lens_loss import lens_objective
 from mc.model import recency_scores, run_entries, take
 from mc.runtime import MCController
 from nanochat.common import UserError
@@ -163,7 +164,7 @@ def test_lens_cuts_and_edits_do_not_know_the_full_pass():
             for block in gpt.transformer.h:
                 block.attn.c_v.weight.mul_(factor)
         result = mc.training_step(gpt, batch, 0)
-        found.append((result.metrics["train.loss"], result.primary.lod_BM, result.primary.index_BM, lesson_of(mc, gpt, batch).edits.block_BE))
+        found.append((result.metrics["train.loss"], result.primary.lod_BM, result.primary.index_BM, lesson_of(mc, gpt, batch).watched["counterfactual"].block_BE))
     assert found[0][0] != found[1][0] and all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:]))
 
 
@@ -283,7 +284,7 @@ def test_the_best_variant_of_a_row_is_that_of_least_next_token_loss_whatever_its
     monkeypatch.setattr("mc.runtime.run_entries", listening)
     primary = mc.training_step(gpt, batch, 0).primary
     (tokens, entries, out), = seen
-    _, shown, cost = lesson_of(mc, gpt, batch).variants
+    _, shown, cost = lesson_of(mc, gpt, batch).watched["preference"]
     assert torch.equal(tokens, batch.inputs.repeat(4, 1))
     slot = entries.used_B[:, None] - R + torch.arange(R + H - 1)
     wanted = batch.targets[:, N - R:N + H - 1].repeat(4, 1)
@@ -391,7 +392,7 @@ def fingerprint(**config) -> tuple:
 plain = cache(fingerprint)
 
 OTHER = dict(
-    block_size=8, max_lod=1, gist="mean", gists_per_block=2, gist_source="hidden", contrast_weight=1.0, horizon_gist_weight=1.0, bands=1, gist_width=8,
+    block_size=8, max_lod=1, gist="mean", arms="bands", gists_per_block=2, gist_source="hidden", contrast_weight=1.0, horizon_gist_weight=1.0, bands=1, gist_width=8,
     budget=28, recent=12, horizon=4, positions="centre", damping_floor=0.5, far_tokens=400, far_entries=dict(far_tokens=400, seed=68, far_entries=28),
     start=0.5, ramp=5, row_stride=2, variants=2, cuts="random:1", wc_weight=0.5, kl_weight=0.0,
     lens="slots", teacher="gate", lens_edits=dict(teacher="counterfactual", lens_edits=3), lens_rank=1.0, lens_zero_sum=1.0, lens_illegal=1.0, lens_kl=1.0, lens_horizon=2, lens_queries=16, lens_row_stride=2, lens_key_dim=8, lens_keys=4, gist_lr=0.5, lens_lr=0.5,
@@ -403,7 +404,7 @@ def test_one_setting_gives_one_result():
 
 
 def test_every_setting_is_tried():
-    assert set(OTHER) == {f.name for f in fields(MCConfig)}, "a new setting needs a line in OTHER"
+    assert set(OTHER) == {f.name for f in core_settings()} | set(SETTINGS), "a new setting needs a line in OTHER"
 
 
 @pytest.mark.parametrize("name", OTHER)
@@ -428,7 +429,7 @@ def test_every_setting_changes_something(name):
     ({"gists_per_block": 2, "lens": "slots"}, {}, "reads one gist per node"),
     ({"gist_source": "hidden", "far_tokens": 400, "far_entries": 40}, {}, "no hidden states for --mc_far_tokens"),
     ({"gist_source": "hidden", "lens": "slots"}, {}, "no hidden states for --mc_lens"),
-    ({"gist": "mean", "gist_source": "hidden"}, {}, "gist_source has no effect"),
+    ({"gist": "mean", "gist_source": "hidden"}, {}, "hidden has no effect"),
     ({"gist": "mean", "contrast_weight": 1.0}, {}, "contrast_weight has no effect"),
     ({"bands": 1, "budget": 40, "max_lod": 3}, {"T": 256, "sequence_len": 256}, "begins with 5 tokens per entry"),
     ({"gists_per_block": 3}, {}, "use one of 1, 2, 4"),
@@ -492,7 +493,7 @@ def test_the_watch_sees_a_wait():
 def test_meta_names_the_levels_that_were_trained():
     assert tiny_mc(tiny_base(), max_lod=3).meta()["trained_lods"] == [1, 2]
     assert tiny_mc(tiny_base(), max_lod=4, far_tokens=200, far_entries=40).meta()["trained_lods"] == [1, 2, 3]
-    assert tiny_mc(tiny_base(), max_lod=1).meta() == {"config": {**vars(MCConfig(**{**SMALL, "max_lod": 1}))}, "trained_lods": [1]}
+    assert tiny_mc(tiny_base(), max_lod=1).meta() == {"config": to_dict(MCConfig(**{**SMALL, "max_lod": 1})), "trained_lods": [1]}
 
 
 def test_flops_follow_the_dials():

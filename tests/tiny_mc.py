@@ -2,9 +2,9 @@
 
 import torch
 
-from mc.config import MCConfig
+from mc.config import MCConfig, from_dict
 from mc.keyed_random import uniform
-from mc.lens_objectives import Lesson
+from mc.lens_loss import Lesson
 from mc.runtime import MCController
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
@@ -40,7 +40,7 @@ def randomize(module: torch.nn.Module, seed: int = 0, std: float = 0.3) -> None:
 def tiny_mc(gpt: GPT, *, micro_batch: int = 4, num_iterations: int = 10, seed: int = 0, T: int = T, **config) -> MCController:
     if config.get("gist") == "mean":  # it has no weights, and its width is refused
         config = {"gist_width": MCConfig.gist_width, **config}
-    mc = MCController(MCConfig(**{**SMALL, **config}), gpt, T=T, micro_batch=micro_batch, num_iterations=num_iterations, seed=seed)
+    mc = MCController(from_dict({**SMALL, **config}), gpt, T=T, micro_batch=micro_batch, num_iterations=num_iterations, seed=seed)
     mc.model.to(gpt.lm_head.weight.dtype)
     randomize(mc.model)
     return mc
