@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc.config import MCConfig, add_flags, from_dict, from_flags, to_dict
+from mc.config import RETIRED, MCConfig, add_flags, complete, from_dict, from_flags, to_dict
 from mc.far_history import FarHistory, draw_far_history, place
 from mc.gaussian_rope import entry_rotary
 from mc.model import Entries, MegaContext, fingerprint, load_mega_context, read_rows, recency_scores, run_entries, take, with_continuation
@@ -279,6 +279,48 @@ def test_config_survives_flags_and_dicts():
     assert config == MCConfig(budget=64, gist="mean", start=0.5) == from_dict(to_dict(config))
     with pytest.raises(UserError, match="unknown fields: colour"):
         from_dict({"colour": 1})
+
+
+def test_flags_of_an_arm_are_there_when_it_is_named():
+    plain, arms = FlagParser(), FlagParser()
+    argv = ["--mc_arms=contrast,kl", "--mc-teacher", "counterfactual:1,attention:0.5", "--mc_lens_kl=0.3"]
+    add_flags(plain, [])
+    add_flags(arms, argv)
+    added = {a.dest for a in arms._actions} - {a.dest for a in plain._actions}
+    assert added == {"mc_contrast_weight", "mc_lens_kl", "mc_lens_edits"}
+    config = from_flags(arms.parse_args(argv))
+    assert config.of_arms == {"contrast_weight": 0.1, "lens_kl": 0.3, "lens_edits": 8} and config == from_dict(to_dict(config))
+    with pytest.raises(UserError, match="--mc_lens_rank is a setting of the arm rank; name it too: --mc_arms=rank"):
+        add_flags(FlagParser(), ["--mc_lens_rank=0.5"])
+    with pytest.raises(UserError, match="name it too: --mc_teacher=counterfactual"):
+        add_flags(FlagParser(), ["--mc-lens-edits", "4"])
+    with pytest.raises(UserError, match="there is no arm contrats; there are several"):
+        add_flags(FlagParser(), ["--mc_arms=contrats"])
+
+
+BEFORE_ARMS = dict(gist="slots", teacher="gate", gists_per_block=1, gist_source="embeddings", contrast_weight=0.0, horizon_gist_weight=0.0, bands=0, lens_rank=0.0,
+                   lens_zero_sum=0.0, lens_illegal=0.0, lens_kl=0.0, lens_edits=8)  # what every checkpoint said of them when it used none
+
+
+def test_checkpoints_from_before_arms_are_read_as_what_they_used():
+    assert from_dict(BEFORE_ARMS | RETIRED) == MCConfig(gist="slots", teacher="gate")
+    used = from_dict(BEFORE_ARMS | dict(contrast_weight=0.2, bands=1, gist_source="hidden", lens_kl=0.3))
+    assert used.named_arms() == ["hidden", "contrast", "bands", "kl", "gist_slots", "gate"] and used.of("lens_kl") == 0.3 and used.gist_source == "hidden"
+    assert from_dict(to_dict(used)) == used
+
+
+@pytest.mark.parametrize("name, value", [("lens_normalize", 1), ("gist_pool", "cls"), ("gist_head", "mlp"), ("gist_shared", 0), ("targets", "raw"), ("split", "random"),
+                                         ("lod_axis", 1), ("alibi", 1), ("max_gap", 3), ("far_nodes", 8)])
+def test_checkpoints_that_used_what_is_gone_are_refused(name, value):
+    with pytest.raises(UserError, match=f"made with {name}={value}, which this version does not have"):
+        from_dict({name: value})
+
+
+def test_settings_of_arms_are_in_what_histories_are_named_by():
+    """A fingerprint is that of the version which had every setting: old histories are found again."""
+    every = complete(MCConfig(gist="slots", teacher="gate"))
+    assert set(BEFORE_ARMS) | set(RETIRED) <= set(every) and all(every[name] == value for name, value in (BEFORE_ARMS | RETIRED).items())
+    assert complete(from_dict({"gist_source": "hidden"}))["gist_source"] == "hidden" and complete(from_dict({"gists_per_block": 2}))["gists_per_block"] == 2
 
 
 @pytest.mark.parametrize("wrong, message", [
