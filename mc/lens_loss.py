@@ -1,8 +1,9 @@
 """What the lens learns: where the attention of the full pass went, and what arms add to that.
 
-The core's teacher is dense: for hundreds of queries a row a distribution over the visible blocks, read off the full pass (`mc.teachers`),
-and a cross-entropy against it, twice: of the token's own vote, and of the logits of its tail. Arms bring other teachers
-(`--mc_teacher=kind:weight,…`) and terms (`--mc_arms`). All of it reaches the lens alone, whose inputs are detached.
+The core's teacher is dense: for hundreds of queries a row a distribution over the visible blocks, read off the full
+pass (`mc.teachers`), and a cross-entropy against it, twice: of the token's own vote, and of the logits of its tail.
+Arms bring other teachers (`--mc_teacher=kind:weight,…`) and terms (`--mc_arms`). All of it reaches the lens alone,
+whose inputs are detached.
 
 Shapes: B rows, T tokens, D width, Q queries, N blocks.
 """
@@ -50,13 +51,15 @@ class Asked(NamedTuple):
 
 
 def visible_blocks(cursor: Tensor, count: int, block_size: int, protected: int) -> Tensor:
-    """[…, N] blocks that end at least `protected` tokens before the cursor […]: nearer ones are raw and need no lens."""
+    """[…, N] blocks that end at least `protected` tokens before the cursor […]: nearer ones are raw and need no
+    lens."""
     end_N = (torch.arange(count, device=cursor.device) + 1) * block_size
     return end_N <= (cursor - protected).unsqueeze(-1)
 
 
 def cursor_logits(model: MegaContext, tree: Tree, n_B: Tensor) -> tuple[Tensor, ...]:
-    """The lens's logits [B, N] for histories of n_B tokens: bilinear and, where the lens has one, after its reader. Each learns by itself."""
+    """The lens's logits [B, N] for histories of n_B tokens: bilinear and, where the lens has one, after its reader.
+    Each learns by itself."""
     bilinear_BN = model.bilinear_logits(tree.levels[0], n_B)
     if model.lensnet.reader is None:
         return (bilinear_BN,)
@@ -85,20 +88,22 @@ def _dense_teachers(model: MegaContext) -> dict[str, Callable[..., Tensor]]:
     return {kind: found[kind] for kind in sorted((k for k in found if weights[k]), key=weights.get)}
 
 
-def dense_parts(model: MegaContext, lesson: Lesson, signals: dict[str, Callable[..., Tensor]]) -> tuple[list, dict[str, Tensor], Asked]:
+def dense_parts(
+    model: MegaContext, lesson: Lesson, signals: dict[str, Callable[..., Tensor]]
+) -> tuple[list, dict[str, Tensor], Asked]:
     """The cross-entropies to dense teachers at every one of the row's last positions, metrics, and what the lens said.
 
     With a reader they teach it too, at few of the positions.
     """
     c, lens, T = model.config, model.lensnet, lesson.embeds_BTD.shape[1]
-    embeds = lesson.embeds_BTD[::c.lens_row_stride]
+    embeds = lesson.embeds_BTD[:: c.lens_row_stride]
     count = (T if any(arm.protected_too for arm in model.arms.values()) else T - c.protected) // c.block_size
     positions = slice(T - c.lens_queries, T - c.lens_horizon + 1)
     cursor = torch.arange(positions.start + 1, positions.stop + 1, device=embeds.device).expand(len(embeds), -1)
     visible = visible_blocks(cursor, count, c.block_size, c.protected)
 
     def votes_and_logits(of: LensNet) -> tuple[Tensor, Tensor]:
-        return of.logits(embeds, of.keys(embeds[:, :count * c.block_size]), positions)
+        return of.logits(embeds, of.keys(embeds[:, : count * c.block_size]), positions)
 
     own, logits = votes_and_logits(lens)
     taught = {kind: _target(model, lesson, signal, kind, visible) for kind, signal in signals.items()}
@@ -125,7 +130,7 @@ def _reread(model: MegaContext, lesson: Lesson, asked: Asked, embeds: Tensor) ->
     taught = list(asked.taught.values())
     drawn_by = taught[-1][1] if taught else asked.seen.any(-1).to(asked.last.dtype)
     seed, step = lesson.key
-    noise = gumbel(lesson.rows_B[::model.config.lens_row_stride], drawn_by.shape[1], seed, "cursors", step)
+    noise = gumbel(lesson.rows_B[:: model.config.lens_row_stride], drawn_by.shape[1], seed, "cursors", step)
     picked = (drawn_by.log() + noise).topk(min(CURSORS, drawn_by.shape[1]), dim=1).indices
     with torch.no_grad():
         tree = model.build_tree(embeds)
@@ -134,15 +139,25 @@ def _reread(model: MegaContext, lesson: Lesson, asked: Asked, embeds: Tensor) ->
         return x.gather(1, picked) if x.ndim == 2 else take(x, picked)
 
     def read(lens: LensNet, logits_BQN: Tensor) -> Tensor:
-        every_block = F.pad(logits_BQN, (0, tree.shape.counts[1] - logits_BQN.shape[-1]))  # the last are read, not rated
-        return model.reread(lens, every_block, embeds, few(asked.cursor_BQ), tree)[..., :logits_BQN.shape[-1]]
+        every_block = F.pad(
+            logits_BQN, (0, tree.shape.counts[1] - logits_BQN.shape[-1])
+        )  # the last are read, not rated
+        return model.reread(lens, every_block, embeds, few(asked.cursor_BQ), tree)[..., : logits_BQN.shape[-1]]
 
-    return Asked(read(model.lensnet, few(asked.last)), few(asked.seen), few(asked.cursor_BQ),
-                 {kind: (few(target), few(weight) > 0) for kind, (target, weight) in asked.taught.items()},  # drawn by weight, they count alike
-                 lambda of: read(of, few(asked.again(of))))
+    return Asked(
+        read(model.lensnet, few(asked.last)),
+        few(asked.seen),
+        few(asked.cursor_BQ),
+        {
+            kind: (few(target), few(weight) > 0) for kind, (target, weight) in asked.taught.items()
+        },  # drawn by weight, they count alike
+        lambda of: read(of, few(asked.again(of))),
+    )
 
 
-def _target(model: MegaContext, lesson: Lesson, signal: Callable[..., Tensor], kind: str, visible_BQN: Tensor) -> Target:
+def _target(
+    model: MegaContext, lesson: Lesson, signal: Callable[..., Tensor], kind: str, visible_BQN: Tensor
+) -> Target:
     """What a dense teacher says."""
     c, T = model.config, lesson.embeds_BTD.shape[1]
     rows, queries = slice(None, None, c.lens_row_stride), slice(T - c.lens_queries, T)

@@ -1,4 +1,5 @@
-"""`--mc_arms=contrast`: of all nodes of a row and level, the gist names its own content, the mean of what it was made of (D5).
+"""`--mc_arms=contrast`: of all nodes of a row and level, the gist names its own content, the mean of what it was made
+of (D5).
 
 Gists that are all alike, or that drop what tells blocks apart, pay. Teaches GistNet and what gists are made of.
 
@@ -17,19 +18,26 @@ from nanochat.common import UserError
 
 
 def contrast_loss(tree: Tree) -> Tensor:
-    """[] nats, mean over the levels with two nodes or more; 0 where there is none. What a gist is to name gets no gradient."""
+    """[] nats, mean over the levels with two nodes or more; 0 where there is none. What a gist is to name gets no
+    gradient."""
     losses = []
     for lod in range(1, tree.shape.max_lod + 1):
         count = tree.shape.counts[lod]
         if count > 1:
-            children = (tree.levels[0] if lod == 1 else nodes_of(tree, lod - 1))[:, :count * tree.shape.block_size].detach()
+            children = (tree.levels[0] if lod == 1 else nodes_of(tree, lod - 1))[
+                :, : count * tree.shape.block_size
+            ].detach()
             content_BND = children.unflatten(1, (count, -1)).mean(2)
             losses.append(naming(nodes_of(tree, lod), content_BND, torch.arange(count, device=content_BND.device)))
     return torch.stack(losses).mean() if losses else tree.table_BND.new_zeros(())
 
 
 class Contrast(Arm):
-    SETTINGS = {"contrast_weight": Setting(0.1, "weight of the gists' contrast: each names its own block's content among the row's")}
+    SETTINGS = {
+        "contrast_weight": Setting(
+            0.1, "weight of the gists' contrast: each names its own block's content among the row's"
+        )
+    }
 
     @classmethod
     def check(cls, config: MCConfig) -> None:

@@ -1,5 +1,6 @@
-"""The gate gradient as the lens's teacher (`--mc_teacher=gate`): −∂L/∂g of a gate on each block, the first-order utility of showing it
-(`mc.teachers.gate_utility`). It needs the gradients that the backward pass leaves, so the lens is taught behind it."""
+"""The gate gradient as the lens's teacher (`--mc_teacher=gate`): −∂L/∂g of a gate on each block, the first-order
+utility of showing it (`mc.teachers.gate_utility`). It needs the gradients that the backward pass leaves, so the lens is
+taught behind it."""
 
 from collections.abc import Sequence
 
@@ -20,7 +21,9 @@ class Gate(Arm):
     def after_pass(self, captured: Sequence[Captured]) -> None:
         keep_gradients(captured)
 
-    def signal(self, captured: Sequence[Captured], rows: slice, queries: slice, n_blocks: int, block_size: int) -> Tensor:
+    def signal(
+        self, captured: Sequence[Captured], rows: slice, queries: slice, n_blocks: int, block_size: int
+    ) -> Tensor:
         return gate_utility(captured, rows, queries, n_blocks, block_size)
 
 

@@ -1,4 +1,5 @@
-"""`--mc_gist=slots`, K→1→K→1: the entries of a block read each other; query 1 reads them; they read it back; query 2 reads what they became.
+"""`--mc_gist=slots`, K→1→K→1: the entries of a block read each other; query 1 reads them; they read it back; query 2
+reads what they became.
 
 Shapes: N blocks, K entries of a block, G gists of a block, C width inside.
 """
@@ -30,7 +31,9 @@ class SlotPair(nn.Module):
         return self.gather_2(spread_rows(self.query_2_GC, h_NKC), h_NKC, mask_NK)
 
     def flops(self, K: int, G: int) -> int:
-        return sum(layer.flops(K, K) for layer in self.layers) + 2 * self.gather_1.flops(G, K) + self.give_back.flops(K, G)
+        return (
+            sum(layer.flops(K, K) for layer in self.layers) + 2 * self.gather_1.flops(G, K) + self.give_back.flops(K, G)
+        )
 
 
 class GistSlots(Arm):

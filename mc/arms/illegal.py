@@ -1,4 +1,5 @@
-"""`--mc_arms=illegal`: −log of the probability that is left for the visible blocks when protected ones, which are raw anyway, compete too.
+"""`--mc_arms=illegal`: −log of the probability that is left for the visible blocks when protected ones, which are raw
+anyway, compete too.
 
 Shapes: B rows, Q queries, N blocks.
 """
@@ -22,12 +23,22 @@ def illegal_term(logits_BQN: Tensor, visible_BQN: Tensor, illegal_BQN: Tensor) -
 
 
 class Illegal(Arm):
-    SETTINGS = {"lens_illegal": Setting(0.5, "weight of the illegality term: probability on protected blocks, which are raw anyway")}
+    SETTINGS = {
+        "lens_illegal": Setting(
+            0.5, "weight of the illegality term: probability on protected blocks, which are raw anyway"
+        )
+    }
     every_query = protected_too = True
 
     def lens_parts(self, model: MegaContext, lesson: Lesson, asked: Asked) -> list[Part]:
         illegal = visible_blocks(asked.cursor_BQ, asked.seen.shape[-1], self.config.block_size, 0) & ~asked.seen
-        return [("illegal", self.config.of("lens_illegal"), row_mean(illegal_term(asked.last, asked.seen, illegal), asked.seen.any(-1)).mean())]
+        return [
+            (
+                "illegal",
+                self.config.of("lens_illegal"),
+                row_mean(illegal_term(asked.last, asked.seen, illegal), asked.seen.any(-1)).mean(),
+            )
+        ]
 
 
 ARM = Illegal

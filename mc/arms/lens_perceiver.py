@@ -25,7 +25,12 @@ class Perceiver(Body):
         return scores(self.score, self.give_back(h_XSC[:, :count], latents_XMC, None))
 
     def flops(self, rows: int, count: int) -> int:
-        return self.gather.flops(LATENTS, rows) + self.mix.flops(LATENTS, LATENTS) + self.give_back.flops(count, LATENTS) + 2 * count * WIDTH
+        return (
+            self.gather.flops(LATENTS, rows)
+            + self.mix.flops(LATENTS, LATENTS)
+            + self.give_back.flops(count, LATENTS)
+            + 2 * count * WIDTH
+        )
 
 
 class PerceiverLens(ReaderArm):

@@ -1,5 +1,5 @@
-"""`--mc_lens=slots`: slots compete for the rows (softmax over slots), a few rounds with shared weights; a block's score is how well it agrees
-with what the slots that won it ask for (`mc.arms.reader`).
+"""`--mc_lens=slots`: slots compete for the rows (softmax over slots), a few rounds with shared weights; a block's score
+is how well it agrees with what the slots that won it ask for (`mc.arms.reader`).
 
 Shapes: X cursors, S rows read, N of them blocks, C width, M latents or slots.
 """

@@ -25,7 +25,11 @@ class SelfAttention(Body):
         return scores(self.score, self.layers[-1](h_XSC[:, :count], h_XSC, seen_XS))
 
     def flops(self, rows: int, count: int) -> int:
-        return sum(layer.flops(rows, rows) for layer in self.layers[:-1]) + self.layers[-1].flops(count, rows) + 2 * count * WIDTH
+        return (
+            sum(layer.flops(rows, rows) for layer in self.layers[:-1])
+            + self.layers[-1].flops(count, rows)
+            + 2 * count * WIDTH
+        )
 
 
 class SelfAttentionLens(ReaderArm):

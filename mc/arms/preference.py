@@ -1,7 +1,8 @@
-"""Preference as the lens's teacher (`--mc_teacher=preference`): Bradley–Terry over the working contexts of a row (`--mc_variants`).
+"""Preference as the lens's teacher (`--mc_teacher=preference`): Bradley–Terry over the working contexts of a row
+(`--mc_variants`).
 
-The best one beats each other; a variant's strength is the summed logit of the blocks that it shows. Best is the least next-token loss,
-unweighted, + price · path edits away from what recency shows.
+The best one beats each other; a variant's strength is the summed logit of the blocks that it shows. Best is the least
+next-token loss, unweighted, + price · path edits away from what recency shows.
 
 Shapes: B rows, N blocks, V variants.
 """
@@ -33,7 +34,8 @@ class Variants(NamedTuple):
 
 
 def variant_cost(nll_BV: Tensor, shown_BVN: Tensor, recency_BN: Tensor) -> Tensor:
-    """[B, V] nats per token: next-token loss + price of the path edits from what recency shows; a block shown pays with a block hidden."""
+    """[B, V] nats per token: next-token loss + price of the path edits from what recency shows; a block shown pays with
+    a block hidden."""
     added_BV = (shown_BVN & ~recency_BN[:, None]).sum(-1)
     removed_BV = (recency_BN[:, None] & ~shown_BVN).sum(-1)
     return nll_BV + EDIT_PRICE * torch.maximum(added_BV, removed_BV)
@@ -62,7 +64,10 @@ class Preference(Arm):
     @classmethod
     def check(cls, config: MCConfig) -> None:
         if config.variants < 2:
-            raise UserError(f"--mc_teacher={config.teacher} prefers one of several variants; raise --mc_variants above {config.variants}")
+            raise UserError(
+                f"--mc_teacher={config.teacher} prefers one of several variants; raise --mc_variants above "
+                f"{config.variants}"
+            )
 
     def watch(self, controller: MCController, seen: Seen) -> Variants:
         c, n, blocks = self.config, seen.n_R, seen.shown_VRN.shape[-1]
@@ -74,7 +79,13 @@ class Preference(Arm):
     def lens_parts(self, model: MegaContext, lesson: Lesson, asked: Asked | None) -> list[Part]:
         if (variants := lesson.watched.get("preference")) is None:
             return []
-        return [("preference", self.config.teacher_weights()["preference"], variant_loss(model, lesson.tree, variants).mean())]
+        return [
+            (
+                "preference",
+                self.config.teacher_weights()["preference"],
+                variant_loss(model, lesson.tree, variants).mean(),
+            )
+        ]
 
 
 ARM = Preference

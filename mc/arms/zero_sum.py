@@ -1,4 +1,5 @@
-"""`--mc_arms=zero_sum`: the squared mean of the lens's logits over the visible blocks, so that the scores of a history balance.
+"""`--mc_arms=zero_sum`: the squared mean of the lens's logits over the visible blocks, so that the scores of a history
+balance.
 
 Shapes: B rows, Q queries, N blocks.
 """
@@ -17,11 +18,19 @@ def zero_sum_term(logits_BQN: Tensor, visible_BQN: Tensor) -> Tensor:
 
 
 class ZeroSum(Arm):
-    SETTINGS = {"lens_zero_sum": Setting(0.01, "weight of the zero-sum term: squared mean logit over the visible blocks")}
+    SETTINGS = {
+        "lens_zero_sum": Setting(0.01, "weight of the zero-sum term: squared mean logit over the visible blocks")
+    }
     every_query = True
 
     def lens_parts(self, model: MegaContext, lesson: Lesson, asked: Asked) -> list[Part]:
-        return [("zero_sum", self.config.of("lens_zero_sum"), row_mean(zero_sum_term(asked.last, asked.seen), asked.seen.any(-1)).mean())]
+        return [
+            (
+                "zero_sum",
+                self.config.of("lens_zero_sum"),
+                row_mean(zero_sum_term(asked.last, asked.seen), asked.seen.any(-1)).mean(),
+            )
+        ]
 
 
 ARM = ZeroSum
