@@ -245,7 +245,7 @@ TRAINING = Dashboard("mc-training", "MegaContext: training", "Vanilla and MegaCo
               Line(Value("train.loss"), "LM"), Line(Value("mc.loss.wc"), "working context")),
         panel("Held-out bits per byte", "Independent of the vocabulary. Healthy: falls; flat while the training loss falls is overfitting.", Value("val.bpb")),
         panel("Distillation", "KL from the full-context distribution to the working context's. Healthy: falls.", Value("mc.loss.kl")),
-        panel("Gist losses", "Of runs with --mc_contrast_weight and --mc_horizon_gist_weight: a gist names its own block, a hidden state the next node's gist. Healthy: both fall.",
+        panel("Gist losses", "Of runs with the arms contrast and horizon: a gist names its own block, a hidden state the next node's gist. Healthy: both fall.",
               Line(Value("mc.loss.contrast"), "contrast"), Line(Value("mc.loss.horizon_gist"), "horizon")),
         panel("Lens loss", "The whole, each target and term before it is weighted, and the teacher's entropy. A dense teacher's part is a cross-entropy, twice (own vote and tail). "
               "Healthy: the loss falls, such a part towards twice the entropy; flat from the first steps means that the lens learns nothing.",

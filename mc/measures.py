@@ -16,7 +16,7 @@ from mc.model import MegaContext, load_mega_context, recency_scores
 from mc.systems.gists import LensGists, RecencyGists
 from mc.systems.interface import Models, again
 from mc.systems.raw import FullContext, SlidingWindow
-from mc.teachers import gate_utility, over_horizon
+from mc.teachers import gate_utility, keep_gradients, over_horizon
 from nanochat.common import UserError
 from nanochat.dataloader import make_source
 from nanochat.gpt import GPT, Captured, token_losses
@@ -139,6 +139,7 @@ def utilities(gpt: GPT, c: MCConfig, tokens_BT: Tensor, targets_BT: Tensor, curs
     captured: list[Captured] = []
     embeds_BTD = gpt.embed(tokens_BT).detach().requires_grad_()
     hidden_BTD = gpt.hidden(tokens_BT, inputs_embeds=embeds_BTD, capture=captured, lift_windows=True)
+    keep_gradients(captured)
     torch.autograd.grad(token_losses(gpt.logits(hidden_BTD), targets_BT).sum(), embeds_BTD)  # leaves the gradient at every attention output
     utility = gate_utility(captured, slice(None), asked, visible_QN.shape[1], c.block_size) * (targets_BT[:, asked] >= 0)[..., None]
     return over_horizon(utility, horizon)[:, cursor_Q - 1 - asked.start].masked_fill(~visible_QN, 0)

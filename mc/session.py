@@ -42,11 +42,10 @@ from mc.catalog import Catalog
 from mc.config import setting
 from mc.focus_allocator import FocusConfig, check_budget, utilization
 from mc.focus_price import Allocator, next_shift, room
-from mc.gaussian_rope import alibi_slopes, entry_rotary
+from mc.gaussian_rope import entry_rotary
 from mc.history import History, check_sessions, store_format
 from mc.key_search import KeySearch
-from mc.lens_networks import RERANKED, Reader
-from mc.lensnet import LOCAL_MEAN
+from mc.lensnet import LOCAL_MEAN, RERANKED
 from mc.model import MegaContext, load_mega_context
 from mc.paged_cache import NOWHERE, PagedCache, Placement
 from mc.path_edits import Edits, PathEdits
@@ -208,8 +207,7 @@ class SessionPool:
         slots = self.focus_config.budget + self.interval
         if min(gpt.config.windows()) < min(slots, gpt.config.sequence_len):
             raise UserError(f"window_pattern {gpt.config.window_pattern}: its short layers see {min(gpt.config.windows())} of {slots} entries; use a model with L only")
-        slopes = alibi_slopes(gpt.config.n_head, self.device) if c.alibi else None
-        self.cache = PagedCache(gpt.config, max_sessions, slots, self.device, self.dtype, slopes)
+        self.cache = PagedCache(gpt.config, max_sessions, slots, self.device, self.dtype)
         self.sessions: dict[int, Session] = {}
         self.recorder = recorder
         self.timing = Timing()
@@ -380,7 +378,7 @@ class SessionPool:
             for row, w in gists:
                 at = torch.from_numpy(np.flatnonzero(w.lod)).to(self.device)
                 embeds_ASD[row, at] = w.gists.to(self.device)
-            rotary = entry_rotary(self.gpt, start_AS, length_AS, scheme=c.positions, floor=c.damping_floor, lod_axis=bool(c.lod_axis), lod_BW=lod_AS)
+            rotary = entry_rotary(self.gpt, start_AS, length_AS, scheme=c.positions, floor=c.damping_floor)
         centre_AS = torch.where(slot_AS == self.cache.spare, NOWHERE, centre_AS)
         self.cache.place(Placement(rows_A, slot_AS, before_AS, centre_AS, bias_AS))
         return self.gpt.hidden(ids_AS, inputs_embeds=embeds_ASD, rotary=rotary, linked=linked_AS.bool(), cache=self.cache, lift_windows=True)
@@ -568,7 +566,7 @@ class Session:
             self.store_reads = 0
         self.refocus_seconds = 0.0
 
-    def _reread(self, reader: Reader, index_N: Tensor, logits_N: Tensor) -> Tensor:
+    def _reread(self, reader: torch.nn.Module, index_N: Tensor, logits_N: Tensor) -> Tensor:
         """[N] the logits of blocks after the lens's reader has seen them together, with the nodes above them."""
         store, c, device = self.history.store, self.pool.focus_config, self.pool.device
         nodes = {1: index_N}

@@ -64,12 +64,6 @@ def spans(cut: Cut) -> tuple[Tensor, Tensor]:
     return cut.index_BW * length_BW, length_BW * cut.valid_BW
 
 
-def centre_and_width(cut: Cut) -> tuple[Tensor, Tensor]:
-    """Centre `start + (length - 1) / 2` (float64) and width `length` (int64), both in tokens; 0 at padding."""
-    start_BW, length_BW = spans(cut)
-    return start_BW + (length_BW - 1).clamp(min=0).double() / 2, length_BW
-
-
 def _per_node(lod: Tensor, n_gists: int) -> Tensor:
     return torch.where(lod > 0, n_gists, 1)
 

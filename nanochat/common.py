@@ -16,7 +16,7 @@ import sys
 import traceback
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Callable, NoReturn, TypeVar, get_type_hints
+from typing import Callable, NoReturn, TypeVar, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -68,8 +68,9 @@ def from_plain(kind: type[T], values: object, where: str) -> T:
     if missing := [f.name for f in fields(kind) if f.name not in values and f.default is MISSING]:
         raise UserError(f"{where} lacks {', '.join(missing)}; it was written by another version, or damaged")
     for name, value in values.items():
-        if type(value) not in {float: (int, float), bool: (bool, int)}.get(types[name], (types[name],)):
-            raise UserError(f"{where}: {name} is {one_line(value)}, not of type {types[name].__name__}; it was written by another version, or damaged")
+        wanted = get_origin(types[name]) or types[name]
+        if type(value) not in {float: (int, float), bool: (bool, int)}.get(wanted, (wanted,)):
+            raise UserError(f"{where}: {name} is {one_line(value)}, not of type {wanted.__name__}; it was written by another version, or damaged")
         if type(value) is int and not -(2**63) <= value < 2**63:
             raise UserError(f"{where}: {name} is {one_line(value)}, beyond 64 bits")
     return kind(**values)
@@ -205,10 +206,6 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 def init_distributed(device: str = "auto") -> Ranks:

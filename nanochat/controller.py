@@ -56,6 +56,10 @@ class NullController:
     def meta(self) -> None:
         return None
 
+    def settings(self, meta: dict | None = None) -> dict:
+        """All settings of this run, or of the one that a checkpoint's part `meta` describes."""
+        return {}
+
     def flops_per_token(self, model: GPT) -> float:
         return 0.0
 

@@ -171,8 +171,6 @@ class Attention(nn.Module):
             mask = chosen if mask is None else mask & chosen
         y = attend(q, k, v, mask, ctx.key_bias)
         if ctx.capture is not None:
-            if y.requires_grad:
-                y.retain_grad()
             ctx.capture.append(Captured(q, k, v, y))
         return self.c_proj(y.transpose(1, 2).reshape(B, S, D))
 

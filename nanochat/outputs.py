@@ -253,7 +253,7 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.signal:
             self.signal, self._since = signal.Signals(number).name, now
-            if self.ranks.is_main:  # not by print: a signal may come in the middle of one
+            if self.ranks.rank == 0:  # not by print: a signal may come in the middle of one
                 os.write(2, f"{self.signal}: the run is saved after this step and ends; Ctrl-C ends it at once\n".encode())
 
     def agreed(self) -> bool:

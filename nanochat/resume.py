@@ -76,7 +76,7 @@ class Checkpoints:
         if not (self.args.resume and complete_steps(self.directory)):
             return self.progress
         saved = load_checkpoint(self.directory, device=self.ranks.device, rank=self.ranks.rank, world_size=self.ranks.world_size)
-        check_resumable(saved.meta, self.args, self.plan, self.tokenizer, self.directory)
+        check_resumable(saved.meta, self.args, self.plan, self.tokenizer, self.directory, self.controller)
         self.model.load_state_dict(saved.model)
         self.controller.load_state_dict(saved.mc)
         self.optimizer.load_state_dict(saved.optimizer)
@@ -105,13 +105,16 @@ class Checkpoints:
         """An evaluation of where the run stands, which its checkpoint learns of when it came first."""
         progress = self.progress
         progress.val = {"step": progress.step, **val}
-        if self.ranks.is_main and progress.saved_step == progress.step:
+        if self.ranks.rank == 0 and progress.saved_step == progress.step:
             annotate(self.directory, progress.step, val=progress.val)
 
 
-def check_resumable(meta: dict, args, plan: Plan, tokenizer: Tokenizer, directory: Path) -> None:
+def check_resumable(meta: dict, args, plan: Plan, tokenizer: Tokenizer, directory: Path, controller: NullController) -> None:
     """UserError when a run would go on with other flags than it began with: state that is restored would silently win over them."""
-    now, saved = ({k: int(v) if isinstance(v, bool) else v for k, v in flags.items() if k not in MAY_CHANGE} for flags in (vars(args), meta["flags"]))
+    now, saved = as_flags(vars(args)), as_flags(meta["flags"])
+    if meta.get("mc") and controller.modules:  # as this version reads it: settings that came or went since make no difference
+        now, saved = ({name: v for name, v in flags.items() if not name.startswith("mc_")} for flags in (now, saved))
+        now, saved = (flags | as_flags(settings, "mc_") for flags, settings in ((now, controller.settings()), (saved, controller.settings(meta["mc"]))))
     changed = [f"--{k}={v} (was {saved.get(k, 'not there')})" for k, v in now.items() if saved.get(k) != v]
     changed += [f"--{k} (was {v})" for k, v in saved.items() if k not in now]
     if meta["tokenizer"] != tokenizer.fingerprint:
@@ -120,6 +123,11 @@ def check_resumable(meta: dict, args, plan: Plan, tokenizer: Tokenizer, director
         changed.append(f"model or horizon (was {meta['model_config']}, {meta['num_iterations']} steps)")
     if changed:
         raise UserError(f"cannot resume {directory} with other settings: {', '.join(changed)}; use its flags, another --model_tag, or --resume=0")
+
+
+def as_flags(values: dict, prefix: str = "") -> dict:
+    """Values as they stand on a command line, those apart that may change."""
+    return {prefix + k: int(v) if isinstance(v, bool) else v for k, v in values.items() if k not in MAY_CHANGE}
 
 
 def start_from(directory: str, plan: Plan, model: GPT, controller: NullController, tokenizer: Tokenizer) -> None:

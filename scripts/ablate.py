@@ -78,10 +78,9 @@ def run_step_time(cell: dict) -> dict:
 
 def check_study(study: Study, path: Path) -> None:
     """UserError or base_train's own refusal for flags that it does not take, and for an evaluation that is not there: before anything is run."""
-    parser = base_train.make_parser()
     for arm in study.arms:
-        flags = study.flags(arm, study.seeds[0])
-        args = parser.parse_args([f"--{name}={value}" for name, value in flags.items()])
+        flags = [f"--{name}={value}" for name, value in study.flags(arm, study.seeds[0]).items()]
+        args = base_train.make_parser(argv=flags).parse_args(flags)
         if args.mc_enabled:
             from_flags(args)
         if function := study.options(arm, study.seeds[0]).get("function"):

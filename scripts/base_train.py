@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,12 +101,13 @@ def main() -> None:
 # What the run is made of
 
 
-def make_parser(with_mc: bool = True) -> FlagParser:
+def make_parser(with_mc: bool = True, argv: Sequence[str] | None = None) -> FlagParser:
+    """argv: the command line that may name arms of MegaContext, whose settings are flags then; by default this process's."""
     parser = FlagParser(description=__doc__.split("\n\n")[0])
     add_flags(parser)
     parser.add_switch("--mc_enabled", False, "1: train MegaContext beside the model")
     if with_mc:
-        import_optional("mc", "config").add_flags(parser)
+        import_optional("mc", "config").add_flags(parser, argv)
     return parser
 
 
@@ -248,7 +249,7 @@ class HeldOut:
 
     def probe(self) -> None:
         with self.meter.timed("mc.time.probe"), self.autocast:
-            found = self.controller.probe(self.model, next(self.batches()))
+            found = import_optional("mc", "diagnostics").probe_batch(self.controller, self.model, next(self.batches()))
             self.meter.record(mean_over_ranks([found], self.ranks)[0])
 
     def batches(self) -> Iterator[Batch]:

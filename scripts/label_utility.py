@@ -14,7 +14,7 @@ import torch
 
 from mc.experiment import commit
 from mc.networks import load_networks
-from mc.utility_labels import LabelFolder, cursors, fingerprint, measure
+from mc.arms.utility_labels import LabelFolder, cursors, fingerprint, measure
 from nanochat.checkpoint import load_model_state
 from nanochat.common import FlagParser, UserError, init_distributed, print0, run_main
 from nanochat.dataloader import make_source

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mc.lens_objectives import Edits, edit_loss
+from mc.arms.counterfactual import Edits, edit_loss
 from mc.mega_context import Tree, TreeShape
 from mc.model import MegaContext
 from mc.networks import load_networks
-from mc.utility_labels import LabelFolder, Labels, fingerprint
+from mc.arms.utility_labels import LabelFolder, Labels, fingerprint
 from nanochat.checkpoint import complete_steps, load_model_state, save_checkpoint
 from nanochat.common import FlagParser, UserError, base_dir, init_distributed, print0, run_main, seed_everything
 from nanochat.gpt import GPT

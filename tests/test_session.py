@@ -15,7 +15,7 @@ from mc.config import MCConfig
 from mc.decode_benchmark import held_bytes
 from mc.disk_store import DiskStore
 from mc.focus_allocator import FocusConfig, fits
-from mc.gaussian_rope import alibi_slopes, entry_rotary
+from mc.gaussian_rope import entry_rotary
 from mc.history import store_format
 from mc.model import MegaContext
 from mc.session import SessionConfig, SessionPool, SessionState
@@ -63,13 +63,10 @@ def from_scratch(session) -> torch.Tensor:
     ids = torch.tensor([[VOID if at else all_tokens[i] for at, i in entries]])
     linked = torch.tensor([[at == 0 and p >= 0 and entries[p] == (0, i - 1) for p, (at, i) in enumerate(entries, -1)]])
     start, length = index * K ** lod, K ** lod
-    rotary = entry_rotary(gpt, start, length, scheme=c.positions, floor=c.damping_floor, lod_axis=bool(c.lod_axis), lod_BW=lod)
-    bias = mc.key_bias(lod)
-    if c.alibi:
-        bias = bias[:, None] + alibi_slopes(gpt.config.n_head)[None, :, None] * (start + (length - 1) / 2)[:, None]
+    rotary = entry_rotary(gpt, start, length, scheme=c.positions, floor=c.damping_floor)
     with torch.no_grad():
         vectors = torch.stack([node(at, i) for at, i in entries])[None]
-        hidden = gpt.hidden(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=bias, lift_windows=True)
+        hidden = gpt.hidden(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=mc.key_bias(lod), lift_windows=True)
         return gpt.logits(hidden[0, -1])
 
 
@@ -130,7 +127,7 @@ def test_logits_are_those_of_a_forward_pass_from_scratch(actions, n, interval, s
         assert len(session._shown()[0]) <= pool.focus_config.budget + pool.interval
 
 
-VARIANTS = [dict(positions="contiguous"), dict(positions="centre"), dict(alibi=1), dict(lod_axis=1), dict(max_lod=1), dict(gist="mean", gist_width=64)]
+VARIANTS = [dict(positions="contiguous"), dict(positions="centre"), dict(max_lod=1), dict(gist="mean", gist_width=64)]
 
 
 @pytest.mark.parametrize("mc_config", VARIANTS, ids=lambda c: "-".join(map(str, c)))

@@ -2,8 +2,9 @@
 
 import torch
 
-from mc.config import MCConfig
+from mc.config import MCConfig, from_dict
 from mc.keyed_random import uniform
+from mc.lens_loss import Lesson
 from mc.runtime import MCController
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
@@ -39,7 +40,7 @@ def randomize(module: torch.nn.Module, seed: int = 0, std: float = 0.3) -> None:
 def tiny_mc(gpt: GPT, *, micro_batch: int = 4, num_iterations: int = 10, seed: int = 0, T: int = T, **config) -> MCController:
     if config.get("gist") == "mean":  # it has no weights, and its width is refused
         config = {"gist_width": MCConfig.gist_width, **config}
-    mc = MCController(MCConfig(**{**SMALL, **config}), gpt, T=T, micro_batch=micro_batch, num_iterations=num_iterations, seed=seed)
+    mc = MCController(from_dict({**SMALL, **config}), gpt, T=T, micro_batch=micro_batch, num_iterations=num_iterations, seed=seed)
     mc.model.to(gpt.lm_head.weight.dtype)
     randomize(mc.model)
     return mc
@@ -57,7 +58,16 @@ def step(mc: MCController, gpt: GPT, batch: Batch, at: int = 0, accumulation: in
     """One micro-step with its gradients, as the training loop does it: the result with the metrics of both halves."""
     result = mc.training_step(gpt, batch, at)
     (result.loss / accumulation).backward()
-    return result._replace(metrics=result.metrics | mc.lens_step(accumulation))
+    return result._replace(metrics=result.metrics | mc.after_backward(accumulation))
+
+
+def lesson_of(mc: MCController, gpt: GPT, batch: Batch, at: int = 0) -> Lesson:
+    """What a micro-step gives the lens to learn, after its backward pass."""
+    seen, teach = [], mc._teach_lens
+    mc._teach_lens = lambda lesson, trace: seen.append(lesson) or teach(lesson, trace)
+    step(mc, gpt, batch, at)
+    mc._teach_lens = teach
+    return seen[0]
 
 
 def values(metrics: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from mc.lens_objectives import Lesson, lens_objective
+from mc.lens_loss import Lesson, lens_objective
 from mc.systems.catalogue import system_named
 from mc.systems.gists import Gists
 from mc.systems.interface import Models, System
@@ -125,6 +125,4 @@ def teach_lens(system: System, rows: Rows, step: int) -> None:
     with torch.no_grad():
         embeds = system.gpt.embed(tokens)
         tree = mc.build_tree(embeds[::mc.config.row_stride])
-    loss, _ = lens_objective(mc, Lesson(captured, embeds, asked, numbers, tree, None, None, (system.seed, step)))
-    if loss is not None:
-        loss.backward()
+    lens_objective(mc, Lesson(captured, embeds, asked, numbers, tree, (system.seed, step)))[0].backward()

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mc.config import to_dict
-from mc.counterfactual import can_flip, draw_cut, draw_edits, edit_utilities
-from mc.lens_objectives import standardized, visible_blocks
+from mc.arms.counterfactual import can_flip, draw_cut, draw_edits, edit_utilities, standardized
+from mc.config import complete
+from mc.lens_loss import visible_blocks
 from mc.model import MegaContext
 from mc.teachers import continuation_pass, gate_utility
 from nanochat.common import UserError, parse_json
@@ -70,7 +70,7 @@ class Labels:
 def fingerprint(gpt: GPT, mc: MegaContext) -> str:
     """Of all that a label depends on: base, gists, and the settings, those of the lens and of training left out."""
     about_context = ("block_size", "max_lod", "budget", "recent", "horizon", "positions", "damping_floor", "lod_axis", "alibi")
-    settings = {name: value for name, value in to_dict(mc.config).items() if name.startswith("gist") or name in about_context}
+    settings = {name: value for name, value in complete(mc.config).items() if name.startswith("gist") or name in about_context}
     digest = hashlib.sha256(repr(sorted(settings.items())).encode())
     state = gpt.state_dict() | {f"mc.{name}": x for name, x in mc.state_dict().items() if not name.startswith(("lensnet.", "earlier_lens."))}
     for name, tensor in sorted(state.items()):
