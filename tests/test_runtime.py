@@ -52,7 +52,7 @@ def test_before_the_start_a_step_is_the_vanilla_step():
     assert torch.equal(result.loss, vanilla) and set(values(result.metrics)) == {"train.loss"} and result.primary is None
     got = gradients(gpt)
     assert got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in expected)
-    assert not gradients(mc.model) and mc.after_backward() == {}
+    assert not gradients(mc.model) and mc.after_backward() == (0.0, {})
     assert "mc.loss.wc" in step(mc, gpt, batch, at=5).metrics
 
 
@@ -92,7 +92,7 @@ def test_the_lens_loss_teaches_the_lens_alone(config):
     lens = {n for n in names(gpt, mc.model) if "lensnet" in n}
     assert {n for n in lens if not torch.equal(after[n], before.get(n, torch.zeros(())))} == lens
     assert set(after) - lens == set(before) - lens and all(torch.equal(after[name], before[name]) for name in set(before) - lens)
-    assert mc.after_backward() == {}, "a lesson without a pass behind it"
+    assert mc.after_backward() == (0.0, {}), "a lesson without a pass behind it"
 
 
 def test_a_named_teacher_weighs_one_and_weights_scale_its_loss():

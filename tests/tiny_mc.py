@@ -58,7 +58,7 @@ def step(mc: MCController, gpt: GPT, batch: Batch, at: int = 0, accumulation: in
     """One micro-step with its gradients, as the training loop does it: the result with the metrics of both halves."""
     result = mc.training_step(gpt, batch, at)
     (result.loss / accumulation).backward()
-    return result._replace(metrics=result.metrics | mc.after_backward(accumulation))
+    return result._replace(metrics=result.metrics | mc.after_backward(accumulation)[1])
 
 
 def lesson_of(mc: MCController, gpt: GPT, batch: Batch, at: int = 0) -> Lesson:

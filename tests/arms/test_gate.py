@@ -18,7 +18,7 @@ def test_the_lens_is_taught_behind_the_backward_pass(frozen):
     result.loss.backward()
     lens = list(mc.model.lensnet.parameters())
     assert all(p.grad is None for p in lens)
-    metrics = mc.after_backward()
+    _, metrics = mc.after_backward()
     assert all(p.grad is not None and p.grad.any() for p in lens) and metrics["mc.loss.lens"] > 0
     assert (gpt.lm_head.weight.grad is None) == frozen
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from e2e_commands import KINDS, TINY, last_checkpoint, losses, rows, run, same, tree
 
+from nanochat import resume
 from nanochat.checkpoint import complete_steps, load_model_state
+from nanochat.controller import NullController
 from nanochat.outputs import holding
 from scripts import base_train
 
@@ -39,9 +41,9 @@ def here(base, prepared, monkeypatch):
     return train
 
 
-def sending(monkeypatch, name: str, call: int) -> None:
-    """SIGTERM arrives when base_train's function is called the n-th time."""
-    true, calls = getattr(base_train, name), []
+def sending(monkeypatch, owner, name: str, call: int) -> None:
+    """SIGTERM arrives when a function is called the n-th time."""
+    true, calls = getattr(owner, name), []
 
     def planted(*args, **kwargs):
         calls.append(name)
@@ -49,18 +51,19 @@ def sending(monkeypatch, name: str, call: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return true(*args, **kwargs)
 
-    monkeypatch.setattr(base_train, name, planted)
+    monkeypatch.setattr(owner, name, planted)
 
 
-WHEN = {"in a step": ("lr_multiplier", 5, 6), "in a save": ("save_checkpoint", 2, 7), "in an evaluation": ("evaluate", 1, 8)}
+WHEN = {"in a step": (base_train, "lr_multiplier", 5, 6), "in a save": (resume, "save_checkpoint", 2, 7),
+        "in an evaluation": (base_train, "evaluate", 1, 8)}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("when", WHEN)
 def test_sigterm_saves_and_the_resumed_run_is_the_uninterrupted_one(when, kind, here, base, train, reference, monkeypatch, capsys):
-    name, call, step = WHEN[when]
+    owner, name, call, step = WHEN[when]
     with monkeypatch.context() as m:
-        sending(m, name, call)
+        sending(m, owner, name, call)
         here(*KINDS[kind], "--save_every=3", "--eval_every=8")
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["stopped"] and told["step"] == step == complete_steps(base / "checkpoints" / "t")[-1]
@@ -70,7 +73,7 @@ def test_sigterm_saves_and_the_resumed_run_is_the_uninterrupted_one(when, kind, 
 
 
 def test_a_stop_that_came_before_the_first_step_saves_one(here, base, monkeypatch, capsys):
-    sending(monkeypatch, "vanilla_step", 1)
+    sending(monkeypatch, NullController, "training_step", 1)
     here()
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 1 and complete_steps(base / "checkpoints" / "t") == [1]
 
@@ -83,7 +86,7 @@ def test_interrupted_by_hand_is_saved_and_no_success(here, base, monkeypatch):
     assert complete_steps(base / "checkpoints" / "t") == [4]
 
 
-@pytest.mark.parametrize("kind, what", [("vanilla", "evaluate"), ("mc", "mc.runtime.probe")])
+@pytest.mark.parametrize("kind, what", [("vanilla", "evaluate"), ("mc", "mc.diagnostics.probe_batch")])
 def test_a_last_evaluation_that_fails_costs_the_evaluation_alone(kind, what, here, base, train, reference, monkeypatch):
     def failing(*args, **kwargs):
         raise RuntimeError("planted")
