@@ -11,14 +11,23 @@ from urllib.parse import unquote
 
 import pytest
 
-from scripts.make_docs import commands, flags_of
+from scripts.make_docs import commands, flags_of, parser_of
 
 ROOT = Path(__file__).resolve().parents[1]
 VAULT = ROOT / "obsidian"
 README = ROOT / "README.md"
 CODE = ("nanochat", "mc", "scripts", "runs")  # the file tree names every .py and .sh file below these
 PAGES = [README, *sorted(VAULT.rglob("*.md"))]
-pages = pytest.mark.parametrize("page", PAGES, ids=[str(p.relative_to(ROOT)) for p in PAGES])
+DATED = [p for p in PAGES if re.match(r"\d{4}-\d\d-\d\d ", p.name)]  # of the log: what they say held at the commit they name
+CURRENT = [p for p in PAGES if p not in DATED]
+
+
+def on(which: list[Path]):
+    """For a test of single pages."""
+    return pytest.mark.parametrize("page", which, ids=[str(p.relative_to(ROOT)) for p in which])
+
+
+pages, current, dated = on(PAGES), on(CURRENT), on(DATED)
 
 
 def test_generated_tables_are_current(tmp_path):
@@ -31,7 +40,7 @@ def test_generated_tables_are_current(tmp_path):
 
 @pytest.mark.parametrize("command", commands())
 def test_every_flag_has_help(command):
-    parser = import_module(command).make_parser()
+    parser = parser_of(command)
     assert parser.description
     for _, actions in flags_of(parser):
         for action in actions:
@@ -79,17 +88,17 @@ def test_readme_names_the_two_commands(script):
 
 
 def test_flags_in_examples_exist():
-    """Every `--flag` that the README or the vault names belongs to a command, or to torchrun."""
-    known = {name for c in commands() for _, actions in flags_of(import_module(c).make_parser()) for a in actions for name in a.option_strings}
+    """Every `--flag` that the README or an undated page names belongs to a command, or to torchrun."""
+    known = {name for c in commands() for _, actions in flags_of(parser_of(c)) for a in actions for name in a.option_strings}
     known |= {"--help", "--standalone", "--nproc_per_node"}
-    for page in PAGES:
+    for page in CURRENT:
         used = {flag.rstrip("_") for flag in re.findall(r"(?<![\w-])--[a-z]\w*", page.read_text())}  # `--mc_…` stands for all of them
         assert sorted(used - known - {"--mc"}) == [], page
 
 
 def shell_commands() -> list[str]:
-    """Every command of the README's and the vault's shell blocks, continued lines joined."""
-    blocks = [block for page in PAGES for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.S | re.M)]
+    """Every command of the README's and the undated pages' shell blocks, continued lines joined."""
+    blocks = [block for page in CURRENT for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.S | re.M)]
     return sorted({line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()})
 
 
@@ -106,11 +115,22 @@ def test_commands_are_understood(line, monkeypatch, capsys):
         words = ["python", "-m", "scripts.base_train", *words[4:]]
     assert words[:2] == ["python", "-m"]
     module = import_module(words[2])
+    monkeypatch.setattr(sys, "argv", words[2:])  # which arms it names
     module.make_parser().parse_args(words[3:])
     if words[2] == "scripts.base_train":
         monkeypatch.setattr(sys, "argv", ["base_train", *words[3:], "--vocab_size=33825", "--dry_run=1"])
         module.main()
         assert json.loads(capsys.readouterr().out)["mc"] == ("--mc_enabled=1" in words)
+
+
+@dated
+def test_dated_pages_name_their_commit(page):
+    """A flag, file or command of such a page may be gone: whoever wants to run it again checks that commit out."""
+    named = [word for word in re.findall(r"\b[0-9a-f]{7,40}\b", page.read_text()) if re.search("[a-f]", word) and re.search("[0-9]", word)]
+    if (ROOT / ".git").exists():
+        git = ["git", "-C", str(ROOT), "cat-file", "-e"]
+        named = [word for word in named if subprocess.run([*git, f"{word}^{{commit}}"], capture_output=True).returncode == 0]
+    assert named, f"{page.name} names no commit of this repository"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,7 +179,7 @@ def test_every_page_is_reachable_from_home():
     assert sorted(str(p.relative_to(VAULT)) for p in set(VAULT.rglob("*.md")) - seen) == []
 
 
-@pages
+@current
 def test_pages_name_files_that_exist(page):
     """Every repository path in code font, `mc/runtime.py` or `tests/nanochat/test_gpt.py`, is there."""
     for name in re.findall(r"`((?:nanochat|mc|scripts|runs|tests)/[\w/.]+\.(?:py|sh))`", page.read_text()):
@@ -169,6 +189,6 @@ def test_pages_name_files_that_exist(page):
 def test_pages_name_tests_that_exist():
     """Every test in code font is there."""
     tests = set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in (ROOT / "tests").rglob("test_*.py")), re.M))
-    for page in PAGES:
+    for page in CURRENT:
         named = set(re.findall(r"`(test_\w+)`", page.read_text()))
         assert named <= tests, f"{page.name}: {sorted(named - tests)}"

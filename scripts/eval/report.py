@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mc.evaluation import Outcome
+from nanochat.outputs import write_file
 from nanochat.recorder import read_metrics
 
 SYSTEMS = {  # name in report.json -> (label, which checkpoint)
@@ -80,10 +81,9 @@ def comparison_markdown(report: dict) -> str:
 
 def write_comparison(report: dict, runs: dict[str, dict[str, Path]], out: Path) -> str:
     """report.json, report.md and plots under `out`; returns the Markdown. runs: task -> {"mc", "vanilla"} -> metrics.jsonl."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_file(out / "report.json", json.dumps(report, indent=1) + "\n")
     text = comparison_markdown(report)
-    (out / "report.md").write_text(text)
+    write_file(out / "report.md", text)
     import matplotlib
     matplotlib.use("Agg")
     plot_systems(report, out / "systems.png")

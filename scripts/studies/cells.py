@@ -37,8 +37,8 @@ import numpy as np
 import torch
 import yaml
 
-from nanochat.common import UserError, print0
-from nanochat.dataset import locked
+from nanochat.common import UserError, one_line, parse_json, print0
+from nanochat.outputs import locked
 from nanochat.recorder import duration
 
 DRAWS = 4000
@@ -68,11 +68,11 @@ def digest(config: dict) -> str:
 def read_yaml(path: Path, known: Iterable[str], required: Iterable[str]) -> dict:
     """A study or a suite. UserError unless it is a mapping with these keys."""
     try:
-        found = yaml.safe_load(path.read_text())
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # a date that there is not is a ValueError
+        raise UserError(f"{path} is not YAML: {one_line(e, 400)}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is not a mapping of names to values")
     if unknown := [str(key) for key in found if key not in known]:
@@ -106,7 +106,7 @@ class CellRecords:
         if self.path.exists():
             for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line)
                     found[record["key"]] = record
                 except (ValueError, KeyError, TypeError):
                     print(f"warning: {self.path}:{number} is no whole record; it is left out", file=sys.stderr, flush=True)
@@ -131,7 +131,7 @@ _context = multiprocessing.get_context("forkserver")
 
 def find_function(name: str) -> Callable:
     """"module:function". UserError if there is none."""
-    module, _, function = name.partition(":")
+    module, _, function = str(name).partition(":")
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
@@ -297,7 +297,7 @@ class Formula:
         self.text = text
         try:
             self.tree = ast.parse(text, mode="eval").body
-        except SyntaxError:
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # of deep nesting, and of what is no text for a parser
             raise UserError(f"{text!r} is no arithmetic on names of measures") from None
         self.names: set[str] = set()
         self._check(self.tree)

@@ -13,6 +13,7 @@ import torch
 from mc.config import MCConfig
 from nanochat.common import FlagParser, UserError, init_distributed, run_main, seed_everything
 from nanochat.dataset import Progress
+from nanochat.outputs import output_file, output_folder
 from nanochat.tokenizer import Tokenizer
 from scripts.eval.importance import TEACHERS, importance, keep_labels, read_labels, read_manifest, write_labels
 from scripts.eval.methods.registry import load_models
@@ -44,6 +45,11 @@ def make_parser() -> FlagParser:
 def main() -> None:
     args = make_parser().parse_args()
     begin = time.time()
+    if args.command == "label":
+        output_folder(args.labels, "manifest.json", flag="--labels")
+    else:
+        read_manifest(args.labels)
+        output_file(args.labels / FILE, flag="--labels")
     models, meta = load_models(args.checkpoint_dir, args.step, init_distributed(args.device).device)
     base = {"base": str(Path(args.checkpoint_dir).resolve()), "base_step": meta["step"]}
     summary = label(args, models, meta, base) if args.command == "label" else teach(args, models, base)

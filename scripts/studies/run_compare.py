@@ -17,6 +17,7 @@ from nanochat.dataloader import eval_rows, make_source
 from nanochat.dataset import Progress
 from nanochat.gpt import GPT
 from nanochat.loading import load_model
+from nanochat.outputs import output_folder
 from nanochat.tokenizer import Tokenizer
 from scripts.base_train import MAY_CHANGE
 from scripts.bench.train_step import training_step_times
@@ -52,11 +53,18 @@ def load_pair(mc_dir: Path, vanilla_dir: Path, tokenizer: Tokenizer) -> Pair:
         raise UserError(f"{mc_dir} and {vanilla_dir} differ in {', '.join(different)}: only models of one shape, trained alike on the same tokens, are compared")
     if meta["tokenizer"] != tokenizer.fingerprint:
         raise UserError(f"{mc_dir} was trained with tokenizer {meta['tokenizer']}, here is {tokenizer.fingerprint}; restore that one")
-    logs = {kind: base_dir() / "runs" / directory.name / "metrics.jsonl" for kind, directory in (("mc", mc_dir), ("vanilla", vanilla_dir))}
+    logs = {kind: log_of(directory) for kind, directory in (("mc", mc_dir), ("vanilla", vanilla_dir))}
     for path in logs.values():
         if not path.exists():
             raise UserError(f"no {path}: the training's log, for the plot; set NANOCHAT_BASE_DIR to where it was trained")
     return Pair(gpt, mc, meta, vanilla, vanilla_meta, logs)
+
+
+def log_of(checkpoint_dir: Path) -> Path:
+    """The metrics of the run that wrote a checkpoint: its tag is its folder's path below checkpoints/."""
+    path, checkpoints = checkpoint_dir.resolve(), (base_dir() / "checkpoints").resolve()
+    tag = path.relative_to(checkpoints) if path.is_relative_to(checkpoints) else path.name
+    return base_dir() / "runs" / tag / "metrics.jsonl"
 
 
 def compare(pair: Pair, tokenizer: Tokenizer, args, task: str) -> dict:
@@ -110,9 +118,7 @@ def main() -> None:
     args = make_parser().parse_args()
     if min(args.contexts, args.batch, args.pairs) < 1:
         raise UserError("--contexts, --batch and --pairs must be at least 1")
-    out = args.out or base_dir() / "quickstart"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file; name a folder")
+    out = output_folder(args.out or base_dir() / "quickstart", "report.json", "report.md")
     tokenizer = Tokenizer.load()
     pairs = {task: load_pair(getattr(args, f"{task}_mc"), getattr(args, f"{task}_vanilla"), tokenizer) for task in TASKS}
     report: dict = {"tasks": {}, "step_times": {}}

@@ -14,6 +14,7 @@ from mc.config import MCConfig, to_dict
 from nanochat.checkpoint import complete_steps, load_model_state, save_checkpoint
 from nanochat.common import FlagParser, UserError, init_distributed, run_main
 from nanochat.dataset import Progress
+from nanochat.outputs import output_folder
 from nanochat.schedule import batch_lr_scale
 from nanochat.tokenizer import Tokenizer
 from scripts.eval.methods.registry import METHODS, load_models, method_named
@@ -70,6 +71,7 @@ def main() -> None:
         print(f"{args.out} is there already")
         print(json.dumps({"checkpoint": str(args.out), "lr_scale": there["lr_scale"], "dev_nll": there["dev_nll"], "seconds": 0.0}))
         return
+    output_folder(args.out, FILE)
     begin, progress = time.time(), Progress(f"fine-tuning {args.system}", args.steps * len(recipe.lr_scales), "steps", every_s=15)
     tuned = finetune(args.system, models, batches, recipe, progress.update)
     facts |= {"lr_scale": tuned.lr_scale, "dev_nll": {str(scale): nll for scale, nll in tuned.dev_nll.items()}, "losses": tuned.losses}

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mc.arms.utility_labels import LabelFolder, cursors, fingerprint, measure
 from mc.store.networks import load_networks
-from mc.utility_labels import LabelFolder, cursors, fingerprint, measure
 from nanochat.checkpoint import load_model_state
 from nanochat.common import FlagParser, UserError, init_distributed, print0, run_main
 from nanochat.dataloader import make_source
 from nanochat.dataset import Progress
+from nanochat.outputs import output_folder
 from scripts.studies.cells import commit
 
 
@@ -43,6 +44,7 @@ def main() -> None:
             raise UserError(f"--{name}={getattr(args, name)} must be at least {least}")
     if args.contexts % args.batch:
         raise UserError(f"--contexts={args.contexts} is not a multiple of --batch={args.batch}: a file holds a whole batch")
+    output_folder(args.out, "manifest.json")
     device = init_distributed(args.device).device
     found = load_networks(args.checkpoint_dir, device=device)
     gpt, mc, flags = found.gpt, found.mc, load_model_state(args.checkpoint_dir)[1]["flags"]
