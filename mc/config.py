@@ -1,17 +1,18 @@
-"""Every MegaContext setting, with its help: the flags `--mc_…` of base_train are these fields."""
+"""Every MegaContext setting, with its help: the flags `--mc_…` of base_train are these fields, and the settings of the arms it names."""
 
 import argparse
-from dataclasses import asdict, dataclass, field, fields
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+from mc.arm import ADDED, KINDS, SETTINGS, load, named
 from mc.gaussian_rope import SCHEMES
-from mc.gistnet import GISTS
 from mc.gistnet import VARIANTS as GIST_VARIANTS
-from mc.lens_networks import READERS
-from nanochat.common import UserError
+from nanochat.common import UserError, from_plain, one_line
 
 POLICIES = ("random", "recency", "lens", "teacher")
-DENSE_TEACHERS = ("attention", "gate")  # a distribution over blocks for every query
-TEACHERS = (*DENSE_TEACHERS, "softmax", "counterfactual", "preference")
+TEACHERS = ("attention", *KINDS["teacher"])
 
 
 def setting(default, help: str, choices: tuple | None = None):
@@ -22,23 +23,18 @@ def setting(default, help: str, choices: tuple | None = None):
 class MCConfig:
     # the tree and its gists
     block_size: int = setting(32, "tokens per LOD1 gist, and gists per gist of the next level")
-    max_lod: int = setting(2, "highest level of the tree that is built and shown")
-    gist: str = setting("slots", "GistNet variant", GIST_VARIANTS)
-    gists_per_block: int = setting(1, "vectors that GistNet makes of a block, an entry each; sessions and far histories need 1", GISTS)
-    gist_source: str = setting("embeddings", "what GistNet reads of a block: its embeddings, or the hidden states behind the base's middle layer, detached (no sessions)", ("embeddings", "hidden"))
+    max_lod: int = setting(4, "highest level of the tree that is built and shown")
+    gist: str = setting("transformer", "GistNet variant", GIST_VARIANTS)
     gist_width: int = setting(64, "internal width of GistNet")
-    gist_pool: str = setting("mean", "pooling of --mc_gist=transformer", ("mean", "query", "cls"))
-    gist_head: str = setting("linear", "GistNet's head", ("linear", "mlp"))
-    gist_shared: int = setting(1, "1: one GistNet for all levels with a level embedding; 0: one per level", (0, 1))
     # the working context
     budget: int = setting(128, "W: entries of the working context before the continuation, everything included")
     recent: int = setting(0, "R: last tokens protected as LOD0; 0: min(128, W/4) in whole blocks, at least one")
     horizon: int = setting(32, "H: tokens of the continuation on which a working context is judged")
     positions: str = setting("gaussian", "positions of entries: damped at global centres, undamped, or numbered in order", SCHEMES)
     damping_floor: float = setting(0.1, "share of every frequency that a gist keeps under --mc_positions=gaussian")
-    lod_axis: int = setting(0, "1: unrotated dims turn by the entry's LOD (needs --rope_fraction < 1)", (0, 1))
-    alibi: int = setting(0, "1: ALiBi by global distance in the working context", (0, 1))
-    far_tokens: int = setting(0, "tokens of the longest stored history (log-uniform per row) shown in and around a row's own, as gists of other rows: far distances, levels that rows do not reach; 0: none")
+    far_tokens: int = setting(
+        -1, "tokens of the longest stored history (log-uniform per row) shown in and around a row's own, as gists of other rows: far distances, "
+        "levels that rows do not reach; 0: none; -1: eight nodes of the highest level, at most 8,388,608, where the other settings allow it")
     far_entries: int = setting(128, "entries that the stored history may take")
     # what is trained on it
     start: float = setting(0.3, "share of the training after which working contexts and lens begin: recall must have formed")
@@ -46,57 +42,41 @@ class MCConfig:
     row_stride: int = setting(1, "every how many rows get a working context: the dial of its compute")
     variants: int = setting(1, "working contexts per such row")
     cuts: str = setting("random:0.2,recency:0.1,lens:0.5,teacher:0.2", "how training chooses what to show: policy:share, …; teacher means attention mass, known before the backward pass")
-    targets: str = setting("tail", "working-context loss on the recent tokens and the continuation, or on all raw entries", ("tail", "raw"))
-    split: str = setting("end", "continuation after the row's last block boundary that leaves room for it, or after a random one of its last half", ("end", "random"))
     wc_weight: float = setting(0.1, "weight of the working context's next-token loss; far fewer tokens than the LM's, so a noisier gradient")
     kl_weight: float = setting(0.1, "weight of the KL from the full-context distribution")
-    contrast_weight: float = setting(0.0, "weight of the gists' contrast: each names its own block's content among the row's")
-    horizon_gist_weight: float = setting(0.0, "weight of the horizon loss: the base's hidden state at a node's end names the next node's gist among the row's, at LOD1 and LOD2 as far as a row has two nodes of them")
-    bands: int = setting(0, "1: cuts of up to 5 tokens per entry, then up to 10, then more as well, a third of the training each; 0: as full as the budget allows, one in four coarser", (0, 1))
     # the lens
-    lens: str = setting("bilinear", "LensNet variant: each block by itself, or with a network on top that reads the blocks together", ("bilinear", *READERS))
-    teacher: str = setting("gate", "what the lens is taught, a kind or kind:weight, …: gate (gradients of the full pass), attention (mass in it), softmax (its logit is a bias in the working context's attention), counterfactual (measured utilities of edits) or preference (the best of --mc_variants)")
+    lens: str = setting("bilinear", "LensNet variant: each block by itself, or with a network on top that reads the blocks together", ("bilinear", *KINDS["lens"]))
+    teacher: str = setting("attention", "what the lens is taught, a kind or kind:weight, …: attention (mass in the full pass), or an arm: gate (gradients of it), counterfactual (measured utilities of edits), preference (the best of --mc_variants)")
     lens_horizon: int = setting(8, "tokens ahead whose need for a block the lens predicts")
     lens_queries: int = setting(128, "last positions of a row that teach the lens")
     lens_row_stride: int = setting(1, "every how many rows teach the lens")
     lens_key_dim: int = setting(128, "width of a lens key")
     lens_keys: int = setting(4, "lens keys per block")
-    lens_edits: int = setting(8, "edits measured in every row that has a working context, for --mc_teacher=counterfactual")
-    lens_rank: float = setting(0.0, "weight of the ranking term: the dense teacher's best block leads the lens's best others by a margin")
-    lens_zero_sum: float = setting(0.0, "weight of the zero-sum term: squared mean logit over the visible blocks")
-    lens_illegal: float = setting(0.0, "weight of the illegality term: probability on protected blocks, which are raw anyway")
-    lens_kl: float = setting(0.0, "weight of the KL from the lens's earlier distribution, that of an exponential mean of its weights")
-    lens_normalize: int = setting(0, "1: utilities in standard deviations over the candidates of a query; 0: in nats", (0, 1))
+    # what is added
+    arms: str = setting("", f"arms to add to the core, with commas between them: {', '.join(ADDED)}; their settings are flags once they are named")
     # optimization
     gist_lr: float = setting(4e-3, "learning rate of GistNet and the gists' logit bias (AdamW), scaled with the batch like the base's")
     lens_lr: float = setting(0.06, "learning rate of LensNet (Muon; half for its scalars), scaled with the batch like the base's")
 
+    of_arms: dict[str, Any] = field(default_factory=dict)  # the settings of the arms that are named: no flags of the core
+
     def __post_init__(self):
-        for f in fields(self):
+        for f in core_settings():
             choices = f.metadata["choices"]
             if choices and getattr(self, f.name) not in choices:
                 raise UserError(f"--mc_{f.name}={getattr(self, f.name)}: use one of {', '.join(map(str, choices))}")
         self.cut_shares()
-        teachers = self.teacher_weights()
+        self.teacher_weights()
         low = dict(block_size=2, max_lod=1, horizon=1, row_stride=1, variants=1, lens_horizon=1, lens_row_stride=1, budget=1,
-                   recent=0, far_tokens=0, far_entries=1, ramp=0, lens_edits=2)
+                   recent=0, far_tokens=-1, far_entries=1, ramp=0)
         for name, least in low.items():
             if getattr(self, name) < least:
                 raise UserError(f"--mc_{name}={getattr(self, name)} must be at least {least}")
-        for name, least in dict(wc_weight=0, kl_weight=0, gist_lr=1e-12, lens_lr=1e-12, lens_rank=0, lens_zero_sum=0, lens_illegal=0, lens_kl=0, contrast_weight=0, horizon_gist_weight=0).items():
+        for name, least in dict(wc_weight=0, kl_weight=0, gist_lr=1e-12, lens_lr=1e-12).items():
             if not least <= getattr(self, name) < float("inf"):
                 raise UserError(f"--mc_{name}={getattr(self, name)} must be a finite number, {'at least 0' if not least else 'above 0'}")
         if not self.wc_weight and not self.kl_weight:
             raise UserError("--mc_wc_weight=0 with --mc_kl_weight=0 trains nothing on the working context; raise one")
-        if teachers["preference"] and self.variants < 2:
-            raise UserError(f"--mc_teacher={self.teacher} prefers one of several variants; raise --mc_variants above {self.variants}")
-        if self.lens_edits != MCConfig.lens_edits and not teachers["counterfactual"]:
-            raise UserError(f"--mc_lens_edits={self.lens_edits} has no effect without --mc_teacher=counterfactual")
-        dense = any(teachers[kind] for kind in DENSE_TEACHERS)
-        if self.lens_rank and not dense:
-            raise UserError(f"--mc_lens_rank={self.lens_rank} ranks by a dense teacher, {' or '.join(DENSE_TEACHERS)}, not by --mc_teacher={self.teacher}")
-        if self.lens_normalize and not dense and not teachers["counterfactual"]:
-            raise UserError(f"--mc_lens_normalize=1 has no effect with --mc_teacher={self.teacher}")
         if not 0 <= self.start < 1:
             raise UserError(f"--mc_start={self.start} must be in [0, 1)")
         if not 0 <= self.damping_floor <= 1:
@@ -107,21 +87,47 @@ class MCConfig:
             raise UserError(f"--mc_lens_queries={self.lens_queries} must exceed --mc_lens_horizon={self.lens_horizon}")
         if 0 < self.far_tokens < self.block_size:
             raise UserError(f"--mc_far_tokens={self.far_tokens} is less than a block of {self.block_size}")
-        if self.far_tokens and self.gists_per_block > 1:
-            raise UserError(f"--mc_far_tokens={self.far_tokens} holds one gist per node, and --mc_gists_per_block={self.gists_per_block}; use 1")
-        if self.lens != "bilinear" and self.gists_per_block > 1:
-            raise UserError(f"--mc_lens={self.lens} reads one gist per node, and --mc_gists_per_block={self.gists_per_block}; use --mc_lens=bilinear")
         if not self.far_tokens and self.far_entries != MCConfig.far_entries:
             raise UserError(f"--mc_far_entries={self.far_entries} has no effect with --mc_far_tokens=0")
         if self.damping_floor != MCConfig.damping_floor and self.positions != "gaussian":
             raise UserError(f"--mc_damping_floor has no effect with --mc_positions={self.positions}")
+        if self.gist == "mean" and self.gist_width != MCConfig.gist_width:
+            raise UserError("--mc_gist_width has no effect with --mc_gist=mean, which has no weights")
+        self._settle_arms()
 
-        for name, value in (("far_tokens", self.far_tokens), ("lens", self.lens != "bilinear")):
-            if value and self.gist_source == "hidden":
-                raise UserError(f"--mc_gist_source=hidden has no hidden states for --mc_{name}={getattr(self, name)}; use embeddings")
-        for name in ("gist_width", "gist_shared", "gist_source", "contrast_weight"):
-            if self.gist == "mean" and getattr(self, name) != getattr(MCConfig, name):
-                raise UserError(f"--mc_{name} has no effect with --mc_gist=mean, which has no weights")
+    def _settle_arms(self) -> None:
+        """Settings of the arms that are named, as given or at their defaults, and nobody else's."""
+        arms = {module: load(module) for module in self.named_arms()}
+        settled = {}
+        for arm in arms.values():
+            for name, known in arm.SETTINGS.items():
+                settled[name] = value = self.of_arms.get(name, known.default)
+                if type(value) is not type(known.default) and not (type(value) is int and type(known.default) is float):
+                    raise UserError(f"--mc_{name}={one_line(value)} is not of type {type(known.default).__name__}")
+                if known.choices and value not in known.choices:
+                    raise UserError(f"--mc_{name}={value}: use one of {', '.join(map(str, known.choices))}")
+                if isinstance(value, int | float) and not known.low <= value < float("inf"):
+                    raise UserError(f"--mc_{name}={value} must be a finite number, at least {known.low:g}")
+        object.__setattr__(self, "of_arms", settled)
+        for arm in arms.values():
+            arm.check(self)
+
+    def named_arms(self) -> list[str]:
+        """Modules of mc.arms that this run uses."""
+        return named({name: getattr(self, name) for name in ("arms", *KINDS)})
+
+    def of(self, setting: str) -> Any:
+        """A setting of an arm; where the arm is not named, the value at which it does nothing."""
+        return self.of_arms.get(setting, SETTINGS[setting][1])
+
+    @property
+    def gists_per_block(self) -> int:
+        return self.of("gists_per_block")
+
+    @property
+    def gist_source(self) -> str:
+        """What GistNet reads of a block."""
+        return "hidden" if "hidden" in self.named_arms() else "embeddings"
 
     @property
     def protected(self) -> int:
@@ -156,26 +162,69 @@ def _mixture(flag: str, text: str, names: tuple[str, ...], form: str) -> dict[st
     return numbers
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def core_settings() -> list:
+    """The fields that are flags."""
+    return [f for f in fields(MCConfig) if f.metadata]
+
+
+def add_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> None:
+    """The core's flags, and those of the arms that a command line names; argv: by default this process's."""
     group = parser.add_argument_group("MegaContext (with --mc_enabled=1)")
-    for f in fields(MCConfig):
+    for f in core_settings():
         group.add_argument(f"--mc_{f.name}", type=type(f.default), default=f.default, choices=f.metadata["choices"],
                            help=f.metadata["help"])
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("arms", *KINDS):
+        chosen.add_argument(f"--mc_{name}", f"--mc-{name}", default="")
+    words, rest = chosen.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    arms = named({name: getattr(words, f"mc_{name}") for name in ("arms", *KINDS)})
+    for module in arms:
+        if settings := load(module).SETTINGS:
+            group = parser.add_argument_group(f"MegaContext's arm {module}")
+            for name, known in settings.items():
+                group.add_argument(f"--mc_{name}", type=type(known.default), default=known.default, choices=known.choices, help=known.help)
+    for name, (module, _) in SETTINGS.items():
+        if module not in arms and any(word.replace("-", "_").startswith(f"__mc_{name}") for word in rest):
+            raise UserError(f"--mc_{name} is a setting of the arm {module}; name it too: {_how(module)}")
+
+
+def _how(module: str) -> str:
+    return f"--mc_arms={module}" if module in ADDED else next(f"--mc_{kind}={value}" for kind, values in KINDS.items() for value in values if values[value] == module)
 
 
 def from_flags(args: argparse.Namespace) -> MCConfig:
-    return MCConfig(**{f.name: getattr(args, f"mc_{f.name}") for f in fields(MCConfig)})
+    return from_dict({name.removeprefix("mc_"): value for name, value in vars(args).items() if name.startswith("mc_") and name != "mc_enabled"})
 
 
-RETIRED = dict(max_gap=0, far_nodes=0)  # settings of earlier versions, and the value at which they did nothing
+RETIRED = dict(max_gap=0, far_nodes=0, lens_normalize=0, gist_pool="mean", gist_head="linear", gist_shared=1, targets="tail",
+               split="end", lod_axis=0, alibi=0)  # settings of earlier versions, and the value at which they did nothing
 
 
 def from_dict(values: dict) -> MCConfig:
     """The config that a checkpoint's meta holds, of this version or of an earlier one that made no use of what is gone."""
-    values = {name: value for name, value in values.items() if name not in RETIRED or value != RETIRED[name]}
-    if unknown := sorted(set(values) - {f.name for f in fields(MCConfig)}):
-        raise UserError(f"MC config has unknown fields: {', '.join(unknown)}; it was written by another version")
-    return MCConfig(**values)
+    if not isinstance(values, dict):
+        return from_plain(MCConfig, values, "MC config")
+    if gone := [f"{name}={one_line(values[name])}" for name in RETIRED if values.get(name, RETIRED[name]) != RETIRED[name]]:
+        raise UserError(f"it was made with {', '.join(gone)}, which this version does not have; an earlier commit reads it (see the log)")
+    own = {"far_tokens": 0} | {name: value for name, value in values.items() if name not in RETIRED and name not in SETTINGS}
+    for name in ("arms", *KINDS):
+        if not isinstance(own.get(name, ""), str):
+            raise UserError(f"MC config: {name} is {one_line(own[name])}, not a name; it was written by another version, or damaged")
+    given = {name: value for name, value in values.items() if name in SETTINGS}
+    named_by_value = {SETTINGS[name][0] for name, value in given.items() if value != SETTINGS[name][1]}  # before there were arms
+    arms = named({name: own.get(name, "") for name in ("arms", *KINDS)})
+    for module in named_by_value - set(arms) - set(ADDED):
+        raise UserError(f"--mc_{' --mc_'.join(f'{k}={v}' for k, v in given.items() if SETTINGS[k][0] == module)} has no effect without {_how(module)}")
+    own["arms"] = ",".join(name for name in ADDED if name in arms or name in named_by_value)
+    return from_plain(MCConfig, own | {"of_arms": given}, "MC config")
 
 
-to_dict = asdict
+def to_dict(config: MCConfig) -> dict:
+    """As a checkpoint's meta holds it."""
+    return {f.name: getattr(config, f.name) for f in core_settings()} | config.of_arms
+
+
+def complete(config: MCConfig) -> dict:
+    """With every setting that any version had, at the value that stands for its absence: what fingerprints are made of."""
+    absent = {name: value for name, (_, value) in SETTINGS.items()}
+    return RETIRED | absent | {"gist_source": config.gist_source} | to_dict(config)

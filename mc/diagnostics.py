@@ -1,7 +1,6 @@
 """Is MegaContext learning, thrashing or broken? What is measured to tell, and how.
 
-Every step, from what the step holds anyway (device tensors, nothing waits for them): where the entries and tokens of a working
-context stand, what gists look like, how far the lens's logits spread.
+What every step measures, from what it holds anyway, is in `mc.telemetry`.
 
 Now and then, on held-out rows (`probe`): the NLL of every way to show the history on the same tokens, the measured utility of
 blocks against the lens's opinion of them, and how the allocator behaves while a history grows.
@@ -28,63 +27,16 @@ from mc.evaluation import FocusComparison, Outcome, plain_outcomes
 from mc.focus_allocator import FocusReport, FocusState, GreedyAllocator
 from mc.keyed_random import uniform
 from mc.lensnet import focus_scores
-from mc.mega_context import Tree, tiling
+from mc.mega_context import tiling
 from mc.model import MegaContext
-from mc.working_context import Cut, entries_used, spans
+from mc.runtime import MCController
+from mc.telemetry import Metrics
 from nanochat.gpt import GPT
 from nanochat.recorder import Labelled
 
 SAMPLED = 32  # blocks whose utility a probe measures: one pass over a working context each
 REFOCUSES = 64  # that a probe replays at most
 BANDS = {"to_5": 4, "to_10": 8, "over_10": 16}  # compression bands, and the tokens per entry at which each is measured
-
-Metrics = dict[str, Tensor]  # keys: names, or `Labelled`; values: tensors of one element, on the device
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Every step
-
-
-def shares_by_lod(cut: Cut, n_B: Tensor, max_lod: int) -> Metrics:
-    """Share of a working context's entries, and of its history's tokens, at each LOD; and tokens per entry."""
-    _, length_BW = spans(cut)
-    used_B = entries_used(cut)
-    metrics: Metrics = {"mc.focus.compression": (n_B / used_B).mean()}
-    for lod in range(max_lod + 1):
-        mine_BW = cut.valid_BW & (cut.lod_BW == lod)
-        entries_B = mine_BW.sum(1) * (cut.n_gists if lod else 1)
-        metrics[Labelled("mc.focus.entry_share", lod=lod)] = (entries_B / used_B).mean()
-        metrics[Labelled("mc.focus.token_share", lod=lod)] = ((length_BW * mine_BW).sum(1) / n_B).mean()
-    return metrics
-
-
-@torch.no_grad()
-def gist_statistics(tree: Tree) -> Metrics:
-    """Per level with at least two nodes a row: rms of a gist's elements (1 where its size matches token embeddings), variance
-    over the nodes of a row (0: all alike), and effective rank of their deviations from the mean: participation ratio
-    tr(C)² / tr(C²) of the covariance C, between 1 and min(N − 1, D)."""
-    metrics: Metrics = {}
-    for lod, level_BND in enumerate(tree.levels):
-        if lod == 0 or level_BND.shape[1] < 2:
-            continue
-        x_BND = level_BND.detach().to(torch.promote_types(level_BND.dtype, torch.float32))
-        rms_BN, x_BND = x_BND.square().mean(-1).sqrt(), x_BND - x_BND.mean(1, keepdim=True)
-        wide = x_BND.shape[1] > x_BND.shape[2]
-        gram = x_BND.mT @ x_BND if wide else x_BND @ x_BND.mT
-        trace_B, square_B = gram.diagonal(dim1=1, dim2=2).sum(-1), gram.square().sum((1, 2))
-        metrics[Labelled("mc.gist.rms", lod=lod)] = rms_BN.mean()
-        metrics[Labelled("mc.gist.variance", lod=lod)] = x_BND.square().mean()
-        metrics[Labelled("mc.gist.effective_rank", lod=lod)] = (trace_B.square() / square_B.clamp_min(1e-30)).mean()
-    return metrics
-
-
-def spread(logits_BQN: Tensor, visible_BQN: Tensor) -> Tensor:
-    """[] standard deviation of the lens's logits over the visible blocks, mean over queries that see two or more, and rows."""
-    count_BQ = visible_BQN.sum(-1)
-    mean_BQ1 = (logits_BQN * visible_BQN).sum(-1, keepdim=True) / count_BQ.clamp_min(1).unsqueeze(-1)
-    deviation_BQ = ((((logits_BQN - mean_BQ1) * visible_BQN).square().sum(-1)) / count_BQ.clamp_min(1)).sqrt()
-    several_BQ = count_BQ > 1
-    return ((deviation_BQ * several_BQ).sum(1) / several_BQ.sum(1).clamp_min(1)).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,6 +162,13 @@ def replay(mc: MegaContext, embeds_BTD: Tensor, n: int, logits_of=None) -> Focus
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The probe
+
+
+def probe_batch(controller: MCController, gpt: GPT, batch) -> Metrics:
+    """`probe` on a held-out micro-batch of training."""
+    n, end = controller.history, controller.history + controller.config.horizon
+    return probe(gpt, controller.model, batch.inputs[:, :end], batch.targets[:, :end], n, controller.seed, batch.rows,
+                 [lod for lod in controller.meta()["trained_lods"] if controller.config.block_size ** lod <= n])
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ Draws are keyed by (seed, step, global row). Which rows are "other" is the micro
 Shapes: B rows of the micro-batch, R rows that get a far history, T tokens, D width, F entries of it, P nodes of a pool.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from mc.gistnet import GistNet
 from mc.keyed_random import uniform
 from mc.working_context import Cut, coarsest, expand, spans
 
+LONGEST = 2**23  # tokens of a far history, unless a run asks for more
 BLOCKS_OF_A_ROW = 8  # LOD1 nodes that each row lends to the others
 NODES_OF_A_LEVEL = 4  # different nodes of each level above
 
@@ -54,6 +56,22 @@ def most_entries(config: MCConfig) -> int:
     """The most that any drawn length takes before it is opened anywhere."""
     K, top = config.block_size, config.max_lod
     return config.far_tokens // K**top + sum(min(config.far_tokens // K**lod, K - 1) for lod in range(1, top))
+
+
+def with_far_tokens(config: MCConfig, micro_batch: int) -> tuple[MCConfig, str | None]:
+    """The config with --mc_far_tokens=-1 as the number that it means here, and where that is none the reason, as part of a sentence."""
+    if config.far_tokens >= 0:
+        return config, None
+    K, top = config.block_size, config.max_lod
+    most = config.far_entries - (K - 1) * (top - 1)  # nodes of the highest level
+    obstacles = {"--device_batch_size=1: a far history is made of other rows": micro_batch < 2,
+                 f"--mc_gists_per_block={config.gists_per_block}": config.gists_per_block > 1,
+                 f"--mc_gist_source={config.gist_source}": config.gist_source != "embeddings",
+                 f"--mc_far_entries={config.far_entries}": most < 1}
+    why = next((obstacle for obstacle, holds in obstacles.items() if holds), None)
+    if why:
+        return replace(config, far_tokens=0, far_entries=MCConfig.far_entries), why
+    return replace(config, far_tokens=min(min(8, most) * K**top, LONGEST)), None
 
 
 def draw_cut(config: MCConfig, rows_B: Tensor, *key: int | str) -> tuple[Cut, Tensor]:

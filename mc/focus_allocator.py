@@ -86,6 +86,26 @@ def entries_needed(n_tokens: int, cfg: FocusConfig, deep_blocks: int = 1) -> tup
     return tiling(before, k, cfg.max_lod, cfg.n_gists), deep * deep_blocks, n_tokens - before
 
 
+def fits(n_tokens: int, cfg: FocusConfig) -> bool:
+    """Whether the budget tiles every history of up to n_tokens with a block shown raw besides the tail: once false, always false.
+
+    A tiling takes most entries where the lower digits of what lies before the tail are all block_size - 1.
+    """
+    head, widths = n_tokens - cfg.recent, [cfg.block_size**lod for lod in range(1, cfg.max_lod + 1)]
+    worst = [n_tokens, *(head // width * width - 1 + cfg.recent for width in widths)]
+    return all(sum(entries_needed(n, cfg)) <= cfg.soft_budget for n in worst if n > 0)
+
+
+def check_budget(cfg: FocusConfig) -> None:
+    """Refuse (UserError, with the numbers) a budget that, whatever the length, cannot show the tail and one block raw and nothing else."""
+    tail = cfg.recent + cfg.block_size - 1
+    if cfg.budget < (need := tail + cfg.block_size):
+        raise UserError(
+            f"a budget of {cfg.budget} entries is too small for a session: a recent tail of up to {tail} tokens + one raw block of "
+            f"{cfg.block_size} = {need}; raise --mc_budget to {need}"
+        )
+
+
 def check_feasible(n_tokens: int, cfg: FocusConfig, deep_blocks: int = 1) -> None:
     """Refuse (UserError, with the numbers) a budget that cannot show `deep_blocks` blocks raw besides the tail."""
     tiles, deep, tail = entries_needed(n_tokens, cfg, deep_blocks)

@@ -6,16 +6,12 @@ The mean is over the valid entries and the head starts at zero, so training star
 Only the summary differs between variants, and each is put together from one `Layer` (a sequence that reads another):
 
     mean         no summary, no parameters
-    transformer  the entries read each other; then the mean over them, a learned query that reads them, or a CLS among them
-    slots        K→1→K→1: the entries read each other; query 1 reads them; they read it back; query 2 reads what they became
-    binding      each entry times its right neighbour, through a projection each (a GLU), and the mean over these products
-
-A mean holds which entries a block has, not which stood beside which; a product of two neighbours holds the pair. Of 16 pairs of a
-key and one of 16 values in one vector of 128, a reader names 83 % from products and 20 % from a mean (400 steps, 1 seed).
+    transformer  the entries read each other; then the mean over them
+    slots        an arm, `mc.arms.gist_slots`
 
 Nothing is causal. The network is narrow (`width`), because it runs on every token: at width 64, beside a base layer of width
 128 at 1,088 tokens, `transformer` costs 14 % of that layer per token, `slots` 27 % (`GistNet.flops_per_token`; measured
-times agree) and `binding` 5 %.
+times agree).
 
 Every attention has one more key and value, both zero (`add_zero_attn` of nn.MultiheadAttention; Miller, "Attention is off by
 one", 2023). With it an entry may read nothing, which makes reading a single slot a gate, sigmoid(q·k), instead of a constant;
@@ -32,10 +28,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from mc.arm import KINDS, load
 from nanochat.common import UserError
 from nanochat.gpt import norm
 
-VARIANTS, POOLS, HEADS, GISTS = ("mean", "transformer", "slots", "binding"), ("mean", "query", "cls"), ("linear", "mlp"), (1, 2, 4)
+VARIANTS, GISTS = ("mean", "transformer", *KINDS["gist"]), (1, 2, 4)
 MLP_RATIO = 2  # hidden width of an MLP / C
 MAX_WIDTH = 512
 POSITION_STD = 0.5  # of the position embedding, beside entries of rms 1
@@ -49,23 +46,16 @@ class GistNetConfig:
     d_model: int
     block_size: int = 32
     max_lod: int = 2  # gists are made for LOD1 … LOD max_lod
-    variant: str = "slots"
+    variant: str = "transformer"
     width: int = 64
     n_head: int = 2
-    n_layer: int = 1  # layers in which the entries read each other; none of `binding`
-    pool: str = "mean"  # of the transformer: "mean", "query" or "cls"
-    head: str = "linear"  # or "mlp"
+    n_layer: int = 1  # layers in which the entries read each other
     n_gists: int = 1
-    shared_levels: bool = True  # one network for all levels, with a level embedding; else one per level
 
     def __post_init__(self):
-        for name, choices in (("variant", VARIANTS), ("pool", POOLS), ("head", HEADS), ("n_gists", GISTS)):
+        for name, choices in (("variant", VARIANTS), ("n_gists", GISTS)):
             if getattr(self, name) not in choices:
                 raise UserError(f"gistnet {name} {getattr(self, name)!r}: use one of {', '.join(map(str, choices))}")
-        if self.pool != "mean" and self.variant != "transformer":
-            raise UserError(f"gistnet pool {self.pool!r} needs the variant 'transformer'; {self.variant!r} has its own pooling")
-        if self.head != "linear" and self.variant == "mean":
-            raise UserError(f"gistnet head {self.head!r}: the variant 'mean' has no head")
         if self.block_size < 2 or self.max_lod < 1 or self.n_layer < 1:
             given = f"{self.block_size}, {self.max_lod}, {self.n_layer}"
             raise UserError(f"gistnet needs block_size ≥ 2, max_lod ≥ 1 and n_layer ≥ 1; got {given}")
@@ -116,81 +106,23 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """n_layer layers of self-attention, then a pool."""
+    """n_layer layers of self-attention, then the mean."""
 
     def __init__(self, config: GistNetConfig):
         super().__init__()
-        self.pool = config.pool
         self.layers = nn.ModuleList(Layer(config.width, config.n_head) for _ in range(config.n_layer))
-        if self.pool != "mean":
-            self.query_GC = nn.Parameter(QUERY_STD * torch.randn(config.n_gists, config.width))
-        if self.pool == "query":
-            self.reader = Layer(config.width, config.n_head)
 
     def forward(self, h_NKC: Tensor, mask_NK: Tensor | None, share_NGK: Tensor) -> Tensor:
         """h [N, K, C], mask [N, K] bool or None, share [N or 1, G, K] the weights of a mean -> summary [N, G, C]."""
-        if self.pool == "cls":
-            G = len(self.query_GC)
-            h_NKC = torch.cat([spread(self.query_GC, h_NKC), h_NKC], 1)
-            mask_NK = None if mask_NK is None else F.pad(mask_NK, (G, 0), value=True)
         for layer in self.layers:
             h_NKC = layer(h_NKC, h_NKC, mask_NK)
-        if self.pool == "cls":
-            return h_NKC[:, :G]
-        if self.pool == "query":
-            return self.reader(spread(self.query_GC, h_NKC), h_NKC, mask_NK)
         return share_NGK.to(h_NKC.dtype) @ h_NKC
 
     def flops(self, K: int, G: int) -> int:
-        rows = K + (G if self.pool == "cls" else 0)
-        mixing = sum(layer.flops(rows, rows) for layer in self.layers)
-        if self.pool == "mean":
-            return mixing + 2 * G * K * self.layers[0].query.in_features
-        return mixing + (self.reader.flops(G, K) if self.pool == "query" else 0)
+        return sum(layer.flops(K, K) for layer in self.layers) + 2 * G * K * self.layers[0].query.in_features
 
 
-class Slots(nn.Module):
-    """K→1→K→1: what the first query gathered is given back to the entries before the second one reads them."""
-
-    def __init__(self, config: GistNetConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(config.width, config.n_head) for _ in range(config.n_layer))
-        self.query_1_GC = nn.Parameter(QUERY_STD * torch.randn(config.n_gists, config.width))
-        self.query_2_GC = nn.Parameter(QUERY_STD * torch.randn(config.n_gists, config.width))
-        self.gather_1, self.give_back, self.gather_2 = (Layer(config.width, config.n_head) for _ in range(3))
-
-    def forward(self, h_NKC: Tensor, mask_NK: Tensor | None, share_NGK: Tensor) -> Tensor:
-        """As `Transformer.forward`; share is not used."""
-        for layer in self.layers:
-            h_NKC = layer(h_NKC, h_NKC, mask_NK)
-        slot_NGC = self.gather_1(spread(self.query_1_GC, h_NKC), h_NKC, mask_NK)
-        h_NKC = self.give_back(h_NKC, slot_NGC, None)
-        return self.gather_2(spread(self.query_2_GC, h_NKC), h_NKC, mask_NK)
-
-    def flops(self, K: int, G: int) -> int:
-        return sum(layer.flops(K, K) for layer in self.layers) + 2 * self.gather_1.flops(G, K) + self.give_back.flops(K, G)
-
-
-class Binding(nn.Module):
-    """The mean over neighbours of the product of two projections; a pair counts in the part of its left entry."""
-
-    def __init__(self, config: GistNetConfig):
-        super().__init__()
-        self.left, self.right = linear(config.width, config.width), linear(config.width, config.width)
-
-    def forward(self, h_NKC: Tensor, mask_NK: Tensor | None, share_NGK: Tensor) -> Tensor:
-        """As `Transformer.forward`. A pair is two valid entries side by side."""
-        pairs_NKC = self.left(h_NKC) * F.pad(self.right(h_NKC)[:, 1:], (0, 0, 0, 1))
-        if mask_NK is not None:
-            pairs_NKC = pairs_NKC.masked_fill(~(mask_NK & F.pad(mask_NK[:, 1:], (0, 1)))[..., None], 0)
-        return share_NGK.to(pairs_NKC.dtype) @ pairs_NKC
-
-    def flops(self, K: int, G: int) -> int:
-        width = self.left.in_features
-        return 4 * K * width**2 + 2 * G * K * width
-
-
-def spread(query_GC: Tensor, like_NKC: Tensor) -> Tensor:
+def spread_rows(query_GC: Tensor, like_NKC: Tensor) -> Tensor:
     """The same learned rows for each block: [G, C] -> [N, G, C]."""
     return query_GC.to(like_NKC.dtype).expand(len(like_NKC), -1, -1)
 
@@ -198,28 +130,24 @@ def spread(query_GC: Tensor, like_NKC: Tensor) -> Tensor:
 class Summary(nn.Module):
     """What a gist has beyond the mean: into the narrow width, summarize, and back out through a head that starts at zero."""
 
-    def __init__(self, config: GistNetConfig, n_levels: int, size: int):
-        """For n_levels levels and blocks of at most `size` entries."""
+    def __init__(self, config: GistNetConfig):
         super().__init__()
         self.embed = linear(config.d_model, config.width)
-        self.position_KC = nn.Parameter(POSITION_STD * torch.randn(size, config.width))
-        self.level_LC = nn.Parameter(torch.zeros(n_levels, config.width))  # with one level: the bias of `embed`
-        self.body = {"transformer": Transformer, "slots": Slots, "binding": Binding}[config.variant](config)
-        hidden = MLP_RATIO * config.width if config.head == "mlp" else config.width
-        self.hidden = linear(config.width, hidden) if config.head == "mlp" else None
-        self.head = linear(hidden, config.d_model)
+        self.position_KC = nn.Parameter(POSITION_STD * torch.randn(config.entries(config.max_lod), config.width))
+        self.level_LC = nn.Parameter(torch.zeros(config.max_lod, config.width))
+        body = Transformer if config.variant == "transformer" else load(KINDS["gist"][config.variant]).BODY
+        self.body = body(config)
+        self.head = linear(config.width, config.d_model)
         nn.init.zeros_(self.head.weight)
 
     def forward(self, x_NKD: Tensor, mask_NK: Tensor | None, share_NGK: Tensor, level: int) -> Tensor:
         """x [N, K, D], mask [N, K] or None, share [N or 1, G, K], level from 0 -> [N, G, D], not normed."""
         h_NKC = self.embed(x_NKD)
         h_NKC = h_NKC + (self.position_KC[: x_NKD.shape[1]] + self.level_LC[level]).to(h_NKC.dtype)
-        s_NGC = norm(self.body(h_NKC, mask_NK, share_NGK))
-        return self.head(s_NGC if self.hidden is None else F.relu(self.hidden(s_NGC)).square())
+        return self.head(norm(self.body(h_NKC, mask_NK, share_NGK)))
 
     def flops(self, K: int, G: int) -> int:
-        outer = K * self.embed.weight.numel() + G * self.head.weight.numel()
-        return 2 * (outer + (G * self.hidden.weight.numel() if self.hidden is not None else 0)) + self.body.flops(K, G)
+        return 2 * (K * self.embed.weight.numel() + G * self.head.weight.numel()) + self.body.flops(K, G)
 
 
 class GistNet(nn.Module):
@@ -228,9 +156,7 @@ class GistNet(nn.Module):
     def __init__(self, config: GistNetConfig):
         super().__init__()
         self.config = config
-        shared = config.shared_levels
-        lods = () if config.variant == "mean" else (config.max_lod,) if shared else range(1, config.max_lod + 1)
-        self.summaries = nn.ModuleList(Summary(config, config.max_lod if shared else 1, config.entries(lod)) for lod in lods)
+        self.summaries = nn.ModuleList([] if config.variant == "mean" else [Summary(config)])  # a list, for the names in checkpoints
 
     def forward(self, x_NKD: Tensor, mask_NK: Tensor | None, lod: int, read_NKD: Tensor | None = None) -> Tensor:
         """The gists of N blocks.
@@ -256,8 +182,8 @@ class GistNet(nn.Module):
             read_NKD = None if read_NKD is None else read_NKD.masked_fill(~mask_NK[..., None], 0)
         share_NGK = self._shares(mask_NK, x_NKD, config.entries(lod))
         gist_NGD = share_NGK @ x_NKD
-        for summary in self.summaries[:1] if config.shared_levels else self.summaries[lod - 1 : lod]:
-            gist_NGD = gist_NGD + summary(x_NKD if read_NKD is None else read_NKD, mask_NK, share_NGK, lod - 1 if config.shared_levels else 0)
+        for summary in self.summaries:
+            gist_NGD = gist_NGD + summary(x_NKD if read_NKD is None else read_NKD, mask_NK, share_NGK, lod - 1)
         gist_NGD = norm(gist_NGD).to(x_NKD.dtype)
         return gist_NGD if mask_NK is None else gist_NGD * mask_NK.any(1)[:, None, None]
 

@@ -13,7 +13,7 @@ read the hidden states of the full-context pass would have read the answer. All 
 trust is a learned number per token, so that a tail of many tokens adds up its evidence and function words stay silent; age is one
 per place in the tail, so that what was asked a while ago does not outvote what is asked now.
 `logits` does this at every position at once (training: hundreds of queries per context), `focus_logits` at the last one (use).
-What a network other than "bilinear" adds to these logits, at few positions: `mc.lens_networks`.
+What a network other than "bilinear" adds to these logits, at few positions: `mc.arms.reader`.
 
 Shapes: B rows, T tokens, N nodes, P keys per node, D width of the base, C key width.
 """
@@ -25,12 +25,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mc.lens_networks import Reader
+from mc.arm import KINDS, load
 from nanochat.common import UserError
 from nanochat.gpt import norm
 
 LOCAL_MEAN = 8  # tokens that the third part of a query's input averages
 DISTANCE_BUCKETS = 32
+CURSORS = 8  # positions of a row at which a reader is taught
+RERANKED = 64  # blocks that the search of a long history proposes to a reader, at least
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class LensNetConfig:
     key_dim: int = 128
     query_width: int = 256
     tail: int = 32  # tokens whose evidence adds up, and whose own blocks are shown anyway
-    network: str = "bilinear"  # or what reads the blocks together, one of mc.lens_networks.READERS
+    network: str = "bilinear"  # or what reads the blocks together, an arm
     max_lod: int = 2  # levels that it reads
 
     def __post_init__(self):
@@ -81,7 +83,7 @@ class LensNet(nn.Module):
         nn.init.constant_(self.trust.bias, -2.0)  # thirty tokens together start about as sure as four
         self.reader = None
         if config.network != "bilinear":
-            self.reader = Reader(config.network, config.d_model, config.block_size, config.max_lod, config.tail)
+            self.reader = load(KINDS["lens"][config.network]).reader(config.d_model, config.block_size, config.max_lod, config.tail)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if (bias := state_dict.pop(prefix + "distance_bias", None)) is not None:  # earlier checkpoints hold the biases themselves

@@ -2,7 +2,7 @@
 
 LOD0 is the tokens' embeddings. Node (lod, index) covers tokens [index·K^lod, (index+1)·K^lod) and is made by GistNet from its K
 children, never from the tokens again. It exists only when complete; what is left over stays LOD0. Its gist is one vector, or G of
-them (`--mc_gists_per_block`): each is an entry of its own and stands for the g-th of G equal parts of the node's span, from whose
+them (the arm `several`): each is an entry of its own and stands for the g-th of G equal parts of the node's span, from whose
 mean it starts, though it has read all of the block.
 
 `TreeShape` is the arithmetic: integers only, so that a working context can be chosen and edited without touching a vector.
@@ -63,11 +63,6 @@ class TreeShape:
         """Rows of the flat table."""
         return sum(self.counts)
 
-    @property
-    def min_entries(self) -> int:
-        """The least number of entries that tile the history."""
-        return tiling(self.n_tokens, self.block_size, self.max_lod)
-
     def exists(self, lod: Integers, index: Integers) -> bool | Tensor:
         """Whether the node is in the tree: a level it has, and complete."""
         clamped = lod.clamp(0, self.max_lod) if isinstance(lod, Tensor) else min(max(lod, 0), self.max_lod)
@@ -89,10 +84,6 @@ class TreeShape:
     def parent(self, lod: Integers, index: Integers) -> tuple[Integers, Integers]:
         """(lod, index) of the node above."""
         return lod + 1, index // self.block_size
-
-    def first_child(self, lod: Integers, index: Integers) -> tuple[Integers, Integers]:
-        """(lod, index) of the first of K children; the others follow it."""
-        return lod - 1, index * self.block_size
 
 
 def _gists(gistnet: GistFn, children_BTD: Tensor, size: int, lod: int, n_gists: int, read_BTD: Tensor | None = None) -> Tensor:

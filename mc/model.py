@@ -7,7 +7,6 @@ rule serves raw tokens and gists alike. Rows are packed to the left and padded a
 Shapes: B rows, W capacity of the cut, M = W + H − 1 entries of the pass, D width, T tokens of the row, P rows read.
 """
 
-import copy
 import hashlib
 import math
 from pathlib import Path
@@ -18,11 +17,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mc.config import MCConfig, from_dict, to_dict
+from mc.arm import Arm, load
+from mc.config import MCConfig, complete, from_dict
 from mc.focus_allocator import FocusConfig, GreedyAllocator
 from mc.far_history import FarHistory, place
-from mc.gaussian_rope import alibi_bias, entry_rotary
-from mc.gist_objectives import HorizonHead
+from mc.gaussian_rope import entry_rotary
 from mc.gistnet import GistNet, GistNetConfig
 from mc.lensnet import LOCAL_MEAN, LensNet, LensNetConfig
 from mc.mega_context import Tree, build_tree
@@ -30,8 +29,7 @@ from mc.working_context import Cut, by_entry, entries_used, width
 from nanochat.checkpoint import load_mc_state
 from nanochat.common import UserError
 from nanochat.gpt import GPT
-
-EARLIER = 0.9  # share of itself that the earlier lens keeps at a step: it is about ten steps old
+from nanochat.loading import build
 
 
 class MegaContext(nn.Module):
@@ -41,12 +39,12 @@ class MegaContext(nn.Module):
         super().__init__()
         self.config = config
         self.gistnet = GistNet(GistNetConfig(
-            d_model, config.block_size, config.max_lod, config.gist, config.gist_width, pool=config.gist_pool,
-            head=config.gist_head, n_gists=config.gists_per_block, shared_levels=bool(config.gist_shared)))
+            d_model, config.block_size, config.max_lod, config.gist, config.gist_width, n_gists=config.gists_per_block))
         self.lensnet = LensNet(LensNetConfig(d_model, config.block_size, config.lens_keys, config.lens_key_dim,
                                              tail=config.protected, network=config.lens, max_lod=config.max_lod))
-        self.earlier_lens = copy.deepcopy(self.lensnet).requires_grad_(False) if config.lens_kl else None
-        self.horizon_head = HorizonHead(d_model, config.max_lod) if config.horizon_gist_weight else None
+        self.arms: dict[str, Arm] = {module: load(module)(config) for module in config.named_arms()}
+        for arm in self.arms.values():
+            arm.build(self, d_model)
         self.gist_bias = nn.Parameter(torch.zeros(config.max_lod))
         self.allocator = GreedyAllocator(self.focus_config())
 
@@ -55,11 +53,11 @@ class MegaContext(nn.Module):
         return FocusConfig(c.budget, c.block_size, c.max_lod, recent=c.protected, n_gists=c.gists_per_block)
 
     def build_tree(self, embeds_BTD: Tensor, middle_BTD: Tensor | None = None) -> Tree:
-        """middle: the base's hidden states behind its middle layer (`GPT.hidden`), which --mc_gist_source=hidden reads and nothing else
+        """middle: the base's hidden states behind its middle layer (`GPT.hidden`), which the arm `hidden` reads and nothing else
         needs; no gradient goes into them. UserError where they are missing."""
         c = self.config
         if c.gist_source == "hidden" and middle_BTD is None:
-            raise UserError("--mc_gist_source=hidden: gists are made from hidden states of the base, which are not computed here; use embeddings")
+            raise UserError("--mc_arms=hidden: gists are made from hidden states of the base, which are not computed here; use embeddings")
         read = middle_BTD.detach() if c.gist_source == "hidden" else None
         return build_tree(embeds_BTD, self.gistnet, c.block_size, c.max_lod, n_gists=c.gists_per_block, read_BTD=read)
 
@@ -108,22 +106,17 @@ class MegaContext(nn.Module):
         tail_BQTD = take(embeds_BTD, at_BQT.clamp_min(0).flatten(1)).unflatten(1, at_BQT.shape[1:]) * (at_BQT >= 0)[..., None]
         return lens.reader(logits_BQN, tail_BQTD, cursor_BQ, torch.cat(levels, 1), lod_E, index_E)
 
-    @torch.no_grad()
-    def follow_lens(self) -> None:
-        """Move the earlier lens a step towards the lens: an exponential mean of its weights, once per optimizer step."""
-        for mean, now in zip(self.earlier_lens.parameters(), self.lensnet.parameters()):
-            mean.lerp_(now, 1 - EARLIER)
-
     def param_groups(self, lr_scale: float = 1.0) -> list[dict]:
-        """Optimizer groups, as nanochat.optim takes them: "gistnet" (with the gist bias), and "lensnet", its matrices by Muon.
+        """Optimizer groups, as nanochat.optim takes them: "gistnet" (with the gist bias and what arms add), and "lensnet", its matrices by Muon.
 
         Muon teaches the lens about three times as fast as AdamW (hit@1 after 100 steps on recall: 0.54 against 0.24).
         """
         adamw = dict(kind="adamw", betas=(0.9, 0.95))
         gist_lr, lens_lr = self.config.gist_lr * lr_scale, self.config.lens_lr * lr_scale
-        lens, head = list(self.lensnet.parameters()), self.horizon_head.parameters() if self.horizon_head else ()
+        lens = list(self.lensnet.parameters())
+        others = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith(("gistnet.", "lensnet.", "gist_bias"))]
         matrices = [p for p in lens if p.ndim == 2 and len(p) > 1]
-        return [dict(name="gistnet", params=[*self.gistnet.parameters(), *head, self.gist_bias], lr=gist_lr, **adamw),
+        return [dict(name="gistnet", params=[*self.gistnet.parameters(), *others, self.gist_bias], lr=gist_lr, **adamw),
                 dict(name="lensnet", params=matrices, lr=lens_lr, kind="muon"),
                 dict(name="lensnet_scalars", params=[p for p in lens if p.ndim < 2 or len(p) == 1], lr=0.5 * lens_lr, **adamw)]
 
@@ -134,7 +127,7 @@ def recency_scores(n_B: Tensor, count: int) -> Tensor:
 
 
 STORED = ("block_size", "max_lod", "gist", "gists_per_block", "gist_source", "gist_width", "gist_pool", "gist_head", "gist_shared",
-          "lens_keys", "lens_key_dim")  # settings that gists and lens keys depend on
+          "lens_keys", "lens_key_dim")  # settings that gists and lens keys depend on, those that are gone included: histories name their hash
 
 
 def fingerprint(gpt: GPT, mc: MegaContext) -> str:
@@ -142,7 +135,7 @@ def fingerprint(gpt: GPT, mc: MegaContext) -> str:
 
     Networks that differ elsewhere (a fine-tuned head, another budget, a setting that a later version adds) read each other's histories.
     """
-    settings = to_dict(mc.config)
+    settings = complete(mc.config)
     digest = hashlib.sha256(repr([(name, settings[name]) for name in STORED]).encode())
     for tensor in (gpt.transformer.wte.weight, *mc.gistnet.state_dict().values(), mc.lensnet.key.weight):
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -170,14 +163,10 @@ def with_continuation(cut: Cut, n_tokens_B: Tensor, count: int) -> Entries:
     return Entries(lod, index.masked_fill(~valid, 0), valid, used_B)
 
 
-def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entries: Entries, far: FarHistory | None = None,
-                focus_BM: Tensor | None = None) -> Tensor:
-    """Hidden states [B, M, D] of a working context with its continuation. tokens [B, T] int64: what the tree was built on.
-
-    focus: logits that the entries get on top of `MegaContext.key_bias`.
-    """
+def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entries: Entries, far: FarHistory | None = None) -> Tensor:
+    """Hidden states [B, M, D] of a working context with its continuation. tokens [B, T] int64: what the tree was built on."""
     lod, index, valid, _ = entries
-    M, config, focus = lod.shape[1], mc.config, focus_BM
+    M, config = lod.shape[1], mc.config
     vectors = tree.gather(lod, index, valid)
     each = width(lod, config.block_size, config.gists_per_block)
     length, start = each * valid, index * each
@@ -190,15 +179,10 @@ def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entrie
         order = start.masked_fill(~valid, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
         start, length, lod, valid, ids = (x.gather(1, order) for x in (start, length, lod, valid, ids))
         vectors = take(torch.cat([vectors, far.vectors_BFD], 1), order)
-        focus = None if focus is None else F.pad(focus, (0, far_valid.shape[1])).gather(1, order)
     raw = valid & (lod == 0)
     linked = raw & F.pad(raw, (1, 0))[:, :-1] & (start == F.pad(start, (1, 0))[:, :-1] + 1)
-    rotary = entry_rotary(gpt, start, length, scheme=config.positions, floor=config.damping_floor,
-                          lod_axis=bool(config.lod_axis), lod_BW=lod)
-    bias = mc.key_bias(lod) if focus is None else mc.key_bias(lod) + focus
-    if config.alibi:
-        bias = bias[:, None] + alibi_bias(start, length, entries.index_BM.amax(1), gpt.config.n_head)
-    hidden = gpt.hidden(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=bias)
+    rotary = entry_rotary(gpt, start, length, scheme=config.positions, floor=config.damping_floor)
+    hidden = gpt.hidden(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=mc.key_bias(lod))
     return hidden if far is None else take(hidden, order.argsort(1)[:, :M])
 
 
@@ -228,6 +212,6 @@ def load_mega_context(checkpoint_dir: Path | str, step: int, meta: dict, d_model
     state = load_mc_state(checkpoint_dir, step, device)
     if state is None or not meta.get("mc"):
         raise UserError(f"the checkpoint in {checkpoint_dir} has no MegaContext: it was trained with --mc_enabled=0")
-    model = MegaContext(from_dict(meta["mc"]["config"]), d_model).to(device)
-    model.load_state_dict(state)
-    return model.eval()
+    config = from_dict(meta["mc"].get("config"))
+    sizes = (config.block_size, config.max_lod, config.lens_key_dim, 1 if config.gist == "mean" else config.gist_width)
+    return build(lambda: MegaContext(config, d_model), state, f"{checkpoint_dir} do not fit its MC config", device, sizes)

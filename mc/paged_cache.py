@@ -5,7 +5,7 @@ tensor is ever concatenated or moved. Each slot knows the global position of its
 entries of a cut do not overlap, and the logit bias of its entry. Rows are sessions; a pass may run some of them, and what pads its
 shorter rows goes to a spare slot that nobody sees.
 
-Shapes: B rows, M slots, A rows of a pass, S entries of a pass, H heads.
+Shapes: B rows, M slots, A rows of a pass, S entries of a pass.
 """
 
 from typing import NamedTuple
@@ -29,14 +29,14 @@ class Placement(NamedTuple):
 
 
 class PagedCache(KVCache):
-    """`slots` entries for each of `batch` sessions. slopes_H: also a bias by distance, as `mc.gaussian_rope.alibi_bias`."""
+    """`slots` entries for each of `batch` sessions."""
 
-    def __init__(self, config, batch: int, slots: int, device=None, dtype=torch.float32, slopes_H: Tensor | None = None):
+    def __init__(self, config, batch: int, slots: int, device=None, dtype=torch.float32):
         super().__init__(config, batch, slots + 1, device, dtype)
         self.spare = slots
         self.centre_BM = torch.full((batch, slots + 1), NOWHERE, device=device, dtype=torch.float64)
         self.bias_BM = torch.zeros(batch, slots + 1, device=device, dtype=dtype)
-        self.slopes_H, self.batch = slopes_H, batch
+        self.batch = batch
 
     def nbytes(self) -> int:
         return super().nbytes() + self.centre_BM.nbytes + self.bias_BM.nbytes
@@ -59,13 +59,10 @@ class PagedCache(KVCache):
         return buffer_BM if len(self.rows) == self.batch else buffer_BM[self.rows]
 
     def mask(self, slots_AS: Tensor, reach: float) -> Tensor:
-        """Float [A, 1 or H, S, M] to add to the logits: the key's bias, −inf for keys that stand after the entry. No window is
+        """Float [A, 1, S, M] to add to the logits: the key's bias, −inf for keys that stand after the entry. No window is
         applied, `mc.session` refuses models whose windows are shorter than a working context."""
         behind = (self.visible(self.centre_BM)[:, None] - self.placement.centre_AS[..., None])[:, None]
-        bias = self.visible(self.bias_BM)[:, None, None]
-        if self.slopes_H is not None:
-            bias = bias + (self.slopes_H[:, None, None] * behind).to(bias.dtype)
-        return torch.where(behind <= 0, bias, -torch.inf)
+        return torch.where(behind <= 0, self.visible(self.bias_BM)[:, None, None], -torch.inf)
 
     def advance(self, written: int, counts_B: Tensor | None = None) -> None:
         """Nothing to count: `place` has said where everything stands."""

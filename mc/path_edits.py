@@ -5,18 +5,42 @@ the search names can be shown next. So the state is a small set, and a refocus h
 are searched too. Blocks without a score count as −1: they are never shown, and are the first to be collapsed.
 
 Edits, thresholds, payment, ties, cooldown and forced collapses are those of `mc.focus_allocator`, and tested against it.
+
+A history may be too long for all that: where the coarsest tiling, a block shown raw in it and the tail exceed the budget, spans are
+left out (`omits`). Then only blocks are opened, each at its own K entries: what lies around it has no claim to entries. Those that
+blocks and tail leave over are filled with the coarsest gists of the rest, the newest first, so that as few tokens as possible are left
+out; the others stand in no entry. They stay in the history, are searched at every refocus like all others, and any block of them can
+be shown. From the first length on that does not fit all do so, also those whose tiling happens to be small again.
 """
 
 from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
-from mc.focus_allocator import FocusConfig
+from mc.focus_allocator import FocusConfig, fits
 from mc.mega_context import tiling
 
 Node = tuple[int, int]  # (lod, index)
 UNSCORED = -1.0
+
+
+def outlook(cfg: FocusConfig, n_tokens: int) -> str:
+    """What a session of about n_tokens shows with as many blocks raw as it can, as a phrase: ranges over a block's worth of lengths."""
+    K, raw, gists, omitted = cfg.block_size, [], [], []
+    for n in range(n_tokens, n_tokens + K):
+        edits, count = PathEdits(cfg), cfg.budget // K
+        blocks = {(2 * i + 1) * (n // K) // (2 * count) for i in range(count)}  # spread over the history
+        edits.advance(n, blocks)
+        edits.refocus(dict.fromkeys(blocks, 1.0))
+        lod, _ = edits.cut()
+        raw.append(int((lod == 0).sum()))
+        gists.append(int((lod > 0).sum()))
+        omitted.append(1 - int((K**lod).sum()) / n)
+    (r0, r1), (g0, g1), (o0, o1) = ((min(x), max(x)) for x in (raw, gists, omitted))
+    return f"{r0}-{r1} raw tokens and {g0}-{g1} gists in {cfg.budget} entries, {o0:.1%}-{o1:.1%} of the history left out and searched all the same"
 
 
 @dataclass
@@ -52,6 +76,18 @@ class PathEdits:
     changed: dict[Node, int] = field(default_factory=dict)
     pruned: set[int] = field(default_factory=set)  # blocks among those listed that have no detail
 
+    def __post_init__(self):
+        self._keep_blocks()
+
+    @property
+    def omits(self) -> bool:
+        """Whether spans are left out; then only blocks are listed in `expanded`, and what lies above them follows."""
+        return not fits(self.n_tokens, self.cfg)
+
+    def _keep_blocks(self) -> None:
+        if self.omits:
+            self.expanded = {node for node in self.expanded if node[0] == 1}
+
     # -- geometry ---------------------------------------------------------------------------------------------------------
 
     def exists(self, node: Node) -> bool:
@@ -64,17 +100,43 @@ class PathEdits:
 
     def path(self, block: int) -> list[Node]:
         """The existing nodes that are to be expanded for a block to be shown raw, lowest first."""
-        nodes = [(lod, block // self.cfg.block_size ** (lod - 1)) for lod in range(1, self.cfg.max_lod + 1)]
+        nodes = [(lod, block // self.cfg.block_size ** (lod - 1)) for lod in range(1, self.levels + 1)]
         return [node for node in nodes if self.exists(node)]
+
+    @property
+    def levels(self) -> int:
+        return 1 if self.omits else self.cfg.max_lod
+
+    @property
+    def most_blocks(self) -> int:
+        """Blocks that the budget shows raw where spans are left out, those of the tail included."""
+        c, pruned = self.cfg, len(self.pruned.intersection(self.tail_blocks()))
+        return (c.budget - self.n_tokens % c.block_size - pruned) // c.block_size
+
+    @property
+    def room(self) -> int:
+        """Blocks that can be shown beside those of the tail, where spans are left out."""
+        return max(self.most_blocks - len(set(self.tail_blocks()) - self.pruned), 1)
+
+    @property
+    def utilization(self) -> float:
+        """Raw entries / the most of them that the budget and the history have room for, where spans are left out."""
+        c = self.cfg
+        return self.entries / max(min(self.n_tokens, self.n_tokens % c.block_size + c.block_size * self.most_blocks), 1)
 
     def free(self, budget: int) -> int:
         """How many more nodes may be expanded within `budget` entries; negative when over it."""
         c = self.cfg
+        if self.omits:
+            return self.most_blocks - len(self.expanded)
         return (budget - tiling(self.n_tokens, c.block_size, c.max_lod)) // (c.block_size - 1) - len(self.expanded)
 
     @property
     def entries(self) -> int:
+        """Of the cut; where spans are left out, those of raw tokens."""
         c = self.cfg
+        if self.omits:
+            return self.n_tokens % c.block_size + c.block_size * len(self.expanded)
         return tiling(self.n_tokens, c.block_size, c.max_lod) + (c.block_size - 1) * len(self.expanded)
 
     def tail_blocks(self) -> range:
@@ -94,8 +156,9 @@ class PathEdits:
         c, before = self.cfg, self.n_tokens
         self.n_tokens = n_tokens
         K = c.block_size
+        self._keep_blocks()
         if n_tokens // K - before // K <= c.budget // K:
-            new = [(lod, i) for lod in range(1, c.max_lod + 1) for i in range(before // K ** lod, n_tokens // K ** lod)]
+            new = [(lod, i) for lod in range(1, self.levels + 1) for i in range(before // K ** lod, n_tokens // K ** lod)]
         else:
             blocks = listed | set(self.tail_blocks()) | {self._first_block(node) for node in self.expanded}
             new = [node for block in blocks for node in self.path(block) if (node[1] + 1) * K ** node[0] > before]
@@ -177,7 +240,9 @@ class PathEdits:
     # -- what it shows ----------------------------------------------------------------------------------------------------
 
     def cut(self) -> tuple[np.ndarray, np.ndarray]:
-        """(lod, index) int64 [W] of the entries that tile [0, n_tokens), in time order."""
+        """(lod, index) int64 [W] of the entries in time order: they tile [0, n_tokens), or what of it is not left out."""
+        if self.omits:
+            return self._cut_with_gaps()
         c, lods, indices = self.cfg, [], []
         K, nodes = c.block_size, np.arange(self.n_tokens // c.block_size ** c.max_lod)
         for lod in range(c.max_lod, 0, -1):
@@ -191,3 +256,29 @@ class PathEdits:
         index = np.concatenate([*indices, nodes])
         order = np.argsort(index * K ** lod, kind="stable")
         return lod[order], index[order]
+
+    def _cut_with_gaps(self) -> tuple[np.ndarray, np.ndarray]:
+        c, n = self.cfg, self.n_tokens
+        K, end, shown = c.block_size, n // c.block_size, {block for _, block in self.expanded}
+        raw = [(0, token) for block in sorted(shown) for token in range(block * K, (block + 1) * K)]
+        raw += [(0, token) for token in range(end * K, n)]
+        tail = [(1, block) for block in self.tail_blocks() if block not in shown]  # pruned: their gists come before all others
+        left = c.budget - len(raw) - len(tail)
+        gists = islice(self._around(shown | set(self.tail_blocks())), left)
+        nodes = sorted([*raw, *tail, *gists], key=lambda node: node[1] * K ** node[0])
+        lod, index = np.array(nodes, dtype=np.int64).reshape(-1, 2).T
+        return lod.copy(), index.copy()
+
+    def _around(self, opened: set[int]) -> Iterator[Node]:
+        """The largest nodes that hold none of these blocks, and with them tile all complete blocks: the coarsest first, then the newest."""
+        c, K, blocks, above = self.cfg, self.cfg.block_size, self.n_tokens // self.cfg.block_size, []
+        for lod in range(c.max_lod, 0, -1):
+            size = K ** (lod - 1)
+            held = {block // size for block in opened}
+            if lod == c.max_lod:
+                candidates: Iterable[int] = range(blocks // size - 1, -1, -1)
+            else:
+                rest = range(blocks // (size * K) * K, blocks // size)
+                candidates = sorted({child for node in above for child in range(node * K, (node + 1) * K)} | set(rest), reverse=True)
+            yield from ((lod, index) for index in candidates if index not in held)
+            above = [node for node in held if (node + 1) * size <= blocks]

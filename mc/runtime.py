@@ -1,12 +1,12 @@
 """MCController: all of MegaContext that a training loop sees.
 
-    loss, metrics = mc.training_step(model, batch, step)[:2] # every micro-step afresh
-    (loss / accumulation).backward()
-    metrics |= mc.lens_step(accumulation)                    # the gate gradients exist only now
+    result = mc.training_step(model, batch, step)        # every micro-step afresh: one loss, one backward
+    (result.loss / accumulation).backward()
+    loss, metrics = mc.after_backward(accumulation)      # of what needs the gradients of that pass: nothing by default
 
 One micro-batch: the ordinary LM pass; a tree of gists on the same embeddings; per row one or more cuts of its history at the
 budget, chosen by a random, recency, lens or teacher policy; one packed pass [cut ‖ continuation]; next-token loss and KL from the
-LM pass. After the backward pass the lens learns, on detached inputs, which blocks the LM pass used.
+LM pass. The lens learns, on detached inputs, which blocks the LM pass attended to.
 
 Every random draw is keyed by (seed, step, global row), so it does not depend on ranks or micro-steps. Nothing is carried over
 between micro-batches. Before `start` a step is the vanilla step.
@@ -16,6 +16,7 @@ Shapes: B rows, R rows with a working context (V variants of each: RV), T tokens
 
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -23,40 +24,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mc.config import POLICIES, MCConfig, to_dict
-from mc.counterfactual import can_flip, draw_cut, draw_edits, edit_utilities
-from mc.diagnostics import gist_statistics, probe, shares_by_lod
-from mc.far_history import draw_far_history, most_entries
-from mc.gist_objectives import HORIZON_LODS, blocks_in_band, check_bands, contrast_loss
+from mc.config import POLICIES, MCConfig, from_dict, to_dict
+from mc.far_history import draw_far_history, most_entries, with_far_tokens
 from mc.focus_allocator import check_feasible, utilization
 from mc.keyed_random import gumbel, uniform
-from mc.lens_networks import CURSORS
-from mc.lens_objectives import Edits, Lesson, Variants, cursor_logits, lens_objective, softmax_bias, summed_gradient, variant_cost, visible_blocks
+from mc.lens_loss import Lesson, lens_objective
+from mc.lensnet import CURSORS
 from mc.losses import distillation, row_mean
 from mc.mega_context import Tree, TreeShape
 from mc.model import Entries, MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
+from mc.path_edits import outlook
 from mc.teachers import attention_mass
+from mc.telemetry import gist_statistics, shares_by_lod
 from mc.working_context import entries_used
 from nanochat.common import UserError, print0
+from nanochat.controller import Metrics, StepResult
 from nanochat.gpt import GPT, Captured, token_losses
 from nanochat.schedule import ramp
-from nanochat.tracing import Reading, Trace
+from nanochat.tracing import Trace
 
-import mc.telemetry  # noqa: F401  registers the metrics
+class Seen(NamedTuple):
+    """The working contexts of a micro-batch as an arm sees them, nothing with gradients."""
 
-Metrics = dict[str, Tensor | Reading]
-
-class StepResult(NamedTuple):
-    """What one micro-batch produced. Positions are those of the primary variant of each row, that of lowest next-token loss (C14, C15)."""
-
-    loss: Tensor
-    metrics: Metrics
-    embeds_BTD: Tensor
-    primary: Entries | None
+    gpt: GPT
+    tree: Tree
+    tokens_RT: Tensor
+    targets_RT: Tensor
+    rows_R: Tensor  # global row numbers
+    n_R: Tensor  # tokens of history
+    shown_VRN: Tensor  # bool, blocks that each variant shows raw
+    nll_VR: Tensor  # nats per token
+    key: tuple[int, int]  # seed and step
 
 
 class _Pending(NamedTuple):
-    """What the lens learns once the backward pass has run."""
+    """What the lens learns only once the backward pass has run."""
 
     lesson: Lesson
     weight: float
@@ -65,6 +67,7 @@ class _Pending(NamedTuple):
 class MCController:
     def __init__(self, config: MCConfig, gpt: GPT, *, T: int, micro_batch: int, num_iterations: int, seed: int):
         """gpt: the base, already on its device. T: tokens per row. UserError for settings that cannot work together."""
+        config, nothing_far = with_far_tokens(config, micro_batch)
         K, R, H = config.block_size, config.protected, config.horizon
         history = (T - H) // K * K
         if history // K <= config.budget // K:
@@ -80,25 +83,22 @@ class MCController:
                             f"raise it or --mc_max_lod, or lower --mc_far_tokens")
         if config.lens_queries > T - R - K:
             raise UserError(f"--mc_lens_queries={config.lens_queries} leaves no history in rows of {T} tokens; lower it")
-        if config.lod_axis and gpt.config.rope_fraction == 1:
-            raise UserError("--mc_lod_axis=1 needs unrotated dims: set --rope_fraction below 1")
-        if config.alibi and gpt.config.n_head != gpt.config.n_kv_head:
-            raise UserError("--mc_alibi=1 needs as many kv heads as heads")
         if min(gpt.config.windows()) < T:
             raise UserError(f"--window_pattern={gpt.config.window_pattern}: windowed layers cannot see distant gists; use L with --mc_enabled=1")
         self.config, self.T, self.history, self.seed = config, T, history, seed  # history: the longest before a continuation
         self._far_entries = config.far_entries if config.far_tokens else 0
         self.model = MegaContext(config, gpt.config.n_embd).to(gpt.lm_head.weight.device)
         check_feasible(history, self.model.focus_config())
+        untrained = [lod for lod in range(1, config.max_lod + 1) if lod not in self.meta()["trained_lods"]]
+        if nothing_far and untrained:
+            print0(f"note: gists of LOD {', '.join(map(str, untrained))} will not be trained ({nothing_far}); sessions leave out what only they would show",
+                   file=sys.stderr)
         self.start_step, self.num_iterations = int(config.start * num_iterations), num_iterations
-        if config.bands:
-            check_bands(history, self.model.focus_config())
-        few = [lod for lod in HORIZON_LODS[:config.max_lod] if T // K**lod < 2]
-        if config.horizon_gist_weight and few:
-            print0(f"note: --mc_horizon_gist_weight={config.horizon_gist_weight} teaches nothing at LOD{few[0]}, of which a row of {T} tokens has fewer "
-                   f"than two nodes; it would with a --max_seq_len of {2 * K**few[0]}", file=sys.stderr)
+        for arm in self.model.arms.values():
+            arm.begin(self)
+        self._waits = any(arm.waits for arm in self.model.arms.values())
         self._pending: _Pending | None = None
-        self._followed = -1  # the step before which the earlier lens moved last
+        self._begun = -1  # the step that arms were told of last
 
     # -- the training loop's interface ------------------------------------------------------------------------------------
 
@@ -118,13 +118,32 @@ class MCController:
         return {"config": to_dict(self.config),
                 "trained_lods": [lod for lod in range(1, self.config.max_lod + 1) if K ** lod <= max(history, self.config.far_tokens)]}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """In a line, what sessions of this training's model will show of a history of 1,048,576 tokens, with default settings."""
+        trained = self.meta()["trained_lods"]
+        top = next((lod - 1 for lod in range(1, self.config.max_lod + 1) if lod not in trained), self.config.max_lod)
+        cfg = replace(self.model.focus_config(), max_lod=top, n_gists=1)
+        return (f"sessions: gists of LOD1 to LOD{top} are trained; of 1,048,576 tokens they show {outlook(cfg, 2**20)}",)
+
+    def settings(self, meta: dict | None = None) -> dict[str, Any]:
+        """All settings of this run, or of the one that a checkpoint's `meta` describes, as this version reads them."""
+        return to_dict(self.config if meta is None else from_dict(meta["config"]))
+
+    def share_active(self) -> float:
+        return 1 - self.config.start
+
+    @property
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {"mc": self.model}
+
     def flops_per_token(self, gpt: GPT) -> float:
         """Training FLOPs that MegaContext adds per token of the LM pass, from shapes, while it is active."""
         c, T = self.config, self.T
         entries = c.budget + c.horizon - 1 + self._far_entries
-        read = c.protected + c.horizon - 1 if c.targets == "tail" else entries
-        edits = (1 + c.lens_edits) / 3 if c.teacher_weights()["counterfactual"] else 0  # forward only
-        passes = (gpt.flops_per_token(entries, read) * entries + 2 * read * gpt.lm_head.weight.numel()) * (c.variants + edits) / c.row_stride
+        read = c.protected + c.horizon - 1
+        more = sum(arm.more_passes() for arm in self.model.arms.values())
+        passes = (gpt.flops_per_token(entries, read) * entries + 2 * read * gpt.lm_head.weight.numel()) * (c.variants + more) / c.row_stride
         tree = 3 * self.model.gistnet.flops_per_token() / c.row_stride
         lens = self.model.lensnet.config
         nodes, width = T // c.block_size * c.lens_keys, gpt.config.n_embd
@@ -140,12 +159,12 @@ class MCController:
 
     def activation_bytes(self, gpt: GPT, micro_batch: int) -> int:
         """Bytes of float32 that MegaContext adds to a micro-batch, from shapes: the working-context pass, the student's and the
-        teacher's logits, and q, k, v, y and the gradient of y of every layer of the LM pass."""
+        teacher's logits, and q, k, v and y of every layer of the LM pass."""
         c, g = self.config, gpt.config
         entries = c.budget + c.horizon + self._far_entries
-        read = c.protected + c.horizon if c.targets == "tail" else entries
+        read = c.protected + c.horizon
         per_row = entries * g.n_layer * 24 * g.n_embd + read * 2 * 4 * g.vocab_size  # as many copies of each as in the LM pass
-        captured = micro_batch * self.T * g.n_layer * 5 * g.n_embd
+        captured = micro_batch * self.T * g.n_layer * 4 * g.n_embd
         return 4 * (micro_batch // c.row_stride * c.variants * per_row + captured)
 
     def active(self, step: int) -> bool:
@@ -162,46 +181,52 @@ class MCController:
         weight = ramp(step, self.start_step, self.config.ramp)
         metrics: Metrics = {}
         captured: list[Captured] | None = [] if self.active(step) else None
-        if captured is not None and self.config.lens_kl and step != self._followed:  # once a step, before it: the same when resumed
-            self.model.follow_lens()
-            self._followed = step
+        arms = list(self.model.arms.values()) if captured is not None else []
+        if step != self._begun:  # once a step, before it: the same when resumed
+            for arm in arms:
+                arm.before_step(self.model)
+            self._begun = step
         with timed(trace, metrics, "lm"):
             embeds = gpt.embed(tokens)
-            if "gate" in self.config.teacher and not embeds.requires_grad:
-                embeds.requires_grad_()  # the base is frozen, yet gate gradients need its backward pass
+            for arm in arms:
+                arm.before_pass(embeds)
             middle: list[Tensor] = []
             hidden = gpt.hidden(tokens, inputs_embeds=embeds, capture=captured, middle=middle)
             loss = gpt.loss(hidden, targets, batch.num_targets)
+            for arm in arms:
+                arm.after_pass(captured)
         metrics["train.loss"] = loss.detach()
         primary = None
         if captured is not None:
             extra, primary, lesson = self._working_context(gpt, tokens, targets, rows, step, embeds, hidden, middle[0], captured, metrics, trace)
             loss = loss + weight * extra
-            self._pending = _Pending(lesson, weight)
+            if self._waits:
+                self._pending = _Pending(lesson, weight)
+            else:
+                lens, found = self._teach_lens(lesson, trace)
+                loss, metrics = loss + weight * lens, metrics | found
         return StepResult(loss, metrics, embeds, primary)
-
-    def probe(self, gpt: GPT, batch) -> dict[str, Tensor]:
-        """What `mc.diagnostics.probe` finds on a held-out micro-batch."""
-        n, end = self.history, self.history + self.config.horizon
-        return probe(gpt, self.model, batch.inputs[:, :end], batch.targets[:, :end], n, self.seed, batch.rows,
-                     [lod for lod in self.meta()["trained_lods"] if self.config.block_size ** lod <= n])
 
     def networks(self) -> dict[str, list[torch.nn.Parameter]]:
         """Parameters of each network, for the norms of their gradients."""
         networks = {"gistnet": self.model.gistnet.parameters(), "lensnet": self.model.lensnet.parameters()}
         return {name: found for name, params in networks.items() if (found := list(params))}  # the masked mean has none
 
-    def lens_step(self, accumulation: int = 1, trace: Trace | None = None) -> Metrics:
-        """Teach the lens from the pass whose backward has just run: adds to the lens's gradients only."""
+    def after_backward(self, accumulation: int = 1, trace: Trace | None = None) -> tuple[Tensor | float, Metrics]:
+        """Teach the lens what only the backward pass that has just run can say: adds to the lens's gradients only. Its loss and metrics."""
         if self._pending is None:
-            return {}
+            return 0.0, {}
         pending, self._pending = self._pending, None
+        loss, metrics = self._teach_lens(pending.lesson, trace or Trace("mc.step", pending.lesson.embeds_BTD.device))
+        (pending.weight * loss / accumulation).backward()
+        return loss.detach(), metrics
+
+    def _teach_lens(self, lesson: Lesson, trace: Trace) -> tuple[Tensor, Metrics]:
+        """The lens's loss, which reaches the lens alone."""
         metrics: Metrics = {}
-        with timed(trace or Trace("mc.step", pending.lesson.embeds_BTD.device), metrics, "lens"):
-            loss, found = lens_objective(self.model, pending.lesson)
-            if loss is not None:
-                (pending.weight * loss / accumulation).backward()
-        return metrics | found
+        with timed(trace, metrics, "lens"), torch.autocast(lesson.embeds_BTD.device.type, enabled=False):  # small, and what it sums up is long
+            loss, found = lens_objective(self.model, lesson)
+        return loss, metrics | found
 
     # -- the working context -----------------------------------------------------------------------------------------------
 
@@ -211,14 +236,14 @@ class MCController:
         c, chosen, every_row, every_target = self.config, slice(None, None, self.config.row_stride), rows, targets
         tokens, targets, rows, hidden = tokens[chosen], targets[chosen], rows[chosen], hidden[chosen]
         with timed(trace, metrics, "tree"):
-            tree, n_R, far = self.model.build_tree(embeds[chosen], middle[chosen]), self._splits(rows, step), None
+            tree, n_R, far = self.model.build_tree(embeds[chosen], middle[chosen]), torch.full_like(rows, self.history), None
             gist_loss = self._gist_loss(tree, hidden, metrics)
             hidden = hidden.detach()
             trees = tree.with_table(tree.table_BND.detach())
             if c.far_tokens:
                 far = draw_far_history(c, self.model.gistnet, embeds, every_row, chosen, n_R, c.variants, self.seed, step)
         with timed(trace, metrics, "score"):
-            row = (trees, tokens, targets, rows, n_R)
+            row = (gpt, trees, tokens, targets, rows, n_R)
             tree, tokens, targets, rows, hidden, n_RV, variant = self._variants(tree, tokens, targets, rows, hidden, n_R)
             scores, policy = self._scores(tree, captured, chosen, rows, variant, n_RV, step, metrics)
         with timed(trace, metrics, "focus"):
@@ -227,11 +252,8 @@ class MCController:
             entries = with_continuation(cut, n_RV, c.horizon - 1)
             trace.event("mc.wc.snapshot", row=rows[0], tokens=n_RV[0], lods=torch.where(cut.valid_BW, cut.lod_BW, -1)[0])
         with timed(trace, metrics, "wc"):
-            out = run_entries(gpt, self.model, tree, tokens, entries, far, self._focus_bias(tree, n_RV, entries))
-            if c.targets == "tail":
-                read = read_rows(entries, c.block_size, c.protected + c.horizon - 1, c.protected, c.gists_per_block)
-            else:
-                read = read_rows(entries, c.block_size, entries.lod_BM.shape[1], c.budget, c.gists_per_block)
+            out = run_entries(gpt, self.model, tree, tokens, entries, far)
+            read = read_rows(entries, c.block_size, c.protected + c.horizon - 1, c.protected, c.gists_per_block)
             token = read.token_BP.clamp_max(self.T - 1)
             wanted = targets.gather(1, token)
             counted = read.valid_BP & (wanted >= 0)
@@ -246,7 +268,6 @@ class MCController:
                 kl = row_mean(distillation(logits, teacher), counted)
                 loss_RV = loss_RV + c.kl_weight * kl
                 metrics["mc.loss.kl"] = kl.detach().mean()
-            edits = self._measured_edits(gpt, *row, step)
         ahead = counted & (token >= n_RV[:, None] - 1)
         delta = row_mean((nll - full).detach(), ahead)
         metrics["mc.loss.wc"] = row_mean(nll.detach(), ahead).mean()
@@ -256,28 +277,16 @@ class MCController:
         best = nll_RV.detach().view(c.variants, -1).argmin(0) * len(n_R) + torch.arange(len(n_R), device=rows.device)
         for i, name in enumerate(POLICIES):
             metrics[f"mc.cuts.best.{name}"] = (policy[best] == i).float().mean()
-        variants = self._judged_variants(n_R, state.expanded[0], nll_RV.detach())
-        lesson = Lesson(captured, embeds.detach(), every_target, every_row, trees, edits, variants, (self.seed, step))
+        seen = Seen(*row, state.expanded[0].unflatten(0, (c.variants, -1)), nll_RV.detach().view(c.variants, -1), (self.seed, step))
+        watched = {name: found for name, arm in self.model.arms.items() if (found := arm.watch(self, seen)) is not None}
+        lesson = Lesson(captured, embeds.detach(), every_target, every_row, trees, (self.seed, step), watched)
         return loss_RV.mean() + gist_loss, Entries(*(x[best] for x in entries)), lesson
 
     def _gist_loss(self, tree: Tree, hidden: Tensor, metrics: Metrics) -> Tensor | float:
-        """The terms on gists themselves, weighted. hidden [R, T, D]: of the LM pass, with gradients."""
-        c, loss = self.config, 0.0
-        if c.contrast_weight:
-            found = contrast_loss(tree)
-            metrics["mc.loss.contrast"], loss = found.detach(), loss + c.contrast_weight * found
-        if c.horizon_gist_weight:
-            found = self.model.horizon_head.loss(hidden, tree)
-            metrics["mc.loss.horizon_gist"], loss = found.detach(), loss + c.horizon_gist_weight * found
-        return loss
-
-    def _splits(self, rows: Tensor, step: int) -> Tensor:
-        """[R] tokens of history before the continuation, a block boundary."""
-        K, last = self.config.block_size, self.history
-        if self.config.split == "end":
-            return torch.full_like(rows, last)
-        least = max(last // 2, self.config.budget) // K + 1
-        return K * (least + (uniform(rows, 1, self.seed, "split", step)[:, 0] * (last // K - least + 1)).long())
+        """What arms add on gists themselves, weighted. hidden [R, T, D]: of the LM pass, with gradients."""
+        parts = [part for arm in self.model.arms.values() if (part := arm.gist_part(self.model, tree, hidden)) is not None]
+        metrics |= {f"mc.loss.{name}": found.detach() for name, _, found in parts}
+        return sum((weight * found for _, weight, found in parts), 0.0)
 
     def _variants(self, tree: Tree, tokens: Tensor, targets: Tensor, rows: Tensor, hidden: Tensor, n: Tensor):
         """Everything repeated once per variant: row r of variant v stands at v·R + r."""
@@ -309,58 +318,23 @@ class MCController:
 
     def _unwanted(self, scores: Tensor, draw: Tensor, n: Tensor, step: int) -> Tensor:
         """Mask all but the best m blocks: in three rows of four m is what the budget holds, else fewer, so that coarse cuts and
-        levels above LOD1 are trained too; or what a compression band leaves."""
+        levels above LOD1 are trained too; or what an arm says."""
         rank = scores.argsort(1, descending=True).argsort(1)
-        if self.config.bands:
-            done = (step - self.start_step) / (self.num_iterations - self.start_step)
-            return rank >= blocks_in_band(draw, done, n, rank, self.model.focus_config())[:, None]
+        done = (step - self.start_step) / (self.num_iterations - self.start_step)
+        for arm in self.model.arms.values():
+            if (most := arm.shown(draw, done, n, rank, self.model.focus_config())) is not None:
+                return rank >= most[:, None]
         most = self.config.budget // self.config.block_size
         return rank >= torch.where(draw < 0.75, most, (draw - 0.75) * 4 * most).long()[:, None]
 
     def _teacher_scores(self, captured: list[Captured], chosen: slice, n: Tensor, count: int, rows: int) -> Tensor:
-        """[RV, N] attention mass of the continuation's queries in the full pass: the best that is known before its backward.
-
-        With random splits the rows of the latest continuation stand for every row's.
-        """
+        """[RV, N] attention mass of the continuation's queries in the full pass: the best that is known before its backward."""
         if not self.config.cut_shares()["teacher"]:
             return torch.zeros(rows, count, device=n.device)
         last = slice(self.history - 1, self.history + self.config.horizon - 1)
         seen = self.history // self.config.block_size
         mass = attention_mass(captured, chosen, last, seen, self.config.block_size).sum(1)
         return F.pad(mass, (0, count - seen)).repeat(self.config.variants, 1)  # what lies beyond any history is never shown
-
-    # -- what the working context teaches the lens ---------------------------------------------------------------------------
-
-    def _focus_bias(self, tree: Tree, n: Tensor, entries: Entries) -> Tensor | None:
-        """[RV, M] logits of entries by the lens, for the softmax target."""
-        c = self.config
-        if not (weight := c.teacher_weights()["softmax"]):
-            return None
-        logits = summed_gradient(cursor_logits(self.model, tree.with_table(tree.table_BND.detach()), n))
-        return softmax_bias(logits, visible_blocks(n, logits.shape[1], c.block_size, c.protected), entries, c.block_size, weight)
-
-    @torch.no_grad()
-    def _measured_edits(self, gpt: GPT, tree: Tree, tokens: Tensor, targets: Tensor, rows: Tensor, n: Tensor, step: int) -> Edits | None:
-        """Edits of a cut of every row that has a working context, measured, for the counterfactual target."""
-        c = self.config
-        if not c.teacher_weights()["counterfactual"]:
-            return None
-        logits = self.model.lens_logits(tree.levels[0], n, tree=tree)
-        editable = visible_blocks(n, logits.shape[1], c.block_size, c.protected)
-        expanded = draw_cut(self.model.allocator, editable, n, rows, self.seed, step)
-        block, drawn = draw_edits(logits, can_flip(expanded, editable, n, c.block_size), c.lens_edits, rows, self.seed, step)
-        utility, _ = edit_utilities(gpt, self.model, tree, tokens, targets, n, expanded, block)
-        return Edits(n, block, utility.masked_fill(~drawn, 0), drawn)
-
-    def _judged_variants(self, n: Tensor, shown: Tensor, nll: Tensor) -> Variants | None:
-        """The variants of every row with what they cost, for the preference target. shown [RV, N], nll [RV] in nats per token."""
-        c = self.config
-        if not c.teacher_weights()["preference"]:
-            return None
-        visible = visible_blocks(n, shown.shape[1], c.block_size, c.protected)
-        recency = self.model.allocator.allocate(recency_scores(n, shown.shape[1]), n).expanded[0] & visible
-        shown = shown.unflatten(0, (c.variants, len(n))).transpose(0, 1) & visible[:, None]
-        return Variants(n, shown, variant_cost(nll.view(c.variants, -1).T, shown, recency))
 
 
 SPANS = {"lm": "mc.lm.forward", "tree": "mc.tree.build", "score": "mc.lens.score", "focus": "mc.focus.apply", "wc": "mc.wc.forward",

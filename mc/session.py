@@ -11,6 +11,9 @@ whole history by the last tokens (`mc.key_search`), edits the cut on a few nodes
 pass: only entries that are not in the cache are run. Under the exact policy those are all from the first edit on, so that the
 logits are those of a forward pass over the cut from scratch; under the approximate policy only the new entries.
 
+No session ends because of its length: where the budget no longer tiles the history, spans of it are left out of the working context
+(`mc.path_edits`); `explain`, `status` and the metrics name them, the search covers them, and the lens can have any of their blocks shown.
+
 Entries before the continuation stay within the budget, and at most `interval` tokens are read between two refocuses: a row of the
 cache holds budget + interval slots, whatever the length of the history. Tokens that do not fill a block yet wait in `pending`.
 
@@ -21,6 +24,7 @@ import argparse
 import hashlib
 import json
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,22 +39,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mc.config import setting
-from mc.focus_allocator import FocusConfig, check_feasible, utilization
+from mc.focus_allocator import FocusConfig, check_budget, utilization
 from mc.focus_price import Allocator, next_shift, room
-from mc.gaussian_rope import alibi_slopes, entry_rotary
+from mc.gaussian_rope import entry_rotary
 from mc.key_search import KeySearch
-from mc.lens_networks import RERANKED, Reader
-from mc.lensnet import LOCAL_MEAN
+from mc.lensnet import LOCAL_MEAN, RERANKED
 from mc.model import MegaContext, load_mega_context
 from mc.paged_cache import NOWHERE, PagedCache, Placement
 from mc.path_edits import Edits, PathEdits
 from mc.session_meter import SessionMeter
+from mc.session_state import check_cache, check_entries, check_focus, check_history, check_meta
 from mc.store.catalog import Catalog
 from mc.store.history import History, check_sessions, store_format
 from mc.store.ram import VOID, RamStore, Store
-from nanochat.common import UserError
+from nanochat.common import UserError, one_line, parse_json
 from nanochat.engine import check_sampling, sample
 from nanochat.gpt import GPT
+from nanochat.outputs import replacing
 from nanochat.recorder import Recorder
 
 STATE_VERSION = 2
@@ -63,7 +68,7 @@ class SessionConfig:
     budget: int = setting(0, "W: entries of the working context, tokens since the last refocus apart; 0: as trained")
     interval: int = setting(0, "tokens between two refocuses; 0: the block size")
     kv_policy: str = setting("exact", "after an edit: run everything behind it again, or (approximate) the new entries only", ("exact", "approximate"))
-    untrained: str = setting("refuse", "levels of gists that were not trained: refuse histories that need them, or show and report them", ("refuse", "report"))
+    untrained: str = setting("refuse", "levels of gists that were not trained: refuse to show them, leaving out what only they could show, or show and report them", ("refuse", "report"))
     candidates: int = setting(32, "blocks that the search of the history proposes at a refocus")
     allocator: str = setting("greedy", "how detail is chosen: greedy; bundle:BLOCKS, one edit shows up to so many adjacent blocks; stochastic:TEMPERATURE, with noise; threshold:a,b,c, a learned price")
     price: str = setting("adaptive", "price of an entry: what just fits the budget, or (adaptive) falling from there until the budget is used", ("market", "adaptive"))
@@ -95,12 +100,12 @@ def from_flags(args: argparse.Namespace, **changes) -> SessionConfig:
 
 
 class Shown(NamedTuple):
-    """A line of `Session.explain`: one gist, or the raw tokens of one block."""
+    """A line of `Session.explain`: one gist, the raw tokens of one block, or a span that is left out."""
 
     start: int
     tokens: int
-    entries: int
-    lod: int
+    entries: int  # 0: left out
+    lod: int | None  # None: left out
     score: float | None  # of the last refocus, relative to the price; None: not scored
     why: str
 
@@ -110,6 +115,7 @@ class Status(NamedTuple):
     entries_by_lod: dict[int, int]
     refocused_at: int  # tokens of history at the last refocus
     last_edits: Edits
+    omitted_tokens: int = 0  # of the history, in no entry
 
 
 class SessionState(NamedTuple):
@@ -119,17 +125,29 @@ class SessionState(NamedTuple):
     tensors: dict[str, Tensor]
 
     def save(self, path: Path | str) -> None:
-        """Write as safetensors, in place of what is there."""
-        partial = Path(f"{path}.partial")
-        save_file({name: t.contiguous() for name, t in self.tensors.items()}, partial, {"session": json.dumps(self.meta)})
-        partial.replace(path)
+        """Write as safetensors, in place of what is there, whole or not at all. UserError where that fails."""
+        with replacing(path, SafetensorError) as part:
+            about = {"session": json.dumps(self.meta), "crc": self.checksum()}
+            save_file({name: t.contiguous() for name, t in self.tensors.items()}, part, about)
+
+    def checksum(self) -> str:
+        """CRC-32 of values and tensors: a flipped bit in a key or value of the cache has no other sign."""
+        crc = zlib.crc32(json.dumps(self.meta).encode())
+        for name, t in sorted(self.tensors.items()):
+            whole = t.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()  # of one element, `contiguous` leaves any stride
+            crc = zlib.crc32(whole.view(torch.uint8).numpy(), zlib.crc32(repr((name, t.dtype, tuple(t.shape))).encode(), crc))
+        return f"{crc:08x}"
 
     @staticmethod
     def load(path: Path | str) -> "SessionState":
         """UserError for a file that is not there or is no session's state."""
         try:
             with safe_open(path, "pt") as f:
-                return SessionState(json.loads((f.metadata() or {})["session"]), {name: f.get_tensor(name) for name in f.keys()})
+                about = f.metadata() or {}
+                state = SessionState(parse_json(about["session"]), {name: f.get_tensor(name) for name in f.keys()})
+            if about.get("crc", state.checksum()) != state.checksum():  # states of earlier versions have none
+                raise ValueError("it does not match its checksum")
+            return state
         except OSError as e:
             raise UserError(f"cannot read the session state {path}: {e.strerror or e}") from None
         except (SafetensorError, KeyError, ValueError) as e:
@@ -185,11 +203,11 @@ class SessionPool:
         self.focus_config = FocusConfig(
             config.budget or c.budget, c.block_size, max_lod, recent=c.protected, tau_expand=config.tau_expand,
             tau_collapse=config.tau_collapse, margin=config.margin, max_edits=config.max_edits, cooldown=config.cooldown, span=self.allocator.span)
+        check_budget(self.focus_config)
         slots = self.focus_config.budget + self.interval
         if min(gpt.config.windows()) < min(slots, gpt.config.sequence_len):
             raise UserError(f"window_pattern {gpt.config.window_pattern}: its short layers see {min(gpt.config.windows())} of {slots} entries; use a model with L only")
-        slopes = alibi_slopes(gpt.config.n_head, self.device) if c.alibi else None
-        self.cache = PagedCache(gpt.config, max_sessions, slots, self.device, self.dtype, slopes)
+        self.cache = PagedCache(gpt.config, max_sessions, slots, self.device, self.dtype)
         self.sessions: dict[int, Session] = {}
         self.recorder = recorder
         self.timing = Timing()
@@ -213,7 +231,7 @@ class SessionPool:
         """A session on a store, with what it holds as history; default: an empty one in memory. seed: of its draws, of tokens and of the
         allocator's noise; sessions of one seed draw alike. catalog: counts at each refocus what is shown.
 
-        UserError when all places are taken, or the store's history is not the model's or too long for the budget.
+        UserError when all places are taken, or the store's history is not the model's.
         """
         row = next((row for row in range(self.max_sessions) if row not in self.sessions), None)
         if row is None:
@@ -228,10 +246,11 @@ class SessionPool:
         UserError for the state of another model, version or configuration, or a store that is not at the moment of the state.
         """
         meta, tensors = state
-        if meta.get("version") != STATE_VERSION:
-            raise UserError(f"a session state of version {meta.get('version')}; this program reads version {STATE_VERSION}")
-        if meta["model"] != self.fingerprint:
-            raise UserError(f"the session state was taken with model {meta['model']}, this is {self.fingerprint}; load that checkpoint")
+        if not isinstance(meta, dict) or meta.get("version") != STATE_VERSION:
+            raise UserError(f"a session state of version {one_line(meta.get('version') if isinstance(meta, dict) else meta)}; this program reads version {STATE_VERSION}")
+        check_meta(meta, tensors)
+        if meta.get("model") != self.fingerprint:
+            raise UserError(f"the session state was taken with model {meta.get('model')}, this is {self.fingerprint}; load that checkpoint")
         if different := [name for name, value in asdict(self.config).items() if meta["config"].get(name) != value]:
             raise UserError("the session state was taken with other settings: " + ", ".join(f"--mc_{name}={meta['config'].get(name)}" for name in different))
         if (store is None) != ("history" in tensors):
@@ -240,8 +259,11 @@ class SessionPool:
             raise UserError(f"the session state ends at {meta['n_stored']} stored tokens, the store at {store.n_tokens}: they are not of one moment")
         if store is not None and store.version != meta["store_version"]:
             raise UserError(f"the history was edited since the session state was taken (version {meta['store_version']}, now {store.version}): open a new session on it")
+        if store is None:
+            check_history(tensors["history"], meta["n_stored"], self.gpt.config.vocab_size)
         session = self.open(store, catalog=catalog)
         try:
+            session.check_length(meta["n_stored"] + len(meta["pending"]))
             if store is None:
                 session.history.fill(tensors["history"])
             session.resume(meta, tensors)
@@ -277,10 +299,9 @@ class SessionPool:
             sessions[i].report_refocus(time.perf_counter() - begin)
         return out
 
-    def step(self, sessions: Sequence["Session"], temperature: float = 1.0, top_k: int | None = None) -> list[int]:
+    def step(self, sessions: Sequence["Session"], temperature: float = 1.0, top_k: int | None = None,
+             top_p: float = 1.0) -> list[int]:
         """One step of `generate`: the next token of each session, drawn by its own generator, and part of its history afterwards."""
-        for session in sessions:
-            session.check_length(session.n_tokens + 1)
         for session in sessions:
             if session.due:
                 session.refocus()
@@ -290,27 +311,28 @@ class SessionPool:
             if temperature == 0:
                 tokens = logits_AV.argmax(-1).tolist()
             else:
-                tokens = [int(sample(logits_AV[i:i + 1], temperature, top_k, session.generator)) for i, session in enumerate(sessions)]
+                tokens = [int(sample(logits_AV[i:i + 1], temperature, top_k, session.generator, top_p))
+                          for i, session in enumerate(sessions)]
         for session, token in zip(sessions, tokens):
             session.ingest([token])
         return tokens
 
     def generate(self, sessions: Sequence["Session"], max_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
-                 seed: int | None = None, stop_ids: Sequence[int] = ()) -> Iterator[list[int | None]]:
+                 top_p: float = 1.0, seed: int | None = None,
+                 stop_ids: Sequence[int] = ()) -> Iterator[list[int | None]]:
         """Per step, each session's new token, None for those that have stopped; sampling as `nanochat.engine.Engine.generate`.
 
         seed: start every session's draws anew; None: go on with them. A session's tokens do not depend on those beside it.
-        UserError, before anything runs, as the engine, for an empty session, and for a history that would outgrow the budget.
+        UserError, before anything runs, as the engine, and for an empty session.
         """
-        check_sampling(self.gpt.config.vocab_size, max_tokens, temperature, top_k, stop_ids)
+        check_sampling(self.gpt.config.vocab_size, max_tokens, temperature, top_k, stop_ids, top_p)
         self.check_open(sessions)
         for session in sessions:
             if not session.n_tokens:
                 raise UserError("the session is empty: begin with at least one token (bos, for text from nothing)")
-            session.check_growth(max_tokens)
         for session in sessions if seed is not None else ():
             session.generator.manual_seed(seed)
-        return self._stream(list(sessions), max_tokens, temperature, top_k, frozenset(stop_ids))
+        return self._stream(list(sessions), max_tokens, temperature, top_k, top_p, frozenset(stop_ids))
 
     def check_open(self, sessions: Sequence["Session"]) -> None:
         if not sessions:
@@ -318,12 +340,12 @@ class SessionPool:
         if len({session.row for session in sessions}) != len(sessions) or any(self.sessions.get(s.row) is not s for s in sessions):
             raise UserError("a session takes part once, and only in its own pool until it is closed")
 
-    def _stream(self, sessions: list["Session"], max_tokens: int, temperature: float, top_k: int | None,
+    def _stream(self, sessions: list["Session"], max_tokens: int, temperature: float, top_k: int | None, top_p: float,
                 stop_ids: frozenset[int]) -> Iterator[list[int | None]]:
         running, began = list(range(len(sessions))), time.perf_counter()
         for left in range(max_tokens, 0, -1):
             begin = time.perf_counter()
-            drawn = dict(zip(running, self.step([sessions[i] for i in running], temperature, top_k)))
+            drawn = dict(zip(running, self.step([sessions[i] for i in running], temperature, top_k, top_p)))
             going_on = [i for i in running if drawn[i] not in stop_ids and left > 1]
             for i in running if self.recorder else ():
                 sessions[i].meter.decoded(time.perf_counter() - begin)
@@ -356,7 +378,7 @@ class SessionPool:
             for row, w in gists:
                 at = torch.from_numpy(np.flatnonzero(w.lod)).to(self.device)
                 embeds_ASD[row, at] = w.gists.to(self.device)
-            rotary = entry_rotary(self.gpt, start_AS, length_AS, scheme=c.positions, floor=c.damping_floor, lod_axis=bool(c.lod_axis), lod_BW=lod_AS)
+            rotary = entry_rotary(self.gpt, start_AS, length_AS, scheme=c.positions, floor=c.damping_floor)
         centre_AS = torch.where(slot_AS == self.cache.spare, NOWHERE, centre_AS)
         self.cache.place(Placement(rows_A, slot_AS, before_AS, centre_AS, bias_AS))
         return self.gpt.hidden(ids_AS, inputs_embeds=embeds_ASD, rotary=rotary, linked=linked_AS.bool(), cache=self.cache, lift_windows=True)
@@ -399,7 +421,6 @@ class Session:
         self.history = History(pool.gpt, pool.mc, store)
         self.pending: list[int] = []
         self.generator = torch.Generator(pool.device).manual_seed(seed)
-        self.check_length(self.n_tokens)
         self._restart(PathEdits(pool.focus_config))
         self.meter = SessionMeter(pool.recorder, pool.focus_config.cooldown) if pool.recorder else None
 
@@ -440,7 +461,6 @@ class Session:
         ids_N = torch.as_tensor(tokens, dtype=torch.int64).cpu()
         if not len(ids_N):
             return
-        self.check_length(self.n_tokens + len(ids_N))
         begin = time.perf_counter()
         self.history.append(torch.cat([torch.tensor(self.pending, dtype=torch.int64), ids_N]))
         self.pending, self.asked = [], True
@@ -450,7 +470,6 @@ class Session:
 
     def end_source(self) -> None:
         """What is appended next is another document, and starts a block of its own."""
-        self.check_length(-(-self.n_tokens // self.history.block_size) * self.history.block_size)
         self.flush()
         self.asked = self.recut = True  # void slots are not numbered under contiguous positions
         self.history.end_source()
@@ -462,27 +481,19 @@ class Session:
         self.pending = []
         self.search.grow(self.history.store.n_nodes(1))
 
-    def check_growth(self, max_tokens: int) -> None:
-        """Refuse to generate max_tokens when the history would outgrow the budget on the way."""
-        K, end = self.history.block_size, self.n_tokens + max_tokens
-        for n_tokens in (*range((self.n_tokens // K + 1) * K - 1, end, K), end):  # a block is largest before it is complete
-            self.check_length(n_tokens)
-
-    def check_length(self, n_tokens: int) -> None:
-        """Refuse a history that the budget cannot show with one block raw, with the numbers."""
-        try:
-            check_feasible(n_tokens, self.pool.focus_config)
-        except UserError as e:
-            untrained = self.pool.untrained and self.pool.config.untrained == "refuse"
-            hint = f" (LOD{self.pool.untrained[0]} and above were not trained; --mc_untrained=report shows them)" if untrained else ""
-            raise UserError(f"{e}{hint}") from None
-
     def resume(self, meta: dict, tensors: dict[str, Tensor]) -> None:
-        """Continue where a state was taken; `SessionPool.restore` has checked it."""
-        focus, cache, slot = meta["focus"], self.pool.cache, tensors["slot"]
+        """Continue where a state was taken, whose values `SessionPool.restore` has checked by themselves. UserError where they do not fit the
+        history and each other, before the cache is touched."""
+        focus, cache = meta["focus"], self.pool.cache
         self.pending = list(meta["pending"])
-        self._restart(PathEdits(self.pool.focus_config, focus["n_tokens"], focus["refocuses"], {tuple(node) for node in focus["expanded"]},
-                                {(lod, index): at for lod, index, at in focus["changed"]}, set(focus["pruned"])))
+        self.history.check_ids(torch.tensor(self.pending, dtype=torch.int64))
+        edits = PathEdits(self.pool.focus_config, focus["n_tokens"], focus["refocuses"], {tuple(node) for node in focus["expanded"]},
+                          {(lod, index): at for lod, index, at in focus["changed"]}, set(focus["pruned"]))
+        check_focus(edits, meta, self.n_tokens)
+        check_entries(tensors, edits, cache, meta, self._ids)
+        check_cache(tensors, cache, self.pool.gpt.config.n_embd, self.pool.device)
+        slot = tensors["slot"]
+        self._restart(edits)
         self.scores, self.last_edits = {block: score for block, score in meta["scores"]}, Edits(**{name: value if name == "paths" else [tuple(node) for node in value] for name, value in meta["last_edits"].items()})
         for name in ("asked", "recut", "n_read", "cut_tokens", "kept", "computed", "seed", "price_shift"):
             setattr(self, name, meta[name])
@@ -550,12 +561,12 @@ class Session:
             lods = self.status().entries_by_lod
             raw = sum(lod == 1 for lod, _ in self.focus.expanded)
             self.meter.refocused(
-                self.focus.refocuses, self.last_edits, seconds=self.refocus_seconds + pass_seconds, entries_by_lod=lods, swappable=raw + lods.get(1, 0),
+                self.focus.refocuses, self.last_edits, seconds=self.refocus_seconds + pass_seconds, entries_by_lod=lods, omitted=self.omitted_tokens, swappable=raw + lods.get(1, 0),
                 utilization=self.utilization, kv_kept=self.kept, kv_recomputed=self.computed, store_reads=self.store_reads)
             self.store_reads = 0
         self.refocus_seconds = 0.0
 
-    def _reread(self, reader: Reader, index_N: Tensor, logits_N: Tensor) -> Tensor:
+    def _reread(self, reader: torch.nn.Module, index_N: Tensor, logits_N: Tensor) -> Tensor:
         """[N] the logits of blocks after the lens's reader has seen them together, with the nodes above them."""
         store, c, device = self.history.store, self.pool.focus_config, self.pool.device
         nodes = {1: index_N}
@@ -579,14 +590,17 @@ class Session:
         focus, n_B = self.focus, torch.tensor([self.focus.n_tokens])
         fixed = torch.tensor(sorted({*focus.tail_blocks(), *focus.pruned}), dtype=torch.int64)
         index_BI, logits_BI = torch.tensor([list(logits)], dtype=torch.int64), torch.tensor([list(logits.values())], dtype=torch.float64)
+        room_B = torch.tensor([focus.room]) if focus.omits else room(n_B, focus.cfg)
         scores_BI = self.pool.allocator.scores(
-            logits_BI, index_BI, ~torch.isin(index_BI, fixed), room(n_B, focus.cfg), torch.tensor([self.price_shift], dtype=torch.float64),
+            logits_BI, index_BI, ~torch.isin(index_BI, fixed), room_B, torch.tensor([self.price_shift], dtype=torch.float64),
             rows_B=torch.zeros(1, dtype=torch.int64), seed=self.seed, refocus=focus.refocuses)
         return dict(zip(logits, scores_BI[0].tolist()))
 
     @property
     def utilization(self) -> float:
-        """Of the cut that the last refocus left, see `mc.focus_allocator.utilization`."""
+        """Of the cut that the last refocus left, see `mc.focus_allocator.utilization`; where spans are left out of blocks alone, gists filling up."""
+        if self.focus.omits:
+            return self.focus.utilization
         return float(utilization(torch.tensor([self.focus.entries]), torch.tensor([self.focus.n_tokens]), self.focus.cfg))
 
     @property
@@ -653,10 +667,11 @@ class Session:
 
     # -- decoding ---------------------------------------------------------------------------------------------------------
 
-    def generate(self, max_tokens: int, *, temperature: float = 1.0, top_k: int | None = None, seed: int | None = None,
-                 stop_ids: Sequence[int] = ()) -> Iterator[int]:
+    def generate(self, max_tokens: int, *, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
+                 seed: int | None = None, stop_ids: Sequence[int] = ()) -> Iterator[int]:
         """The next tokens, one by one, each part of the history when it is given out; as `SessionPool.generate`."""
-        steps = self.pool.generate([self], max_tokens, temperature=temperature, top_k=top_k, seed=seed, stop_ids=stop_ids)
+        steps = self.pool.generate([self], max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+                                   stop_ids=stop_ids)
         return (token for (token,) in steps)
 
     def logits(self) -> Tensor:
@@ -672,7 +687,6 @@ class Session:
         first if the user has appended, and then every `interval` tokens. They are history afterwards."""
         left, parts = torch.as_tensor(tokens, dtype=torch.int64).cpu(), []
         self.history.check_ids(left)
-        self.check_growth(len(left))
         while len(left):
             parts.append(self.logits()[None])
             piece = left[:self.pool.interval - (self.n_tokens - self.cut_tokens)]
@@ -693,13 +707,21 @@ class Session:
     # -- what it is ---------------------------------------------------------------------------------------------------------
 
     def status(self) -> Status:
-        return Status(self.n_tokens, dict(sorted(Counter(self._shown()[0].tolist()).items())), self.focus.n_tokens, self.last_edits)
+        return Status(self.n_tokens, dict(sorted(Counter(self._shown()[0].tolist()).items())), self.focus.n_tokens, self.last_edits, self.omitted_tokens)
+
+    @property
+    def omitted_tokens(self) -> int:
+        """Tokens of the history that no entry stands for since the last refocus: they are searched, and shown when they are asked for."""
+        return self.cut_tokens - int((self.history.block_size ** self.cut_lod).sum())
 
     def explain(self) -> list[Shown]:
-        """The working context as a table: every gist, and the raw tokens block by block, with the reason."""
-        K, focus, lines = self.history.block_size, self.focus, []
+        """The history as a table: every gist, the raw tokens block by block, and the spans that are left out, each token in one line."""
+        K, focus, lines, end = self.history.block_size, self.focus, [], 0
         for at, i in zip(*(x.tolist() for x in self._shown())):
             start, block = i * K ** at, i if at == 1 else i // K
+            if start > end:
+                lines.append(Shown(end, start - end, 0, None, None, "left out: no entry has room for it; searched at every refocus"))
+            end = start + K ** at
             score = self.scores.get(block) if at < 2 else None
             if at == 0 and lines and lines[-1].lod == 0 and lines[-1].start // K == block:
                 lines[-1] = lines[-1]._replace(tokens=lines[-1].tokens + 1, entries=lines[-1].entries + 1)

@@ -27,9 +27,9 @@ class SessionMeter:
         self.recorder.record("mc.session.ingest_rate", tokens / max(seconds, 1e-9))
         self.recorder.record("mc.session.history", history)
 
-    def refocused(self, at: int, edits: Edits, *, seconds: float, entries_by_lod: dict[int, int], swappable: int, utilization: float,
+    def refocused(self, at: int, edits: Edits, *, seconds: float, entries_by_lod: dict[int, int], omitted: int, swappable: int, utilization: float,
                   kv_kept: int, kv_recomputed: int, store_reads: int) -> None:  # fmt: skip
-        """Refocus number `at` and the pass after it are done. swappable: blocks shown raw or as LOD1; entries whose keys and values
+        """Refocus number `at` and the pass after it are done. omitted: tokens in no entry; swappable: blocks shown raw or as LOD1; entries whose keys and values
         were kept or computed; records read since the refocus before."""
         record = self.recorder.record
         self._end_interval()
@@ -45,6 +45,7 @@ class SessionMeter:
         self._shown |= {block: at for lod, block in edits.opened if lod == 1}
         for lod, count in entries_by_lod.items():
             record("mc.session.entries", count, lod=lod)
+        record("mc.session.omitted", omitted)
         record("mc.session.kv_kept", kv_kept)
         record("mc.session.kv_recomputed", kv_recomputed)
         record("mc.session.store_reads", store_reads)

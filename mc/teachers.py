@@ -7,7 +7,8 @@ unchanged at full speed and the cost is that of a few rows.
     gate gradient    −∂L/∂g at g = 0, for a gate g[q, block] added to the attention logits of query q on the block's keys:
                      first-order utility of showing the block. From the softmax's Jacobian, with dO the gradient at the
                      attention's output O:  ∂L/∂g[q,b] = Σ_{k in b} P[q,k] · (dO_q·v_k − dO_q·O_q),  summed over layers and heads.
-                     dO is left behind by the ordinary backward pass, so all blocks and queries come from one backward.
+                     The ordinary backward pass leaves dO behind where `keep_gradients` asked for it, so all blocks and queries
+                     come from one backward.
 
 Shapes: B rows, Q query rows, N blocks, H heads, G kv heads, E head width, S entries of the pass.
 """
@@ -65,12 +66,12 @@ def attention_mass(captured: Sequence[Captured], rows: slice, queries: slice, n_
 def gate_utility(captured: Sequence[Captured], rows: slice, queries: slice, n_blocks: int, block_size: int) -> Tensor:
     """[B, Q, N] first-order utility of each block for each query, in units of the loss that was differentiated.
 
-    Call after the backward pass of that loss. Raises RuntimeError when it has not run.
+    Call after `keep_gradients` and the backward pass of that loss. Raises RuntimeError when one of them has not run.
     """
     total = 0.0
     for layer in captured:
         if layer.y.grad is None:
-            raise RuntimeError("gate utility needs the gradient at the attention's output: run backward first")
+            raise RuntimeError("gate utility needs the gradient at the attention's output: run keep_gradients, then backward, first")
         weights = attention_weights(layer, rows, queries)
         v = _for_heads(layer.v[rows, :, :queries.stop], weights.shape[1])
         d_out, out = _precise(layer.y.grad[rows, :, queries]), _precise(layer.y[rows, :, queries])
@@ -78,6 +79,13 @@ def gate_utility(captured: Sequence[Captured], rows: slice, queries: slice, n_bl
         mean = (d_out * out).sum(-1, keepdim=True)
         total = total - gain + (_per_block(weights, n_blocks, block_size) * mean).sum(1)
     return total
+
+
+def keep_gradients(captured: Sequence[Captured]) -> None:
+    """Before the backward pass: that it leaves its gradient at every attention's output, for `gate_utility`."""
+    for layer in captured:
+        if layer.y.requires_grad:
+            layer.y.retain_grad()
 
 
 def continuation_pass(gpt: GPT, tokens_BT: Tensor, targets_BT: Tensor, n: int) -> list[Captured]:
@@ -89,6 +97,7 @@ def continuation_pass(gpt: GPT, tokens_BT: Tensor, targets_BT: Tensor, n: int) -
     with torch.enable_grad():
         embeds = gpt.embed(tokens_BT).detach().requires_grad_()
         hidden = gpt.hidden(tokens_BT, inputs_embeds=embeds, capture=captured, lift_windows=True)[:, n - 1:-1]
+        keep_gradients(captured)
         torch.autograd.grad(token_losses(gpt.logits(hidden), targets_BT[:, n - 1:-1]).sum(), embeds)
     return captured
 

@@ -64,12 +64,6 @@ def spans(cut: Cut) -> tuple[Tensor, Tensor]:
     return cut.index_BW * length_BW, length_BW * cut.valid_BW
 
 
-def centre_and_width(cut: Cut) -> tuple[Tensor, Tensor]:
-    """Centre `start + (length - 1) / 2` (float64) and width `length` (int64), both in tokens; 0 at padding."""
-    start_BW, length_BW = spans(cut)
-    return start_BW + (length_BW - 1).clamp(min=0).double() / 2, length_BW
-
-
 def _per_node(lod: Tensor, n_gists: int) -> Tensor:
     return torch.where(lod > 0, n_gists, 1)
 
@@ -220,12 +214,12 @@ def collapse(cut: Cut, mask_BW: Tensor, max_lod: int) -> Cut:
 # The invariants
 
 
-def check(cut: Cut, n_tokens_B: Tensor, capacity: int, max_lod: int | None = None) -> None:
+def check(cut: Cut, n_tokens_B: Tensor, capacity: int, max_lod: int | None = None, gaps: bool = False) -> None:
     """Assert every invariant of a cut, entry by entry. For tests and debugging: slow, syncs with the device.
 
     Budget (entries <= capacity), padding, level consistency (0 <= lod <= max_lod, complete nodes only), monotone
     time, contiguity and coverage of `[0, n)`. Block alignment needs no test of its own: a node's span is aligned by
-    construction, so a misaligned entry shows as a gap or an overlap.
+    construction, so a misaligned entry shows as a gap or an overlap. gaps: spans may be left out between entries and before the first.
     """
     assert cut.lod_BW.shape == cut.index_BW.shape == cut.valid_BW.shape, "shapes of lod, index and valid differ"
     assert cut.lod_BW.dtype == cut.index_BW.dtype == torch.int64 and cut.valid_BW.dtype == torch.bool, "dtypes"
@@ -240,7 +234,7 @@ def check(cut: Cut, n_tokens_B: Tensor, capacity: int, max_lod: int | None = Non
         for w, (lod, index) in enumerate(zip(lods[:used], indices[:used])):
             assert lod >= 0 and (max_lod is None or lod <= max_lod), f"row {b}, entry {w}: no level {lod}"
             start, end = index * cut.block_size**lod, (index + 1) * cut.block_size**lod
-            assert start == time, f"row {b}, entry {w}: ({lod}, {index}) starts at {start}, not at {time}"
+            assert start == time or gaps and start > time, f"row {b}, entry {w}: ({lod}, {index}) starts at {start}, not at {time}"
             assert end <= n, f"row {b}, entry {w}: ({lod}, {index}) ends at {end}, beyond {n} tokens"
             time = end
         assert time == n, f"row {b}: covers {time} of {n} tokens"

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import random
 import re
 import sys
@@ -28,7 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.common import UserError
+from nanochat.common import UserError, one_line, parse_json, whole_number
+from nanochat.outputs import write_file
 
 State = dict[str, object]  # nested dicts, lists and tuples of tensors, numbers, strings and None
 
@@ -145,6 +147,15 @@ def _commit(directory: Path, step: int, own: dict, files: dict, rank: int, world
     return attempt(rename_own) or attempt(write_record)
 
 
+def annotate(directory: str | Path, step: int, **facts: object) -> None:
+    """Add to what a complete step's meta says, e.g. an evaluation that came after the save. One rank calls it.
+
+    The facts stand in the commit record, which is replaced as a whole: the step is intact at every moment.
+    """
+    record = Path(directory) / f"complete_{step:06d}.json"
+    write_file(record, json.dumps(json.loads(record.read_text()) | {"facts": facts}, indent=1))
+
+
 def complete_steps(directory: str | Path) -> list[int]:
     """Steps with a commit record, oldest first; whether they are intact is not looked at."""
     return sorted(int(m[1]) for p in Path(directory).glob("complete_*.json") if (m := re.fullmatch(r"complete_(\d+)\.json", p.name)))
@@ -155,8 +166,10 @@ def damage(directory: str | Path, step: int) -> str | None:
     directory = Path(directory)
     record = directory / f"complete_{step:06d}.json"
     try:
-        files = json.loads(record.read_text())["files"]
+        files = parse_json(record.read_bytes())["files"]
         for name, expected in files.items():
+            if Path(name).name != name or not expected["size"] >= 0:
+                raise ValueError
             if not (directory / name).exists():
                 return f"{name} is missing"
             size = (directory / name).stat().st_size
@@ -180,7 +193,7 @@ def find_step(directory: str | Path, step: int | str = "latest") -> int:
     if not directory.is_dir():
         raise UserError(f"no checkpoint directory {directory}")
     if step != "latest":
-        if not str(step).isdigit():
+        if whole_number(str(step)) is None:
             raise UserError(f"checkpoint step {step!r} is neither a number nor 'latest'")
         if reason := damage(directory, int(step)):
             raise UserError(f"checkpoint of step {step} in {directory} cannot be used: {reason}; {_choices(directory, int(step))}")
@@ -216,7 +229,7 @@ def load_checkpoint(
     if rank == 0:
         try:
             found = find_step(directory, step)
-            saved_by = json.loads((directory / f"complete_{found:06d}.json").read_text())["world_size"]
+            saved_by = parse_json((directory / f"complete_{found:06d}.json").read_bytes()).get("world_size")
             if saved_by != world_size:
                 found = (
                     f"checkpoint of step {found} in {directory} was saved by {saved_by} rank(s) and cannot resume on {world_size}: "
@@ -229,9 +242,9 @@ def load_checkpoint(
         raise UserError(found)
     model, meta = _read_model(directory, found, device)
     mc_path = directory / f"mc_{found:06d}.pt"
-    mine = _read(directory / f"optim_{found:06d}_rank{rank}.pt", "cpu")
+    mine = read_tensors(directory / f"optim_{found:06d}_rank{rank}.pt", "cpu")
     return Checkpoint(
-        found, model, meta, _read(mc_path, device) if mc_path.exists() else None, mine["optimizer"], mine["loader"], mine["rng"]
+        found, model, meta, read_tensors(mc_path, device) if mc_path.exists() else None, mine["optimizer"], mine["loader"], mine["rng"]
     )
 
 
@@ -245,15 +258,54 @@ def load_model_state(
 def load_mc_state(directory: str | Path, step: int, device: torch.device | str = "cpu") -> State | None:
     """What was saved as `mc` with a step that `find_step` returned, or None."""
     path = Path(directory) / f"mc_{step:06d}.pt"
-    return _read(path, device) if path.exists() else None
+    return read_tensors(path, device) if path.exists() else None
 
 
 def _read_model(directory: Path, step: int, device: torch.device | str) -> tuple[dict[str, Tensor], dict]:
-    return _read(directory / f"model_{step:06d}.pt", device), json.loads((directory / f"meta_{step:06d}.json").read_text())
+    record = json.loads((directory / f"complete_{step:06d}.json").read_text())
+    meta = read_meta(directory / f"meta_{step:06d}.json", step)
+    return read_tensors(directory / f"model_{step:06d}.pt", device), meta | record.get("facts", {})
 
 
-def _read(path: Path, device: torch.device | str) -> dict:
-    return torch.load(path, map_location=device, weights_only=True)
+def read_meta(path: Path, step: int) -> dict:
+    """What describes a step. UserError for anything but a mapping that names it, and where a part is no mapping or number as it is read."""
+    try:
+        meta = parse_json(path.read_bytes())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read: {one_line(e)}") from None
+    if not isinstance(meta, dict) or meta.get("step") != step:
+        raise UserError(f"{path} is not the description of step {step}")
+    for name, kinds in META_TYPES.items():
+        if name in meta and not isinstance(meta[name], kinds):
+            raise UserError(f"{path}: {name} is {one_line(meta[name])}; it was written by another version, or damaged")
+    return meta
+
+
+META_TYPES = {"flags": dict, "mc": (dict, type(None)), "tokenizer": str, "num_iterations": int, "flops": (int, float), "tokens": int, "trained_s": (int, float)}
+
+
+def read_tensors(path: Path, device: torch.device | str) -> dict:
+    """A file of tensors and plain values, a dictionary. UserError for anything else."""
+    try:
+        found = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {one_line(e)}") from None
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as e:
+        raise UserError(f"{path} holds no tensors that can be loaded ({type(e).__name__}: {one_line(e)}); restore it from a copy, or use another step") from None
+    return found
+
+
+def load_weights(module: torch.nn.Module, state: dict, where: str) -> None:
+    """Strictly. UserError for what is missing, unknown, of another shape or no tensor."""
+    wrong = [one_line(name) for name, x in state.items() if not (isinstance(name, str) and isinstance(x, Tensor) and x.is_floating_point())]
+    try:
+        if wrong:
+            raise RuntimeError(f"{wrong[0]} is no tensor of floating-point numbers")
+        module.load_state_dict(state)
+    except RuntimeError as e:
+        raise UserError(f"weights in {where}: {one_line(e, 600)}") from None
 
 
 def _prune(directory: Path, step: int, keep_last: int) -> None:

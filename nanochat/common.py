@@ -1,29 +1,98 @@
 """What every script shares: where files go, errors a user can act on, flags, processes and seeds."""
 
 import argparse
+import contextlib
+import errno
 import hashlib
 import importlib
 import importlib.util
+import json
+import math
 import os
 import random
 import re
+import signal
 import sys
-from dataclasses import dataclass
+import traceback
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Callable, NoReturn
+from typing import Callable, NoReturn, TypeVar, get_origin, get_type_hints
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from nanochat.redact import scrubbed
+from nanochat.streams import INTERRUPTED, READER_LEFT, StreamLost, flushed_streams, leave_at_once, on_interrupt, prepare_streams, reader_left
+
+T = TypeVar("T")
+
+MEDIUM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # full, or not to be written: nothing that a program did wrong
+
 
 class UserError(Exception):
-    """A mistake the user can mend: one line saying what is wrong, which value, and what to do. Exit code 2."""
+    """A mistake the user can mend: one line saying what is wrong, which value, and what to do. Exit code 2.
+
+    It is one line that a terminal can show whatever the value is: foreign text in it is cut and cleaned.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__(), 1500)
 
 
 def base_dir() -> Path:
     """Where artefacts go: `$NANOCHAT_BASE_DIR`, by default `~/.cache/nanochat`. Not created here."""
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+
+
+def parse_json(text: str | bytes) -> object:
+    """`json.loads`, whose every refusal is a ValueError of one line, also of bytes that are no UTF-8 and of what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"not UTF-8: {e.reason} at byte {e.start}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def from_plain(kind: type[T], values: object, where: str) -> T:
+    """A dataclass of plain values from what was stored of it; a field may be left out that has a default, an int may stand for a float.
+
+    UserError for anything but a mapping of its fields to values of their types, and what `kind` itself refuses.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is not a mapping of names to values")
+    types = get_type_hints(kind)
+    if unknown := sorted(map(str, set(values) - set(types))):
+        raise UserError(f"{where} has unknown fields: {', '.join(unknown)[:200]}; it was written by another version")
+    if missing := [f.name for f in fields(kind) if f.name not in values and f.default is MISSING]:
+        raise UserError(f"{where} lacks {', '.join(missing)}; it was written by another version, or damaged")
+    for name, value in values.items():
+        wanted = get_origin(types[name]) or types[name]
+        if type(value) not in {float: (int, float), bool: (bool, int)}.get(wanted, (wanted,)):
+            raise UserError(f"{where}: {name} is {one_line(value)}, not of type {wanted.__name__}; it was written by another version, or damaged")
+        if type(value) is int and not -(2**63) <= value < 2**63:
+            raise UserError(f"{where}: {name} is {one_line(value)}, beyond 64 bits")
+    return kind(**values)
+
+
+def one_line(value: object, most: int = 80) -> str:
+    """A foreign value, or an error's text, as it can stand in an error of ours: one printable line that is not long."""
+    text = " ".join((value if isinstance(value, str) else str(value) if isinstance(value, Exception) else repr(value))[:4 * most].split())
+    text = "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return text if len(text) <= most else text[:most - 1] + "…"
+
+
+def whole_number(text: str) -> int | None:
+    """A number ≥ 0 of decimal digits alone, at most 18; None for any other text, ² and - among them."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
+
+
+def switch(text: str) -> bool:
+    """The value of a flag that is 0 or 1."""
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
+    return text == "1"
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -33,6 +102,10 @@ class FlagParser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
 
+    def add_switch(self, name: str, default: bool, help: str) -> None:
+        """A flag that is 0 or 1 on the command line, and a bool from there on."""
+        self.add_argument(name, type=switch, default=default, metavar="{0,1}", help=help)
+
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
         for i, arg in enumerate(args):
@@ -41,8 +114,19 @@ class FlagParser(argparse.ArgumentParser):
                 args[i] = "--" + name[2:].replace("-", "_") + eq + value
         return super().parse_known_args(args, namespace)
 
+    def _get_value(self, action, arg_string: str):
+        """Refuses what no flag can mean: an empty path, a number that is not one or that 64 bits do not hold."""
+        value = super()._get_value(action, arg_string)
+        if action.type is Path and not arg_string:
+            raise argparse.ArgumentError(action, "an empty path")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise argparse.ArgumentError(action, f"{arg_string} is no finite number")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise argparse.ArgumentError(action, f"{arg_string[:30]} does not fit 64 bits")
+        return value
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see --help)\n")
+        self.exit(2, f"error: {one_line(message, 1500)} (see --help)\n")
 
 
 def boolean(text: str) -> bool:
@@ -83,19 +167,43 @@ def parse_optional(make_parser: Callable[[bool], FlagParser], package: str) -> t
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr and exit code 2."""
+    """Call `main`. A UserError becomes one line on stderr and exit code 2, as does an output that cannot be written, a full or read-only disk and
+    a lack of memory; Ctrl-C one line and 130; an output that nobody reads any more ends the command with 141, silently. No line, and no
+    traceback, shows a secret of the environment."""
+    prepare_streams()
+    on_interrupt(signal.default_int_handler)
     try:
-        main()
+        with flushed_streams():
+            main()
         if dist.is_initialized():
             leave_together()
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        leave(f"error: {e}", 2)
+    except StreamLost as e:
+        sys.exit(READER_LEFT) if reader_left(e) else leave(f"error: cannot write to {e.filename}: {e.strerror}", 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        on_interrupt(leave_at_once)
+        leave("interrupted", INTERRUPTED)
+    except Exception as e:
+        leave(f"error: {said}", 2) if (said := beyond_this_machine(e)) else leave(traceback.format_exc().rstrip(), 1)
     finally:
         shutdown_distributed()
+
+
+def beyond_this_machine(e: Exception) -> str:
+    """The words of an exception that says the disk or the memory is not enough; "" for any other."""
+    if isinstance(e, OSError) and e.errno in MEDIUM:
+        return f"{f'cannot write {e.filename}: ' if e.filename else ''}{e.strerror}"
+    if isinstance(e, MemoryError | torch.OutOfMemoryError) or (isinstance(e, RuntimeError) and "allocate memory" in str(e)):  # torch's on the CPU
+        return f"out of memory ({(str(e).splitlines() or ['this machine has no more'])[0]}); use smaller sizes"
+    return ""
+
+
+def leave(last_words: str, code: int) -> NoReturn:
+    """Say why on stderr, if that can be done, and exit."""
+    with contextlib.suppress(StreamLost):
+        print(scrubbed(last_words), file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 @dataclass(frozen=True)
@@ -105,10 +213,6 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 def init_distributed(device: str = "auto") -> Ranks:
@@ -161,3 +265,17 @@ def key_seed(*key: int | str) -> int:
     """A 63-bit seed that depends on `key` alone, e.g. (seed, "cuts", step, row): the same whatever the number of ranks."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def whole_characters(text: str) -> str:
+    """`text` with U+FFFD for every half of a surrogate pair: json and command lines can hold one, UTF-8 cannot. Halves side by side are a pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def shown(name: str | os.PathLike) -> str:
+    """The name of a file or a field as one printable line: bytes that are no UTF-8, line ends and other unprintable characters are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fspath(name))

@@ -5,7 +5,6 @@ one long document. `python -m nanochat.dataset --num_shards 8 --dir DIR` fetches
 directory of parquet, jsonl or text files is a corpus as well.
 """
 
-import fcntl
 import hashlib
 import http.client
 import json
@@ -17,41 +16,23 @@ import tokenize
 import urllib.error
 import urllib.parse
 import urllib.request
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Iterable, Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import FlagParser, UserError, base_dir, print0, run_main
+from nanochat.common import FlagParser, UserError, base_dir, print0, run_main, shown
+from nanochat.documents import SHARDS, TEXTS, Document, count_rows, file_key, files_below, is_shard, opened, read_documents
+from nanochat.outputs import locked
 
 SPLITS = ("train", "val")
-SHARDS = (".parquet", ".jsonl")
-TEXTS = (".txt", ".md", ".py")
 BASE_URL = "https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main"
 LAST_SHARD = 1822  # of nanochat's public shards; held out
-
-
-class Document(NamedTuple):
-    text: str
-    source: str  # path inside the corpus, with #row where a file holds several documents
-    kind: str  # "code", "text" or what the corpus says in its column `kind`
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`, so that of several processes one builds and the others then find it built."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path, "a")
-    except OSError as e:
-        raise UserError(f"cannot write in {path.parent} ({e.strerror}); set NANOCHAT_BASE_DIR to a folder that can be written") from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+READER = 2  # of the rules by which files become text; what was tokenized under others is not used again
 
 
 class Progress:
@@ -97,7 +78,7 @@ def _stdlib_documents(stdlib: Path) -> list[Document]:
 
 
 def _order(source: str) -> int:
-    return int.from_bytes(hashlib.blake2b(source.encode(), digest_size=4).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(os.fsencode(source), digest_size=4).digest(), "little")
 
 
 def _held_out(documents: list[Document]) -> set[str]:
@@ -141,6 +122,52 @@ def build_stdlib(stdlib: Path | None = None) -> Path:
 
 # --- corpora from a directory ----------------------------------------------------------------------------------------
 
+REMEMBERED_BYTES = 1 << 20  # smaller files are hashed as fast as their hashes are looked up
+SETTLED_NS = 2_000_000_000  # a file that changed less than this ago can change again without its times showing it
+
+
+def digests(root: Path, files: Iterable[Path]) -> dict[Path, str]:
+    """sha256 of each file's content. A large file's is remembered under `base_dir()` by what else changes with it (`file_key`), so that it
+    is read once; a filesystem whose clock runs seconds behind, or that writes no change times, defeats that."""
+    status = {path: _stat(path) for path in files}
+    memory = base_dir() / "digests" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.json"
+    large = {path for path in status if status[path].st_size >= REMEMBERED_BYTES}
+    with locked(memory.with_suffix(".lock")) if large else nullcontext():
+        known = _remembered(memory) if large else {}
+        new = [path for path in status if path not in large or _name(status[path]) not in known]
+        progress, done = Progress(f"reading {root.name}", sum(status[path].st_size for path in new), "bytes"), 0
+        found = {}
+        for path in new:
+            with opened(path) as f:
+                found[path] = hashlib.file_digest(f, "sha256").hexdigest()
+            progress.update(done := done + status[path].st_size)
+        found |= {path: known[_name(status[path])] for path in status if path not in found}
+        settled = time.time_ns() - SETTLED_NS
+        if keep := {_name(status[path]): found[path] for path in large if max(status[path].st_mtime_ns, status[path].st_ctime_ns) < settled}:
+            tmp = memory.with_suffix(".tmp")
+            tmp.write_text(json.dumps(keep))
+            os.replace(tmp, memory)
+    return {path: found[path] for path in status}
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as e:
+        raise UserError(f"cannot read {shown(path)}: {e.strerror}") from None
+
+
+def _name(status: os.stat_result) -> str:
+    return ":".join(map(str, file_key(status)))
+
+
+def _remembered(memory: Path) -> dict[str, str]:
+    try:
+        known = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        return {}  # all is read again
+    return known if isinstance(known, dict) else {}
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -153,31 +180,37 @@ class Corpus:
     text_column: str = "text"
 
     @cached_property
+    def _digests(self) -> dict[Path, str]:
+        return digests(self.root, self.files)
+
+    @cached_property
     def fingerprint(self) -> str:
-        """12 hex digits from every file's name, size, first and last 64 KiB, and the text column."""
-        digest = hashlib.sha256(self.text_column.encode())
-        for path in self.files:
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(self.root)}:{size}\n".encode())
-            with open(path, "rb") as f:
-                digest.update(f.read(1 << 16))
-                f.seek(max(0, size - (1 << 16)))
-                digest.update(f.read(1 << 16))
+        """12 hex digits from every file's name and content, and the text column."""
+        digest = hashlib.sha256(f"{READER} {self.text_column}".encode(errors="surrogateescape"))
+        for path, content in self._digests.items():
+            digest.update(os.fsencode(path.relative_to(self.root)) + f":{content}\n".encode())
         return digest.hexdigest()[:12]
+
+    def require_unchanged(self) -> None:
+        """UserError where a file's content is not what `fingerprint` stands for."""
+        now = digests(self.root, self.files)
+        for path, content in self._digests.items():
+            if now[path] != content:
+                raise UserError(f"{shown(path)} changed while it was tokenized; run again once nothing writes to it")
 
     @cached_property
     def _last_shard(self) -> Path | None:
-        shards = [path for path in self.files if path.suffix in SHARDS]
+        shards = [path for path in self.files if is_shard(path)]
         return shards[-1] if len(shards) > 1 else None
 
     @cached_property
     def _rows(self) -> dict[Path, int]:
-        return {path: _count_rows(path) for path in self.files}
+        return {path: count_rows(path) for path in self.files}
 
     @cached_property
     def _held_out_rows(self) -> set[tuple[Path, int]]:
         order = sorted(
-            (_order(f"{path.relative_to(self.root)}#{row}"), path, row) for path, n in self._rows.items() for row in range(n)
+            (_order(f"{os.fspath(path.relative_to(self.root))}#{row}"), path, row) for path, n in self._rows.items() for row in range(n)
         )
         if len(order) < 2:
             raise UserError(f"corpus {self.root} holds {len(order)} documents: at least two, as one is held out")
@@ -207,73 +240,6 @@ class Corpus:
             raise UserError(f"corpus {self.root} is empty: no text in its {split} split ({len(self.files)} files)")
 
 
-def _count_rows(path: Path) -> int:
-    if path.suffix == ".parquet":
-        with _parquet_errors(path):
-            return pq.read_metadata(path).num_rows
-    if path.suffix == ".jsonl":
-        with open(path, "rb") as f:
-            return sum(1 for _ in f)
-    return 1
-
-
-@contextmanager
-def _parquet_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError) as e:
-        raise UserError(f"damaged parquet file {path} ({str(e).splitlines()[0][:100]}); delete it or fetch it again") from None
-
-
-def read_documents(path: Path, root: Path, column: str) -> Iterator[Document]:
-    source, kind = path.relative_to(root).as_posix(), "code" if path.suffix == ".py" else "text"
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path, source, kind, column)
-    elif path.suffix == ".jsonl":
-        yield from _read_jsonl(path, source, kind, column)
-    else:
-        try:
-            yield Document(path.read_text(encoding="utf-8"), source, kind)
-        except UnicodeDecodeError as e:
-            raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); convert or remove it") from None
-
-
-def _read_parquet(path: Path, source: str, kind: str, column: str) -> Iterator[Document]:
-    with _parquet_errors(path):
-        file = pq.ParquetFile(path)
-    with file:
-        names = file.schema_arrow.names
-        if column not in names or not _is_string(file.schema_arrow.field(column).type):
-            raise UserError(f"{path} has no text column {column!r}, its columns: {', '.join(names)}; set --text_column")
-        wanted = [column] + [name for name in ("source", "kind") if name in names and name != column]
-        row = 0
-        for group in range(file.num_row_groups):
-            with _parquet_errors(path):
-                columns = file.read_row_group(group, columns=wanted).to_pydict()
-            for i, text in enumerate(columns[column]):
-                own_source, own_kind = (columns[name][i] if name in columns else None for name in ("source", "kind"))
-                yield Document(text or "", own_source or f"{source}#{row}", own_kind or kind)
-                row += 1
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _read_jsonl(path: Path, source: str, kind: str, column: str) -> Iterator[Document]:
-    with open(path, "rb") as f:
-        for row, line in enumerate(f):
-            try:
-                record = json.loads(line) if line.strip() else {column: ""}
-                text = record[column]
-                if not isinstance(text, str):
-                    raise TypeError(f"{column!r} is {type(text).__name__}, not text")
-            except (ValueError, KeyError, TypeError) as e:
-                what = f"no field {e}" if isinstance(e, KeyError) else e
-                raise UserError(f"{path} line {row + 1}: {what}; mend the line, or set --text_column") from None
-            yield Document(text, str(record.get("source") or f"{source}#{row}"), str(record.get("kind") or kind))
-
-
 def open_corpus(spec: str, text_column: str = "text") -> Corpus:
     """The corpus "stdlib" (built on first use), or the one in directory `spec`. UserError if there is nothing to read."""
     if spec == "stdlib":
@@ -282,11 +248,7 @@ def open_corpus(spec: str, text_column: str = "text") -> Corpus:
         root = Path(spec).expanduser()
     if not root.is_dir():
         raise UserError(f"--data={spec}: no such directory; give 'stdlib' or a directory of {' '.join(SHARDS + TEXTS)} files")
-    files = sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix in SHARDS + TEXTS and path.is_file() and not any(p.startswith(".") for p in path.relative_to(root).parts)
-    )
+    files = files_below(root, SHARDS + TEXTS)
     if not files:
         raise UserError(f"--data={spec}: no {' '.join(SHARDS + TEXTS)} files in it")
     return Corpus(spec if spec == "stdlib" else root.name, root, tuple(files), text_column)

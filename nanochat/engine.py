@@ -7,7 +7,8 @@ what is generated, so memory grows with both; how far back attention looks is th
 Shapes: B rows, S entries, D width, V vocabulary.
 """
 
-from typing import Iterator, Sequence
+import codecs
+from typing import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,19 +18,25 @@ from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.tokenizer import Tokenizer
 
-MAX_CHARACTER_TOKENS = 8  # a character not complete after this many tokens is not going to be
 
-
-def sample(logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
-    """[B] int64 token ids; temperature 0 takes the likeliest token, and top_k the k likeliest before drawing."""
+def sample(
+    logits_BV: Tensor, temperature: float, top_k: int | None, generator: torch.Generator, top_p: float = 1.0
+) -> Tensor:
+    """[B] int64 token ids; temperature 0 takes the likeliest token, top_k the k likeliest before drawing, and top_p of
+    those the fewest that hold this much of the probability."""
     if temperature == 0:
         return logits_BV.argmax(-1)
     values, ids = logits_BV.topk(min(top_k or logits_BV.shape[-1], logits_BV.shape[-1]))
-    drawn = torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)
+    chances = (values / temperature).softmax(-1)
+    if top_p < 1:
+        chances = chances.masked_fill(chances.cumsum(-1) - chances >= top_p, 0)
+    drawn = torch.multinomial(chances, 1, generator=generator)
     return ids.gather(1, drawn).squeeze(1)
 
 
-def check_sampling(vocab_size: int, max_tokens: int, temperature: float, top_k: int | None, ids: Sequence[int]) -> None:
+def check_sampling(
+    vocab_size: int, max_tokens: int, temperature: float, top_k: int | None, ids: Sequence[int], top_p: float = 1.0
+) -> None:
     """UserError for settings of generation that make no sense, or an id outside the vocabulary."""
     if bad := [t for t in ids if not 0 <= t < vocab_size]:
         raise UserError(f"token id {bad[0]} is outside the vocabulary of {vocab_size}: tokenize with the model's own tokenizer")
@@ -39,6 +46,8 @@ def check_sampling(vocab_size: int, max_tokens: int, temperature: float, top_k: 
         raise UserError(f"temperature {temperature}: 0 (likeliest token) or a positive number")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k {top_k}: at least 1, or leave it out to draw from all tokens")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p {top_p}: above 0, and 1 to draw from all tokens")
 
 
 class Engine:
@@ -58,26 +67,28 @@ class Engine:
         return self.model.config.sequence_len
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
-                 seed: int = 0, stop_ids: Sequence[int] = ()) -> Iterator[list[int | None]]:
+                 top_p: float = 1.0, seed: int = 0, stop_ids: Sequence[int] = ()) -> Iterator[list[int | None]]:
         """Yields, per step, each row's new token; None in rows that have stopped. A stop token is still yielded.
 
         Ends after `max_tokens` steps or when every row has stopped. Draws come from an own generator seeded with `seed`.
-        UserError, before anything runs: no or empty prompts, ids outside the vocabulary, negative temperature, top_k < 1.
+        UserError, before anything runs: no or empty prompts, ids outside the vocabulary, negative temperature, top_k <
+        1, top_p outside (0, 1].
         """
         if not prompts or not all(len(p) for p in prompts):
             raise UserError("a prompt is empty: give each at least one token (bos, for text from nothing)")
-        check_sampling(self.model.config.vocab_size, max_tokens, temperature, top_k, [t for ids in (*prompts, stop_ids) for t in ids])
-        return self._stream(prompts, max_tokens, temperature, top_k, seed, frozenset(stop_ids))
+        given = [t for ids in (*prompts, stop_ids) for t in ids]
+        check_sampling(self.model.config.vocab_size, max_tokens, temperature, top_k, given, top_p)
+        return self._stream(prompts, max_tokens, temperature, top_k, top_p, seed, frozenset(stop_ids))
 
     @torch.inference_mode()
-    def _stream(self, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, top_k: int | None, seed: int,
-                stop_ids: frozenset[int]) -> Iterator[list[int | None]]:
+    def _stream(self, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, top_k: int | None,
+                top_p: float, seed: int, stop_ids: frozenset[int]) -> Iterator[list[int | None]]:
         generator = torch.Generator(self.device).manual_seed(seed)
         cache = KVCache(self.model.config, len(prompts), max(map(len, prompts)) + max_tokens, self.device, self.dtype)
         hidden_BD = self._prefill(prompts, cache)
         stopped = [False] * len(prompts)
         for step in range(max_tokens):
-            tokens_B = sample(self.model.logits(hidden_BD), temperature, top_k, generator)
+            tokens_B = sample(self.model.logits(hidden_BD), temperature, top_k, generator, top_p)
             ids = tokens_B.tolist()
             yield [None if done else token for done, token in zip(stopped, ids)]
             stopped = [done or token in stop_ids for done, token in zip(stopped, ids)]
@@ -108,14 +119,11 @@ class Engine:
         return decode_stream(self.tokenizer, (token for (token,) in steps if token != bos))
 
 
-def decode_stream(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """Pieces of text, whole characters only."""
-    pending: list[int] = []
+def decode_stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+    """Pieces of text, whole characters only; put together they are what `tokenizer.decode` makes of all the tokens."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
-        pending.append(token)
-        text = tokenizer.decode(pending)
-        if not text.endswith("\ufffd") or len(pending) >= MAX_CHARACTER_TOKENS:
-            pending = []
+        if text := decoder.decode(tokenizer.decode_bytes([token])):
             yield text
-    if pending:
-        yield tokenizer.decode(pending)
+    if text := decoder.decode(b"", final=True):
+        yield text

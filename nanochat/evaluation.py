@@ -61,13 +61,3 @@ def evaluate(model: GPT, batches: Iterable[Batch], steps: int, token_bytes: Tens
         raise UserError(f"the {int(targets)} evaluation targets stand for 0 bytes of text: bits per byte does not exist here")
     bpb = None if sizes_V is None else byte_nats / (math.log(2) * num_bytes)
     return Evaluation(nats / targets, bpb, int(targets), int(num_bytes))
-
-
-def evaluate_loss(model: GPT, batches: Iterable[Batch], steps: int) -> float:
-    """Mean nats per target over `steps` batches and all ranks."""
-    return evaluate(model, batches, steps).loss
-
-
-def bits_per_byte(model: GPT, batches: Iterable[Batch], steps: int, token_bytes: Tensor | np.ndarray) -> float:
-    """Bits per byte of text over `steps` batches and all ranks, whatever the vocabulary."""
-    return evaluate(model, batches, steps, token_bytes).bpb

@@ -13,7 +13,7 @@ Shapes: B rows, S entries, D width, H heads, G kv heads, E head width, V vocabul
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Callable, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.common import UserError
+from nanochat.common import UserError, from_plain, one_line
 from nanochat.kv_cache import KVCache
 
 SMEAR_DIMS, VALUE_GATE_DIMS = 24, 12  # leading dims that the gates read
@@ -171,8 +171,6 @@ class Attention(nn.Module):
             mask = chosen if mask is None else mask & chosen
         y = attend(q, k, v, mask, ctx.key_bias)
         if ctx.capture is not None:
-            if y.requires_grad:
-                y.retain_grad()
             ctx.capture.append(Captured(q, k, v, y))
         return self.c_proj(y.transpose(1, 2).reshape(B, S, D))
 
@@ -269,15 +267,20 @@ class GPT(nn.Module):
         Features that the checkpoint has no weights for are switched off; without `window_pattern` every layer is L; without
         the residual scalars they are 1 and 0. UserError when keys are missing, unknown or of the wrong shape.
         """
+        if wrong := [name for name, t in state_dict.items() if not (isinstance(name, str) and isinstance(t, Tensor))]:
+            raise UserError(f"not a checkpoint of nanochat: {one_line(wrong[0])} is no tensor")
         state = {name.removeprefix("_orig_mod."): t.float() for name, t in state_dict.items()}
         names = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
         if missing := [name for name in (*names, ) if name not in config]:
             raise UserError(f"not a nanochat model config: {', '.join(missing)} missing")
-        model = cls(GPTConfig(**{name: config[name] for name in names}, window_pattern=config.get("window_pattern") or "L",
-                              value_embeds=any(name.startswith("value_embeds.") for name in state),
-                              smear="smear_lambda" in state, backout="backout_lambda" in state))
-        state.setdefault("resid_lambdas", torch.ones(config["n_layer"]))
-        state.setdefault("x0_lambdas", torch.zeros(config["n_layer"]))
+        known = config_from_dict({**{name: config[name] for name in names}, "window_pattern": config.get("window_pattern") or "L",
+                                  "value_embeds": any(name.startswith("value_embeds.") for name in state),
+                                  "smear": "smear_lambda" in state, "backout": "backout_lambda" in state})
+        if (embedding := state.get("transformer.wte.weight")) is None or embedding.shape != (known.padded_vocab, known.n_embd) or known.n_layer > len(state):
+            raise UserError("not a checkpoint of this model config: other width, vocabulary or number of layers")  # before memory is taken
+        model = cls(known)
+        state.setdefault("resid_lambdas", torch.ones(known.n_layer))
+        state.setdefault("x0_lambdas", torch.zeros(known.n_layer))
         try:
             model.load_state_dict(state)
         except RuntimeError as e:
@@ -428,8 +431,5 @@ def mean_loss(losses_BS: Tensor, targets_BS: Tensor) -> Tensor:
 
 
 def config_from_dict(values: dict) -> GPTConfig:
-    """A GPTConfig from what `dataclasses.asdict` stored; unknown names are a UserError."""
-    known = {f.name for f in fields(GPTConfig)}
-    if unknown := sorted(set(values) - known):
-        raise UserError(f"model config has unknown fields: {', '.join(unknown)}; it was written by another version")
-    return GPTConfig(**values)
+    """A GPTConfig from what `dataclasses.asdict` stored; UserError for anything else."""
+    return from_plain(GPTConfig, values, "model config")

@@ -1,17 +1,20 @@
 """A model from a checkpoint directory, ours or karpathy/nanochat's, and the flags that name one."""
 
-import json
 import pickle
 import re
 from argparse import Namespace
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from nanochat.checkpoint import load_model_state
-from nanochat.common import FlagParser, UserError
+from nanochat.checkpoint import load_model_state, load_weights, read_tensors
+from nanochat.common import FlagParser, UserError, one_line, parse_json, whole_number
 from nanochat.gpt import GPT, config_from_dict
 from nanochat.tokenizer import Reserved, Tokenizer
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 def load_model(checkpoint_dir: Path | str, step: int | str = "latest", device: torch.device | str = "cpu") -> tuple[GPT, dict]:
@@ -22,12 +25,25 @@ def load_model(checkpoint_dir: Path | str, step: int | str = "latest", device: t
     state, meta = load_model_state(checkpoint_dir, step, device)
     if not isinstance(meta.get("model_config"), dict):
         raise UserError(f"the checkpoint in {checkpoint_dir} names no model_config; a reference checkpoint? use --nanochat_checkpoint")
-    model = GPT(config_from_dict(meta["model_config"])).to(device)
+    config, state = config_from_dict(meta["model_config"]), {str(name).removeprefix("_orig_mod."): t for name, t in state.items()}
+    where = f"{checkpoint_dir} do not fit its model_config"
+    if config.n_layer > len(state):  # before a layer after the other is built
+        raise UserError(f"weights in {where}: {len(state)} tensors, {config.n_layer} layers")
+    return build(lambda: GPT(config), state, where, device, (config.padded_vocab * config.n_embd,)), meta
+
+
+def build(make: Callable[[], Module], state: dict, where: str, device: torch.device | str, sizes: Iterable[int]) -> Module:
+    """The module that `make` makes, with these weights, in evaluation mode. sizes: numbers of elements that it needs at least, which are
+    compared with what is there before memory is taken. UserError where the weights are not its own."""
+    elements = sum(x.numel() for x in state.values() if isinstance(x, torch.Tensor))
+    if (most := max(sizes)) > elements:
+        raise UserError(f"weights in {where}: {elements} numbers, where one part needs {most}")
     try:
-        model.load_state_dict({name.removeprefix("_orig_mod."): t for name, t in state.items()})
-    except RuntimeError as e:
-        raise UserError(f"weights in {checkpoint_dir} do not fit its model_config: " + " ".join(str(e).split())) from None
-    return model.eval(), meta
+        module = make().to(device)
+    except (RuntimeError, OverflowError, ZeroDivisionError) as e:
+        raise UserError(f"weights in {where}: {one_line(e, 400)}") from None
+    load_weights(module, state, where)
+    return module.eval()
 
 
 def load_nanochat_dir(directory: Path | str, step: int | str = "latest") -> GPT:
@@ -41,16 +57,21 @@ def load_nanochat_dir(directory: Path | str, step: int | str = "latest") -> GPT:
         raise UserError(f"no model_<step>.pt in {directory}")
     if step == "latest":
         step = max(steps)
-    elif not str(step).isdigit() or int(step) not in steps:
+    elif whole_number(str(step)) not in steps:
         raise UserError(f"no step {step} in {directory}; there: {', '.join(map(str, sorted(steps)))}")
     weights, meta = (directory / f"{kind}_{int(step):06d}.{ext}" for kind, ext in (("model", "pt"), ("meta", "json")))
     try:
-        config = json.loads(meta.read_text())["model_config"]
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+        config = parse_json(meta.read_bytes())["model_config"]
+        if not isinstance(config, dict):
+            raise ValueError("model_config is no mapping")
     except OSError as e:
         raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
-    except (KeyError, TypeError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError) as e:
-        raise UserError(f"{weights} and {meta.name} are no nanochat checkpoint ({type(e).__name__}: {str(e).splitlines()[:1]})") from None
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{weights.name} and {meta} are no nanochat checkpoint ({type(e).__name__}: {one_line(e)})") from None
+    try:
+        state = read_tensors(weights, "cpu")
+    except UserError as e:
+        raise UserError(f"no nanochat checkpoint: {e}") from None
     if "rope_fraction" in config:  # a field the reference does not know, and from_nanochat would not read
         raise UserError(f"{directory} holds a checkpoint of ours: use --checkpoint_dir")
     return GPT.from_nanochat(config, state)

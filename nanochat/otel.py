@@ -7,10 +7,13 @@ The standard variables decide. Off unless OTEL_EXPORTER_OTLP_ENDPOINT, or that o
 only then. Its exporters do the sending; aggregation is done here, because the SDK's histogram drops negative values and ΔNLL can be
 negative. Cumulative by default: a collector that was away for a while lacks some points of the curves, but no sum.
 
+An endpoint's user and password go to the collector as a header, and into no message (`nanochat.redact`).
+
 Every flush becomes points with its own time, kept in a bounded queue until the thread sends them. What is not accepted is sent again
 with what follows; when the queue is full the oldest go first, and are counted.
 """
 
+import base64
 import importlib
 import logging
 import math
@@ -26,6 +29,7 @@ from itertools import islice
 
 from nanochat.common import UserError
 from nanochat.recorder import SECONDS, Metric, Sample, Sink, register
+from nanochat.redact import redacted, scrubbed, userinfo
 from nanochat.tracing import Span, Trace
 
 INTERVAL_MS = 5000  # between exports, unless OTEL_METRIC_EXPORT_INTERVAL says otherwise
@@ -68,6 +72,17 @@ def _endpoint(signal: str) -> str:
     return _setting(signal, "ENDPOINT").strip()
 
 
+def _login(signal: str) -> dict:
+    """What an exporter by gRPC needs to be told of an endpoint with user and password; the one by HTTP reads them itself."""
+    login, endpoint = userinfo(_endpoint(signal))
+    if not login:
+        return {}
+    from opentelemetry.util.re import parse_env_headers
+
+    headers = parse_env_headers(_setting(signal, "HEADERS"), liberal=True)
+    return {"endpoint": endpoint, "headers": headers | {"authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}}
+
+
 def _wanted(signal: str) -> bool:
     name = f"OTEL_{signal.upper()}_EXPORTER"
     chosen = os.environ.get(name) or "otlp"
@@ -81,7 +96,7 @@ def _protocol(signal: str) -> str:
     if protocol not in PROTOCOLS:
         raise UserError(f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol} for {signal} is not one of {', '.join(PROTOCOLS)}")
     if protocol == PROTOCOLS[0] and not _endpoint(signal).startswith(("http://", "https://")):
-        raise UserError(f"the OTLP endpoint {_endpoint(signal)} for {signal} must begin with http:// or https://")
+        raise UserError(f"the OTLP endpoint {redacted(_endpoint(signal))} for {signal} must begin with http:// or https://")
     compression = _setting(signal, "COMPRESSION").strip().lower()
     if compression not in ("", "none", "gzip", "deflate"):
         raise UserError(f"OTEL_EXPORTER_OTLP_COMPRESSION={compression} for {signal} is not one of none, gzip, deflate")
@@ -100,16 +115,16 @@ def _number(name: str, default: float) -> float:
 
 
 class _Reason(logging.Handler):
-    """Keeps the first complaint of the exporters since it was last cleared; they would print every one."""
+    """Keeps the first complaint of OpenTelemetry since it was last cleared; it would print every one, with the headers and addresses it is about."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
         self.text = ""
-        logger = logging.getLogger("opentelemetry.exporter")
+        logger = logging.getLogger("opentelemetry")
         logger.handlers, logger.propagate = [self], False
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.text = self.text or " ".join(record.getMessage().split())[:300]
+        self.text = self.text or scrubbed(" ".join(record.getMessage().split()))[:300]
 
 
 class _Signal:
@@ -169,6 +184,8 @@ class OtlpSink(Sink):
         except ImportError as e:
             raise UserError(f"an OTLP endpoint is set, but the package of {e.name} is missing: pip install 'megacontext[otel]', "
                             f"or unset OTEL_EXPORTER_OTLP_ENDPOINT") from None
+        if self.reason.text:  # of a setting that OpenTelemetry passes over
+            print(f"warning: {self.reason.text}", file=sys.stderr, flush=True)
         self.traces = "traces" in self._signals
         self._warned = False
         self._stop, self._wake = threading.Event(), threading.Event()
@@ -181,14 +198,14 @@ class OtlpSink(Sink):
         protocol, timeout = _protocol(signal), f"OTEL_EXPORTER_OTLP_{signal.upper()}_TIMEOUT"
         _number(timeout if os.environ.get(timeout) else "OTEL_EXPORTER_OTLP_TIMEOUT", 10)
         package = f"opentelemetry.exporter.otlp.proto.{protocol.partition('/')[0]}"
-        url = f"{protocol} {_endpoint(signal)}"
+        options = _login(signal) if protocol == "grpc" else {}
         if signal == "traces":
-            exporter = importlib.import_module(f"{package}.trace_exporter").OTLPSpanExporter()
+            exporter = importlib.import_module(f"{package}.trace_exporter").OTLPSpanExporter(**options)
             pack = list
         else:
-            exporter = importlib.import_module(f"{package}.metric_exporter").OTLPMetricExporter()
+            exporter = importlib.import_module(f"{package}.metric_exporter").OTLPMetricExporter(**options)
             pack = _packer(resource, self.delta)
-        return _Signal(signal, url, lambda items: exporter.export(pack(items)).name == "SUCCESS", exporter.shutdown)
+        return _Signal(signal, f"{protocol} {redacted(_endpoint(signal))}", lambda items: exporter.export(pack(items)).name == "SUCCESS", exporter.shutdown)
 
     # -- what the recorder calls; nothing here waits for a collector --------------------------------------------------------
 
@@ -270,7 +287,7 @@ class OtlpSink(Sink):
             try:
                 accepted = signal.send()
             except Exception as e:  # of a third party's exporter: it must not end the thread, and is reported like any failure
-                accepted, self.reason.text = False, f"{type(e).__name__}: {e}"
+                accepted, self.reason.text = False, scrubbed(f"{type(e).__name__}: {e}")
                 signal.failures += 1
             if not accepted:
                 problems[signal.name] = f"{signal.url} did not accept {signal.name}: {self.reason.text or 'no reason given'}"

@@ -20,6 +20,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -28,7 +29,9 @@ from typing import Literal, TextIO
 import torch
 from torch import Tensor
 
-from nanochat.common import UserError
+from nanochat.common import UserError, parse_json
+from nanochat.outputs import BASE_DIR, output_file, reason, write_file
+from nanochat.redact import scrubbed
 from nanochat.tracing import Reading, Span, Trace, runs
 
 
@@ -186,6 +189,7 @@ class Recorder:
         self.step = 0  # what a flush at the end, or after a failure, is labelled with
         self._spent = 0.0
         self._not_finite = 0
+        self._warned: set[type[Sink]] = set()
 
     def record(self, name: str, value: float | Tensor | Reading, **attributes: str | int | float) -> None:
         """Note one value; a tensor has one element and may be overwritten by the caller afterwards. A Reading is read at the flush.
@@ -254,14 +258,27 @@ class Recorder:
         samples.append(Sample(METRICS["telemetry.not_finite"], {}, [float(self._not_finite)]))
         now = time.time()
         for sink in self.sinks:
-            sink.write(step, now, samples)
+            with self._going_on(sink):
+                sink.write(step, now, samples)
+
+    @contextmanager
+    def _going_on(self, sink: Sink) -> Iterator[None]:
+        """No place where metrics go (a console piped into a full disk, say) ends a training: it is said once."""
+        try:
+            yield
+        except OSError as e:
+            if type(sink) not in self._warned:
+                self._warned.add(type(sink))
+                with suppress(OSError):
+                    print(f"warning: {type(sink).__name__} takes no metrics ({reason(e)}). Training goes on", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Flush what is left and close the sinks, the file last: it hears of what the others lost. A second call does nothing."""
         self.flush(self.step)
         while self.sinks:
             sink = self.sinks.pop()
-            sink.close()
+            with self._going_on(sink):
+                sink.close()
             if self.sinks:
                 self._record_health([sink])
                 self.flush(self.step)
@@ -337,20 +354,43 @@ class JsonlSink(Sink):
 
 
 def _drop_torn_line(path: Path) -> None:
+    """Said on stderr: what is left of the last step that was logged before a crash goes."""
     if path.exists():
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):
             os.truncate(path, data.rfind(b"\n") + 1)
+            print(f"note: the last line of {path} was cut off and is removed", file=sys.stderr, flush=True)
 
 
 def read_metrics(path: str | Path) -> list[dict]:
     """The rows of a metrics file, one per step in order. Where a resumed run repeated a step, or a step was flushed twice,
-    later values win."""
+    later values win. Lines that are no row (torn when a run was killed, blank, foreign) are counted on stderr and left out; UserError
+    where there are no others, OSError where there is no file."""
     rows: dict[int, dict] = {}
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        rows.setdefault(row["step"], {}).update(row)
+    strange, lines = [], Path(path).read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = checked_row(parse_json(line)) if line.strip() else None
+        except ValueError as e:
+            strange.append(f"line {number}: {e}")
+            continue
+        if row:
+            rows.setdefault(row["step"], {}).update(row)
+    if strange and not rows:
+        raise UserError(f"{path} is no metrics file: {strange[0]}; name another file")
+    if strange:
+        print(f"warning: {path}: {len(strange)} of {len(lines)} lines are no rows of metrics and are left out; {strange[0]}", file=sys.stderr, flush=True)
     return [rows[step] for step in sorted(rows)]
+
+
+def checked_row(row: object) -> dict[str, int | float | None]:
+    """A line of metrics.jsonl: {"step": n, "time": s, metric: value, …}. What is not finite is None, as the recorder writes it; ValueError for
+    another thing than an object with a step and a time, and for a value that is no number."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int or type(row.get("time")) not in (int, float) or not math.isfinite(row["time"]):
+        raise ValueError("not an object with a step and a time")
+    if other := [name for name, x in row.items() if not (x is None or type(x) in (int, float) and (type(x) is float or abs(x) < 2**63))]:
+        raise ValueError(f"{other[0]!r} has no number that a metric can be")
+    return {name: x if x is None or math.isfinite(x) else None for name, x in row.items()}
 
 
 class ConsoleSink(Sink):
@@ -439,7 +479,7 @@ class WandbSink(Sink):
             if not obstacle:
                 self.run = self._start(mode, options)
         except wandb.Error as e:
-            obstacle = next(iter(str(e).splitlines()), type(e).__name__)
+            obstacle = scrubbed(next(iter(str(e).splitlines()), type(e).__name__))
             if mode != "online":
                 raise UserError(f"wandb cannot start: {obstacle}; leave --run out to go without") from e
         if obstacle:
@@ -457,14 +497,14 @@ class WandbSink(Sink):
             self.run.log({"step": step, **{s.key.replace(".", "/"): s.value for s in samples}})
         except (OSError, self.wandb.Error) as e:
             if not self.lost:
-                print(f"warning: W&B takes no more metrics ({e}). Training goes on; metrics.jsonl has them", file=sys.stderr, flush=True)
+                print(f"warning: W&B takes no more metrics ({scrubbed(str(e))}). Training goes on; metrics.jsonl has them", file=sys.stderr, flush=True)
             self.lost += 1
 
     def close(self) -> None:
         try:
             self.run.finish()
         except (OSError, self.wandb.Error) as e:
-            print(f"warning: W&B could not be closed ({e})", file=sys.stderr, flush=True)
+            print(f"warning: W&B could not be closed ({scrubbed(str(e))})", file=sys.stderr, flush=True)
         if self.lost:
             print(f"warning: W&B lacks {self.lost} lines that metrics.jsonl has", file=sys.stderr, flush=True)
 
@@ -472,9 +512,8 @@ class WandbSink(Sink):
 def run_id(run_dir: str | Path) -> str:
     """What tells a run from all others, also once it is resumed: eight hex digits, kept in the file `run_id`."""
     path = Path(run_dir) / "run_id"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(secrets.token_hex(4))
+    if not path.exists() or not path.read_text().strip():
+        write_file(output_file(path, flag=BASE_DIR), secrets.token_hex(4))
     return path.read_text().strip()
 
 

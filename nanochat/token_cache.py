@@ -1,4 +1,4 @@
-"""A corpus split as token ids on disk: tokenized once, memory-mapped afterwards.
+"""A corpus split as token ids on disk: tokenized once, memory-mapped afterwards, and once more when a file's content has changed.
 
 `tokens-{split}-{corpus}-{tokenizer}/` holds tokens.bin (uint16, or uint32 for vocabularies from 65,536 on), docs.npy (int64
 [documents + 1], where each document begins, and the end) and meta.json. Every document starts with bos.
@@ -14,7 +14,9 @@ from typing import Iterator
 import numpy as np
 
 from nanochat.common import UserError, base_dir
-from nanochat.dataset import Corpus, Document, Progress, locked
+from nanochat.dataset import Corpus, Progress
+from nanochat.documents import Document
+from nanochat.outputs import BASE_DIR, locked, reason
 from nanochat.tokenizer import Tokenizer
 
 BATCH_CHARS = 1 << 20  # encoded at a time
@@ -62,16 +64,19 @@ def _build(path: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> None
         with open(tmp / "tokens.bin", "wb") as f:
             for texts in _batches(corpus.documents(split)):
                 for ids in tokenizer.encode_batch(texts, num_threads=os.cpu_count() or 1):
-                    np.array([tokenizer.bos_id, *ids], dtype=dtype).tofile(f)
+                    f.write(np.array([tokenizer.bos_id, *ids], dtype=dtype).tobytes())
                     lengths.append(1 + len(ids))
                 progress.update(len(lengths))
-    except UserError:
-        shutil.rmtree(tmp)  # a damaged corpus leaves nothing behind
-        raise
-    np.save(tmp / "docs.npy", np.cumsum([0, *lengths], dtype=np.int64))
-    meta = {"tokens": sum(lengths), "documents": len(lengths), "dtype": np.dtype(dtype).name}
-    (tmp / "meta.json").write_text(json.dumps(meta))
-    os.replace(tmp, path)
+        corpus.require_unchanged()
+        np.save(tmp / "docs.npy", np.cumsum([0, *lengths], dtype=np.int64))
+        meta = {"tokens": sum(lengths), "documents": len(lengths), "dtype": np.dtype(dtype).name}
+        (tmp / "meta.json").write_text(json.dumps(meta))
+        os.replace(tmp, path)
+    except (UserError, OSError) as e:
+        shutil.rmtree(tmp, ignore_errors=True)  # a damaged corpus, or a full disk, leaves nothing behind
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"cannot write the tokens of {corpus.name} to {path} ({reason(e)}); free some space, or set {BASE_DIR} to another folder") from None
 
 
 def _open(path: Path, fingerprint: str) -> TokenCache:

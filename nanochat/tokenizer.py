@@ -8,16 +8,18 @@ import base64
 import binascii
 import hashlib
 import json
-import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Iterable, Sequence
+from typing import Iterable, Iterator, Sequence
 
 import numpy as np
 import tiktoken
 
-from nanochat.common import UserError, base_dir
+from nanochat.common import UserError, base_dir, from_plain, one_line, parse_json, whole_characters
+from nanochat.outputs import BASE_DIR, output_file, write_file
 
 FORMAT = "megacontext-bpe-1"
 # GPT-4's split, with numbers cut into pairs of digits: a small vocabulary has no room for triples.
@@ -25,6 +27,64 @@ SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 TRAIN_HINT = "run: python -m scripts.tok_train"
+MAX_PIECE = 1 << 24  # characters that are tokenized together at most, where a text offers no place to cut
+LONG_RUN = 1 << 17  # blanks; the pattern engines' stacks overflow between 500,000 and 1,000,000
+ENGINE_RUN = 1 << 20  # blanks that no engine takes at once, so that they may come apart: merging 10 million took 43 s
+_PLACE = re.compile(r"\n(?=\S)")
+BLANKS = "\t\v\f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"  # the pattern's \\s without CR, LF
+_BLANKS = re.compile(f"[{BLANKS}]+")
+
+
+def cut(pieces: Iterable[str]) -> Iterator[str]:
+    """The same text in other pieces, which have the tokens of the whole: cut after a newline that no white space follows, where no token
+    of the pattern reaches across. Where a text offers no such place for MAX_PIECE characters it is cut there, however it comes."""
+    rest = ""
+    for piece in pieces:
+        seen, rest = max(len(rest) - 1, 0), rest + piece
+        start = end = 0  # of the next piece; the last place
+        for match in _PLACE.finditer(rest, seen):
+            if match.end() - start > MAX_PIECE and end > start:
+                yield rest[start:end]
+                start = end
+            while match.end() - start > MAX_PIECE:
+                yield rest[start : start + MAX_PIECE]
+                start += MAX_PIECE
+            end = match.end()
+        if end > start:
+            yield rest[start:end]
+            start = end
+        while len(rest) - start > MAX_PIECE:
+            yield rest[start : start + MAX_PIECE]
+            start += MAX_PIECE
+        rest = rest[start:]
+    if rest:
+        yield rest
+
+
+def long_runs(text: str) -> Iterator[range]:
+    """The runs of LONG_RUN and more blanks that no line end follows. Looks at one character in LONG_RUN of other text."""
+    begin, at = 0, LONG_RUN - 1
+    while at < len(text):
+        blanks = _BLANKS.match(text, at)
+        if not blanks:
+            at += LONG_RUN
+            continue
+        before = text[max(begin, at - LONG_RUN) : at]
+        start = at - len(before) + len(before.rstrip(BLANKS))
+        begin = blanks.end()
+        if begin - start >= LONG_RUN and text[begin : begin + 1] not in ("\n", "\r"):
+            yield range(start, begin)
+        at = begin + LONG_RUN - 1
+
+
+def trainable(text: str) -> Iterator[str]:
+    """A text in pieces that the trainer's pattern engine can take: long runs of blanks come apart."""
+    text, start = whole_characters(text), 0
+    for run in long_runs(text):
+        yield text[start : run.start]
+        yield from (text[at : min(at + LONG_RUN, run.stop)] for at in range(run.start, run.stop, LONG_RUN))
+        start = run.stop
+    yield text[start:]
 
 
 @dataclass(frozen=True)
@@ -34,6 +94,10 @@ class Reserved:
     keys: int = 512
     aliases: int = 512
     values: int = 32
+
+    def __post_init__(self):
+        if not all(0 <= count <= 1 << 20 for count in (self.keys, self.aliases, self.values)):
+            raise UserError(f"reserved ids {self.keys}, {self.aliases}, {self.values}: from 0 to {1 << 20} of each")
 
 
 def tokenizer_dir() -> Path:
@@ -68,7 +132,7 @@ class Tokenizer:
         import rustbpe  # needed here only: a trained tokenizer runs without it
 
         bpe = rustbpe.Tokenizer()
-        bpe.train_from_iterator(iter(texts), vocab_size, pattern=SPLIT_PATTERN)
+        bpe.train_from_iterator((piece for text in texts for piece in trainable(text)), vocab_size, pattern=SPLIT_PATTERN)
         tokens = [bytes(token) for token, _ in sorted(bpe.get_mergeable_ranks(), key=lambda item: item[1])]
         if len(tokens) != vocab_size:
             raise UserError(
@@ -92,10 +156,7 @@ class Tokenizer:
     def save(self, directory: Path | str | None = None) -> Path:
         """Write `tokenizer.json` atomically into `directory` (default: `tokenizer_dir()`) and return its path."""
         path = Path(directory or tokenizer_dir()) / "tokenizer.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        tmp.write_text(json.dumps(self._payload() | {"fingerprint": self.fingerprint}, indent=0), encoding="utf-8")
-        os.replace(tmp, path)
+        write_file(output_file(path, flag=BASE_DIR), json.dumps(self._payload() | {"fingerprint": self.fingerprint}, indent=0))
         return path
 
     @classmethod
@@ -103,25 +164,55 @@ class Tokenizer:
         """Read what `save` wrote. UserError when the file is missing or does not match its own fingerprint."""
         path = Path(directory or tokenizer_dir()) / "tokenizer.json"
         try:
-            payload = json.loads(path.read_text(encoding="utf-8"))
+            payload = parse_json(path.read_bytes())
             if payload["format"] != FORMAT:
                 raise ValueError(f"format {payload['format']!r}, expected {FORMAT!r}")
             tokens = [base64.b64decode(token, validate=True) for token in payload["tokens"]]
-            tokenizer = cls(tokens, payload["pattern"], Reserved(**payload["reserved"]))
+            if len({*tokens}) < len(tokens) or not {*tokens} >= {bytes([i]) for i in range(256)} or not (isinstance(payload["pattern"], str) and payload["pattern"]):
+                raise ValueError("its tokens are not different strings of bytes with every byte among them")  # tiktoken would panic
+            tokenizer = cls(tokens, payload["pattern"], from_plain(Reserved, payload["reserved"], "reserved"))
             if tokenizer.fingerprint != payload["fingerprint"]:
                 raise ValueError("contents do not match the fingerprint")
         except OSError as e:
             raise UserError(f"no tokenizer at {path} ({e.strerror}); {TRAIN_HINT}") from None
-        except (ValueError, KeyError, TypeError, binascii.Error) as e:
-            raise UserError(f"damaged tokenizer {path} ({type(e).__name__}: {e}); {TRAIN_HINT}") from None
+        except (ValueError, KeyError, TypeError, binascii.Error, UserError) as e:
+            raise UserError(f"damaged tokenizer {path} ({type(e).__name__}: {one_line(e)}); {TRAIN_HINT}") from None
         return tokenizer
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of `text`, without bos. Names of special ids inside the text are plain text unless `special`."""
+        """Ids of `text`, without bos. Names of special ids inside the text are plain text unless `special`.
+
+        They are those of tiktoken, of a text that it can take (a run of some 500,000 blanks is too much for its pattern engine), and do not
+        depend on how `cut` cut a text before; half of a surrogate pair is read as U+FFFD.
+        """
+        ids, pieces = [], [text := whole_characters(text)] if len(text) <= MAX_PIECE else cut([text])
+        for piece in pieces:
+            start = 0
+            for run in long_runs(piece):
+                # The pattern leaves a run's last blank to what follows, unless the text, or what lies before a special name, ends there.
+                last = run.stop == len(piece) or special and piece.startswith(self._special_names, run.stop)
+                ids += self._encode(piece[start : run.start], special)
+                start = run.stop if last else run.stop - 1
+                size = LONG_RUN if len(run) > ENGINE_RUN else len(run)
+                ids += [i for at in range(run.start, start, size) for i in self._one_piece.encode_ordinary(piece[at : min(at + size, start)])]
+            ids += self._encode(piece[start:], special)
+        return ids
+
+    def _encode(self, text: str, special: bool) -> list[int]:
         return self._encoding.encode(text, allowed_special="all") if special else self._encoding.encode_ordinary(text)
 
+    @cached_property
+    def _special_names(self) -> tuple[str, ...]:
+        return tuple(self._encoding.special_tokens_set)
+
+    @cached_property
+    def _one_piece(self) -> tiktoken.Encoding:
+        """The same tokens with a pattern that cuts nothing."""
+        return tiktoken.Encoding(f"whole-{self.bos_id}", pat_str="(?s:.+)", mergeable_ranks={token: i for i, token in enumerate(self._tokens)}, special_tokens={})
+
     def encode_batch(self, texts: Sequence[str], num_threads: int = 2) -> list[list[int]]:
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=num_threads)
+        with ThreadPoolExecutor(num_threads) as threads:  # tiktoken lets go of the interpreter's lock
+            return list(threads.map(self.encode, texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special ids appear by name, broken UTF-8 as U+FFFD."""

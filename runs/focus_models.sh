@@ -27,9 +27,9 @@ HOPS=() WIDE=()
 for SEED in ${SEEDS:-1 2 3}; do
   train "recall_mc_$SEED" 400 --seed="$SEED" --data=recall --grad_clip=1 --recall_grow=0.75 --mc_start=0.25 --mc_row_stride=4 --mc_lens_lr=0.04 \
     --mc_far_tokens=8388608
-  train "hops_$SEED" 320 --seed="$SEED" --data=hops --init_from="$CKPT/recall_mc_$SEED" --grad_clip=1 --recall_grow=0.2 --mc_start=0.5 --mc_row_stride=2 \
+  train "hops_$SEED" 320 --seed="$SEED" --data=hops --mc_far_tokens=0 --init_from="$CKPT/recall_mc_$SEED" --grad_clip=1 --recall_grow=0.2 --mc_start=0.5 --mc_row_stride=2 \
     --mc_lens_lr=0.04 "${TEACHER[@]}"
-  train "hops_lens_$SEED" 600 --seed="$SEED" --data=hops --init_from="$CKPT/hops_$SEED" --freeze_base=1 --recall_grow=0 --mc_start=0 --mc_row_stride=4 \
+  train "hops_lens_$SEED" 600 --seed="$SEED" --data=hops --mc_far_tokens=0 --init_from="$CKPT/hops_$SEED" --freeze_base=1 --recall_grow=0 --mc_start=0 --mc_row_stride=4 \
     --mc_lens_lr=0.01 --mc_lens_keys=16 --mc_lens_horizon=8 "${TEACHER[@]}"
   train "recall_wide_$SEED" 100 --seed="$SEED" --data=recall --init_from="$CKPT/recall_mc_$SEED" --grad_clip=1 --recall_grow=0 --mc_start=0 --mc_row_stride=4 \
     --mc_lens_lr=0.02 --mc_far_tokens=8388608 --mc_budget=512 --mc_recent=32

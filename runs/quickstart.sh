@@ -9,16 +9,16 @@ SEED="${SEED:-42}"
 
 [ -f "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json" ] || python -m scripts.tok_train --data=stdlib
 
-# Both tasks: rows of 1,088 tokens, history 1,056, budget 128 entries, 32 recent and 32 judged tokens, block size 32.
+# Both tasks: rows of 1,088 tokens, history 1,056; MegaContext's defaults: budget 128 entries, 32 recent and 32 judged tokens, block size 32,
+# far histories of millions of tokens.
 SHARED=(--max_seq_len=1088 --head_dim=32 --key_shift=1 --tie_qk=1 --rope_fraction=0.5 --device_batch_size=4
         --total_batch_size=4352 --grad_clip=1 --eval_tokens=32640 --eval_every=100 --log_every=25 --save_every=50 --resume=1
         --seed="$SEED")
 RECALL=(--data=recall --depth=2 --aspect_ratio=64 --value_embeds=0 --smear=0 --resid_scalars=0 --backout=0 --recall_grow=0.75)
 TEXT=(--data=stdlib --depth=4 --aspect_ratio=32 --matrix_lr=0.04 --unembedding_lr=0.01 --dtype=bfloat16)
-MC=(--mc_enabled=1 --mc_budget=128 --mc_horizon=32 --mc_gist=transformer --mc_kl_weight=0.1)
-MC_RECALL=(--mc_start=0.25 --mc_row_stride=4 --mc_wc_weight=0.5 --mc_teacher=attention --mc_lens_queries=128 --mc_lens_horizon=1
-           --mc_lens_lr=0.04 --mc_max_lod=4 --mc_far_tokens=8388608)  # far histories: for sessions of millions of tokens
-MC_TEXT=(--mc_start=0.4 --mc_row_stride=2 --mc_wc_weight=0.1 --mc_lens_row_stride=2 --mc_lens_queries=256)
+MC=(--mc_enabled=1 --mc_gist=transformer)
+MC_RECALL=(--mc_start=0.25 --mc_row_stride=4 --mc_wc_weight=0.5 --mc_teacher=attention --mc_lens_horizon=1 --mc_lens_lr=0.04)
+MC_TEXT=(--mc_start=0.4 --mc_row_stride=2 --mc_lens_row_stride=2 --mc_lens_queries=256)
 
 train() {  # tag, steps, flags…
   local tag="$1" steps="$2" done_file; shift 2

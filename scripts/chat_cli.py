@@ -3,34 +3,49 @@
     … --mc_enabled=1 --history=FILE        a conversation that never ends: reads a file of any length first, and forgets nothing
 
 With MegaContext all prompts and answers are one history, and a status line follows each answer; without it every prompt stands alone.
+Ctrl-C ends an answer, what there is of it being history; at the prompt, or pressed again, it ends the command.
 """
 
+import os
+import shutil
 import sys
+import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext
+from itertools import count
 from pathlib import Path
-from typing import Iterator
+from typing import BinaryIO
 
-from nanochat.common import FlagParser, UserError, import_optional, init_distributed, parse_optional, run_main
+from nanochat.common import FlagParser, UserError, import_optional, init_distributed, parse_optional, run_main, shown
+from nanochat.documents import decoded
 from nanochat.engine import Engine, decode_stream
 from nanochat.gpt import GPT
 from nanochat.loading import add_model_flags, model_from_flags
 from nanochat.recorder import open_recorder
-from nanochat.tokenizer import Tokenizer
-
-PIECE = 1 << 20  # characters of a history file that are tokenized at a time
+from nanochat.streams import interrupt_noted
+from nanochat.tokenizer import Tokenizer, cut
 
 
 def typed_prompts() -> Iterator[str]:
-    """Lines of stdin until its end or an empty line."""
-    while True:
+    """Lines of stdin until its end or an empty line. UserError for one that is no text in stdin's encoding."""
+    for number in count(1):
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
         line = sys.stdin.readline().rstrip("\n")
         if not line:
             return
-        yield line
+        yield checked(line, f"line {number} of standard input", sys.stdin.encoding)
+
+
+def checked(text: str, what: str, encoding: str = "UTF-8") -> str:
+    """A text from outside; UserError where bytes of it could not be decoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"{what} is not {encoding} text (byte 0x{ord(text[e.start]) & 0xff:02x} after {e.start} characters); convert it") from None
+    return text
 
 
 def make_parser(with_mc: bool = True) -> FlagParser:
@@ -52,16 +67,52 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     return parser
 
 
-def file_pieces(path: Path) -> Iterator[str]:
-    """Text of a file, cut at line ends where there are any."""
+def open_history(path: Path, prompted: bool) -> BinaryIO:
+    """The file of --history at its beginning, all of it seen to be text. What can be read only once, a pipe, is kept in a file meanwhile.
+
+    prompted: a prompt is given, none is to come from stdin.
+    """
     try:
-        with open(path, encoding="utf-8") as f:
-            while piece := f.read(PIECE):
-                yield piece + f.readline()
+        if not prompted and os.path.samestat(os.stat(path), os.fstat(0)):
+            raise UserError(f"--history={shown(path)} takes all of standard input, from where the prompts would come: give one with --prompt")
+        f = open(path, "rb")
+        if not f.seekable():
+            pipe, f = f, tempfile.TemporaryFile()
+            shutil.copyfileobj(pipe, f)
+            f.seek(0)
     except OSError as e:
-        raise UserError(f"cannot read --history={path}: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"--history={path} is not UTF-8 text ({e.reason} at byte {e.start}); convert it") from None
+        raise UserError(f"cannot read --history={shown(path)}: {e.strerror}") from None
+    for _ in history_pieces(f, path):
+        pass
+    f.seek(0)
+    return f
+
+
+def history_pieces(f: BinaryIO, path: Path) -> Iterator[str]:
+    """Its text, cut where its tokens are those of the whole."""
+    return cut(decoded(f, f"--history={shown(path)}"))
+
+
+def say(prompt: str, answer: Iterable[str]) -> None:
+    """Print a prompt and its answer as it comes."""
+    print(prompt, end="", flush=True)
+    for piece in answer:
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def go_on(args: Namespace, interrupted: Callable[[], bool]) -> None:
+    """After Ctrl-C in an answer there is a next prompt only where somebody types it."""
+    if interrupted() and (args.prompt is not None or not sys.stdin.isatty()):
+        raise KeyboardInterrupt
+
+
+def until(interrupted: Callable[[], bool], items: Iterable) -> Iterator:
+    """Items up to the one during which Ctrl-C came."""
+    for item in items:
+        yield item
+        if interrupted():
+            return
 
 
 def chat_plain(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: Tokenizer) -> None:
@@ -71,18 +122,19 @@ def chat_plain(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: T
         if length + args.max_tokens > engine.reach:
             print(f"note: {length} prompt tokens and {args.max_tokens} new ones exceed the model's window of {engine.reach}: "
                   "it no longer sees the beginning; --mc_enabled=1 does", file=sys.stderr, flush=True)
-        print(prompt, end="", flush=True)
-        for piece in engine.complete(prompt, args.max_tokens, temperature=args.temperature, top_k=args.top_k or None, seed=args.seed):
-            print(piece, end="", flush=True)
-        print(flush=True)
+        with interrupt_noted() as interrupted:
+            answer = engine.complete(prompt, args.max_tokens, temperature=args.temperature, top_k=args.top_k or None, seed=args.seed)
+            say(prompt, until(interrupted, answer))
+        go_on(args, interrupted)
 
 
 def chat_mc(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: Tokenizer, meta: dict) -> None:
     if not meta.get("mc"):
         raise UserError("--mc_enabled=1 needs a checkpoint that was trained with --mc_enabled=1")
     sessions = import_optional("mc", "session")
+    text = open_history(args.history, args.prompt is not None) if args.history else None
     recorder = open_recorder(args.log_dir, config=vars(args), total_steps=0, labels={"mc.stage": "session", "mc.variant": "mc"}) if args.log_dir else None
-    with recorder or nullcontext():
+    with text or nullcontext(), recorder or nullcontext():
         pool = sessions.open_pool(model, meta, args.checkpoint_dir, sessions.from_flags(args), recorder=recorder)
         if pool.untrained:
             print(f"note: gists of LOD {', '.join(map(str, pool.untrained))} were not trained (--mc_untrained={args.mc_untrained})", file=sys.stderr, flush=True)
@@ -92,51 +144,55 @@ def chat_mc(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: Toke
         with catalog, closing(history.store):
             session = pool.open(history.store, seed=args.seed, catalog=catalog)
             try:
-                converse(args, prompts, session, tokenizer)
+                converse(args, prompts, session, tokenizer, text)
             finally:
-                session.flush()
+                if not isinstance(sys.exception(), KeyboardInterrupt):  # a second one may come in the middle of a step; at a prompt nothing waits
+                    session.flush()
 
 
-def converse(args: Namespace, prompts: Iterator[str], session, tokenizer: Tokenizer) -> None:
+def converse(args: Namespace, prompts: Iterator[str], session, tokenizer: Tokenizer, text: BinaryIO | None) -> None:
     def begin_source(uri: str) -> None:
         if session.n_tokens:
             session.end_source()
         session.catalog.add_source(uri, session.n_tokens)
         session.append([tokenizer.bos_id])
 
-    if args.history:
-        for _ in file_pieces(args.history):
-            pass  # all of it can be read: nothing of a file that is no text goes into the history
-        begin_source(str(args.history))
-        begin = shown = time.monotonic()
+    if text:
+        begin_source(shown(args.history))
+        begin = told = time.monotonic()
         before = session.n_tokens
-        for piece in file_pieces(args.history):
-            session.append(tokenizer.encode(piece))
-            if (now := time.monotonic()) - shown > 5:
-                shown = now
-                print(f"read {session.n_tokens - before:,} tokens, {(session.n_tokens - before) / (now - begin):,.0f} tokens/s", file=sys.stderr, flush=True)
+        with interrupt_noted() as interrupted:
+            for piece in until(interrupted, history_pieces(text, args.history)):
+                session.append(tokenizer.encode(piece))
+                if (now := time.monotonic()) - told > 5:
+                    told = now
+                    print(f"read {session.n_tokens - before:,} tokens, {(session.n_tokens - before) / (now - begin):,.0f} tokens/s", file=sys.stderr, flush=True)
         print(f"read {session.n_tokens - before:,} tokens of {args.history} in {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
+        if interrupted():
+            raise KeyboardInterrupt
     else:
         begin_source("chat")
     for prompt in prompts:
-        session.append(tokenizer.encode(prompt))
-        begin, before = time.monotonic(), session.n_tokens
-        tokens = session.generate(args.max_tokens, temperature=args.temperature, top_k=args.top_k or None, stop_ids=[tokenizer.bos_id])
-        print(prompt, end="", flush=True)
-        for text in decode_stream(tokenizer, (token for token in tokens if token != tokenizer.bos_id)):
-            print(text, end="", flush=True)
-        print(flush=True)
-        print(status_line(session.status(), (session.n_tokens - before) / (time.monotonic() - begin)), file=sys.stderr, flush=True)
+        with interrupt_noted() as interrupted:
+            session.append(tokenizer.encode(prompt))
+            begin, before = time.monotonic(), session.n_tokens
+            tokens = session.generate(args.max_tokens, temperature=args.temperature, top_k=args.top_k or None, stop_ids=[tokenizer.bos_id])
+            say(prompt, decode_stream(tokenizer, (token for token in until(interrupted, tokens) if token != tokenizer.bos_id)))
+            seconds = time.monotonic() - begin
+            session.flush()
+        print(status_line(session.status(), (session.n_tokens - before) / seconds), file=sys.stderr, flush=True)
         if args.mc_explain:
             for line in session.explain():
                 score = "" if line.score is None else f"{line.score:+.2f}"
-                print(f"  {line.start:>10,} + {line.tokens:<8,} LOD{line.lod} {line.entries:>4} entries {score:>6}  {line.why}", file=sys.stderr)
+                level = "left out" if line.lod is None else f"LOD{line.lod}"
+                print(f"  {line.start:>10,} + {line.tokens:<8,} {level:<8} {line.entries:>4} entries {score:>6}  {line.why}", file=sys.stderr)
+        go_on(args, interrupted)
 
 
 def status_line(status, rate: float) -> str:
     entries = ", ".join(f"{count} LOD{lod}" for lod, count in status.entries_by_lod.items())
-    edits = status.last_edits
-    return (f"[history {status.history_tokens:,} tokens | entries {sum(status.entries_by_lod.values())}: {entries} | last refocus at {status.refocused_at:,}: "
+    edits, omitted = status.last_edits, f" | {status.omitted_tokens:,} tokens left out" if status.omitted_tokens else ""
+    return (f"[history {status.history_tokens:,} tokens | entries {sum(status.entries_by_lod.values())}: {entries}{omitted} | last refocus at {status.refocused_at:,}: "
             f"{edits.expands} expanded, {edits.collapses} collapsed, {edits.forced} forced | {rate:,.0f} tokens/s]")
 
 
@@ -146,7 +202,7 @@ def main() -> None:
         parser.error(f"--history={args.history}: a history of any length needs --mc_enabled=1")
     ranks = init_distributed(args.device)
     model, tokenizer, meta = model_from_flags(args, ranks.device)
-    prompts = typed_prompts() if args.prompt is None else iter([args.prompt])
+    prompts = typed_prompts() if args.prompt is None else iter([checked(args.prompt, "--prompt", sys.getfilesystemencoding())])
     if args.mc_enabled:
         chat_mc(args, prompts, model, tokenizer, meta)
     else:

@@ -12,18 +12,20 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import FlagParser, UserError, run_main
+from nanochat.common import FlagParser, UserError, run_main, shown
 from nanochat.dataset import SPLITS, build_stdlib
+from nanochat.documents import files_below, read_text
+from nanochat.outputs import output_folder, replacing
 
 
 def prose_documents(folder: Path, held_out: str) -> dict[str, list[dict]]:
     """Rows of text, source and kind per split. UserError unless `held_out` is one of at least two .txt files."""
-    files = sorted(folder.glob("*.txt"))
+    files = [path for path in files_below(folder, (".txt",)) if path.parent == folder]
     if held_out not in {path.name for path in files} or len(files) < 2:
         raise UserError(f"--held_out={held_out} with --prose={folder}: needs that file and at least one more .txt, found {', '.join(p.name for p in files) or 'none'}")
     rows = {split: [] for split in SPLITS}
     for path in files:
-        rows["val" if path.name == held_out else "train"].append({"text": path.read_text(encoding="utf-8"), "source": path.name, "kind": "prose"})
+        rows["val" if path.name == held_out else "train"].append({"text": read_text(path), "source": shown(path.name), "kind": "prose"})
     return rows
 
 
@@ -38,14 +40,16 @@ def make_parser() -> FlagParser:
 def main() -> None:
     args = make_parser().parse_args()
     prose = prose_documents(args.prose, args.held_out)
+    for name in ("code", "prose", "mix"):
+        output_folder(args.out / name, *(f"{split}-00000.parquet" for split in SPLITS))
     stdlib = build_stdlib()
     code = {split: pq.read_table(stdlib / f"{split}-00000.parquet").to_pylist() for split in SPLITS}
     counts = {}
     for name, parts in {"code": [code], "prose": [prose], "mix": [code, prose]}.items():
-        (args.out / name).mkdir(parents=True, exist_ok=True)
         for split in SPLITS:  # "val" sorts last, so that it is the shard held out
             rows = [row for part in parts for row in part[split]]
-            pq.write_table(pa.Table.from_pylist(rows), args.out / name / f"{split}-00000.parquet")
+            with replacing(args.out / name / f"{split}-00000.parquet") as part:
+                pq.write_table(pa.Table.from_pylist(rows), part)
             counts[f"{name}/{split}"] = len(rows)
     print(json.dumps({"out": str(args.out), "documents": counts}))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mc.observe.page import Run, page, standings
 from nanochat.common import FlagParser, UserError, run_main
+from nanochat.outputs import output_file, write_file
 from nanochat.recorder import read_metrics
 
 
@@ -25,8 +26,6 @@ def load_run(path: Path) -> Run:
         rows = read_metrics(file)
     except OSError as e:
         raise UserError(f"no metrics in {file}: {e.strerror or e}; give the folder of a run, $NANOCHAT_BASE_DIR/runs/TAG") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{file} is no metrics file: {type(e).__name__}: {e}") from None
     if not rows:
         raise UserError(f"{file} is empty: the run has logged nothing yet")
     return Run(file.parent.name if file.name == "metrics.jsonl" else file.stem, rows)
@@ -34,13 +33,10 @@ def load_run(path: Path) -> Run:
 
 def main() -> None:
     args = make_parser().parse_args()
-    runs = [load_run(path) for path in args.run_dirs]
     first = args.run_dirs[0]
     out = args.out or (first if first.is_dir() else first.parent) / "dash.html"
-    try:
-        out.write_text(page(runs), encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"cannot write {out}: {e.strerror or e}; give another --out") from None
+    runs = [load_run(path) for path in args.run_dirs]
+    write_file(output_file(out), page(runs))
     holding = {run.name: [s.alert.name for s in standings(run) if s.state == "holds"] for run in runs}
     for name, alerts in holding.items():
         print(f"{name}: {', '.join(alerts) or 'no alert holds'}")

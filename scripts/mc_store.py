@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import resource
 import shutil
 import sys
@@ -28,8 +29,10 @@ from mc.store.pruning import choose, prune, restore
 from mc.store.ram import DROPPED, ERASED, VOID, Store
 from mc.store.rebuild import regist
 from mc.store.sensitivity import measure_sensitivity
-from nanochat.common import FlagParser, UserError, init_distributed, run_main
-from nanochat.dataset import SHARDS, Progress
+from nanochat.common import FlagParser, UserError, init_distributed, run_main, shown, whole_characters, whole_number
+from nanochat.dataset import Progress
+from nanochat.documents import is_shard, read_text
+from nanochat.outputs import output_folder
 from nanochat.tokenizer import Tokenizer
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int8")}
@@ -65,11 +68,11 @@ def networks_of(args: Namespace) -> Networks:
     checkpoint, step = args.checkpoint_dir, args.step
     if not checkpoint and (args.store / "manifest").exists():
         with DiskStore.open(args.store, "r", check=False) as store, Catalog(args.store, store.format.block_size, read_only=True) as catalog:
-            made = [json.loads(v["origin"]) for v in catalog.versions() if v["model"] == store.format.model]
+            made = catalog.origins(store.format.model)
         if made and not made[-1]:
             return untrained_networks(device)
         if made:
-            checkpoint, step = made[-1]["checkpoint_dir"], made[-1]["step"]
+            checkpoint, step = str(made[-1].get("checkpoint_dir")), str(made[-1].get("step"))
             if not Path(checkpoint).is_dir():
                 raise UserError(f"the history was made with {checkpoint}, which is gone; name a copy with --checkpoint_dir, or regist it")
     checkpoint = checkpoint or default_checkpoint()
@@ -123,6 +126,7 @@ def ingest_command(args: Namespace) -> None:
     ):
         stdin = not args.paths or args.paths == [Path("-")]
         paths = [_spool_stdin(Path(scratch))] if stdin else args.paths
+        name = shown(args.uri) if stdin else ""
         files = find_files(paths)
         done, skipped, total = 0, 0, sum(path.stat().st_size for path in files)
         catalog.add_version(networks.fingerprint, networks.origin)
@@ -131,17 +135,18 @@ def ingest_command(args: Namespace) -> None:
                 history,
                 catalog,
                 networks.tokenizer,
-                kind=args.kind,
+                kind=args.kind and shown(args.kind),
                 retrieval_score=args.retrieval_score,
                 progress=lambda within: update(done + within),
             )
             for path in files:
-                texts = list(texts_of(path, args.text_column)) if path.suffix not in SHARDS else texts_of(path, args.text_column)
-                for text in texts:
-                    work.add(replace(text, uri=args.uri) if stdin else text)
-                if not texts:
+                found = False
+                for text in texts_of(path, args.text_column, named=path in paths, name=name):
+                    work.add(replace(text, uri=name) if stdin else text)
+                    found = True
+                if not found and not is_shard(path):
                     if path in paths:
-                        raise UserError(f"{args.uri if stdin else path} holds no UTF-8 text; convert it, or leave it out")
+                        raise UserError(f"{name or shown(path)} holds no text; leave it out")
                     skipped += 1
                 done += path.stat().st_size
                 update(done)
@@ -205,9 +210,7 @@ def describe(values: dict, catalog: Catalog) -> None:
         f"{megabytes(values['bytes'])} on disk, {values['bytes'] / slots:.2f} bytes per slot; "
         f"version {values['version']}, readable: {values['versions']}"
     )
-    made = [
-        json.loads(v["origin"]).get("checkpoint_dir", "untrained networks") for v in catalog.versions() if v["model"] == values["model"]
-    ]
+    made = [origin.get("checkpoint_dir", "untrained networks") for origin in catalog.origins(values["model"])]
     print(f"gists of model {values['model']}" + (f", {made[-1]}" if made else ""))
     if values["pruned"] or values["erased"]:
         print(f"without raw tokens: {values['pruned']:,} blocks pruned (restorable), {values['erased']:,} compacted away")
@@ -269,9 +272,9 @@ def query_command(args: Namespace) -> None:
             found = [catalog.source(args.source)]
         else:
             found = catalog.sources(
-                uri=args.uri,
-                kind=args.kind,
-                tag=args.tag,
+                uri=args.uri and shown(args.uri),
+                kind=args.kind and shown(args.kind),
+                tag=args.tag and shown(args.tag),
                 since=_time(args.since, "--since"),
                 until=_time(args.until, "--until"),
                 min_score=args.min_score,
@@ -298,16 +301,16 @@ def _number(x: float | None) -> str:
 
 
 def _span(text: str, n: int) -> tuple[int, int]:
-    start, colon, stop = text.partition(":")
-    if not (colon and start.isdigit() and stop.isdigit() and int(start) < int(stop) <= n):
+    start, stop = (whole_number(part) for part in (text.partition(":")[::2]))
+    if start is None or stop is None or not start < stop <= n:
         raise UserError(f"--span={text}: START:STOP in slots, 0 ≤ START < STOP ≤ {n}")
-    return int(start), int(stop)
+    return start, stop
 
 
 def _time(text: str | None, flag: str) -> float | None:
     try:
         return None if text is None else datetime.fromisoformat(text).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         raise UserError(f"{flag}={text}: a date like 2026-01-31, or 2026-01-31T12:00") from None
 
 
@@ -325,7 +328,7 @@ def edit_command(args: Namespace) -> None:
         raise UserError("say where: --find=TEXT, or --start=N with --remove=N, in tokens of the source")
     if args.text is not None and args.text_file is not None:
         raise UserError("--text and --text_file: give one of them")
-    text = _read_text(args.text_file) if args.text_file is not None else args.text or ""
+    text = read_text(args.text_file) if args.text_file is not None else whole_characters(args.text or "")
     with opened(args, networks, durability=args.durability) as (history, catalog):
         source = catalog.source(args.source)
         if args.find is not None:
@@ -342,27 +345,27 @@ def edit_command(args: Namespace) -> None:
         finish(**asdict(report))
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})") from None
+MOST_PLACES = 5  # that an error names
+
+
+def find_places(data: bytes, wanted: bytes) -> list[int]:
+    """Where `wanted` begins in `data`, overlapping occurrences too: `aa` is twice in `aaa`, and none of them is the one."""
+    return [m.start() for m in re.finditer(b"(?=" + re.escape(wanted) + b")", data)] if wanted else []
 
 
 def locate(store: Store, tokenizer: Tokenizer, source: Source, find: str, text: str) -> tuple[int, int, str]:
     """The tokens that hold a text that occurs once in a source, and what they become when it is replaced: start, how many, new text."""
     whole, ids_N = source_text(store, tokenizer, source)
-    data, wanted = whole.encode(), find.encode()
-    if not wanted or (times := data.count(wanted)) != 1:
-        raise UserError(
-            f"--find={find!r} occurs {times if wanted else 'everywhere, 0'} times in source {source.id}; give a text that occurs once"
-        )
+    data, wanted = whole.encode(), whole_characters(find).encode()
+    places = find_places(data, wanted)
+    if len(places) != 1:
+        lines = [data[:at].count(b"\n") + 1 for at in places[:MOST_PLACES]]
+        seen = "; ".join(f"line {line}, byte {at}" for line, at in zip(lines, places)) + "; …" * (len(places) > MOST_PLACES)
+        raise UserError(f"--find={find!r} occurs {len(places)} times in source {source.id}{seen and f' ({seen})'}; give a text that occurs once")
     ends = np.cumsum(tokenizer.token_bytes()[ids_N.numpy()])
     if ends[-1] != len(data):
         raise UserError(f"source {source.id} holds bytes that are no UTF-8; edit it with --start and --remove")
-    at = data.index(wanted)
+    at = places[0]
     first = int(np.searchsorted(ends, at, "right"))
     last = int(np.searchsorted(ends, at + len(wanted), "left"))
     while True:  # whole characters: neighbours whose bytes share one with a token are taken along
@@ -429,6 +432,7 @@ def compact_command(args: Namespace) -> None:
 
 def export_command(args: Namespace) -> None:
     with reading(args) as (store, catalog):
+        output_folder(args.out)
         total = sum(level.n for name, level in store.levels.items() if name[0] == "L")
         with progress("export", total, "records") as update:
             files = export(store, catalog, args.out, args.format, update)

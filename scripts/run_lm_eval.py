@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nanochat.common import FlagParser, UserError, base_dir, import_optional, init_distributed, parse_optional, run_main
 from nanochat.loading import add_model_flags, model_from_flags
+from nanochat.outputs import output_file, write_file
 
 
 def make_parser(with_mc: bool = True) -> FlagParser:
@@ -67,6 +68,33 @@ def build_lm(args):
     return harness.SessionLM(sessions.open_pool(model, meta, args.checkpoint_dir, sessions.from_flags(args)), tokenizer, args.seed)
 
 
+def check_generation(lm, tasks: dict) -> None:
+    """UserError, before anything is asked, for a task whose generation_kwargs the model cannot honour."""
+    for name, task in tasks.items():
+        if task.get_config("output_type") == "generate_until":
+            try:
+                lm.wanted(task.get_config("generation_kwargs") or {})
+            except UserError as e:
+                raise UserError(f"task {name}: {e}") from None
+
+
+def loads_checked(manager, lm) -> None:
+    """The manager's tasks are looked at when it loads them, which simple_evaluate has it do. UserError for one that
+    does not."""
+    load = manager.load
+
+    def checked(specs):
+        try:
+            loaded = load(specs)
+        except Exception as e:  # whatever a task's YAML, its own Python or its data raise
+            what = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            raise UserError(f"--tasks={','.join(specs)}: the harness cannot load them ({what})") from e
+        check_generation(lm, loaded["tasks"])
+        return loaded
+
+    manager.load = checked
+
+
 def main() -> None:
     _, args = parse_optional(make_parser, "mc")
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
@@ -76,6 +104,7 @@ def main() -> None:
         raise UserError(f"--include_path={args.include_path}: no such folder")
     if args.limit < 0 or args.num_fewshot < -1 or args.seed < 0:
         raise UserError("--limit and --seed are at least 0, --num_fewshot at least -1")
+    out = output_file(args.out or base_dir() / "evals" / "lm_eval.json")
     simple_evaluate, TaskManager = import_harness()
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     managers = (
@@ -83,10 +112,17 @@ def main() -> None:
         for defaults in (False, True)
         if defaults or args.include_path
     )  # the harness's thousands take seconds to index
-    manager = next((m for m in managers if set(names) <= set(m.all_tasks)), None)
-    if manager is None:
-        raise UserError(f"--tasks={args.tasks}: not all of these are tasks of the harness or of --include_path={args.include_path}")
+    unknown = names
+    for manager in managers:
+        if not (unknown := [name for name in names if name not in manager.all_tasks]):
+            break
+    else:
+        raise UserError(
+            f"--tasks={args.tasks}: not all of these are tasks of the harness or of --include_path="
+            f"{args.include_path}: {', '.join(unknown)} unknown"
+        )
     lm = build_lm(args)
+    loads_checked(manager, lm)
     found = simple_evaluate(
         lm,
         tasks=names,
@@ -105,29 +141,35 @@ def main() -> None:
         print(
             f"note: {cut} requests were longer than the window of {lm.max_length} tokens and lost their beginning; --mc_enabled=1 keeps it"
         )
+    if lm.apart:
+        print(f"note: {lm.apart} continuations only complete the last token of their context; they were encoded apart")
+    left_out = getattr(lm, "left_out", 0)
+    if left_out:
+        print(f"note: of {left_out} requests a part of the context had no entry in the working context at last; a larger --mc_budget shows more")
     results = {
         task: {key: value for key, value in scores.items() if key != "sample_len" and isinstance(value, (int, float))}
         for task, scores in found["results"].items()
     }
     samples = {task: counts["effective"] for task, counts in found["n-samples"].items()}
-    out = args.out or base_dir() / "evals" / "lm_eval.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
+    for task, scores in results.items():  # before the file, which may fail
+        print(f"{task}: " + ", ".join(f"{key.removesuffix(',none')} {value:.4f}" for key, value in scores.items()))
+    write_file(
+        out,
         json.dumps(
             {
                 "results": results,
                 "documents": samples,
                 "cut": cut,
+                "apart": lm.apart,
+                "left_out": left_out,
                 "checkpoint": str(args.checkpoint_dir or args.nanochat_checkpoint),
                 "mc": bool(args.mc_enabled),
                 "flags": {k: str(v) for k, v in vars(args).items()},
             },
             indent=1,
-        )
+        ),
     )
-    for task, scores in results.items():
-        print(f"{task}: " + ", ".join(f"{key.removesuffix(',none')} {value:.4f}" for key, value in scores.items()))
-    print(json.dumps({"results": results, "documents": samples, "cut": cut, "out": str(out)}))
+    print(json.dumps({"results": results, "documents": samples, "cut": cut, "left_out": left_out, "out": str(out)}))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from typing import Iterator
 
 from nanochat.common import FlagParser, UserError, run_main
 from nanochat.dataset import open_corpus
-from nanochat.tokenizer import Tokenizer
+from nanochat.outputs import BASE_DIR, output_folder
+from nanochat.tokenizer import Tokenizer, tokenizer_dir
 
 
 def training_texts(data: str, text_column: str, max_chars: int) -> Iterator[str]:
@@ -31,6 +32,7 @@ def main() -> None:
     args = make_parser().parse_args()
     if args.max_chars < 1:
         raise UserError(f"--max_chars={args.max_chars}: at least 1")
+    output_folder(tokenizer_dir(), "tokenizer.json", flag=BASE_DIR)
     start = time.monotonic()
     tokenizer = Tokenizer.train(training_texts(args.data, args.text_column, args.max_chars), args.vocab_size)
     path = tokenizer.save()

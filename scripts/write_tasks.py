@@ -13,6 +13,7 @@ import numpy as np
 
 from nanochat.common import FlagParser, UserError, run_main
 from nanochat.dataset import open_corpus
+from nanochat.outputs import output_folder, write_file
 from nanochat.tasks.catalogue import TASKS, task_rows
 from nanochat.tasks.words import Words
 from nanochat.token_cache import open_token_cache
@@ -40,6 +41,7 @@ def main() -> None:
     names = [name for name in args.tasks.split(",") if name] or list(TASKS)
     if args.count < 1 or args.seed < 0 or args.block_size < 2:
         raise UserError(f"--count={args.count}, --seed={args.seed}, --block_size={args.block_size}: at least 1, 0 and 2")
+    output_folder(args.out, *(f"{name}_{args.length}.jsonl" for name in names))
     tokenizer = Tokenizer.load()
     words = Words.of(tokenizer, open_token_cache(open_corpus(args.data), args.split, tokenizer).tokens)
     made = {
@@ -55,10 +57,8 @@ def main() -> None:
         ).examples
         for name in names
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, examples in made.items():
-        path = args.out / f"{name}_{args.length}.jsonl"
-        path.write_text("".join(json.dumps(example.kvpress()) + "\n" for example in examples))
+        write_file(args.out / f"{name}_{args.length}.jsonl", "".join(json.dumps(example.kvpress()) + "\n" for example in examples))
     print(f"{len(made)} tasks of {args.count} examples in {args.out}")
     print(json.dumps({"out": str(args.out), "tasks": names, "examples": args.count * len(made)}))
 

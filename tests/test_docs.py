@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from scripts.make_docs import commands, flags_of
+from scripts.make_docs import commands, flags_of, parser_of
 
 ROOT = Path(__file__).resolve().parents[1]
 VAULT = ROOT / "obsidian"
@@ -40,7 +40,7 @@ def test_generated_tables_are_current(tmp_path):
 
 @pytest.mark.parametrize("command", commands())
 def test_every_flag_has_help(command):
-    parser = import_module(command).make_parser()
+    parser = parser_of(command)
     assert parser.description
     for _, actions in flags_of(parser):
         for action in actions:
@@ -89,7 +89,7 @@ def test_readme_names_the_two_commands(script):
 
 def test_flags_in_examples_exist():
     """Every `--flag` that the README or an undated page names belongs to a command, or to torchrun."""
-    known = {name for c in commands() for _, actions in flags_of(import_module(c).make_parser()) for a in actions for name in a.option_strings}
+    known = {name for c in commands() for _, actions in flags_of(parser_of(c)) for a in actions for name in a.option_strings}
     known |= {"--help", "--standalone", "--nproc_per_node"}
     for page in CURRENT:
         used = {flag.rstrip("_") for flag in re.findall(r"(?<![\w-])--[a-z]\w*", page.read_text())}  # `--mc_…` stands for all of them
@@ -115,6 +115,7 @@ def test_commands_are_understood(line, monkeypatch, capsys):
         words = ["python", "-m", "scripts.base_train", *words[4:]]
     assert words[:2] == ["python", "-m"]
     module = import_module(words[2])
+    monkeypatch.setattr(sys, "argv", words[2:])  # which arms it names
     module.make_parser().parse_args(words[3:])
     if words[2] == "scripts.base_train":
         monkeypatch.setattr(sys, "argv", ["base_train", *words[3:], "--vocab_size=33825", "--dry_run=1"])

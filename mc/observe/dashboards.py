@@ -141,7 +141,7 @@ def keys_of(name: str, keys: tuple[str, ...]) -> list[tuple[str, dict[str, str]]
     for key in keys:
         plain, _, rest = key.partition("{")
         if plain == name:
-            found.append((key, dict(pair.split("=", 1) for pair in rest.rstrip("}").split(",") if pair)))
+            found.append((key, dict(pair.partition("=")[::2] for pair in rest.rstrip("}").split(",") if pair)))
     return found
 
 
@@ -245,7 +245,7 @@ TRAINING = Dashboard("mc-training", "MegaContext: training", "Vanilla and MegaCo
               Line(Value("train.loss"), "LM"), Line(Value("mc.loss.wc"), "working context")),
         panel("Held-out bits per byte", "Independent of the vocabulary. Healthy: falls; flat while the training loss falls is overfitting.", Value("val.bpb")),
         panel("Distillation", "KL from the full-context distribution to the working context's. Healthy: falls.", Value("mc.loss.kl")),
-        panel("Gist losses", "Of runs with --mc_contrast_weight and --mc_horizon_gist_weight: a gist names its own block, a hidden state the next node's gist. Healthy: both fall.",
+        panel("Gist losses", "Of runs with the arms contrast and horizon: a gist names its own block, a hidden state the next node's gist. Healthy: both fall.",
               Line(Value("mc.loss.contrast"), "contrast"), Line(Value("mc.loss.horizon_gist"), "horizon")),
         panel("Lens loss", "The whole, each target and term before it is weighted, and the teacher's entropy. A dense teacher's part is a cross-entropy, twice (own vote and tail). "
               "Healthy: the loss falls, such a part towards twice the entropy; flat from the first steps means that the lens learns nothing.",
@@ -340,6 +340,8 @@ RUNTIME = Dashboard("mc-runtime", "MegaContext: runtime", "Latency, memory and t
         panel("Entries by LOD", "Healthy: their sum at most the budget and the tokens since the last refocus.", Line(Value("mc.session.entries", by="lod"), "LOD"), zero=True),
         panel("KV kept", "Share of entries whose keys and values survive a refocus. Healthy: above 0.5.",
               Value("mc.session.kv_kept") / (Value("mc.session.kv_kept") + Value("mc.session.kv_recomputed")), unit="percentunit", zero=True),
+        panel("Left out", "Share of the history that no entry stands for. Healthy: 0 while the budget tiles it; what is left out is searched all the same.",
+              Value("mc.session.omitted") / Value("mc.session.history"), unit="percentunit", zero=True),
         panel("Store reads", "Records read per second. Healthy: flat in the history.", Value("mc.session.store_reads"), zero=True),
         panel("Session swap rate", "Healthy: below 0.12.", Value("mc.session.swap_rate"), limit=0.12, zero=True),
         panel("Session edits", "Nodes per second: expanded, collapsed, collapsed by force, undone within twice the cooldown. Healthy: undone below a tenth.",

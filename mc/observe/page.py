@@ -18,6 +18,7 @@ MARK_SHAPES = ("M-2.4 0a2.4 2.4 0 1 0 4.8 0a2.4 2.4 0 1 0-4.8 0", "M-2.2-2.2h4.4
                "M0 3L3-2.4H-3z", "M-3-.9h6v1.8h-6zM-.9-3h1.8v6h-1.8z", "M-1-3.2h2v6.4h-2z")  # one per colour: round, square, triangle, diamond, …
 COLOURS = len(MARK_SHAPES)  # classes c0 … c6 of the style sheet
 MARKS = 60  # of a line, at most
+FAR = 1e300  # what lies beyond is drawn beyond the edge
 MOST = 800  # points of a line that are drawn: of longer ones, the least and the greatest of each stretch
 
 
@@ -50,6 +51,8 @@ def series_of(panel: Panel, runs: Sequence[Run]) -> list[Series]:
             for i, row in enumerate(run.rows):
                 x = Value(panel.x).at(run.rows, i).get("") if panel.x else row["step"]
                 for attribute, y in line.expr.at(run.rows, i).items() if x is not None else ():
+                    if not math.isfinite(y):  # numbers at the end of float64, multiplied
+                        continue
                     lines.setdefault(" ".join(part for part in (line.label, attribute) if part), []).append((x, y))
         for name, points in lines.items():
             label = " ".join(part for part in (run.name if len(runs) > 1 else "", name) if part) or run.name
@@ -75,14 +78,14 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     size = 10 ** math.floor(math.log10(rough))
     size *= next(m for m in (1, 2, 5, 10) if m * size >= rough)
     first, last = math.floor(low / size + 1e-9), math.ceil(high / size - 1e-9)
-    return [round(i * size, 12) for i in range(first, last + 1)]
+    return [round(i * size, max(12, 2 - math.floor(math.log10(size)))) for i in range(first, last + 1)]
 
 
 def span(values: Iterable[float], zero: bool = False, limit: float | None = None) -> tuple[float, float]:
-    """The least and the greatest, a little apart if they are one."""
+    """The least and the greatest, a little apart if they are one; so far within float64 that their distance is too."""
     values = [*values, *([0.0] if zero else []), *([limit] if limit is not None else [])]
-    low, high = min(values), max(values)
-    return (low, high) if high > low else (low - abs(low) / 2 - 0.5, high + abs(high) / 2 + 0.5)
+    low, high = max(min(values), -FAR), min(max(values), FAR)
+    return (low, high) if high - low > max(1e-12 * max(abs(low), abs(high)), 1 / FAR) else (low - abs(low) / 2 - 0.5, high + abs(high) / 2 + 0.5)
 
 
 def figure(x: float) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -27,13 +28,15 @@ from torch import Tensor
 from mc.model import MegaContext
 from mc.store.history import MAX_BLOCKS, History, store_format
 from mc.store.ram import VOID, RamStore, Store
-from nanochat.common import UserError
+from nanochat.common import UserError, from_plain, one_line, parse_json
 from nanochat.gpt import GPT
 
 FILE = "catalog.sqlite"
 VERSION, APPLICATION_ID = 1, 0x4D435458  # "MCTX"
 MAX_BUFFERED = 1 << 20  # entries counted before they are written
 LOD_SHIFT = 48
+NUMBER = int | float
+FAR_FUTURE = 1e11  # seconds since 1970, in the year 5138
 SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE sources (
@@ -122,10 +125,17 @@ class NodeStatistics:
     variance: float | None
 
 
+COPY_HINT = "restore it from a copy, or move it away: the history stays readable, what is known about its sources is lost"
+
+
 @contextmanager
 def _errors(where: str) -> Iterator[None]:
     try:
         yield
+    except OverflowError:  # of a value that is looked for or written
+        raise UserError(f"catalog {where}: a number beyond 64 bits") from None
+    except UnicodeEncodeError as e:
+        raise UserError(f"catalog {where}: {e.object[e.start]!r} is no character of a text") from None
     except sqlite3.Error as e:
         what = str(e)
         if "locked" in what:
@@ -133,7 +143,7 @@ def _errors(where: str) -> Iterator[None]:
         elif "full" in what or "readonly" in what or "disk I/O" in what:
             hint = "make room, or make the folder writable"
         else:
-            hint = "restore it from a copy, or move it away: the history stays readable, what is known about its sources is lost"
+            hint = COPY_HINT
         raise UserError(f"catalog {where}: {what}; {hint}") from None
 
 
@@ -199,6 +209,24 @@ class Catalog:
         with _errors(self._where):
             return self.db.execute(sql, values).fetchall()
 
+    def _checked(self, table: str, rows: list[tuple], *kinds: type | tuple) -> list[tuple]:
+        """rows, whose cells are of these types: SQLite keeps in a column whatever it is given. UserError for another program's."""
+        for row in rows:
+            for cell, kind in zip(row, kinds):
+                if not isinstance(cell, kind):
+                    self._refuse(f"{table} hold {one_line(cell)}")
+        return rows
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise UserError(f"catalog {self._where}: {what}; {COPY_HINT}")
+
+    def _json(self, table: str, text: str) -> dict:
+        try:
+            found = parse_json(text)
+        except ValueError:
+            found = None
+        return found if isinstance(found, dict) else self._refuse(f"{table} hold {one_line(text)}")
+
     def close(self) -> None:
         """Write the statistics, and close."""
         if not self.read_only:
@@ -231,8 +259,12 @@ class Catalog:
 
     def versions(self) -> list[dict]:
         """Versions of the gists, the present one last."""
-        rows = self._rows("SELECT id, model, time, origin FROM versions ORDER BY id")
+        rows = self._checked("versions", self._rows("SELECT id, model, time, origin FROM versions ORDER BY id"), int, str, NUMBER, str)
         return [dict(zip(("id", "model", "time", "origin"), row)) for row in rows]
+
+    def origins(self, model: str) -> list[dict]:
+        """Where the networks of `model` came from, as `mc.store.networks.Networks.origin` says, each time that the gists became theirs."""
+        return [self._json("versions", v["origin"]) for v in self.versions() if v["model"] == model]
 
     # --- sources -----------------------------------------------------------------------------------------------------
 
@@ -335,6 +367,9 @@ class Catalog:
     def _sources(self, condition: str, *values) -> list[Source]:
         names = "id, uri, hash, kind, time, retrieval_score, start, tokens, complete, edits"
         rows = self._rows(f"SELECT {names} FROM sources {condition}", *values)
+        for row in self._checked("sources", rows, int, str, str, str | None, NUMBER, float | int | None, int, int, int, int):
+            if not (0 <= row[4] < FAR_FUTURE and min(row[6], row[7]) >= 0 and row[6] % self.block_size == 0):
+                self._refuse(f"source {row[0]} begins at {row[6]}, has {row[7]} tokens, and was added at {row[4]}")
         return [Source(*row[:8], bool(row[8]), row[9]) for row in rows]
 
     # --- layout tags -------------------------------------------------------------------------------------------------
@@ -401,18 +436,17 @@ class Catalog:
         """Nodes by falling number of accesses."""
         where, values = ("", []) if lod is None else ("WHERE lod = ? ", [lod])
         sql = "SELECT lod, idx, accesses, CASE WHEN measured THEN sensitivity / measured END, variance FROM nodes "
-        return [NodeStatistics(*row) for row in self._rows(f"{sql}{where}ORDER BY accesses DESC, lod, idx LIMIT ?", *values, limit)]
+        rows = self._rows(f"{sql}{where}ORDER BY accesses DESC, lod, idx LIMIT ?", *values, limit)
+        return [NodeStatistics(*row) for row in self._checked("nodes", rows, int, int, int, float | int | None, float | int | None)]
 
     def detail_utility(self, n_blocks: int) -> np.ndarray:
         """float64 [n_blocks]: what the raw detail of each block is worth: accesses × mean sensitivity [nats], at least 0.
 
         A block whose sensitivity was never measured counts with the mean of the measured ones, 1 where there are none.
         """
-        rows = np.array(
-            self._rows("SELECT idx, accesses, CASE WHEN measured THEN sensitivity / measured END FROM nodes WHERE lod = 0"),
-            dtype=np.float64,
-        ).reshape(-1, 3)
-        rows = rows[rows[:, 0] < n_blocks]
+        found = self._rows("SELECT idx, accesses, CASE WHEN measured THEN sensitivity / measured END FROM nodes WHERE lod = 0")
+        rows = np.array(self._checked("nodes", found, int, int, float | int | None), dtype=np.float64).reshape(-1, 3)
+        rows = rows[(rows[:, 0] >= 0) & (rows[:, 0] < n_blocks)]
         measured = ~np.isnan(rows[:, 2])
         typical = rows[measured, 2].mean().clip(0) if measured.any() else 1.0
         utility = np.zeros(n_blocks)
@@ -423,7 +457,10 @@ class Catalog:
 
     def tombstones(self) -> list[tuple[int, int, float]]:
         """(first block, number of blocks, when) of pruned runs."""
-        return self._rows("SELECT first, count, time FROM tombstones ORDER BY first")
+        runs = self._checked("tombstones", self._rows("SELECT first, count, time FROM tombstones ORDER BY first"), int, int, NUMBER)
+        if bad := [run for run in runs if min(run[:2]) < 0]:
+            self._refuse(f"tombstones hold {bad[0]}")
+        return runs
 
     def set_tombstones(self, pruned_N: np.ndarray) -> None:
         """Make the tombstones say which blocks are pruned (bool [blocks]); those that were keep their time."""
@@ -490,7 +527,7 @@ class Catalog:
         """The log of edits, oldest first."""
         names = ("id", "source", "time", "start", "removed", "inserted", "report")
         rows = self._rows(f"SELECT {', '.join(names)} FROM edits WHERE ? IS NULL OR source = ? ORDER BY id", source, source)
-        return [dict(zip(names, row)) | {"report": json.loads(row[-1])} for row in rows]
+        return [dict(zip(names, row)) | {"report": self._json("edits", row[-1])} for row in self._checked("edits", rows, int, int, NUMBER, int, int, int, str)]
 
     # --- agreement with the store ------------------------------------------------------------------------------------
 
@@ -535,7 +572,7 @@ class Catalog:
         return f"an edit of source {edit.source} was interrupted after its commit: finished"
 
     def _intended(self) -> Edit:
-        return Edit(**json.loads(self._rows("SELECT edit FROM intent")[0][0]))
+        return from_plain(Edit, self._json("intents", self._checked("intents", self._rows("SELECT edit FROM intent"), str)[0][0]), f"catalog {self._where}: the intent")
 
     def _tokens_in(self, store: Store, source: Source) -> int:
         """Tokens of a source by what the store holds: up to the next source or the end, void slots of its last block left out."""

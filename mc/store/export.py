@@ -21,6 +21,7 @@ from torch import Tensor
 from mc.store.catalog import Catalog
 from mc.store.ram import Store
 from nanochat.common import UserError
+from nanochat.outputs import replacing
 
 PIECE = 1 << 16  # records
 SAFE_DTYPES = {torch.int32: "I32", torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -80,13 +81,13 @@ def _arrow(store: Store, catalog: Catalog, folder: Path, lods: list[int], count:
     files |= {folder / f"nodes_{lod}.arrow": (store.n_nodes(lod), node_rows(lod)) for lod in lods}
     for path, (n, rows) in files.items():
         schema = rows(torch.arange(0 if not n else 1)).schema.with_metadata({"megacontext": json.dumps(about)})
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        with replacing(path) as part, pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for index_N in _pieces(n):
                 writer.write(rows(index_N).cast(schema))
                 count(len(index_N))
     table = pa.Table.from_pylist([asdict(s) for s in sources])
     path = folder / "sources.arrow"
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+    with replacing(path) as part, pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write(table)
     return [*files, path]
 
@@ -115,7 +116,7 @@ def _safetensors(store: Store, catalog: Catalog, folder: Path, lods: list[int], 
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path = folder / "history.safetensors"
-    with open(path, "wb") as out:
+    with replacing(path) as part, open(part, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for name, (_, shape, read) in tensors.items():
             for index_N in _pieces(shape[0]):

@@ -24,7 +24,7 @@ BATCH_BLOCKS = 4096  # blocks of a commit, where a long history is filled
 def check_sessions(mc: MegaContext) -> None:
     """UserError for a model that only training and evaluation can show: a stored node is one vector."""
     if mc.config.gist_source == "hidden":
-        raise UserError("the model was trained with --mc_gist_source=hidden, and a history is stored without a pass through the base; use one trained with embeddings")
+        raise UserError("the model was trained with --mc_arms=hidden, and a history is stored without a pass through the base; use one trained with embeddings")
     if mc.config.gists_per_block > 1:
         raise UserError(f"the model was trained with --mc_gists_per_block={mc.config.gists_per_block}, and a stored history has one gist per node; "
                         "use one trained with 1, or evaluate it with full rows")

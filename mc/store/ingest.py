@@ -19,12 +19,9 @@ from torch import Tensor
 from mc.store.catalog import Catalog, Source
 from mc.store.history import BATCH_BLOCKS, History
 from mc.store.ram import VOID
-from nanochat.common import UserError
-from nanochat.dataset import SHARDS, read_documents
-from nanochat.tokenizer import Tokenizer
-
-READ_BYTES = 1 << 20
-MAX_PIECE = 1 << 24  # characters that are tokenized together at most, where a text offers no place to cut
+from nanochat.common import UserError, shown
+from nanochat.documents import READ_BYTES, TEXTS, files_below, is_shard, opened, read_documents, text_pieces
+from nanochat.tokenizer import Tokenizer, cut
 
 
 @dataclass(frozen=True)
@@ -43,77 +40,70 @@ def find_files(paths: list[Path]) -> list[Path]:
     found = []
     for path in paths:
         if path.is_dir():
-            found += sorted(
-                p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
-            )
+            found += files_below(path)
         elif path.is_file():
             found.append(path)
+        elif path.exists():
+            raise UserError(f"{path} is a pipe or a device; hand over what it holds on standard input, with - for the path")
         else:
-            raise UserError(f"{path}: no such file or folder")
+            raise UserError(f"{shown(path)}: no such file or folder")
     return found
 
 
-def texts_of(path: Path, text_column: str = "text") -> Iterator[Text]:
-    """The documents of a file, blank ones left out; none for a file that is not UTF-8 text.
+def texts_of(path: Path, text_column: str = "text", named: bool = False, name: str = "") -> Iterator[Text]:
+    """The documents of a file, blank ones left out.
 
-    UserError for a damaged parquet or jsonl file.
+    named: the file was named itself, so it must be text. Of what was found in a folder that holds only for files that corpora read
+    (`nanochat.documents`); another that is not UTF-8, or holds NULs, gives none. name: what the file is called in a UserError.
     """
     path = path.resolve()
-    if path.suffix in SHARDS:
+    if is_shard(path):
         for document in read_documents(path, path.parent, text_column):
             if document.text.strip():
                 data = document.text.encode()
                 source = document.source if "#" in document.source else f"{path.name}#{document.source}"
                 yield Text(
-                    str(path.parent / source),
+                    shown(path.parent / source),
                     document.kind,
                     hashlib.sha256(data).hexdigest(),
                     len(data),
-                    lambda text=document.text: cut(iter([text])),
+                    lambda text=document.text: cut([text]),
                 )
         return
-    digest, blank, size = hashlib.sha256(), True, 0
-    try:
-        for piece in _read(path):
-            data = piece.encode()
-            digest.update(data)
-            size += len(data)
-            blank = blank and not piece.strip()
-            if "\0" in piece:
-                return
-    except UnicodeDecodeError:
+    if not named and not path.name.endswith(TEXTS) and _is_binary(path):
         return
+    digest, blank, size = hashlib.sha256(), True, 0
+    for piece in text_pieces(path, name):
+        data = piece.encode()
+        digest.update(data)
+        size += len(data)
+        blank = blank and not piece.strip()
     if not blank:
-        yield Text(str(path), "code" if path.suffix == ".py" else "text", digest.hexdigest(), size, lambda: cut(_read(path)))
+        known = digest.hexdigest()
+        yield Text(shown(path), "code" if path.suffix == ".py" else "text", known, size, lambda: cut(_unchanged(path, known)))
 
 
-def _read(path: Path) -> Iterator[str]:
+def _is_binary(path: Path) -> bool:
     decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        with open(path, "rb") as f:
+    with opened(path) as f:
+        try:
             while data := f.read(READ_BYTES):
-                yield decoder.decode(data)
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
-    yield decoder.decode(b"", final=True)
+                if "\0" in decoder.decode(data):
+                    return True
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return True
+    return False
 
 
-def cut(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text in other pieces: cut after a newline that no white space follows, where no token of the tokenizer's pattern
-    reaches across, so that the pieces have the tokens of the whole. A text that offers no such place is cut every MAX_PIECE characters."""
-    rest = ""
-    for piece in pieces:
-        rest += piece
-        at = rest.rfind("\n", 0, -1)
-        while at >= 0 and rest[at + 1].isspace():
-            at = rest.rfind("\n", 0, at)
-        if at < 0 and len(rest) >= MAX_PIECE:
-            at = len(rest) - 1
-        if at >= 0:
-            yield rest[: at + 1]
-            rest = rest[at + 1 :]
-    if rest:
-        yield rest
+def _unchanged(path: Path, known: str) -> Iterator[str]:
+    """The text again. UserError at its end where it is not what was hashed: it is left as one that was cut off."""
+    digest = hashlib.sha256()
+    for piece in text_pieces(path):
+        digest.update(piece.encode())
+        yield piece
+    if digest.hexdigest() != known:
+        raise UserError(f"{shown(path)} changed while it was read; run again once nothing writes to it")
 
 
 @dataclass

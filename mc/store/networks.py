@@ -48,7 +48,7 @@ def default_checkpoint() -> Path | None:
     folder = base_dir() / "checkpoints"
     if any((quickstart := folder / "quickstart_text_mc_42").glob("complete_*.json")):
         return quickstart
-    found = sorted(folder.glob("*/mc_*.pt"), key=lambda path: path.stat().st_mtime)
+    found = sorted(folder.rglob("mc_*.pt"), key=lambda path: path.stat().st_mtime)
     return found[-1].parent if found else None
 
 
@@ -69,5 +69,5 @@ def untrained_networks(device: torch.device | str = "cpu") -> Networks:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         gpt = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=4, n_kv_head=4, n_embd=UNTRAINED_WIDTH, value_embeds=False))
-        mc = MegaContext(MCConfig(gist="mean"), UNTRAINED_WIDTH)
+        mc = MegaContext(MCConfig(gist="mean", max_lod=2), UNTRAINED_WIDTH)  # written out: stores that these made must stay readable
     return Networks(gpt.to(device).eval(), mc.to(device).eval(), tokenizer, "{}")

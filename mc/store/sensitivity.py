@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mc.gaussian_rope import alibi_bias, entry_rotary
+from mc.gaussian_rope import entry_rotary
 from mc.store.catalog import Catalog
 from mc.store.history import History
 from mc.store.ram import VOID
@@ -37,12 +37,9 @@ def following_nll(history: History, block_N: Tensor, raw: bool) -> Tensor:
     embeds_NSD = gpt.embed(ids_NS.clamp_min(0))
     embeds_NSD[is_gist_NS] = gists_GD.to(embeds_NSD)
     length_NS = K ** lod_NS
-    rotary = entry_rotary(gpt, index_NS * length_NS, length_NS, scheme=c.positions, floor=c.damping_floor, lod_axis=bool(c.lod_axis), lod_BW=lod_NS)
+    rotary = entry_rotary(gpt, index_NS * length_NS, length_NS, scheme=c.positions, floor=c.damping_floor)
     linked_NS = F.pad(~is_gist_NS[:, 1:] & ~is_gist_NS[:, :-1], (1, 0))
-    bias = mc.key_bias(lod_NS)
-    if c.alibi:
-        bias = bias[:, None] + alibi_bias(index_NS * length_NS, length_NS, (block_N + 2).to(history.device) * K, gpt.config.n_head)
-    hidden_NSD = gpt.hidden(ids_NS, inputs_embeds=embeds_NSD, rotary=rotary, linked=linked_NS, key_bias=bias, lift_windows=True)
+    hidden_NSD = gpt.hidden(ids_NS, inputs_embeds=embeds_NSD, rotary=rotary, linked=linked_NS, key_bias=mc.key_bias(lod_NS), lift_windows=True)
     logits_NKV = gpt.logits(hidden_NSD[:, -K - 1:-1])
     return F.cross_entropy(logits_NKV.flatten(0, 1), ids_NS[:, -K:].flatten(), reduction="none").view(-1, K).mean(1).cpu()
 

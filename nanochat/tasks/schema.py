@@ -4,6 +4,7 @@ A row is `[context | question | answer_prefix]`, a history of exactly n tokens, 
 end of the history, where focus reads it and where every working context is raw.
 """
 
+import unicodedata
 from dataclasses import asdict, dataclass
 from typing import NamedTuple, Sequence
 
@@ -91,10 +92,16 @@ def batch_of(examples: Sequence[Example], tokenizer: Tokenizer, block_size: int,
     return TaskBatch(tokens, targets, n, list(examples))
 
 
+def _compared(text: str) -> str:
+    return unicodedata.normalize("NFC", text.lower())
+
+
 def ruler_score(prediction: str, references: Sequence[str], part: bool = False) -> float:
-    """Share of the references that the prediction contains, whatever the case; with `part` (questions with several right answers)
-    1.0 if it contains any. UserError without references."""
+    """Share of the references that the prediction contains, whatever the case, the blanks around them or the way
+    Unicode composes their letters; with `part` (questions with several right answers) 1.0 if it contains any. A
+    reference without text counts for nothing: every prediction contains it. UserError without any other."""
+    references = [text for reference in references if (text := _compared(reference.strip()))]
     if not references:
-        raise UserError("an answer without references cannot be scored")
-    found = [reference.lower() in prediction.lower() for reference in references]
+        raise UserError("an answer without references cannot be scored: each is missing or empty")
+    found = [reference in _compared(prediction) for reference in references]
     return float(any(found)) if part else sum(found) / len(found)

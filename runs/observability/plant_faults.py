@@ -27,8 +27,8 @@ from scripts import base_train
 
 RECALL = ["--data=recall", "--depth=2", "--aspect_ratio=64", "--head_dim=32", "--max_seq_len=1088", "--value_embeds=0", "--smear=0", "--resid_scalars=0",
           "--backout=0", "--key_shift=1", "--tie_qk=1", "--rope_fraction=0.5", "--recall_grow=0.75", "--device_batch_size=4", "--total_batch_size=4352",
-          "--grad_clip=1", "--eval_tokens=17408", "--eval_every=0", "--device=cpu", "--mc_enabled=1", "--mc_budget=128", "--mc_horizon=32",
-          "--mc_gist=transformer", "--mc_lens_row_stride=2", "--mc_row_stride=4", "--mc_wc_weight=0.5", "--mc_teacher=attention",
+          "--grad_clip=1", "--eval_tokens=17408", "--eval_every=0", "--device=cpu", "--mc_enabled=1", "--mc_max_lod=2", "--mc_far_tokens=0",
+          "--mc_budget=128", "--mc_horizon=32", "--mc_gist=transformer", "--mc_lens_row_stride=2", "--mc_row_stride=4", "--mc_wc_weight=0.5", "--mc_teacher=attention",
           "--mc_lens_queries=384", "--mc_lens_horizon=2"]  # fmt: skip
 SHORT = ["--num_iterations=32", "--log_every=2", "--probe_every=4", "--mc_start=0"]
 FAULTS = {

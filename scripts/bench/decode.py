@@ -12,7 +12,7 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from mc import session as sessions
-from mc.focus_allocator import entries_needed
 from mc.store.disk.store import DiskStore
 from mc.store.history import store_format
 from mc.store.ram import Store
@@ -29,6 +28,7 @@ from nanochat.dataloader import source_of
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.loading import load_model
+from nanochat.outputs import output_folder, write_file
 from nanochat.tokenizer import Tokenizer
 from scripts.bench.base import add_checkpoint_flag, add_device_flag, check_device, print_json
 from scripts.eval.figures import BLUE, VERMILION, new_figure, save_figure
@@ -58,6 +58,7 @@ class Measured:
     seconds: list[list[float]] = field(default_factory=list)
     parts: dict[str, float] = field(default_factory=dict)  # seconds per token
     host_bytes: int = 0
+    omitted: int = 0  # tokens of the history in no entry
 
     @property
     def per_round(self) -> np.ndarray:
@@ -66,7 +67,7 @@ class Measured:
 
     def summary(self) -> dict:
         flat = 1e3 * np.array(self.seconds)
-        return {"tokens_per_second": self.tokens_per_second, "bytes": self.bytes, "host_bytes": self.host_bytes, "median_ms": float(np.median(flat)),
+        return {"tokens_per_second": self.tokens_per_second, "bytes": self.bytes, "host_bytes": self.host_bytes, "omitted_tokens": self.omitted, "median_ms": float(np.median(flat)),
                 "p95_ms": float(np.quantile(flat, 0.95)), "mean_ms": float(np.median(flat.mean(1))), "parts_ms": {k: 1e3 * v for k, v in self.parts.items()}}
 
 
@@ -188,7 +189,7 @@ def measure_decoding(pool_of, gpt: GPT, history_N: Tensor, lengths: list[int], *
                 system.measured.seconds.append(system.generate(systems["mc"].pool.interval))
     for systems in running.values():
         for name in systems.keys() & {"mc", "mc_disk"}:
-            pool = systems[name].pool
+            pool, systems[name].measured.omitted = systems[name].pool, systems[name].session.omitted_tokens
             systems[name].measured.parts = {part: seconds / (rounds * pool.interval) for part, seconds in sorted(pool.timing.seconds.items())}
     return {n: {name: system.measured for name, system in systems.items()} for n, systems in running.items()}
 
@@ -257,12 +258,8 @@ def run(args: argparse.Namespace) -> None:
     check_device(args.device)
     gpt, meta = load_model(args.checkpoint_dir, device=args.device)
     config = sessions.from_flags(args)
+    out = output_folder(args.out or base_dir() / "evals" / "decode", "decode.json", "decode.png")
     pool = sessions.open_pool(gpt, meta, args.checkpoint_dir, config)
-    ends = [m for n in lengths for m in range(n, n + (args.rounds + 4) * pool.interval)]
-    need = max(sum(entries_needed(n, pool.focus_config)) for n in ends)
-    if not args.mc_budget and need > pool.focus_config.budget:
-        config = replace(config, budget=need)
-        print(f"a budget of {pool.focus_config.budget} entries, as trained, cannot show {max(lengths):,} tokens: all lengths run with {need}")
     if pool.untrained:
         print(f"note: LOD {', '.join(map(str, pool.untrained))} were not trained; what is measured here is time and memory")
     history_N = history_tokens(meta, Tokenizer.load(), max(lengths))
@@ -271,14 +268,12 @@ def run(args: argparse.Namespace) -> None:
                           vanilla_longest=args.vanilla_longest, vanilla_prefill=args.vanilla_prefill, disk=Path(folder) if args.disk else None)
     found = decoding_report(results, {"budget": config.budget or pool.focus_config.budget, "interval": pool.interval, "rounds": args.rounds, "kv_policy": config.kv_policy,
                              "device": args.device, "threads": torch.get_num_threads(), "untrained_lods": pool.untrained})
-    print(f"{'history':>10}  {'MC ms/token':>11} {'p95':>6}  {'base':>6} {'refill':>6} {'lens':>6} {'alloc.':>6} {'ingest':>6}  {'vanilla':>8}  {'speed-up':>20}")
+    print(f"{'history':>10}  {'MC ms/token':>11} {'p95':>6}  {'base':>6} {'refill':>6} {'lens':>6} {'alloc.':>6} {'ingest':>6}  {'left out':>10}  {'vanilla':>8}  {'speed-up':>20}")
     for c in found["curve"]:
         parts, speedup = c["mc"]["parts_ms"], c["speedup"]
-        print(f"{c['history']:>10,}  {c['mc']['mean_ms']:>11.2f} {c['mc']['p95_ms']:>6.2f}  " + " ".join(f"{parts.get(p, 0):>6.3f}" for p in ("base", "refill", "lens", "allocator", "ingest"))
+        print(f"{c['history']:>10,}  {c['mc']['mean_ms']:>11.2f} {c['mc']['p95_ms']:>6.2f}  " + " ".join(f"{parts.get(p, 0):>6.3f}" for p in ("base", "refill", "lens", "allocator", "ingest")) + f"  {c['mc']['omitted_tokens']:>10,}"
               + (f"  {c['vanilla']['mean_ms']:>8.2f}  {speedup['ratio']:>5.2f} [{speedup['low']:.2f}, {speedup['high']:.2f}]" if speedup else ""))
-    out = args.out or base_dir() / "evals" / "decode"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "decode.json").write_text(json.dumps(found, indent=1))
+    write_file(out / "decode.json", json.dumps(found, indent=1))
     plot_decoding(found, out / "decode.png")
     print(f"decode.json and the plot are in {out}")
     print_json(found)

@@ -20,17 +20,18 @@ import argparse
 import copy
 import math
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mc.config import MCConfig
+from mc.arm import SETTINGS
+from mc.arms.contrast import contrast_loss
+from mc.config import MCConfig, core_settings, from_dict
 from mc.evaluation import FocusComparison, plain_outcomes
 from mc.focus_allocator import FocusConfig, entries_needed
-from mc.gist_objectives import contrast_loss
 from mc.losses import distillation, row_mean
 from mc.mega_context import Tree, tiling
 from mc.model import MegaContext, Rows, read_rows, run_entries, take, with_continuation
@@ -58,7 +59,7 @@ class Arm(NamedTuple):
 
 def parse(text: str, recent: int, horizon: int, n: int) -> tuple[MCConfig, bool, int]:
     """Settings, whether the base is frozen, and the window. UserError for what is no setting, or has no effect here."""
-    kinds = {f.name: type(f.default) for f in fields(MCConfig)} | {"frozen": int, "window": int}
+    kinds = {f.name: type(f.default) for f in core_settings()} | {name: type(value) for name, (_, value) in SETTINGS.items()} | {"frozen": int, "window": int}
     values: dict = {"max_lod": 1, "wc_weight": 1.0, "kl_weight": 1.0}
     for part in text.split(","):
         name, _, value = part.partition("=")
@@ -71,8 +72,8 @@ def parse(text: str, recent: int, horizon: int, n: int) -> tuple[MCConfig, bool,
         if window < recent or window > n or frozen or set(values) - {"max_lod", "wc_weight", "kl_weight"}:
             raise UserError(f"--arms {text}: a window is of {recent} (--recent) to {n} tokens, is read by a base that learns, and has no gists to set")
         values["block_size"] = math.gcd(recent, n)
-    c = MCConfig(**values | dict(recent=recent, horizon=horizon))
-    if n % c.block_size or c.horizon_gist_weight or c.bands or c.far_tokens:
+    c = from_dict(values | dict(recent=recent, horizon=horizon))
+    if n % c.block_size or c.of("horizon_gist_weight") or "bands" in c.named_arms() or c.far_tokens:
         raise UserError(f"--arms {text}: blocks must divide {n} tokens; the horizon loss, bands and far histories are for base_train")
     one_raw = sum(entries_needed(n, FocusConfig(n, c.block_size, c.max_lod, recent=recent, n_gists=c.gists_per_block)))  # `judge` asks for that
     entries = recent + c.block_size * c.max_lod * c.gists_per_block + tiling(n, c.block_size, c.max_lod, c.gists_per_block)
@@ -122,7 +123,7 @@ def loss_of(arm: Arm, tokens_BT: Tensor, targets_BT: Tensor, teacher_BPV: Tensor
     loss = c.wc_weight * row_mean(token_losses(logits, wanted.masked_fill(~counted, -1)), counted).mean()
     if c.kl_weight:
         loss = loss + c.kl_weight * row_mean(distillation(logits, teacher_BPV), counted).mean()
-    return loss + c.contrast_weight * contrast_loss(tree) if c.contrast_weight else loss
+    return loss + c.of("contrast_weight") * contrast_loss(tree) if c.of("contrast_weight") else loss
 
 
 def train_arms(arms: list[Arm], base: GPT, source, steps: int, rows: int, T: int, n: int, recent: int) -> None:

@@ -12,10 +12,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from mc.arm import KINDS as ARM_KINDS
 from mc.config import MCConfig, from_dict
-from mc.lens_networks import READERS
-from mc.lens_objectives import Lesson, lens_objective
+from mc.lens_loss import Lesson, lens_objective
 from mc.model import MegaContext
+from mc.teachers import keep_gradients
 from nanochat.common import print0, seed_everything
 from nanochat.dataloader import Loader, source_of
 from nanochat.dataset import Progress
@@ -30,7 +31,7 @@ from scripts.eval.measures import held_out, lens_measures, gate_utilities
 from scripts.eval.statistics import bootstrap_interval
 from scripts.eval.subcommands import check_least
 
-KINDS = ("bilinear", *READERS)
+KINDS = ("bilinear", *ARM_KINDS["lens"])
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -87,12 +88,14 @@ def run(args: argparse.Namespace) -> None:
         batch, captured, begin = loader.next(), list[Captured](), time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=flags["dtype"] == "bfloat16"):
             embeds = gpt.embed(batch.inputs)
-            gpt.loss(gpt.hidden(batch.inputs, inputs_embeds=embeds, capture=captured), batch.targets, batch.num_targets).backward()
+            hidden = gpt.hidden(batch.inputs, inputs_embeds=embeds, capture=captured)
+            keep_gradients(captured)
+            gpt.loss(hidden, batch.targets, batch.num_targets).backward()
         gpt.zero_grad(set_to_none=True)
         pass_seconds += time.perf_counter() - begin
         for kind, pupil in pupils.items():
             tree = pupil.model.build_tree(embeds.detach())
-            lesson = Lesson(captured, embeds.detach(), batch.targets, batch.rows, tree, None, None, (flags["seed"], step))
+            lesson = Lesson(captured, embeds.detach(), batch.targets, batch.rows, tree, (flags["seed"], step))
             pupil.learn(lesson, scale * lr_multiplier(step, args.steps))
         progress.update(step + 1)
     found = judge_lenses(gpt, {kind: pupil.model for kind, pupil in pupils.items()}, meta, args)

@@ -21,7 +21,7 @@ from mc.focus_allocator import FocusConfig
 from mc.focus_price import MARKET, Allocator, room
 from mc.model import MegaContext, load_mega_context
 from mc.store.history import check_sessions
-from mc.teachers import gate_utility, over_horizon
+from mc.teachers import gate_utility, keep_gradients, over_horizon
 from nanochat.common import UserError
 from nanochat.dataloader import judged_rows, source_of
 from nanochat.gpt import GPT, Captured, token_losses
@@ -54,6 +54,7 @@ def refocus_examples(gpt: GPT, mc: MegaContext, cfg: FocusConfig, tokens_BT: Ten
     queries, cursors = slice(T // 2, T), range(T // 2 + 1, T - interval + 2, interval)
     embeds = gpt.embed(tokens_BT).detach().requires_grad_()
     hidden = gpt.hidden(tokens_BT, inputs_embeds=embeds, capture=captured, lift_windows=True)
+    keep_gradients(captured)
     torch.autograd.grad(token_losses(gpt.logits(hidden), targets_BT).sum(), embeds)  # leaves the gradient at every attention output
     count = (T - cfg.recent) // K
     with torch.no_grad():

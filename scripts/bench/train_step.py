@@ -81,7 +81,7 @@ def training_step(meta: dict, tokenizer: Tokenizer, *, with_mc: bool, device: st
                     loss, metrics = gpt.loss(gpt.hidden(batch.inputs), batch.targets, batch.num_targets), {}
             (loss / loader.micro_steps).backward()
             if mc:
-                metrics |= mc.lens_step(loader.micro_steps, trace)
+                metrics |= mc.after_backward(loader.micro_steps, trace)[1]
             note(metrics)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

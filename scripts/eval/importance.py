@@ -6,17 +6,18 @@ Shapes: B rows, n tokens of history, T tokens of a row.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Callable
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mc.teachers import attention_mass, continuation_pass, gate_utility
-from nanochat.common import UserError
+from nanochat.common import UserError, parse_json
 from nanochat.gpt import GPT
+from nanochat.outputs import output_folder, replacing, write_file
 
 TEACHERS = ("gate", "attention")
 
@@ -37,7 +38,7 @@ def write_labels(directory: Path, facts: dict, batches: Callable[[int], tuple[Te
 
     A directory holds labels of one base and one source: UserError when `facts` differ from those of its manifest.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    output_folder(directory, flag="--labels")
     manifest = directory / "manifest.json"
     if manifest.exists():
         if (there := read_manifest(directory)) != facts:
@@ -45,29 +46,26 @@ def write_labels(directory: Path, facts: dict, batches: Callable[[int], tuple[Te
             said = ", ".join(f"{k}={there.get(k)} (now {facts.get(k)})" for k in changed)
             raise UserError(f"{directory} holds labels made otherwise: {said}; use another folder, or remove it")
     else:
-        replace_file(manifest, lambda path: path.write_text(json.dumps(facts, indent=1)))
+        write_file(manifest, json.dumps(facts, indent=1))
     made = 0
     for i in range(count):
         path = directory / f"labels_{i:06d}.safetensors"
         if not path.exists():
             tokens, worth = batches(i)
             content = {"tokens": tokens.int().contiguous(), "importance": worth.contiguous()}
-            replace_file(path, lambda path: save_file(content, path))
+            with replacing(path, SafetensorError) as part:
+                save_file(content, part)
             made += 1
         progress(i + 1)
     return made
 
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
-
-
 def read_manifest(directory: Path) -> dict:
     try:
-        return json.loads((directory / "manifest.json").read_text())
+        found = parse_json((directory / "manifest.json").read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("manifest.json is not an object")
+        return found
     except (OSError, ValueError) as e:
         raise UserError(f"no labels in {directory} ({e}); make them: python -m scripts.mc_study importance") from None
 
@@ -81,8 +79,11 @@ def read_labels(directory: Path) -> list[tuple[Tensor, Tensor]]:
     for path in paths:
         try:
             content = load_file(path)
-            shards.append((content["tokens"].long(), content["importance"]))
-        except (OSError, KeyError, SafetensorError) as e:
+            tokens, worth = content["tokens"], content["importance"]
+            if not (tokens.dtype == torch.int32 and worth.dtype == torch.float32 and tokens.shape == worth.shape and tokens.ndim == 2 and len(tokens) and worth.isfinite().all()):
+                raise ValueError("tokens and importance are not of one shape")
+            shards.append((tokens.long(), worth))
+        except (OSError, KeyError, ValueError, SafetensorError) as e:
             raise UserError(f"{path} is damaged ({e}); remove it, and make it again") from None
     return shards
 

@@ -13,7 +13,7 @@ from mc.config import MCConfig
 from mc.evaluation import FocusComparison, plain_outcomes
 from mc.losses import lens_loss, lens_targets, row_mean
 from mc.model import MegaContext, load_mega_context, recency_scores
-from mc.teachers import gate_utility, over_horizon
+from mc.teachers import gate_utility, keep_gradients, over_horizon
 from nanochat.common import UserError
 from nanochat.dataloader import judged_rows, source_of
 from nanochat.gpt import GPT, Captured, token_losses
@@ -135,6 +135,7 @@ def gate_utilities(gpt: GPT, c: MCConfig, tokens_BT: Tensor, targets_BT: Tensor,
     captured: list[Captured] = []
     embeds_BTD = gpt.embed(tokens_BT).detach().requires_grad_()
     hidden_BTD = gpt.hidden(tokens_BT, inputs_embeds=embeds_BTD, capture=captured, lift_windows=True)
+    keep_gradients(captured)
     torch.autograd.grad(token_losses(gpt.logits(hidden_BTD), targets_BT).sum(), embeds_BTD)  # leaves the gradient at every attention output
     utility = gate_utility(captured, slice(None), asked, visible_QN.shape[1], c.block_size) * (targets_BT[:, asked] >= 0)[..., None]
     return over_horizon(utility, horizon)[:, cursor_Q - 1 - asked.start].masked_fill(~visible_QN, 0)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 
 from mc.evaluation import Outcome
+from nanochat.outputs import write_file
 from nanochat.recorder import read_metrics
 from scripts.eval.figures import BLUE, GREEN, VERMILION, new_figure, save_figure
 from scripts.eval.statistics import LEAST_GAP, bootstrap_interval, share_of_gap
@@ -66,10 +67,9 @@ def comparison_markdown(report: dict) -> str:
 
 def write_comparison(report: dict, runs: dict[str, dict[str, Path]], out: Path) -> str:
     """report.json, report.md and plots under `out`; returns the Markdown. runs: task -> {"mc", "vanilla"} -> metrics.jsonl."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_file(out / "report.json", json.dumps(report, indent=1) + "\n")
     text = comparison_markdown(report)
-    (out / "report.md").write_text(text)
+    write_file(out / "report.md", text)
     plot_systems(report, out / "systems.png")
     plot_training(runs, out / "training.png")
     return text

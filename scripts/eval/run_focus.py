@@ -23,6 +23,7 @@ from nanochat.dataloader import eval_rows, source_of
 from nanochat.dataset import Progress
 from nanochat.gpt import GPT
 from nanochat.loading import check_tokenizer, load_model
+from nanochat.outputs import output_folder, write_file
 from nanochat.tasks.hops import HopTask
 from nanochat.tasks.recall import RecallTask
 from nanochat.tokenizer import Tokenizer
@@ -223,9 +224,7 @@ def run(args: Namespace) -> None:
     check_least(args, contexts=1, batch=1, candidates=1)
     if not (args.recall_mc or args.text_mc or args.hops_mc):
         raise UserError("nothing to judge: name checkpoints with --recall_mc=DIR, --text_mc=DIR or --hops_mc=DIR")
-    out = args.out or base_dir() / "focus"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file; name a folder")
+    out = output_folder(args.out or base_dir() / "focus", "focus.json", "focus.md")
     tokenizer, settings = Tokenizer.load(), []
     for task, directories in (("recall", args.recall_mc), ("text", args.text_mc)):
         models = [load_checked(directory, tokenizer) for directory in directories]
@@ -240,10 +239,9 @@ def run(args: Namespace) -> None:
                              "checkpoints": [str(d) for d in directories], "systems": setting_summary(found, task == "recall")})
     hops = judge_hops([load_checked(directory, tokenizer) for directory in args.hops_mc], args.hops_mc, tokenizer, args) if args.hops_mc else []
     report = {"settings": settings, "hops": hops, "seed": args.seed, "candidates": args.candidates, "commit": commit()}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "focus.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_file(out / "focus.json", json.dumps(report, indent=1) + "\n")
     text = focus_markdown(report)
-    (out / "focus.md").write_text(text)
+    write_file(out / "focus.md", text)
     print(text)
     print0(f"report in {out}")
     two_hops = {"accuracy_two_hops": hops[0]["systems"]["refocused"]["mean"]} if hops else {}

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from mc import session as sessions
-from mc.focus_allocator import check_feasible
 from mc.session import SessionPool
 from mc.store.history import History
-from nanochat.common import FlagParser, UserError, base_dir, init_distributed, print0
+from nanochat.common import FlagParser, UserError, base_dir, init_distributed
 from nanochat.dataloader import LongRows
 from nanochat.dataset import Progress, open_corpus
 from nanochat.loading import model_from_flags
+from nanochat.outputs import output_folder, write_file
 from nanochat.tasks.recall import RecallTask
 from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer
@@ -52,7 +52,8 @@ class Answers:
             lods = {str(lod): round(float(np.mean([a.lods.get(lod, 0) for a in answers])), 1) for lod in sorted(set().union(*(a.lods for a in answers)))}
             rows.append({"group": group, "system": system, "place": place, "questions": len(answers), "acc": float(acc.mean()),
                          "acc_interval": bootstrap_interval(lambda i: acc[i].mean(), len(acc)), "nll": float(nll.mean()),
-                         "nll_interval": bootstrap_interval(lambda i: nll[i].mean(), len(nll)), "entries": float(np.mean(entries)), "entries_by_lod": lods})
+                         "nll_interval": bootstrap_interval(lambda i: nll[i].mean(), len(nll)), "entries": float(np.mean(entries)), "entries_by_lod": lods,
+                         "omitted": float(np.mean([a.omitted for a in answers]))})
         return rows
 
 
@@ -97,15 +98,10 @@ def values_of(scored: torch.Tensor) -> torch.Tensor:
     return torch.arange(len(scored)) % 2 == 1
 
 
-def lengths(shortest: int, longest: int, pool: SessionPool, beyond: int) -> list[int]:
-    """shortest, 4 times that, … as far as the budget can show them and `beyond` more tokens."""
+def lengths(shortest: int, longest: int) -> list[int]:
+    """shortest, 4 times that, … up to longest."""
     found = []
     while shortest <= longest:
-        try:
-            check_feasible(shortest + beyond, pool.focus_config)
-        except UserError as e:
-            print0(f"not beyond {found[-1] if found else 0:,} tokens: {e}")
-            break
         found.append(shortest)
         shortest *= 4
     return found
@@ -113,7 +109,7 @@ def lengths(shortest: int, longest: int, pool: SessionPool, beyond: int) -> list
 
 def recall_by_length(answers: Answers, pool: SessionPool, task: RecallTask, args: Namespace) -> None:
     """Facts at the start of the stream, and among its last 32 blocks, asked for when it has each length."""
-    K, shown = task.block, lengths(32 * task.block, args.max_length, pool, task.episode)
+    K, shown = task.block, lengths(32 * task.block, args.max_length)
     progress = Progress("tokens of recall streams", args.length_streams * sum(shown), "tokens", every_s=15)
     for s in range(args.length_streams):
         rng = np.random.default_rng((args.seed, s, 1))
@@ -138,7 +134,7 @@ def text_by_length(answers: Answers, pool: SessionPool, tokenizer: Tokenizer, ar
     n = n // c.block_size * c.block_size
     front = open_token_cache(open_corpus("stdlib"), "train", tokenizer).tokens
     passages = LongRows(open_token_cache(open_corpus("stdlib"), "val", tokenizer), n + c.horizon, args.seed, "val").row_tokens(np.arange(args.passages))[0]
-    shown = lengths(n, args.max_length, pool, c.horizon)
+    shown = lengths(n, args.max_length)
     progress = Progress("passages", len(shown) * args.passages, "passages", every_s=15)
     store = store_of(pool, torch.empty(0, dtype=torch.int64))
     history = History(pool.gpt, pool.mc, store)
@@ -161,8 +157,9 @@ def stream_markdown(title: str, rows: list[dict], value: str) -> list[str]:
     for group, place in places:
         found = [cells[group, place, s] for s in systems]
         lods = ", ".join(f"{count:g} LOD{lod}" for lod, count in found[0]["entries_by_lod"].items())
-        shown.append((group, place, *(cell(r[value], r[f"{value}_interval"]) for r in found), found[0]["questions"], lods))
-    return [f"### {title}", "", *table(("history", "place", *(LABELS[s] for s in systems), "questions", "entries by LOD (lens)"), shown), ""]
+        shown.append((group, place, *(cell(r[value], r[f"{value}_interval"]) for r in found), found[0]["questions"], lods, f"{found[0]['omitted']:,.0f}"))
+    head = ("history", "place", *(LABELS[s] for s in systems), "questions", "entries by LOD (lens)", "tokens left out (lens)")
+    return [f"### {title}", "", *table(head, shown), ""]
 
 
 def plot_stream(parts: dict[str, list[dict]], path: Path) -> None:
@@ -217,9 +214,7 @@ def run(args: Namespace) -> None:
     kinds = args.filler.split(",")
     if not set(kinds) <= {"pairs", "text"}:
         raise UserError(f"--filler={args.filler}: pairs, text, or pairs,text")
-    out, device = args.out or base_dir() / "stream", init_distributed(args.device).device
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file; name a folder")
+    out, device = output_folder(args.out or base_dir() / "stream", "stream.json", "stream.md"), init_distributed(args.device).device
     pool, tokenizer, meta = load_pool(args.checkpoint_dir, args, args.mc_budget, device)
     if meta["flags"]["data"] != "recall":
         raise UserError(f"the model in {args.checkpoint_dir} was trained on {meta['flags']['data']}, not on --data=recall: it knows no facts to be asked for")
@@ -243,11 +238,10 @@ def run(args: Namespace) -> None:
     lines = [line for name, rows in parts.items() for line in stream_markdown(titles[name], rows, "acc" if name == "distance" else "nll")]
     if by_length.by_place:
         lines += stream_markdown("Accuracy of recall by length of the history", parts["length"], "acc")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "stream.md").write_text("\n".join(lines))
+    write_file(out / "stream.md", "\n".join(lines))
     report = {"n": n, "windows": args.windows, "budget": pool.focus_config.budget, "streams": args.streams, "seed": args.seed,
               "trained_lods": meta["mc"]["trained_lods"], "checkpoint": str(args.checkpoint_dir), **parts}
-    (out / "stream.json").write_text(json.dumps(report, indent=1))
+    write_file(out / "stream.json", json.dumps(report, indent=1))
     plot_stream(parts, out / "stream.png")
     print("\n".join(lines))
     print(f"report in {out}")

@@ -19,6 +19,7 @@ from mc.evaluation import FocusComparison
 from nanochat.common import FlagParser, UserError, base_dir, key_seed, print0
 from nanochat.dataloader import eval_rows, source_of
 from nanochat.dataset import Progress
+from nanochat.outputs import output_folder, replacing, write_file
 from nanochat.tokenizer import Tokenizer
 from scripts.eval.bm25 import bm25_scores
 from scripts.eval.provenance import commit
@@ -90,10 +91,8 @@ def judged_once(model: Model, directory: Path, data: Path, budget: int, counts: 
     eval_rows(held, args.contexts * held.T)  # refuses more contexts than there are
     fitted = predictors(model, train, budget, args, what) if args.train_contexts else {}
     found = judge_text(model, held, budget, counts, fitted, args, what)
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / f"{kept.stem}.partial.npz"
-    np.savez(partial, **found)
-    partial.replace(kept)
+    with replacing(kept) as part, open(part, "wb") as f:
+        np.savez(f, **found)
     return found
 
 
@@ -191,9 +190,7 @@ def run(args: Namespace) -> None:
     check_least(args, contexts=1, train_contexts=0, batch=1, candidates=1, rounds=1)
     if bad := [part for part in args.text_budgets.split(",") if part and not part.isdecimal()]:
         raise UserError(f"--text_budgets: {bad[0]!r} is no number of entries")
-    out = args.out or base_dir() / "text_focus"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file; name a folder")
+    out = output_folder(args.out or base_dir() / "text_focus", "text_focus.json", "text_focus.md")
     tokenizer = Tokenizer.load()
     models = [load_checked(directory, tokenizer) for directory in args.text_mc]
     shapes = {(m.mc.config.block_size, m.mc.config.protected, m.mc.config.budget, m.gpt.config.sequence_len) for m in models}
@@ -210,10 +207,9 @@ def run(args: Namespace) -> None:
                              "checkpoints": list(map(str, args.text_mc)), "summary": summarize(joined, counts, bool(args.train_contexts), len(found)),
                              "by_seed": [summarize(one, counts, bool(args.train_contexts), 1)["horizons"] for one in found]})
     report = {"settings": settings, "seed": args.seed, "train_contexts": args.train_contexts, "commit": commit()}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "text_focus.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_file(out / "text_focus.json", json.dumps(report, indent=1) + "\n")
     text = text_markdown(report)
-    (out / "text_focus.md").write_text(text)
+    write_file(out / "text_focus.md", text)
     print(text)
     print0(f"report in {out}")
     print(json.dumps({"gap_closed": {f"{s['data']} W={s['budget']}": {h: (row["gap_closed"][f"lens@{s['counts'][-1]}"] or {}).get("mean") for h, row in s["summary"]["horizons"].items()} for s in settings},

@@ -11,7 +11,7 @@ Shapes: N tokens, A answers, Q questions about a stream.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class Answer:
     nll: float  # nats, mean over them
     acc: float  # share of them predicted right
     lods: dict[int, int]  # entries of the working context by level, {} for a window
+    omitted: int = 0  # tokens of the history in no entry
 
 
 class KnownBlocks(KeySearch):
@@ -67,7 +68,7 @@ def ask(pool: SessionPool, store: Store, said_N: Tensor, scored_N: Tensor, count
             session.search = KnownBlocks(session.search, known)
         session.append(said_N)
         logits = session.score(scored_N)
-        return judged(logits, scored_N, counted_N, shown_levels(session))
+        return replace(judged(logits, scored_N, counted_N, shown_levels(session)), omitted=session.omitted_tokens)
     finally:
         session.close()
 

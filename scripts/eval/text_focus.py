@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mc.evaluation import FocusComparison, plain_outcomes
 from mc.losses import lens_loss, lens_targets
-from mc.teachers import gate_utility
+from mc.teachers import gate_utility, keep_gradients
 from nanochat.gpt import Captured, norm, token_losses
 from scripts.eval.bm25 import bm25_scores
 from scripts.eval.scores import tail_attention
@@ -108,6 +108,7 @@ def past_gate(focus: FocusComparison, length: int) -> Tensor:
     with torch.enable_grad():
         embeds = focus.embeds[:, :focus.n].clone().requires_grad_()
         hidden = focus.gpt.hidden(tokens, inputs_embeds=embeds, capture=captured, lift_windows=True)[:, queries]
+        keep_gradients(captured)
         losses = token_losses(focus.gpt.logits(hidden), tokens[:, queries.start + 1:queries.stop + 1])
         torch.autograd.grad(losses.sum(), embeds)
     before = queries.start // focus.K  # blocks that lie before every query; those after are in the tail

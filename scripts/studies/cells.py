@@ -18,8 +18,8 @@ from pathlib import Path
 
 import yaml
 
-from nanochat.common import UserError, print0
-from nanochat.dataset import locked
+from nanochat.common import UserError, one_line, parse_json, print0
+from nanochat.outputs import locked
 from nanochat.recorder import duration
 from scripts.eval.provenance import commit, environment
 
@@ -27,11 +27,11 @@ from scripts.eval.provenance import commit, environment
 def read_yaml(path: Path, known: Iterable[str], required: Iterable[str]) -> dict:
     """A study or a suite. UserError unless it is a mapping with these keys."""
     try:
-        found = yaml.safe_load(path.read_text())
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise UserError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # a date that there is not is a ValueError
+        raise UserError(f"{path} is not YAML: {one_line(e, 400)}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is not a mapping of names to values")
     if unknown := [str(key) for key in found if key not in known]:
@@ -65,7 +65,7 @@ class CellRecords:
         if self.path.exists():
             for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line)
                     found[record["key"]] = record
                 except (ValueError, KeyError, TypeError):
                     print(f"warning: {self.path}:{number} is no whole record; it is left out", file=sys.stderr, flush=True)
@@ -90,7 +90,7 @@ _context = multiprocessing.get_context("forkserver")
 
 def find_function(name: str) -> Callable:
     """"module:function". UserError if there is none."""
-    module, _, function = name.partition(":")
+    module, _, function = str(name).partition(":")
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:

@@ -15,7 +15,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from mc.lens_objectives import Lesson, lens_objective
+from mc.lens_loss import Lesson, lens_objective
 from mc.teachers import continuation_pass
 from nanochat.common import UserError
 from nanochat.gpt import mean_loss, token_losses
@@ -125,6 +125,4 @@ def teach_lens(system: Method, rows: RowBatch, step: int) -> None:
     with torch.no_grad():
         embeds = system.gpt.embed(tokens)
         tree = mc.build_tree(embeds[::mc.config.row_stride])
-    loss, _ = lens_objective(mc, Lesson(captured, embeds, asked, numbers, tree, None, None, (system.seed, step)))
-    if loss is not None:
-        loss.backward()
+    lens_objective(mc, Lesson(captured, embeds, asked, numbers, tree, (system.seed, step)))[0].backward()

@@ -19,7 +19,7 @@ class Formula:
         self.text = text
         try:
             self.tree = ast.parse(text, mode="eval").body
-        except SyntaxError:
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # of deep nesting, and of what is no text for a parser
             raise UserError(f"{text!r} is no arithmetic on names of measures") from None
         self.names: set[str] = set()
         self._check(self.tree)

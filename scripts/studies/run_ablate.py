@@ -16,7 +16,7 @@ from pathlib import Path
 from mc.config import from_flags
 from nanochat.checkpoint import load_model_state
 from nanochat.common import FlagParser, UserError, base_dir
-from nanochat.dataset import locked
+from nanochat.outputs import BASE_DIR, locked, output_folder, write_file
 from nanochat.tokenizer import Tokenizer
 from scripts.bench.train_step import step_time_ratio
 from scripts.eval.provenance import ROOT
@@ -34,6 +34,8 @@ def trained_model(flags: dict[str, str], seed: int, tag: str) -> Path:
             if meta["step"] == meta["num_iterations"]:
                 return directory
         run_script("scripts.base_train", {"save_every": "50", "keep_last": "1"} | flags | {"resume": "1", "model_tag": tag, "seed": str(seed)})
+        if (meta := load_model_state(directory)[1])["step"] < meta["num_iterations"]:
+            raise UserError(f"{directory} was stopped at step {meta['step']} of {meta['num_iterations']}; run the command again, it goes on")
     return directory
 
 
@@ -77,10 +79,10 @@ def run_step_time(cell: dict) -> dict:
 
 def check_study(study: Study, path: Path) -> None:
     """UserError or base_train's own refusal for flags that it does not take, and for an evaluation that is not there: before anything is run."""
-    parser = find_function("scripts.base_train:make_parser")()
+    make_parser = find_function("scripts.base_train:make_parser")
     for arm in study.arms:
-        flags = study.flags(arm, study.seeds[0])
-        args = parser.parse_args([f"--{name}={value}" for name, value in flags.items()])
+        flags = [f"--{name}={value}" for name, value in study.flags(arm, study.seeds[0]).items()]
+        args = make_parser(argv=flags).parse_args(flags)
         if args.mc_enabled:
             from_flags(args)
         if function := study.options(arm, study.seeds[0]).get("function"):
@@ -106,7 +108,7 @@ def run(args: Namespace) -> None:
     seeds = whole_numbers(args.seeds, "--seeds") if args.seeds else study.seeds
     arms = [arm for arm in study.arms if arm == DEFAULT or arm in wanted]
 
-    out = base_dir() / "ablations" / study.name
+    out = output_folder(base_dir() / "ablations" / study.name, "results.jsonl", "report.md", "plot.png", flag=BASE_DIR)
     records = CellRecords(out / "results.jsonl")
     cells = [study.cell(arm, seed) for seed in seeds for arm in arms]
     run_cells(cells, "scripts.studies.run_ablate:run_cell", records, what=study.name, jobs=args.jobs)
@@ -116,7 +118,7 @@ def run(args: Namespace) -> None:
 
     everything, times = study_results(study, records.read(), sorted({*study.seeds, *seeds}))
     text, found = study_report(study, everything, times)
-    (out / "report.md").write_text(text)
+    write_file(out / "report.md", text)
     plot_study(found, out / "plot.png")
     print(text, flush=True)
     print(json.dumps({"report": str(out / "report.md"), "results": str(records.path), "cells": len(everything)}))

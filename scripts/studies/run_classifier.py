@@ -10,6 +10,7 @@ from argparse import Namespace
 import torch
 
 from nanochat.common import FlagParser, UserError, init_distributed, seed_everything
+from nanochat.outputs import output_file
 from scripts.eval.importance import keep_labels, read_labels, read_manifest
 from scripts.eval.methods.registry import load_models
 from scripts.eval.methods.token_classifier import FILE, TokenClassifier, TokenClassifierConfig, save_token_classifier, train_classifier
@@ -27,9 +28,10 @@ def add_flags(parser: FlagParser) -> None:
 def run(args: Namespace) -> None:
     if not (0 < args.share < 1 and args.steps > 0 and args.lr > 0):
         raise UserError(f"--share={args.share} --steps={args.steps} --lr={args.lr}: between 0 and 1, and above 0")
-    begin = time.time()
+    begin, facts = time.time(), read_manifest(args.labels)
+    output_file(args.labels / FILE, flag="--labels")
     models, meta = load_models(args.checkpoint_dir, args.step, init_distributed(args.device).device)
-    base, facts = base_of(args.checkpoint_dir, meta), read_manifest(args.labels)
+    base = base_of(args.checkpoint_dir, meta)
     if any(facts.get(name) != value for name, value in base.items()):
         theirs, ours = (f"{x.get('base')}, step {x.get('base_step')}" for x in (facts, base))
         raise UserError(f"{args.labels} holds labels of {theirs}, not of {ours}: the classifier reads its base's embeddings")

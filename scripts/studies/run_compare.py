@@ -18,8 +18,9 @@ from nanochat.dataloader import eval_rows, judged_rows, source_of
 from nanochat.dataset import Progress
 from nanochat.gpt import GPT
 from nanochat.loading import check_tokenizer, load_model
+from nanochat.outputs import output_folder
 from nanochat.tokenizer import Tokenizer
-from scripts.base_train import MAY_CHANGE
+from nanochat.resume import MAY_CHANGE
 from scripts.bench.train_step import training_step_times
 from scripts.eval.provenance import commit
 from scripts.eval.report import task_report, write_comparison
@@ -53,11 +54,18 @@ def load_pair(mc_dir: Path, vanilla_dir: Path, tokenizer: Tokenizer) -> Pair:
     if different:
         raise UserError(f"{mc_dir} and {vanilla_dir} differ in {', '.join(different)}: only models of one shape, trained alike on the same tokens, are compared")
     check_tokenizer(meta, tokenizer, mc_dir)
-    logs = {kind: base_dir() / "runs" / directory.name / "metrics.jsonl" for kind, directory in (("mc", mc_dir), ("vanilla", vanilla_dir))}
+    logs = {kind: log_of(directory) for kind, directory in (("mc", mc_dir), ("vanilla", vanilla_dir))}
     for path in logs.values():
         if not path.exists():
             raise UserError(f"no {path}: the training's log, for the plot; set NANOCHAT_BASE_DIR to where it was trained")
     return Pair(gpt, mc, meta, vanilla, vanilla_meta, logs)
+
+
+def log_of(checkpoint_dir: Path) -> Path:
+    """The metrics of the run that wrote a checkpoint: its tag is its folder's path below checkpoints/."""
+    path, checkpoints = checkpoint_dir.resolve(), (base_dir() / "checkpoints").resolve()
+    tag = path.relative_to(checkpoints) if path.is_relative_to(checkpoints) else path.name
+    return base_dir() / "runs" / tag / "metrics.jsonl"
 
 
 def compare(pair: Pair, tokenizer: Tokenizer, args, task: str) -> dict:
@@ -104,9 +112,7 @@ def add_flags(parser: FlagParser) -> None:
 
 def run(args: Namespace) -> None:
     check_least(args, contexts=1, batch=1, pairs=1)
-    out = args.out or base_dir() / "quickstart"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file; name a folder")
+    out = output_folder(args.out or base_dir() / "quickstart", "report.json", "report.md")
     tokenizer = Tokenizer.load()
     pairs = {task: load_pair(getattr(args, f"{task}_mc"), getattr(args, f"{task}_vanilla"), tokenizer) for task in TASKS}
     report: dict = {"tasks": {}, "step_times": {}}

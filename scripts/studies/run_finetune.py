@@ -16,6 +16,7 @@ from nanochat.checkpoint import complete_steps, load_model_state, save_checkpoin
 from nanochat.common import FlagParser, UserError, init_distributed
 from nanochat.dataset import Progress
 from nanochat.loading import check_tokenizer
+from nanochat.outputs import output_folder
 from nanochat.schedule import batch_lr_scale
 from nanochat.tokenizer import Tokenizer
 from scripts.eval.methods.registry import METHODS, load_models, method_named
@@ -67,6 +68,7 @@ def run(args: Namespace) -> None:
         print(f"{args.out} is there already")
         print(json.dumps({"checkpoint": str(args.out), "lr_scale": there["lr_scale"], "dev_nll": there["dev_nll"], "seconds": 0.0}))
         return
+    output_folder(args.out, FILE)
     begin, progress = time.time(), Progress(f"fine-tuning {args.method}", args.steps * len(recipe.lr_scales), "steps", every_s=15)
     tuned = finetune(args.method, models, batches, recipe, progress.update)
     facts |= {"lr_scale": tuned.lr_scale, "dev_nll": {str(scale): nll for scale, nll in tuned.dev_nll.items()}, "losses": tuned.losses}

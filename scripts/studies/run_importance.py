@@ -16,6 +16,7 @@ import torch
 from mc.config import MCConfig
 from nanochat.common import FlagParser, init_distributed
 from nanochat.dataset import Progress
+from nanochat.outputs import output_folder
 from nanochat.tokenizer import Tokenizer
 from scripts.eval.importance import TEACHERS, importance, write_labels
 from scripts.eval.methods.registry import load_models
@@ -49,6 +50,7 @@ def add_flags(parser: FlagParser) -> None:
 def run(args: Namespace) -> None:
     check_least(args, batches=1)
     begin = time.time()
+    output_folder(args.labels, "manifest.json", flag="--labels")
     models, meta = load_models(args.checkpoint_dir, args.step, init_distributed(args.device).device)
     batches, facts = batches_from_flags(args, models.mc.config if models.mc else MCConfig(), meta, Tokenizer.load())
 

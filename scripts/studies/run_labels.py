@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mc.arms.utility_labels import LabelFolder, cursors, fingerprint, measure
 from mc.store.networks import load_networks
-from mc.utility_labels import LabelFolder, cursors, fingerprint, measure
 from nanochat.checkpoint import load_model_state
 from nanochat.common import FlagParser, UserError, init_distributed, print0
 from nanochat.dataloader import judged_rows, source_of
 from nanochat.dataset import Progress
+from nanochat.outputs import output_folder
 from scripts.eval.provenance import commit
 from scripts.eval.subcommands import check_least
 
@@ -40,6 +41,7 @@ def run(args: Namespace) -> None:
     check_least(args, contexts=1, cursors=1, edits=2, batch=1, seed=0)
     if args.contexts % args.batch:
         raise UserError(f"--contexts={args.contexts} is not a multiple of --batch={args.batch}: a file holds a whole batch")
+    output_folder(args.out, "manifest.json")
     device = init_distributed(args.device).device
     found = load_networks(args.checkpoint_dir, device=device)
     gpt, mc, meta = found.gpt, found.mc, load_model_state(args.checkpoint_dir)[1]

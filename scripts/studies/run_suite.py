@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.checkpoint import complete_steps, load_model_state
-from nanochat.common import FlagParser, UserError, base_dir, boolean, print0
+from nanochat.common import FlagParser, UserError, base_dir, boolean, parse_json, print0, whole_number
 from nanochat.dataset import Progress, open_corpus
+from nanochat.outputs import output_folder
 from nanochat.tasks.catalogue import task_rows
 from nanochat.tasks.external import load_examples
 from nanochat.tasks.schema import Example, TaskBatch, batch_of
@@ -182,13 +183,28 @@ def judge_record(cell: dict) -> dict:
             "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
 
 
+def is_cell(cell: dict) -> bool:
+    """Whether what a record says of its cell has the types that `scripts.studies.suite` gives it."""
+
+    def is_model(model: object) -> bool:
+        return (isinstance(model, dict) and all(isinstance(model[name], str) for name in ("name", "tag")) and type(model["seed"]) is int and Path(model["tag"]).name == model["tag"] != ""
+                and all(isinstance(x, str) for x in (model["flags"] | {"": ""}).values()) and all(model[name] is None or isinstance(model[name], dict) for name in ("finetune", "keep_drop"))
+                and (model["after"] is None or is_model(model["after"])))
+
+    counts, words, file = ("length", "budget", "documents", "batch"), ("key", "name", "task"), cell.get("file", {"path": "", "format": ""})
+    return (is_model(cell["model"]) and cell["system"] in METHODS and all(type(cell[name]) is int and 0 < cell[name] < 2**31 for name in counts) and type(cell["seed"]) is int
+            and all(isinstance(cell[name], str) for name in words) and isinstance(cell["text"], str | None) and all(isinstance(file[name], str) for name in ("path", "format")))
+
+
 def rerun(where: str) -> None:
     """One cell again, from its record alone; exit code 1 unless every number is the same."""
     path, _, line = where.rpartition(":")
     try:
-        recorded = json.loads(Path(path).read_text().splitlines()[int(line) - 1])
+        recorded = parse_json(Path(path).read_bytes().splitlines()[(whole_number(line) or 0) - 1]) if whole_number(line) else None
         cell = {name: recorded[name] for name in ("key", "name", "model", "system", "task", "length", "budget", "seed", "documents", "batch", "text")}
         cell |= {"file": recorded["file"]} if "file" in recorded else {}
+        if not is_cell(cell) or not all(isinstance(recorded["results"][name], list) for name in ("nll", "acc")):
+            raise ValueError("a record of something else")
     except (OSError, ValueError, IndexError, KeyError, TypeError) as e:
         raise UserError(f"--rerun={where}: no record of a cell there ({type(e).__name__}: {e}); name RESULTS.jsonl:LINE") from None
     prepare(cell)
@@ -284,12 +300,12 @@ def run(args: Namespace) -> None:
     suite = read_suite(path if path.exists() else Path(args.suite))
     seeds = whole_numbers(args.seeds, "--seeds") if args.seeds else suite.seeds
     out = args.out or results_folder(suite)
-    records = CellRecords(out / "results.jsonl")
+    if args.report and not (out / "results.jsonl").exists():
+        raise UserError(f"--report=1, but there are no results in {out}")
+    records = CellRecords(output_folder(out, "results.jsonl", "report.md") / "results.jsonl")
     if not args.report:
         run_suite(suite, seeds, records, args.jobs)
         run_cells(list(cost_cells(suite).values()), "scripts.studies.run_suite:measure_cost", records, what=f"{suite.name}: cost")
-    elif not records.path.exists():
-        raise UserError(f"--report=1, but there are no results in {out}")
     text = report_of_suite(suite, seeds, records)
     print(text, flush=True)
     print(json.dumps({"report": str(out / "report.md"), "results": str(records.path), "cells": len(records.read())}))

@@ -15,15 +15,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mc.lens_objectives import Edits, edit_loss
+from mc.arms.counterfactual import Edits, edit_loss
+from mc.arms.utility_labels import LabelFolder, Labels, fingerprint
 from mc.mega_context import Tree, TreeShape
 from mc.model import MegaContext
 from mc.store.networks import load_networks
-from mc.utility_labels import LabelFolder, Labels, fingerprint
 from nanochat.checkpoint import complete_steps, load_model_state, save_checkpoint
 from nanochat.common import FlagParser, UserError, base_dir, boolean, init_distributed, print0, seed_everything
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW, assert_finite
+from nanochat.outputs import BASE_DIR, check_tag, holding, output_folder
 from nanochat.schedule import lr_multiplier, muon_momentum
 from scripts.eval.subcommands import check_least
 
@@ -119,11 +120,16 @@ def run(args: Namespace) -> None:
         raise UserError("--labels=DIR is what the lens learns from; without it, --steps=0 writes a checkpoint with a new lens")
     if not args.steps and not args.new_lens:
         raise UserError("--steps=0 with --new_lens=0 changes nothing")
-    if not args.out_tag or Path(args.out_tag).name != args.out_tag:
-        raise UserError(f"--out_tag={args.out_tag!r} must be the name of a folder")
-    directory = base_dir() / "checkpoints" / args.out_tag
+    directory = base_dir() / "checkpoints" / check_tag(args.out_tag, "--out_tag")
     if complete_steps(directory):
         raise UserError(f"{directory} holds a checkpoint; use another --out_tag, or remove it")
+    output_folder(directory, flag=BASE_DIR)
+    with holding(directory):
+        make_lens(args, directory)
+
+
+def make_lens(args, directory: Path) -> None:
+    """Learn, and write the checkpoint."""
     device = init_distributed(args.device).device
     found = load_networks(args.checkpoint_dir, device=device)
     gpt, mc = found.gpt.requires_grad_(False), found.mc

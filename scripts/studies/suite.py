@@ -104,28 +104,38 @@ def read_suite(path: Path) -> Suite:
         raise UserError(f"{path}: models is a mapping, cells a list")
     if not isinstance(texts, dict) or set(texts) & set(TASKS):
         raise UserError(f"{path}: texts is a mapping of names, other than those of tasks, to folders")
+    if not all(isinstance(folder, str) for folder in texts.values()):
+        raise UserError(f"{path}: texts is a mapping of names to folders")
     if not isinstance(files, dict) or set(files) & {*TASKS, *texts}:
         raise UserError(f"{path}: files is a mapping of names, other than those of tasks and texts, to path and format")
     for name, file in files.items():
-        if not isinstance(file, dict) or set(file) != {"path", "format"} or file["format"] not in FORMATS:
+        if not isinstance(file, dict) or set(file) != {"path", "format"} or not isinstance(file["path"], str) or file["format"] not in list(FORMATS):
             raise UserError(f"{path}: files: {name} is a mapping of path and format, which is one of {', '.join(FORMATS)}")
     for name, model in models.items():
-        if not isinstance(model, dict) or set(model) - set(MODEL_KEYS) or not isinstance(model.get("train"), dict):
+        if not (isinstance(model, dict) and set(model) <= set(MODEL_KEYS) and isinstance(model.get("train"), dict) and isinstance(model.get("tag", ""), str)
+                and all(isinstance(model.get(key) or {}, dict) for key in ("finetune", "keep_drop"))):
             raise UserError(f"{path}: model {name} is a mapping of {', '.join(MODEL_KEYS)}, and train a mapping of flags")
         if "after" in model and model["after"] not in list(models)[:list(models).index(name)]:
             raise UserError(f"{path}: model {name} comes after {model['after']!r}, which is none of the models before it")
     for group in groups:
         _check_group(path, group, models, {*TASKS, *texts, *files})
-    return Suite(path.stem, str(found["title"]), seeds, models, texts, files, groups, found.get("cost") or {}, found.get("overlay") or {}, found.get("ablations") or [])
+    cost, overlay, ablations = found.get("cost") or {}, found.get("overlay") or {}, found.get("ablations") or []
+    if not isinstance(cost, dict) or not all(isinstance(x, dict) and x.get("model") in list(models) and isinstance(x.get("command"), str) for x in cost.values()):
+        raise UserError(f"{path}: cost is a mapping of names to a model of the suite and a command")
+    if not isinstance(overlay, dict) or not all(isinstance(x, list) and len(x) == 2 and all(isinstance(run, str) for run in x) for x in overlay.values()):
+        raise UserError(f"{path}: overlay is a mapping of names to two runs")
+    if not isinstance(ablations, list) or not all(isinstance(x, str) for x in ablations):
+        raise UserError(f"{path}: ablations is a list of files")
+    return Suite(path.stem, str(found["title"]), seeds, models, texts, files, groups, cost, overlay, ablations)
 
 
 def _check_group(path: Path, group: dict, models: dict, tasks: set[str]) -> None:
     if not isinstance(group, dict) or set(group) - set(CELL_KEYS) or set(CELL_KEYS[:5]) - set(group):
         raise UserError(f"{path}: every entry of cells is a mapping with {', '.join(CELL_KEYS[:5])}, and may have {', '.join(CELL_KEYS[5:])}")
-    if group["model"] not in models:
+    if group["model"] not in list(models):
         raise UserError(f"{path}: there is no model {group['model']!r}; there are {', '.join(models)}")
     for key, known in (("systems", set(METHODS)), ("tasks", tasks)):
-        if not isinstance(group[key], list) or (unknown := [name for name in group[key] if name not in known]):
+        if not isinstance(group[key], list) or (unknown := [name for name in group[key] if not isinstance(name, str) or name not in known]):
             wrong = group[key] if not isinstance(group[key], list) else ", ".join(map(str, unknown))
             raise UserError(f"{path}: {key}: {wrong}: use a list of {', '.join(sorted(known))}")
     if "drop_learned" in group["systems"] and not (models[group["model"]].get("finetune") and models[group["model"]].get("keep_drop")):

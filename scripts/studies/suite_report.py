@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanochat.outputs import write_file
 from nanochat.recorder import read_metrics
 from scripts.bench.decode import plot_decoding
 from scripts.eval.figures import COLOURS, GREY, MARKERS, legend_below, new_figure, save_figure
@@ -460,7 +461,7 @@ def write_report(suite: Suite, records: list[dict], out: Path, *, costs: dict[st
     commits, machines = sorted({record["commit"] for record in records}), {str(record["environment"]) for record in records}
     lines += ["## Where this comes from", "", f"Commits {', '.join(commits)}. {' '.join(sorted(machines))}", ""]
     text = "\n".join(lines)
-    (out / "report.md").write_text(text)
+    write_file(out / "report.md", text)
     return text
 
 

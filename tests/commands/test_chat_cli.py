@@ -3,13 +3,17 @@
 import dataclasses
 import io
 import json
+import os
+import signal
 import sys
+import threading
 
 import pytest
 import torch
 
 from mc import config as mc_config
 from mc.model import MegaContext
+from mc.session import Session
 from mc.store.catalog import Catalog
 from mc.store.disk.store import DiskStore
 from nanochat.checkpoint import save_checkpoint
@@ -70,16 +74,198 @@ def test_prompts_are_one_conversation(run, monkeypatch):
     assert [line.split(" tokens")[0] for line in err if line.startswith("[history")] == ["[history 13", "[history 25"]
 
 
+class Stdin(io.TextIOWrapper):
+    """As `nanochat.streams.prepare_streams` leaves it."""
+
+    def __init__(self, data: bytes, terminal: bool = False):
+        super().__init__(io.BytesIO(data), "utf-8", "surrogateescape")
+        self.isatty = lambda: terminal
+
+
+@pytest.mark.parametrize("data, line", [(b"caf\xe9\n", 1), (b"one\ncaf\xe9\n", 2), (b"one\ntwo\ncaf\xc3", 3)])
+def test_a_line_that_is_no_text_is_refused_after_those_before_it(run, monkeypatch, capsys, data, line):
+    for flags in (CHAT, CHAT[:2] + CHAT[3:]):
+        monkeypatch.setattr(sys, "stdin", Stdin(data))
+        with pytest.raises(UserError, match=f"line {line} of standard input is not utf-8 text .byte 0x(e9|c3) after 3 characters"):
+            run(chat_cli.main, *flags)
+        assert capsys.readouterr().out.count("one") == (line > 1)
+
+
+def test_lines_as_windows_ends_them_and_one_without_an_end(run, monkeypatch):
+    answers = []
+    for data in (b"one\ntwo\n", b"one\r\ntwo\r\n", b"one\ntwo", b"one\r\ntwo"):
+        monkeypatch.setattr(sys, "stdin", Stdin(data))
+        answers.append(run(chat_cli.main, *CHAT)[0])
+    assert all(answer == answers[0] for answer in answers) and any(line.startswith("two") for line in answers[0])
+
+
+def test_a_prompt_that_is_no_text(run):
+    with pytest.raises(UserError, match="--prompt is not utf-8 text .byte 0xe9 after 3 characters"):
+        run(chat_cli.main, *CHAT, "--prompt=caf\udce9")
+
+
+# -- Ctrl-C -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """interrupt(n, m): Ctrl-C while the n-th and m-th token are generated; 9 are asked for."""
+    whole, counted = Session.ingest, []
+
+    def at(*tokens: int) -> None:
+        def ingest(self, ids):
+            whole(self, ids)
+            counted.extend(ids)
+            if ids and len(counted) in tokens:
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(Session, "ingest", ingest)
+
+    return at
+
+
+DISK = ("--mc_tree=disk", "--mc_store=@store")
+
+
+def stored(folder) -> int:
+    with DiskStore.open(folder / "store", "r") as store:
+        assert not store.verify()
+        return store.n_tokens
+
+
+def test_ctrl_c_ends_an_answer_and_the_typed_conversation_goes_on(run, interrupt, monkeypatch, tmp_path):
+    interrupt(4)
+    monkeypatch.setattr(sys, "stdin", Stdin(b"one\ntwo\n", terminal=True))
+    _, err = run(chat_cli.main, *CHAT, *DISK)
+    assert [line.split(" tokens")[0] for line in err if line.startswith("[history")] == ["[history 8", "[history 20"], "1 + 3 + 4, 3 + 9"
+    assert stored(tmp_path) == 20
+
+
+@pytest.mark.parametrize("flags, stdin", [(("--prompt=one",), b""), ((), b"one\ntwo\n")])
+def test_ctrl_c_with_nobody_to_type_ends_the_command_with_what_was_generated(run, interrupt, monkeypatch, tmp_path, flags, stdin):
+    interrupt(4)
+    monkeypatch.setattr(sys, "stdin", Stdin(stdin))
+    with pytest.raises(KeyboardInterrupt):
+        run(chat_cli.main, *CHAT, *DISK, *flags)
+    assert stored(tmp_path) == 8
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_next_step(run, interrupt, monkeypatch, tmp_path):
+    interrupt(4)
+    noting = Session.ingest
+
+    def ingest(self, ids):
+        noting(self, ids)
+        if ids and self.n_tokens == 8:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Session, "ingest", ingest)
+    monkeypatch.setattr(sys, "stdin", Stdin(b"one\ntwo\n", terminal=True))
+    with pytest.raises(KeyboardInterrupt):
+        run(chat_cli.main, *CHAT, *DISK)
+    assert stored(tmp_path) <= 8
+
+
+def test_ctrl_c_while_a_history_is_read_keeps_what_was_read(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(chat_cli, "PIECE", 100)
+    (tmp_path / "history.txt").write_text("So we beat on, boats against the current.\n" * 60)
+    whole = Session.append
+
+    def append(self, ids):
+        whole(self, ids)
+        if self.n_tokens > 500:
+            signal.raise_signal(signal.SIGINT) if not hasattr(self, "told") else None
+            self.told = True
+
+    monkeypatch.setattr(Session, "append", append)
+    with pytest.raises(KeyboardInterrupt):
+        run(chat_cli.main, *CHAT, *DISK, "--history=@history.txt", "--prompt=abc")
+    assert 500 < stored(tmp_path) < 700
+
+
+def test_ctrl_c_without_megacontext(run, monkeypatch, capsys):
+    whole = chat_cli.say
+
+    def say(prompt, answer):
+        whole(prompt, (piece for i, piece in enumerate(answer) if i != 2 or signal.raise_signal(signal.SIGINT) is None))
+
+    monkeypatch.setattr(chat_cli, "say", say)
+    plain = CHAT[:2] + ("--max_tokens=60",)
+    monkeypatch.setattr(sys, "stdin", Stdin(b"one\ntwo\n", terminal=True))
+    out, _ = run(chat_cli.main, *plain)
+    assert "".join(out).count("> ") >= 3 and "two" in "".join(out)
+    with pytest.raises(KeyboardInterrupt):
+        run(chat_cli.main, *plain, "--prompt=one")
+
+
+# -- histories that are no files --------------------------------------------------------------------------------------
+
+
+def test_a_history_from_a_pipe_is_read_as_that_of_a_file(run, tmp_path):
+    flags = (*CHAT, "--prompt=abc", "--temperature=0")
+    text = "So we beat on, bôats against the current.\r\n" * 60
+    (tmp_path / "history.txt").write_bytes(text.encode())
+    (want, err), said = run(chat_cli.main, *flags, "--history=@history.txt"), []
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("fifo", "/dev/fd/{}"):
+        if name == "fifo":
+            path, write = tmp_path / "fifo", lambda: (tmp_path / "fifo").write_bytes(text.encode())
+        else:
+            read, end = os.pipe()
+            path, write = f"/dev/fd/{read}", lambda: (os.write(end, text.encode()), os.close(end))
+        writer = threading.Thread(target=write)
+        writer.start()
+        out, said = run(chat_cli.main, *flags, f"--history={path}")
+        writer.join()
+        assert out == want
+        assert [line.split(" of ")[0] for line in said if line.startswith("read ")] == [line.split(" of ")[0] for line in err if line.startswith("read ")]
+
+
+@pytest.mark.parametrize("content, message", [(b"text \xff", "is not UTF-8 text .*0xff"), (b"text \xc3", "is not UTF-8 text .*0xc3")])
+def test_a_pipe_that_is_no_text_leaves_nothing_behind(run, tmp_path, content, message):
+    read, end = os.pipe()
+    os.write(end, content), os.close(end)
+    with pytest.raises(UserError, match=message):
+        run(chat_cli.main, *CHAT, *DISK, f"--history=/dev/fd/{read}", "--prompt=a")
+    os.close(read)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_history_that_takes_the_prompts_is_refused(run):
+    for path in ("/dev/fd/0", "/proc/self/fd/0"):
+        with pytest.raises(UserError, match=f"--history={path} takes all of standard input"):
+            run(chat_cli.main, *CHAT, f"--history={path}")
+
+
+def test_an_empty_history_and_a_folder(run, tmp_path):
+    (tmp_path / "empty").touch()
+    assert any(line.startswith("read 0 tokens") for line in run(chat_cli.main, *CHAT, "--history=@empty", "--prompt=a")[1])
+    with pytest.raises(UserError, match="cannot read --history=.*Is a directory"):
+        run(chat_cli.main, *CHAT, "--history=@ckpt", "--prompt=a")
+
+
 @pytest.mark.parametrize("flags, message", [
     (("--history=@none",), "cannot read --history"), (("--history=@binary",), "is not UTF-8 text"), 
-    (("--mc_budget=30", "--history=@history.txt"), "a budget of 30 entries is too small for"), (("--mc_kv_policy=fast",), "invalid choice"),
-    (("--mc_untrained=refuse", "--history=@long.txt", "--mc_budget=60"), "LOD4 and above were not trained")])
+    (("--mc_budget=22", "--history=@history.txt"), "a budget of 22 entries is too small for a session"), (("--mc_kv_policy=fast",), "invalid choice")])
 def test_mistakes(run, flags, message, tmp_path, capsys):
     (tmp_path / "binary").write_bytes(b"\xff\xfe" * 10)
-    (tmp_path / "long.txt").write_text("a" * 12_000)
     with pytest.raises((UserError, SystemExit)) as error:
         run(chat_cli.main, *CHAT, *flags, "--prompt=a")
     assert message in str(error.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [(), ("--mc_tree=disk", "--mc_store=@store"), ("--mc_budget=23",), ("--mc_kv_policy=approximate",)])
+def test_a_conversation_that_its_budget_cannot_tile_goes_on(run, monkeypatch, flags, tmp_path):
+    """12,000 tokens of history, then 40 turns, with a level that was not trained: all answered, and what is left out is said."""
+    (tmp_path / "long.txt").write_text("\u0436\u00e9 foreign \u4e2d " * 800)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("and then?\n" * 40))
+    _, err = run(chat_cli.main, *CHAT, "--mc_budget=40", *flags, "--history=@long.txt", "--mc_explain=1")
+    turns = [line for line in err if line.startswith("[history")]
+    assert len(turns) == 40 and all("tokens left out" in line for line in turns)
+    table = err[err.index(turns[-1]) + 1:]
+    assert any("left out: no entry" in line for line in table)
+    covered = [tuple(int(x.replace(",", "")) for x in line.split("LOD")[0].split("left out")[0].split("+")) for line in table]
+    assert all(a + b == c for (a, b), (c, _) in zip(covered, covered[1:])) and covered[0][0] == 0
 
 
 def test_a_history_on_disk_goes_on(run, tmp_path):
@@ -139,7 +325,7 @@ def test_mc_bench_kv(run):
         run(mc_bench.main, "kv", "--checkpoint_dir=@ckpt", "--rows=1")
 
 
-@pytest.mark.parametrize("flags, message", [(("--longest=10",), "at least 1024 tokens"), (("--rounds=1",), "2 rounds"), (("--mc_budget=30",), "too small")])
+@pytest.mark.parametrize("flags, message", [(("--longest=10",), "at least 1024 tokens"), (("--rounds=1",), "2 rounds"), (("--mc_budget=22",), "too small")])
 def test_mistakes_of_mc_bench_decode(run, flags, message):
     with pytest.raises(UserError, match=message):
         run(mc_bench.main, "decode", "--checkpoint_dir=@ckpt", "--longest=1024", *flags)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tiny_mc import K, N, R, T, tiny_base, tiny_batch, tiny_mc
 from torch import Tensor
 
-from mc.config import MCConfig
-from mc.far_history import BLOCKS_OF_A_ROW, NODES_OF_A_LEVEL, FarHistory, draw_cut, draw_far_history, make_pools, most_entries, place
+from mc.config import MCConfig, from_dict
+from mc.far_history import BLOCKS_OF_A_ROW, NODES_OF_A_LEVEL, FarHistory, draw_cut, draw_far_history, make_pools, most_entries, place, with_far_tokens
 from mc.working_context import Cut, check, spans
 from nanochat.common import UserError
 
@@ -153,3 +153,28 @@ def test_an_empty_far_history_is_none_at_all():
     far = FarHistory(empty, torch.zeros(2, 5, 8), torch.zeros(2, dtype=torch.int64), torch.tensor([0, 8]))
     start, _, length = place(torch.arange(T).expand(2, T), far)
     assert torch.equal(start, torch.arange(T).expand(2, T)) and not length.any()
+
+
+@pytest.mark.parametrize(
+    "config, micro_batch, tokens, why",
+    [(dict(), 2, 2**23, None), (dict(block_size=8), 2, 8 * 8**4, None), (dict(max_lod=2), 2, 8 * 32**2, None), (dict(max_lod=1), 2, 256, None),
+     (dict(far_entries=95), 2, 2 * 32**4, None), (dict(far_entries=93), 2, 0, "--mc_far_entries=93"), (dict(), 1, 0, "--device_batch_size=1"),
+     (dict(gists_per_block=2), 2, 0, "--mc_gists_per_block=2"), (dict(gist_source="hidden"), 2, 0, "--mc_gist_source=hidden"),
+     (dict(far_tokens=0), 1, 0, None), (dict(far_tokens=4096), 1, 4096, None)],
+)  # fmt: skip
+def test_far_histories_are_the_default_where_they_are_possible(config, micro_batch, tokens, why):
+    found, obstacle = with_far_tokens(MCConfig(**config), micro_batch)
+    assert found.far_tokens == tokens and (why is None) == (obstacle is None) and (why is None or why in obstacle)
+    if found.far_tokens and micro_batch > 1:
+        assert most_entries(found) <= found.far_entries, "what is the default is not refused"
+
+
+def test_a_checkpoint_of_before_far_histories_had_none():
+    values = {name: value for name, value in vars(MCConfig(far_tokens=0, max_lod=2)).items() if name != "far_tokens"}
+    assert from_dict(values).far_tokens == 0
+
+
+def test_the_outlook_is_that_of_the_levels_that_are_trained():
+    gpt = tiny_base()
+    assert "LOD1 to LOD2 are trained; of 1,048,576 tokens they show" in tiny_mc(gpt, max_lod=4).outlook  # rows of 64 tokens hold two levels of blocks of 4
+    assert "LOD1 to LOD4 are trained" in tiny_mc(gpt, max_lod=4, far_tokens=-1).outlook

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mc.gaussian_rope import SCHEMES, alibi_bias, damping, entry_rotary
-from nanochat.gpt import GPT, attend
+from mc.gaussian_rope import SCHEMES, damping, entry_rotary
+from nanochat.gpt import GPT
 from tiny_gpt import tiny_gpt
 
 torch.set_num_threads(1)
@@ -26,11 +26,10 @@ def complex_rotary(gpt: GPT, start: list, length: list, **kwargs) -> torch.Tenso
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rope_fraction", [1.0, 0.5])
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("lod_axis", [False, True])
-def test_raw_entries_turn_exactly_as_in_the_base(scheme, rope_fraction, dtype, lod_axis):
+def test_raw_entries_turn_exactly_as_in_the_base(scheme, rope_fraction, dtype):
     gpt = base(dtype, rope_fraction=rope_fraction)
     positions = torch.stack([torch.arange(77) + 12_345_678, torch.arange(77)])
-    rotary = entry_rotary(gpt, positions, torch.ones_like(positions), scheme=scheme, lod_axis=lod_axis, lod_BW=torch.zeros_like(positions))
+    rotary = entry_rotary(gpt, positions, torch.ones_like(positions), scheme=scheme)
     for got, expected in zip(rotary, gpt.rotary(positions)):
         assert got.dtype == dtype and torch.equal(got, expected)
 
@@ -84,31 +83,6 @@ def test_contiguous_entries_are_numbered_to_the_last_ones_position():
     expected = gpt.rotary(torch.tensor([[18, 19, 20, 21, 22, 23], [45, 46, 47, 48, 49, 50]]))
     for x, y in zip(got, expected):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
-
-
-def test_lod_axis_turns_only_unrotated_pairs_of_gists():
-    gpt = base(rope_fraction=0.5)
-    plain = complex_rotary(gpt, [0, 16, 20], [16, 4, 1], scheme="centre")
-    turned = complex_rotary(gpt, [0, 16, 20], [16, 4, 1], scheme="centre", lod_axis=True, lod_BW=torch.tensor([[2, 1, 0]]))
-    unrotated = gpt.inverse_frequencies() == 0
-    assert unrotated.tolist() == [False, False, True, True]
-    assert torch.equal(turned[:, ~unrotated], plain[:, ~unrotated]) and torch.equal(turned[2], plain[2])
-    expected = torch.tensor([2.0, 1.0], dtype=torch.float64)[:, None] * torch.tensor([1.0, 1e5**-0.5], dtype=torch.float64)
-    torch.testing.assert_close(turned[:2, unrotated].angle(), expected)
-
-
-def test_alibi_is_a_bias_by_distance_in_attention():
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 4, 6, 8, generator=generator, dtype=torch.float64) for _ in range(3))
-    start = torch.tensor([[0, 16, 20, 21, 22, 23], [100, 116, 120, 121, 122, 123]])
-    length = torch.tensor([[16, 4, 1, 1, 1, 1]] * 2)
-    got = attend(q, k, v, None, alibi_bias(start, length, torch.tensor([23, 900]), 4))
-    centre = start + (length - 1) / 2
-    slope = torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8])[:, None, None]
-    distance = (centre[:, :, None] - centre[:, None])[:, None]
-    logits = q @ k.transpose(-1, -2) / math.sqrt(8) - slope * distance
-    weights = logits.masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
-    torch.testing.assert_close(got, weights @ v, rtol=0, atol=1e-5)  # the bias is float32
 
 
 def captured_keys(gpt: GPT, x: torch.Tensor, start: list, length: list, **kwargs) -> torch.Tensor:

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc.config import MCConfig, add_flags, from_dict, from_flags, to_dict
+from mc.config import RETIRED, MCConfig, add_flags, complete, from_dict, from_flags, to_dict
 from mc.far_history import FarHistory, draw_far_history, place
-from mc.gaussian_rope import alibi_bias, entry_rotary
+from mc.gaussian_rope import entry_rotary
 from mc.model import Entries, MegaContext, fingerprint, load_mega_context, read_rows, recency_scores, run_entries, take, with_continuation
 from mc.working_context import Cut, finest
 from nanochat.checkpoint import save_checkpoint
@@ -210,11 +210,10 @@ def test_padding_changes_nothing():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", [{}, {"lod_axis": 1, "alibi": 1}])
-def test_a_far_history_is_a_longer_cut_in_time_order(config):
+def test_a_far_history_is_a_longer_cut_in_time_order():
     """Against one row at a time, its entries put in order by hand, no padding."""
     gpt = tiny_base(rope_fraction=0.5, n_kv_head=4)
-    mc = mega(gpt, **config)
+    mc = mega(gpt)
     entries, tree = random_entries(mc), mc.build_tree(gpt.embed(tokens))
     far_config = MCConfig(**{**vars(mc.config), "far_tokens": 200, "far_entries": 24})
     far = draw_far_history(far_config, mc.gistnet, gpt.embed(tokens), torch.arange(4), slice(None), torch.full((4,), N), 1, 0, 7)
@@ -229,14 +228,11 @@ def test_a_far_history_is_a_longer_cut_in_time_order(config):
         ids = torch.tensor([[int(tokens[b, entries.index_BM[b, w]]) if level == 0 else -1 for _, level, w in both]])
         vectors = torch.stack([tree.gather(entries.lod_BM, entries.index_BM, entries.valid_BM)[b, w] if w >= 0 else far.vectors_BFD[b, ~w] for *_, w in both])
         linked = torch.tensor([[i > 0 and both[i][1] == both[i - 1][1] == 0 and both[i][0] == both[i - 1][0] + 1 for i in range(len(both))]])
-        rotary = entry_rotary(gpt, at, K**lod, lod_axis=bool(mc.config.lod_axis), lod_BW=lod)
-        bias = mc.key_bias(lod)
-        if mc.config.alibi:
-            bias = bias[:, None] + alibi_bias(at, K**lod, torch.zeros(1), gpt.config.n_head)
-        hidden = gpt.hidden(ids, inputs_embeds=vectors[None], rotary=rotary, linked=linked, key_bias=bias)[0]
+        rotary = entry_rotary(gpt, at, K**lod)
+        hidden = gpt.hidden(ids, inputs_embeds=vectors[None], rotary=rotary, linked=linked, key_bias=mc.key_bias(lod))[0]
         for i, (*_, w) in enumerate(both):
             if w >= 0:
-                torch.testing.assert_close(out[b, w], hidden[i], rtol=0, atol=1e-5 if config else 1e-9)
+                torch.testing.assert_close(out[b, w], hidden[i], rtol=0, atol=1e-9)
 
 
 @torch.no_grad()
@@ -250,7 +246,7 @@ def test_an_empty_far_history_changes_nothing():
     torch.testing.assert_close(out[entries.valid_BM], plain[entries.valid_BM], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("config", [{"positions": "centre"}, {"positions": "contiguous"}, {"alibi": 1}, {"lod_axis": 1}, {"damping_floor": 0.7}])
+@pytest.mark.parametrize("config", [{"positions": "centre"}, {"positions": "contiguous"}, {"damping_floor": 0.7}])
 @torch.no_grad()
 def test_position_settings_change_the_pass(config):
     gpt = tiny_base(n_kv_head=4, rope_fraction=0.5)
@@ -285,8 +281,50 @@ def test_config_survives_flags_and_dicts():
         from_dict({"colour": 1})
 
 
+def test_flags_of_an_arm_are_there_when_it_is_named():
+    plain, arms = FlagParser(), FlagParser()
+    argv = ["--mc_arms=contrast,kl", "--mc-teacher", "counterfactual:1,attention:0.5", "--mc_lens_kl=0.3"]
+    add_flags(plain, [])
+    add_flags(arms, argv)
+    added = {a.dest for a in arms._actions} - {a.dest for a in plain._actions}
+    assert added == {"mc_contrast_weight", "mc_lens_kl", "mc_lens_edits"}
+    config = from_flags(arms.parse_args(argv))
+    assert config.of_arms == {"contrast_weight": 0.1, "lens_kl": 0.3, "lens_edits": 8} and config == from_dict(to_dict(config))
+    with pytest.raises(UserError, match="--mc_lens_rank is a setting of the arm rank; name it too: --mc_arms=rank"):
+        add_flags(FlagParser(), ["--mc_lens_rank=0.5"])
+    with pytest.raises(UserError, match="name it too: --mc_teacher=counterfactual"):
+        add_flags(FlagParser(), ["--mc-lens-edits", "4"])
+    with pytest.raises(UserError, match="there is no arm contrats; there are several"):
+        add_flags(FlagParser(), ["--mc_arms=contrats"])
+
+
+BEFORE_ARMS = dict(gist="slots", teacher="gate", gists_per_block=1, gist_source="embeddings", contrast_weight=0.0, horizon_gist_weight=0.0, bands=0, lens_rank=0.0,
+                   lens_zero_sum=0.0, lens_illegal=0.0, lens_kl=0.0, lens_edits=8)  # what every checkpoint said of them when it used none
+
+
+def test_checkpoints_from_before_arms_are_read_as_what_they_used():
+    assert from_dict(BEFORE_ARMS | RETIRED) == MCConfig(gist="slots", teacher="gate")
+    used = from_dict(BEFORE_ARMS | dict(contrast_weight=0.2, bands=1, gist_source="hidden", lens_kl=0.3))
+    assert used.named_arms() == ["hidden", "contrast", "bands", "kl", "gist_slots", "gate"] and used.of("lens_kl") == 0.3 and used.gist_source == "hidden"
+    assert from_dict(to_dict(used)) == used
+
+
+@pytest.mark.parametrize("name, value", [("lens_normalize", 1), ("gist_pool", "cls"), ("gist_head", "mlp"), ("gist_shared", 0), ("targets", "raw"), ("split", "random"),
+                                         ("lod_axis", 1), ("alibi", 1), ("max_gap", 3), ("far_nodes", 8)])
+def test_checkpoints_that_used_what_is_gone_are_refused(name, value):
+    with pytest.raises(UserError, match=f"made with {name}={value}, which this version does not have"):
+        from_dict({name: value})
+
+
+def test_settings_of_arms_are_in_what_histories_are_named_by():
+    """A fingerprint is that of the version which had every setting: old histories are found again."""
+    every = complete(MCConfig(gist="slots", teacher="gate"))
+    assert set(BEFORE_ARMS) | set(RETIRED) <= set(every) and all(every[name] == value for name, value in (BEFORE_ARMS | RETIRED).items())
+    assert complete(from_dict({"gist_source": "hidden"}))["gist_source"] == "hidden" and complete(from_dict({"gists_per_block": 2}))["gists_per_block"] == 2
+
+
 @pytest.mark.parametrize("wrong, message", [
-    ({"gist": "sum"}, "use one of mean"), ({"alibi": 2}, "use one of 0, 1"), ({"budget": 0}, "at least 1"), ({"block_size": 1}, "at least 2"),
+    ({"gist": "sum"}, "use one of mean"), ({"budget": 0}, "at least 1"), ({"block_size": 1}, "at least 2"),
     ({"start": 1.0}, r"in \[0, 1\)"), ({"damping_floor": 1.5}, r"in \[0, 1\]"), ({"recent": 33}, "not a multiple"),
     ({"lens_queries": 8, "lens_horizon": 8}, "must exceed"), ({"positions": "centre", "damping_floor": 0.2}, "no effect"),
     ({"cuts": "random:0.5"}, "sum to 1"), ({"cuts": "random:x"}, "not policy:share"), ({"cuts": "best:1"}, "shares of"), ({"cuts": "random:2,lens:-1"}, "≥ 0"),

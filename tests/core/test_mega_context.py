@@ -64,7 +64,7 @@ def test_shape_against_brute_force(shape):
         start, length = shape.span(lod, i)
         assert length == K**lod and start == i * length
         if lod:
-            below, first = shape.first_child(lod, i)
+            below, first = lod - 1, i * K
             assert [shape.parent(below, first + k) for k in range(K)] == [(lod, i)] * K
             spans = [shape.span(below, first + k) for k in range(K)]
             assert [t for s, m in spans for t in range(s, s + m)] == list(range(start, start + length))
@@ -75,7 +75,7 @@ def test_shape_against_brute_force(shape):
     assert int(exists.sum()) == len(nodes) and all(shape.exists(*node) is True for node in nodes)
     assert torch.equal(shape.node_row(lod, index)[exists], torch.arange(len(nodes)))
     lod, index = nodes_tensor(nodes, 1)
-    for f in (shape.span, shape.parent, shape.first_child):
+    for f in (shape.span, shape.parent):
         got = torch.stack(f(lod + 1, index))[:, 0].T
         assert got.tolist() == [list(f(a + 1, b)) for a, b in nodes]
 
@@ -87,7 +87,7 @@ def test_tiling_is_the_least_number_of_entries(n, K, L, G):
     least, G = [0], min(G, K - 1)
     for end in range(1, n + 1):
         least.append(min((G if lod else 1) + least[end - K**lod] for lod in range(L + 1) if end % K**lod == 0))
-    assert tiling(n, K, L, G) == least[n] and (G > 1 or least[n] == TreeShape(n, K, L).min_entries)
+    assert tiling(n, K, L, G) == least[n]
     assert tiling(torch.arange(n + 1), K, L, G).tolist() == least
 
 

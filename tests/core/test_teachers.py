@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nanochat.gpt
-from mc.teachers import attention_mass, beyond_average, gate_utility, over_horizon
+from mc.teachers import attention_mass, beyond_average, gate_utility, keep_gradients, over_horizon
 from nanochat.gpt import Captured, token_losses
 from tiny_mc import K, T, tiny_base, tiny_batch
 
@@ -37,7 +37,9 @@ def batch():
 
 def captured_after_backward(gpt, batch) -> list[Captured]:
     captured: list[Captured] = []
-    gpt.loss(gpt.hidden(batch.inputs, capture=captured), batch.targets).backward()
+    hidden = gpt.hidden(batch.inputs, capture=captured)
+    keep_gradients(captured)
+    gpt.loss(hidden, batch.targets).backward()
     return captured
 
 
@@ -100,7 +102,7 @@ def test_utilities_of_everything_a_query_sees_sum_to_zero(batch):
 def test_gate_utility_needs_the_backward_pass(batch):
     gpt, captured = tiny_base(), []
     gpt.hidden(batch.inputs, capture=captured)
-    with pytest.raises(RuntimeError, match="run backward first"):
+    with pytest.raises(RuntimeError, match="then backward, first"):
         gate_utility(captured, ROWS, QUERIES, BLOCKS, K)
 
 
@@ -156,6 +158,7 @@ def test_teachers_keep_no_graph_and_leave_the_pass_unchanged(batch):
     captured: list[Captured] = []
     hidden = gpt.hidden(batch.inputs, capture=captured)
     assert torch.equal(hidden, gpt.hidden(batch.inputs))
+    keep_gradients(captured)
     token_losses(gpt.logits(hidden), batch.targets).sum().backward()
     assert not gate_utility(captured, ROWS, QUERIES, BLOCKS, K).requires_grad
     assert not attention_mass(captured, ROWS, QUERIES, BLOCKS, K).requires_grad

@@ -221,13 +221,6 @@ def test_to_tensor_gathers_each_entry_s_own_node():
     assert table_BND.grad.sum() == 2 * mask_BW.sum()
 
 
-def test_centre_and_width_in_tokens():
-    cut = wc.coarsest(torch.tensor([11, 1]), 4, 1, 6)
-    mu_BW, width_BW = wc.centre_and_width(cut)
-    assert mu_BW.dtype == torch.float64 and mu_BW.tolist() == [[1.5, 5.5, 8, 9, 10, 0], [0, 0, 0, 0, 0, 0]]
-    assert width_BW.tolist() == [[4, 4, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]]
-
-
 def test_compiles_once_for_changing_values():
     graphs = []
 

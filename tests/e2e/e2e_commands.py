@@ -22,7 +22,7 @@ TINY = ["--depth=2", "--aspect_ratio=16", "--head_dim=16", "--max_seq_len=128", 
         "--num_iterations=20", "--eval_every=0", "--eval_tokens=512", "--log_every=1", "--device=cpu", "--model_tag=t"]  # fmt: skip
 MC = ["--mc_enabled=1", "--mc_block_size=8", "--mc_budget=40", "--mc_horizon=8", "--mc_recent=8", "--mc_start=0.2", "--mc_ramp=2",
       "--mc_lens_queries=48", "--mc_lens_key_dim=8", "--mc_gist_width=16"]  # fmt: skip
-GIST_LOSSES = ["--mc_contrast_weight=0.1", "--mc_horizon_gist_weight=0.1"]  # off by default
+GIST_LOSSES = ["--mc_arms=contrast,horizon"]  # off by default
 KINDS = {"vanilla": [], "mc": MC}
 MODULES = ("argparse", "ast", "calendar", "csv", "difflib", "heapq", "pprint", "textwrap")
 

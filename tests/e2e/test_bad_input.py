@@ -12,6 +12,7 @@ from e2e_commands import MC, TINY, last_checkpoint, real, rows, same, tree
 
 from mc.runtime import MCController
 from nanochat.common import UserError
+from nanochat.controller import NullController
 from scripts import base_train
 
 FLAGS = {
@@ -43,6 +44,10 @@ FLAGS = {
     "budget too small for the tree": ([*MC, "--mc_budget=20"], "a budget of 20 entries is too small for 120 tokens"),
     "budget holds everything": ([*MC, "--mc_budget=121"], "holds the whole history of 120 tokens"),
     "shares": ([*MC, "--mc_cuts=lens:0.5"], "sum to 1"),
+    "too wide": (["--aspect_ratio=100000000000"], "--aspect_ratio=100000000000 must be at most"),
+    "rows too long": (["--max_seq_len=9223372036854775807"], "must be at most"),
+    "data without a name": (["--data="], "--data='' names nothing"),
+    "seed beyond 64 bits": (["--seed=99999999999999999999"], "does not fit 64 bits"),
     "vocabulary": (["--vocab_size=100"], "--vocab_size=100, but the tokenizer has"),
 }
 
@@ -71,7 +76,7 @@ def test_data_is_missing_or_empty(kept, train, tmp_path):
     (tmp_path / "blank").mkdir()
     for name in "ab":
         (tmp_path / "blank" / f"{name}.txt").write_text(" \n")
-    for directory, message in {"nowhere": "no such directory", "empty": "no .parquet .jsonl .txt .md .py files in it", "blank": "is empty"}.items():
+    for directory, message in {"nowhere": "no such directory", "empty": "no .parquet .jsonl .jsonl.gz .jsonl.zst .txt .md .py files in it", "blank": "is empty"}.items():
         error = train(kept, f"--data={tmp_path / directory}").error
         assert message in error and directory in error
     assert tree(kept) == before
@@ -159,14 +164,14 @@ def test_not_finite_anywhere_in_a_step(kind, base, prepared, monkeypatch):
             result = true(*args)
             if len(calls) != 5:  # the first of the two of the third step
                 return result
-            return {"mc.loss.lens": torch.tensor(torch.nan)} if kind == "lens" else (result[0] * torch.nan, result[1])
+            return (torch.tensor(torch.nan), {}) if kind == "lens" else result._replace(loss=result.loss * torch.nan)
 
         return call
 
     if kind == "lens":
-        monkeypatch.setattr(MCController, "lens_step", spoiled(MCController.lens_step))
+        monkeypatch.setattr(MCController, "after_backward", spoiled(MCController.after_backward))
     else:
-        monkeypatch.setattr(base_train, "vanilla_step", spoiled(base_train.vanilla_step))
+        monkeypatch.setattr(NullController, "training_step", spoiled(NullController.training_step))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
     flags = [*TINY, f"--data={prepared / 'texts'}", *(MC if kind == "lens" else []), "--save_every=3", "--log_every=20", "--stop_at=3"]
     monkeypatch.setattr(sys, "argv", ["base_train", *flags])

@@ -14,8 +14,11 @@ import pytest
 import torch
 from e2e_commands import KINDS, MC, ROOT, TINY, last_checkpoint, losses, real, rows, same, start, tree
 
+from mc import diagnostics
 from mc.runtime import MCController
+from nanochat import meter, resume
 from nanochat.checkpoint import load_mc_state, load_model_state
+from nanochat.controller import NullController
 from nanochat.tokenizer import Reserved, Tokenizer
 from scripts import base_train
 
@@ -115,10 +118,11 @@ def test_two_ranks_are_one(kind, reference, base, prepared):
         assert all((mine[k] - theirs[k]).norm() <= 1e-2 * theirs[k].norm() for k in theirs)
 
 
-@pytest.mark.parametrize("method", ["training_step", "lens_step", "probe"])
+@pytest.mark.parametrize("method", ["training_step", "after_backward", "probe_batch"])
 def test_megacontext_that_fails_stops_the_training(method, base, prepared, monkeypatch):
     """It never goes on as vanilla training (trap 5)."""
-    true, calls = getattr(MCController, method), []
+    owner = diagnostics if method == "probe_batch" else MCController
+    true, calls = getattr(owner, method), []
 
     def failing(self, *args, **kwargs):
         calls.append(method)
@@ -126,7 +130,7 @@ def test_megacontext_that_fails_stops_the_training(method, base, prepared, monke
             raise RuntimeError("planted")
         return true(self, *args, **kwargs)
 
-    monkeypatch.setattr(MCController, method, failing)
+    monkeypatch.setattr(owner, method, failing)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
     monkeypatch.setattr(sys, "argv", ["base_train", *TINY, f"--data={prepared / 'texts'}", *MC, "--mc_start=0", "--probe_every=1", "--save_every=0", "--num_iterations=6"])
     with pytest.raises(RuntimeError, match="planted"):
@@ -147,8 +151,8 @@ def test_a_derived_horizon_is_the_same_given(kind, prepared, train, tmp_path):
 
 
 def test_settings_that_are_off_by_default_resume_too(prepared, train, tmp_path):
-    every = [*MC, "--mc_lens_kl=0.3", "--mc_variants=2", "--mc_teacher=gate:1,counterfactual:1,preference:1", "--mc_lens_edits=3", "--mc_far_tokens=400", "--mc_bands=1",
-             "--mc_split=random", "--mc_lens=slots", "--mc_contrast_weight=0.1", "--mc_horizon_gist_weight=0.1", "--grad_clip=1"]
+    every = [*MC, "--mc_arms=kl,contrast,horizon", "--mc_lens_kl=0.3", "--mc_variants=2", "--mc_teacher=gate:1,counterfactual:1,preference:1", "--mc_lens_edits=3", "--mc_far_tokens=400", "--mc_bands=1",
+             "--mc_lens=slots", "--grad_clip=1"]
     whole, parts = (Path(shutil.copytree(prepared / "base", tmp_path / name)) for name in ("whole", "parts"))
     train(whole, *every).ok()
     train(parts, *every, "--stop_at=9").ok()
@@ -188,21 +192,21 @@ def test_speed_is_of_the_logging_interval(base, prepared, monkeypatch):
     """By a clock on which only training steps (step n: 2n seconds), evaluations and saves take time."""
     now = [0.0]
 
-    def takes(name: str, seconds: Callable[[], float]):
-        true = getattr(base_train, name)
+    def takes(owner, name: str, seconds: Callable[[], float]):
+        true = getattr(owner, name)
 
         def slow(*args, **kwargs):
             now[0] += seconds()
             return true(*args, **kwargs)
 
-        monkeypatch.setattr(base_train, name, slow)
+        monkeypatch.setattr(owner, name, slow)
 
     micro_steps = iter(range(2, 100))
-    takes("vanilla_step", lambda: next(micro_steps) // 2)
-    takes("evaluate", lambda: 1000.0)
-    takes("save_checkpoint", lambda: 10_000.0)
-    monkeypatch.setattr(base_train, "time", SimpleNamespace(perf_counter=lambda: now[0], time=time.time))
-    monkeypatch.setattr(base_train, "peak_flops", lambda device: 1e6)
+    takes(NullController, "training_step", lambda: next(micro_steps) // 2)
+    takes(base_train, "evaluate", lambda: 1000.0)
+    takes(resume, "save_checkpoint", lambda: 10_000.0)
+    monkeypatch.setattr(meter, "time", SimpleNamespace(perf_counter=lambda: now[0], time=time.time))
+    monkeypatch.setattr(meter, "peak_flops", lambda device: 1e6)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
     flags = [*TINY, f"--data={prepared / 'texts'}", "--num_iterations=8", "--log_every=3", "--eval_every=4", "--save_every=4"]
     monkeypatch.setattr(sys, "argv", ["base_train", *flags])
@@ -291,10 +295,10 @@ def test_both_spellings_of_flags(base, train):
 
 def test_planned_memory_counts_megacontext(base, train):
     """More contexts, entries or logits: more bytes, at the same number of weights."""
-    plans = [json.loads(train(base, "--dry_run=1", *MC, *flag).ok().out) for flag in ([], ["--mc_variants=2"], ["--mc_budget=48"], ["--mc_targets=raw"])]
+    plans = [json.loads(train(base, "--dry_run=1", *MC, *flag).ok().out) for flag in ([], ["--mc_variants=2"], ["--mc_budget=48"])]
     usual, *more = (plan["memory_bytes_per_rank"] - 16 * plan["parameters"] for plan in plans)
     vanilla = json.loads(train(base, "--dry_run=1").ok().out)
-    captured = 4 * 5 * 2 * 128 * 2 * 32  # q, k, v, y and its gradient: rows, tokens, layers, width
+    captured = 4 * 4 * 2 * 128 * 2 * 32  # q, k, v, y: rows, tokens, layers, width
     assert usual > vanilla["memory_bytes_per_rank"] - 16 * vanilla["parameters"] + captured and min(more) > usual
 
 

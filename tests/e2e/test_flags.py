@@ -15,10 +15,11 @@ import pytest
 import torch
 from e2e_commands import ROOT
 
-from nanochat import dataset
+from nanochat import dataset, meter, resume
 from nanochat.common import UserError
 from nanochat.recorder import Recorder
 from scripts import base_train
+from scripts.make_docs import EVERY_ARM
 
 BASE = ["--depth=1", "--aspect_ratio=32", "--head_dim=16", "--max_seq_len=64", "--device_batch_size=2", "--total_batch_size=256",
         "--num_iterations=4", "--warmup_steps=1", "--eval_every=0", "--eval_tokens=128", "--log_every=1", "--device=cpu", "--dtype=float32"]  # fmt: skip
@@ -84,23 +85,17 @@ TABLE: dict[str, tuple[str, list[str]]] = {
 TABLE_MC: dict[str, tuple[str, list[str]]] = {
     "block_size": ("4", []),
     "max_lod": ("2", ["--max_seq_len=128", "--total_batch_size=256", "--mc_budget=40"]),
-    "gist": ("transformer", []),
-    "gists_per_block": ("2", []),
-    "gist_source": ("hidden", []),
+    "gist": ("slots", []),
+    "arms": ("bands", []),
+    "gists_per_block": ("1", ["--mc_arms=several"]),
     "gist_width": ("32", []),
-    "contrast_weight": ("1", []),
-    "horizon_gist_weight": ("1", []),
-    "bands": ("1", []),
-    "gist_pool": ("query", ["--mc_gist=transformer"]),
-    "gist_head": ("mlp", []),
-    "gist_shared": ("0", ["--max_seq_len=128", "--total_batch_size=256", "--mc_budget=40", "--mc_max_lod=2"]),
+    "contrast_weight": ("1", ["--mc_arms=contrast"]),
+    "horizon_gist_weight": ("1", ["--mc_arms=horizon"]),
     "budget": ("40", []),
     "recent": ("16", []),
     "horizon": ("16", []),
     "positions": ("contiguous", []),
     "damping_floor": ("0.5", []),
-    "lod_axis": ("1", ["--rope_fraction=0.5"]),
-    "alibi": ("1", []),
     "far_tokens": ("400", []),
     "far_entries": ("64", ["--mc_far_tokens=400"]),
     "start": ("0.5", []),
@@ -108,18 +103,15 @@ TABLE_MC: dict[str, tuple[str, list[str]]] = {
     "row_stride": ("2", []),
     "variants": ("2", []),
     "cuts": ("random:1", []),
-    "targets": ("raw", []),
-    "split": ("random", []),
     "wc_weight": ("0.5", []),
     "kl_weight": ("0", []),
     "lens": ("perceiver", []),
-    "teacher": ("attention", []),
+    "teacher": ("gate", []),
     "lens_edits": ("3", ["--mc_teacher=counterfactual"]),
-    "lens_rank": ("1", []),
-    "lens_zero_sum": ("1", []),
-    "lens_illegal": ("1", []),
-    "lens_kl": ("1", []),
-    "lens_normalize": ("1", []),
+    "lens_rank": ("1", ["--mc_arms=rank"]),
+    "lens_zero_sum": ("1", ["--mc_arms=zero_sum"]),
+    "lens_illegal": ("1", ["--mc_arms=illegal"]),
+    "lens_kl": ("1", ["--mc_arms=kl"]),
     "lens_horizon": ("4", []),
     "lens_queries": ("24", []),
     "lens_row_stride": ("2", []),
@@ -132,7 +124,7 @@ TABLE_MC: dict[str, tuple[str, list[str]]] = {
 
 def flags(with_mc: bool) -> set[str]:
     """Every flag that base_train has, read off its parser."""
-    found = {a.dest: a.help for a in base_train.make_parser(with_mc)._actions}
+    found = {a.dest: a.help for a in base_train.make_parser(with_mc, EVERY_ARM)._actions}
     assert all(found.values())
     return set(found) - {"help"}
 
@@ -170,7 +162,7 @@ def observe(prepared, tmp_path_factory):
 
     def attempt(base: Path, argv: list[str]):
         printed, compiled, sinks, traces = [], [], [], []
-        open_recorder, trace = base_train.open_recorder, Recorder.trace
+        open_recorder, trace = meter.open_recorder, Recorder.trace
 
         def opened(*args, **kwargs):
             recorder = open_recorder(*args, **kwargs)
@@ -182,7 +174,7 @@ def observe(prepared, tmp_path_factory):
             patch.setenv("NANOCHAT_BASE_DIR", str(base))
             patch.setenv("WANDB_MODE", "disabled")
             patch.setattr(base_train, "print0", lambda *values: printed.append(" ".join(map(str, values))))
-            patch.setattr(base_train, "open_recorder", opened)
+            patch.setattr(meter, "open_recorder", opened)
             patch.setattr(Recorder, "trace", lambda self, it: (traces.append(it.keep), trace(self, it)))
             patch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
             dataset.build_stdlib(prepared / "texts")  # a small one
@@ -240,10 +232,10 @@ def test_resume_refuses_or_honours(flag, monkeypatch):
     plan = base_train.make_plan(args, 300, 1)
     meta = {"flags": vars(args), "tokenizer": "abc", "model_config": dataclasses.asdict(plan.model), "num_iterations": plan.num_iterations}
     tokenizer = SimpleNamespace(fingerprint="abc")
-    base_train.check_resumable(meta, args, plan, tokenizer, ROOT)
+    resume.check_resumable(meta, args, plan, tokenizer, ROOT)
     changed = argparse.Namespace(**vars(args) | {flag: "changed"})
-    if flag in base_train.MAY_CHANGE:
-        base_train.check_resumable(meta, changed, plan, tokenizer, ROOT)
+    if flag in resume.MAY_CHANGE:
+        resume.check_resumable(meta, changed, plan, tokenizer, ROOT)
     elif flag != "dry_run":
         with pytest.raises(UserError, match=f"--{flag}=changed"):
-            base_train.check_resumable(meta, changed, plan, tokenizer, ROOT)
+            resume.check_resumable(meta, changed, plan, tokenizer, ROOT)

@@ -10,7 +10,7 @@ import torch
 from e2e_commands import MC, last_checkpoint, run, same, start
 
 from mc.model import load_mega_context
-from mc.utility_labels import LabelFolder
+from mc.arms.utility_labels import LabelFolder
 from nanochat.loading import load_model
 
 FLAGS = ["--contexts=24", "--edits=6", "--cursors=2", "--batch=4", "--device=cpu"]

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from mc.store.catalog import Catalog
 from mc.store.disk.store import DiskStore
 from nanochat.tokenizer import Tokenizer
+from scripts import mc_store
 
 K = 8  # of the checkpoint in `reference`
 
@@ -330,7 +331,7 @@ WRONG = {
     "flag of another command": (["info", "--store=x", "--share=1"], "unrecognized arguments: --share=1"),
     "not a store": (["info", "--store=nowhere"], "nowhere is not a MegaContext store"),
     "missing file": (["ingest", "--store={store}", "nowhere.txt"], "nowhere.txt: no such file or folder"),
-    "binary file": (["ingest", "--store={store}", "{store}/manifest"], "manifest holds no UTF-8 text"),
+    "binary file": (["ingest", "--store={store}", "{store}/manifest"], "manifest is not UTF-8 text"),
     "other dtype": (["ingest", "--store={store}", "--dtype=int8", "README.md"], "keeps its vectors as torch.float32, not torch.int8"),
     "no such checkpoint": (["ingest", "--store={store}", "--checkpoint_dir=nowhere", "README.md"], "nowhere"),
     "no such source": (["edit", "--store={store}", "--source=99", "--start=0", "--remove=1"], "no source 99"),
@@ -339,6 +340,7 @@ WRONG = {
     "both places": (["edit", "--store={store}", "--source=1", "--find=x", "--start=1"], "say where"),
     "two texts": (["edit", "--store={store}", "--source=1", "--start=1", "--text=x", "--text_file=y"], "give one of them"),
     "not found": (["edit", "--store={store}", "--source=1", "--find=surely not there", "--text=x"], "occurs 0 times in source 1"),
+    "found twice": (["edit", "--store={store}", "--source=1", "--find=import", "--text=x"], "(line "),
     "found often": (["edit", "--store={store}", "--source=1", "--find=e", "--text=x"], "give a text that occurs once"),
     "regist with nothing": (["regist", "--store={store}"], "give --checkpoint_dir"),
     "prune how much": (["prune", "--store={store}"], "give --share"),
@@ -347,6 +349,11 @@ WRONG = {
     "span": (["query", "--store={store}", "--span=9:1"], "--span=9:1: START:STOP"),
     "export over something": (["export", "--store={store}", "--out=mc"], "--out=mc is there already"),
 }
+
+
+def test_line_ends_of_a_new_text_are_kept(tmp_path):
+    (tmp_path / "new.txt").write_bytes(b"a\r\nb\rc\n")
+    assert mc_store._read_text(tmp_path / "new.txt") == "a\r\nb\rc\n"
 
 
 @pytest.mark.parametrize("mistake", WRONG.values(), ids=WRONG)

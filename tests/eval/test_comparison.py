@@ -5,7 +5,7 @@ import torch
 
 from mc.evaluation import FocusComparison, Outcome, plain_outcomes
 from mc.model import recency_scores, run_entries, with_continuation
-from mc.teachers import attention_mass, gate_utility
+from mc.teachers import attention_mass, gate_utility, keep_gradients
 from nanochat.gpt import GPT, GPTConfig, token_losses
 from tiny_mc import H, K, N, R, T, W, tiny_base, tiny_batch, tiny_mc
 
@@ -139,7 +139,9 @@ def test_teacher_scores_are_the_teachers_on_the_continuations_queries():
     gpt, batch = tiny_base(), tiny_batch()
     scores = comparison(gpt).teacher_scores()
     captured, wanted, queries = [], batch.targets[:, N - 1:N - 1 + H], slice(N - 1, N - 1 + H)
-    token_losses(gpt.logits(gpt.hidden(batch.inputs, capture=captured)[:, queries]), wanted).sum().backward()
+    hidden = gpt.hidden(batch.inputs, capture=captured)
+    keep_gradients(captured)
+    token_losses(gpt.logits(hidden[:, queries]), wanted).sum().backward()
     counted = (wanted >= 0)[..., None]
     for name, teacher in (("gate", gate_utility), ("attention", attention_mass)):
         expected = (teacher(captured, slice(None), queries, BLOCKS, K) * counted).sum(1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mc.teachers import gate_utility
+from mc.teachers import gate_utility, keep_gradients
 from nanochat.gpt import token_losses
 from scripts.eval import measures
 from scripts.eval.measures import taught
@@ -20,7 +20,9 @@ def utility_at(gpt, batch, cursor: int) -> torch.Tensor:
     """[B, N] one cursor, one pass of its own."""
     captured, queries = [], slice(cursor - 1, cursor - 1 + HORIZON)
     embeds = gpt.embed(batch.inputs).detach().requires_grad_()
-    losses = token_losses(gpt.logits(gpt.hidden(batch.inputs, inputs_embeds=embeds, capture=captured)), batch.targets)
+    hidden = gpt.hidden(batch.inputs, inputs_embeds=embeds, capture=captured)
+    keep_gradients(captured)
+    losses = token_losses(gpt.logits(hidden), batch.targets)
     torch.autograd.grad(losses.sum(), embeds)
     count = (cursor - R) // K
     return (gate_utility(captured, slice(None), queries, count, K) * (batch.targets[:, queries] >= 0)[..., None]).sum(1)

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc.diagnostics import SAMPLED, FocusDynamics, gist_statistics, hit_at, market_price, rank_correlation, replay, shares_by_lod, spread
+from mc.diagnostics import SAMPLED, FocusDynamics, hit_at, market_price, probe_batch, rank_correlation, replay
 from mc.evaluation import FocusComparison, plain_outcomes
 from mc.focus_allocator import FocusConfig, GreedyAllocator
 from mc.mega_context import Tree, TreeShape
+from mc.telemetry import gist_statistics, shares_by_lod, spread
 from mc.working_context import from_expanded
 from tiny_mc import K, N, tiny_base, tiny_batch, tiny_mc
 
@@ -196,7 +197,7 @@ def test_the_market_price_parts_what_the_budget_shows_from_what_it_does_not(seed
 def test_the_probe_measures_what_it_says():
     gpt, batch = tiny_base(), tiny_batch()
     mc = tiny_mc(gpt, budget=28)
-    found = {str(name): float(value) for name, value in mc.probe(gpt, batch).items()}
+    found = {str(name): float(value) for name, value in probe_batch(mc, gpt, batch).items()}
     focus = FocusComparison(gpt, mc.model, batch.inputs, batch.targets, N, mc.seed, batch.rows)
     plain = plain_outcomes(gpt, batch.inputs, batch.targets, N, 28)
     lens, full = focus.outcome(focus.scores("lens")).nll_B, plain["full"].nll_B
@@ -225,7 +226,7 @@ def test_bands_are_measured_at_their_ratios(monkeypatch):
     seen, gpt = [], tiny_base()
     mc, outcome = tiny_mc(gpt, budget=28, recent=K), FocusComparison.outcome
     monkeypatch.setattr(FocusComparison, "outcome", lambda self, scores: seen.append((self.allocator.cfg.budget, outcome(self, scores))) or seen[-1][1])
-    found = mc.probe(gpt, tiny_batch())
+    found = probe_batch(mc, gpt, tiny_batch())
     bands = [name for name in found if name.startswith("mc.val.band_delta_nll")]
     assert bands == ["mc.val.band_delta_nll{band=to_5}"], "an eighth of 56 tokens holds no coarsest cut and tail"
     entries = [o.entries_B for budget, o in seen if budget == N // 4]
@@ -235,7 +236,7 @@ def test_bands_are_measured_at_their_ratios(monkeypatch):
 def test_the_probe_changes_nothing():
     gpt, batch = tiny_base(), tiny_batch()
     mc, generator = tiny_mc(gpt), torch.get_rng_state()
-    first, second = mc.probe(gpt, batch), mc.probe(gpt, batch)
+    first, second = probe_batch(mc, gpt, batch), probe_batch(mc, gpt, batch)
     assert {k: float(v) for k, v in first.items()} == {k: float(v) for k, v in second.items()}
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(p.grad is None for m in (gpt, mc.model) for p in m.parameters()) and mc._pending is None
@@ -248,6 +249,6 @@ def test_a_frozen_lens_agrees_with_nothing():
     with torch.no_grad():
         mc.model.lensnet.log_gain.fill_(-torch.inf)
         mc.model.lensnet.distance_steps.zero_()
-    found = mc.probe(gpt, tiny_batch())
+    found = probe_batch(mc, gpt, tiny_batch())
     assert float(found["mc.lens.rank_correlation"]) == 0
     assert float(found["mc.lens.hit_at{k=1}"]) == pytest.approx(1 / ((N - mc.config.protected) // K))

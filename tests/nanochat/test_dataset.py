@@ -124,7 +124,7 @@ def test_bad_directories_are_refused(tmp_path):
     root = tmp_path / "d"
     root.mkdir()
     (root / "x.bin").write_text("x")
-    with pytest.raises(UserError, match="no .parquet .jsonl .txt .md .py files"):
+    with pytest.raises(UserError, match="no .parquet .jsonl .jsonl.gz .jsonl.zst .txt .md .py files"):
         open_corpus(str(root))
     (root / "a.txt").write_text("only one")
     with pytest.raises(UserError, match="holds 1 documents"):

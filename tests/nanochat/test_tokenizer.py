@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from nanochat.common import UserError
-from nanochat.tokenizer import Reserved, Tokenizer
+from nanochat import tokenizer as module
+from nanochat.common import UserError, whole_characters
+from nanochat.tokenizer import Reserved, Tokenizer, cut
 
 TEXTS = ["def f(x):\n    return x + 1\n\nclass A:\n    pass\n" * 20, "The quick brown fox jumps over 1234 lazy dogs. " * 30, Path(__file__).read_text()]
 
@@ -48,6 +49,60 @@ def test_special_names_in_text_are_text(tokenizer):
 def test_batch_equals_one_by_one(tokenizer):
     texts = TEXTS + ["", "é漢字"]
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("character", " \t\u3000\xa0\v\na-\0")
+@pytest.mark.parametrize("end", ["", "y"])
+def test_runs_of_a_million(tokenizer, character, end):
+    text = "x" + character * 1_000_000 + end
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and tokenizer.encode_batch([text, "x"]) == [ids, tokenizer.encode("x")]
+
+
+def test_runs_beyond_any_engine(tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "MAX_PIECE", 1 << 21)
+    text = "x" + " " * 5_000_001 + "y\nz" + "\n" * 9 + "\u3000" * 1_200_000
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert [i for piece in cut(text[at : at + 999_999] for at in range(0, len(text), 999_999)) for i in tokenizer.encode(piece)] == ids
+
+
+RUNS = st.lists(st.one_of(st.sampled_from(["a", "1", ".", "\n", "\r\n", "<|bos|>", "<|key_1|>", "\x1c"]),
+                          st.builds(str.__mul__, st.sampled_from([" ", "\t", "\u3000", "\x85", " \t"]), st.integers(1, 40)))).map("".join)
+
+
+@given(text=RUNS, special=st.booleans(), size=st.integers(1, 9))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_long_runs_have_the_tokens_of_any_run(tokenizer, monkeypatch, text, special, size):
+    """With bounds small enough to matter, the ids are those that tiktoken gives."""
+    engine = tokenizer._encoding
+    wanted = engine.encode(text, allowed_special="all") if special else engine.encode_ordinary(text)
+    monkeypatch.setattr(module, "LONG_RUN", size)
+    assert tokenizer.encode(text, special) == wanted
+
+
+@given(text=RUNS, size=st.integers(2, 30), piece=st.integers(1, 40))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_cut_text_has_the_tokens_of_the_whole(tokenizer, monkeypatch, text, size, piece):
+    """Also where a text has no place to cut, and however it comes."""
+    monkeypatch.setattr(module, "MAX_PIECE", size)
+    pieces = list(cut(text[at : at + piece] for at in range(0, len(text), piece)))
+    assert "".join(pieces) == text and all(len(p) <= size + piece for p in pieces)
+    assert [i for p in pieces for i in tokenizer.encode(p)] == tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("text, read", [("a\ud83db", "a\ufffdb"), ("\ude00\ud83d", "\ufffd\ufffd"), ("\ud83d\ude00", "\U0001f600"), ("\ufeffa\udcff", "\ufeffa\ufffd")])
+def test_halves_of_surrogate_pairs(tokenizer, text, read):
+    assert whole_characters(text) == read and whole_characters(read) is read
+    assert tokenizer.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text, special=True)) == read
+    assert Tokenizer.train([text + "words of text " * 20], 258).vocab_size > 258
+
+
+@pytest.mark.parametrize("character", " \u3000")
+def test_training_on_a_long_run(character):
+    text = ["ab" * 200 + character * 1_000_000 + "cd"]
+    assert Tokenizer.train(text, 262).fingerprint == Tokenizer.train(text, 262).fingerprint
 
 
 def test_save_and_load(tokenizer, tmp_path):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mc import working_context as wc
-from mc.focus_allocator import FocusConfig, GreedyAllocator, check_feasible
+from mc.focus_allocator import FocusConfig, GreedyAllocator, check_budget, check_feasible, entries_needed, fits
 from mc.path_edits import UNSCORED, PathEdits
 from nanochat.common import UserError
 
@@ -31,8 +31,8 @@ def check_cut(edits: PathEdits) -> None:
     """A valid cut within the budget, with its tail raw."""
     lod, index = (torch.from_numpy(x)[None] for x in edits.cut())
     c = edits.cfg
-    wc.check(wc.Cut(lod, index, torch.ones_like(lod, dtype=torch.bool), c.block_size), torch.tensor([edits.n_tokens]), c.budget, c.max_lod)
-    assert len(lod[0]) == edits.entries
+    wc.check(wc.Cut(lod, index, torch.ones_like(lod, dtype=torch.bool), c.block_size), torch.tensor([edits.n_tokens]), c.budget, c.max_lod, gaps=edits.omits)
+    assert len(lod[0]) == edits.entries or edits.omits and int((lod == 0).sum()) == edits.entries
     ends = (index + 1) * c.block_size ** lod
     assert (lod[ends > edits.n_tokens - c.recent] == 0).all()
 
@@ -81,25 +81,76 @@ def test_decides_as_the_batched_allocator(case):
 @settings(max_examples=60, deadline=None)
 @given(growth(), st.lists(st.integers(0, 2000), min_size=1, max_size=5))
 def test_any_growth_stays_within_the_budget(case, steps):
-    """Also when one append is far longer than the budget: a valid cut, the tail raw, expanded nodes closed upward."""
+    """Also when one append is far longer than the budget, and when the budget does not tile the history: a valid cut, the tail raw,
+    expanded nodes closed upward, and the best block that is asked for among what is shown."""
     config, _, slack, seed = case
-    cfg = feasible_config(300, slack, **{**config, "max_lod": 3})
+    cfg = FocusConfig(config["recent"] + 2 * config["block_size"] - 1 + slack, **{**config, "max_edits": max(config["max_edits"], 1), "max_lod": 3})
+    check_budget(cfg)
     edits, rng, n = PathEdits(cfg), np.random.default_rng(seed), 0
     for step in steps:
         n += step
-        try:
-            check_feasible(n, cfg)
-        except UserError:
-            return
         complete = n // cfg.block_size
         near = {b for node in edits.expanded if node[0] == 1 for b in [node[1]]} | set(range(max(complete - cfg.budget // cfg.block_size - 1, 0), complete))
         listed = near | set(rng.integers(0, max(complete, 1), 6).tolist()) if complete else set()
         edits.advance(n, listed)
-        edits.refocus({b: float(rng.uniform(-1, 1)) for b in sorted(listed)})
+        edits.changed.clear()  # nothing cools down
+        edits.refocus({b: float(rng.uniform(-1, 1)) for b in sorted(listed)} | ({best: 5.0} if (best := min(listed, default=-1)) >= 0 else {}))
         check_cut(edits)
+        assert best < 0 or (1, best) in edits.expanded, "the best block did not find its place"
         for lod, index in edits.expanded:
             assert edits.exists((lod, index))
-            assert not edits.exists((lod + 1, index // cfg.block_size)) or (lod + 1, index // cfg.block_size) in edits.expanded
+            if edits.omits:
+                assert lod == 1
+            else:
+                assert not edits.exists((lod + 1, index // cfg.block_size)) or (lod + 1, index // cfg.block_size) in edits.expanded
+
+
+def spans_of(edits: PathEdits) -> list[tuple[int, int, int]]:
+    """(lod, first token, end) of the entries above LOD0."""
+    K = edits.cfg.block_size
+    return [(lod, i * K**lod, (i + 1) * K**lod) for lod, i in zip(*(x.tolist() for x in edits.cut())) if lod]
+
+
+def test_the_fewest_tokens_are_left_out():
+    """Of the nodes that hold nothing raw the coarsest, and of those the newest, are shown."""
+    cfg = FocusConfig(budget=25, block_size=4, max_lod=2, recent=4)
+    edits = PathEdits(cfg)
+    edits.advance(16 * 40 + 3, {7})
+    edits.refocus({7: 0.9})
+    assert edits.omits and [x for x in edits.expanded] != [] and (1, 7) in edits.expanded
+    shown = spans_of(edits)
+    left = 25 - 3 - 4 * len(edits.expanded)
+    assert len(shown) == left and all(lod == 2 for lod, *_ in shown)
+    assert [start for _, start, _ in shown] == [16 * i for i in range(39 - left, 39)], "the newest, but for the node that holds the tail"
+    edits = PathEdits(FocusConfig(budget=200, block_size=4, max_lod=1, recent=4))
+    edits.advance(4 * 10**7 + 2, {5})
+    edits.refocus({5: 0.9})
+    shown = spans_of(edits)
+    assert shown[-1][2] == 4 * 10**7 - 4 and all(a[2] == b[1] for a, b in zip(shown, shown[1:])), "gists right before the tail"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([2, 3, 4]), st.integers(1, 3), st.integers(0, 9), st.integers(0, 40))
+def test_fits_says_whether_every_length_so_far_did(k, max_lod, recent, slack):
+    cfg, so_far = FocusConfig(recent + 2 * k + slack, k, max_lod, recent=recent), True
+    for n in range(1, 400):
+        so_far = so_far and sum(entries_needed(n, cfg)) <= cfg.budget
+        assert fits(n, cfg) == so_far, n
+
+
+@pytest.mark.parametrize("K", [2, 8, 32])
+@pytest.mark.parametrize("n", [1023, 1025, 10**4, 10**6, 10**7])
+def test_a_refocus_handles_as_many_nodes_at_any_length(n, K):
+    """Nothing is listed node by node that grows with the history: calls into numpy and Python stay as they are."""
+    cfg = FocusConfig(3 * K + 40, K, 1, recent=K)
+    edits = PathEdits(cfg)
+    visited = []
+    around = edits._around
+    edits._around = lambda opened: (visited.append(node) or node for node in around(opened))
+    edits.advance(n, {3})
+    edits.refocus({3: 0.9})
+    edits.cut()
+    assert len(edits.expanded) <= cfg.budget and len(visited) <= cfg.budget + 1
 
 
 def test_what_is_pruned_is_never_opened():

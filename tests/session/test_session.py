@@ -1,6 +1,5 @@
 """The session against forward passes from scratch: whatever was appended, refocused, generated or restored, in whatever pieces."""
 
-import dataclasses
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -13,8 +12,8 @@ from tiny_mc import VOCAB, randomize, tiny_base
 
 from mc import working_context as wc
 from mc.config import MCConfig
-from mc.focus_allocator import FocusConfig, check_feasible
-from mc.gaussian_rope import alibi_slopes, entry_rotary
+from mc.focus_allocator import FocusConfig, fits
+from mc.gaussian_rope import entry_rotary
 from mc.model import MegaContext
 from mc.session import SessionConfig, SessionPool, SessionState
 from mc.store.disk.store import DiskStore
@@ -64,22 +63,27 @@ def from_scratch(session) -> torch.Tensor:
     ids = torch.tensor([[VOID if at else all_tokens[i] for at, i in entries]])
     linked = torch.tensor([[at == 0 and p >= 0 and entries[p] == (0, i - 1) for p, (at, i) in enumerate(entries, -1)]])
     start, length = index * K ** lod, K ** lod
-    rotary = entry_rotary(gpt, start, length, scheme=c.positions, floor=c.damping_floor, lod_axis=bool(c.lod_axis), lod_BW=lod)
-    bias = mc.key_bias(lod)
-    if c.alibi:
-        bias = bias[:, None] + alibi_slopes(gpt.config.n_head)[None, :, None] * (start + (length - 1) / 2)[:, None]
+    rotary = entry_rotary(gpt, start, length, scheme=c.positions, floor=c.damping_floor)
     with torch.no_grad():
         vectors = torch.stack([node(at, i) for at, i in entries])[None]
-        hidden = gpt.hidden(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=bias, lift_windows=True)
+        hidden = gpt.hidden(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=mc.key_bias(lod), lift_windows=True)
         return gpt.logits(hidden[0, -1])
 
 
 def check_shown(session) -> None:
-    """A valid cut within the budget; every slot in use once."""
+    """A valid cut within the budget; every token in exactly one entry or one span that is named; every slot in use once."""
     focus, c = session.focus, session.pool.focus_config
     lod, index = (torch.from_numpy(x)[None] for x in (session.cut_lod, session.cut_index))
     if focus.n_tokens:
-        wc.check(wc.Cut(lod, index, torch.ones_like(lod, dtype=torch.bool), K), torch.tensor([focus.n_tokens]), c.budget, c.max_lod)
+        wc.check(wc.Cut(lod, index, torch.ones_like(lod, dtype=torch.bool), K), torch.tensor([focus.n_tokens]), c.budget, c.max_lod, gaps=focus.omits)
+        raw_tail = set(range(max(focus.n_tokens - c.recent, 0), focus.n_tokens))
+        assert raw_tail <= set(index[lod == 0].tolist()) or focus.pruned
+    lines = session.explain()
+    assert [line.start for line in lines] == [0, *np.cumsum([line.tokens for line in lines])[:-1]] if lines else not session.n_tokens
+    assert sum(line.tokens for line in lines) == session.n_tokens and sum(line.entries for line in lines) == len(session._shown()[0])
+    out = [line for line in lines if not line.entries]
+    assert all(line.lod is None and "left out" in line.why for line in out) and all(line.lod is not None for line in lines if line.entries)
+    assert sum(line.tokens for line in out) == session.status().omitted_tokens and (focus.omits or not out)
     used = session.cached.slot.tolist()
     assert sorted(used + session.free_slots) == list(range(session.pool.cache.spare))
 
@@ -123,7 +127,7 @@ def test_logits_are_those_of_a_forward_pass_from_scratch(actions, n, interval, s
         assert len(session._shown()[0]) <= pool.focus_config.budget + pool.interval
 
 
-VARIANTS = [dict(positions="contiguous"), dict(positions="centre"), dict(alibi=1), dict(lod_axis=1), dict(max_lod=1), dict(gist="mean", gist_width=64)]
+VARIANTS = [dict(positions="contiguous"), dict(positions="centre"), dict(max_lod=1), dict(gist="mean", gist_width=64)]
 
 
 @pytest.mark.parametrize("mc_config", VARIANTS, ids=lambda c: "-".join(map(str, c)))
@@ -443,8 +447,6 @@ def test_refusals():
     assert "token id 50 is outside the vocabulary of 50" in unchanged(session, lambda: session.append([3, 50]))
     assert "token id -1" in unchanged(session, lambda: session.append([-1]))
     assert "token id 99" in unchanged(session, lambda: session.score([1, 99]))
-    assert "too small for 10033 tokens" in unchanged(session, lambda: session.append(tokens(10_000)))
-    assert "too small" in unchanged(session, lambda: session.generate(10_000))
     assert "temperature" in unchanged(session, lambda: session.generate(1, temperature=-1))
     assert "all 1 sessions" in unchanged(session, pool.open)
     assert "own pool" in unchanged(session, lambda: pool.generate([session, session], 1))
@@ -461,29 +463,144 @@ def test_a_model_of_several_gists_per_node_has_no_sessions():
         tiny_pool(mc_config=dict(gists_per_block=2))
 
 
-def test_a_history_is_refused_before_it_outgrows_the_budget():
-    """At every length that is let through the budget holds; the first that is not is named."""
+Growth = st.one_of(Action, st.tuples(st.just("append"), st.sampled_from([255, 1023, 1025, 3000])))
+TIGHT = [15, 16, 19, 24, 33]  # entries; the tail takes up to 11 of them, a block 4
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(Growth, min_size=1, max_size=6), st.sampled_from([1, 31, 32, 33, 77, 1023]), st.sampled_from(TIGHT), st.integers(1, 3),
+       st.sampled_from([1, 3, K, 9]), st.integers(0, 1000))
+def test_no_session_ends_because_of_its_length(actions, n, budget, trained, interval, seed):
+    """C6, K4: at budgets that cannot tile the history, with levels that were not trained, whatever happens: nothing is refused, every
+    token is in one entry or one named span, and the logits are those of a forward pass from scratch over what is shown."""
+    session = tiny_pool(budget=budget, interval=interval, trained=range(1, trained + 1)).open(seed=seed)
+    session.begin(tokens(n, seed))
+    for i, (action, count) in enumerate(actions):
+        session = act(session, action, count, seed + i)
+        check_shown(session)
+        torch.testing.assert_close(session.logits(), from_scratch(session), **EXACT)
+        check_shown(session)
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.lists(Growth, min_size=2, max_size=6), st.sampled_from(TIGHT), st.integers(0, 1000))
+def test_the_approximate_policy_goes_on_at_any_length(actions, budget, seed):
+    gpt = tiny_base(n_layer=1, smear=False, key_shift=False)  # where it is exact
+    session = tiny_pool(gpt=gpt, kv_policy="approximate", budget=budget, interval=3).open(seed=seed)
+    session.begin(tokens(900, seed))
+    for i, (action, count) in enumerate(actions):
+        session = act(session, action, count, seed + i)
+        torch.testing.assert_close(session.logits(), from_scratch(session), **EXACT)
+        check_shown(session)
+
+
+@pytest.mark.parametrize("mc_config", VARIANTS, ids=lambda c: "-".join(map(str, c)))
+def test_every_kind_of_position_is_exact_where_spans_are_left_out(mc_config):
+    gpt = tiny_base(n_kv_head=4, rope_fraction=0.5)
+    session = tiny_pool(gpt=gpt, mc_config=mc_config, trained=(1,) if mc_config.get("max_lod") == 1 else (1, 2, 3), budget=20, interval=5).open()
+    session.begin(tokens(2000))
+    for i in range(6):
+        list(session.generate(7))
+        torch.testing.assert_close(session.logits(), from_scratch(session), **EXACT)
+        session.append(tokens(9, i))
+        assert session.logits() is not None and session.omitted_tokens > 0
+        check_shown(session)
+
+
+def test_what_fits_is_tiled_and_leaves_nothing_out():
+    """Up to the first length that the budget cannot tile with a block raw nothing is left out; from there on spans are."""
     pool = tiny_pool(budget=36)
     session = pool.open()
     session.begin(tokens(1))
-    with pytest.raises(UserError, match="too small for"):
-        for i in range(3000):
-            session.append(tokens(1, i))
-            if i % 50 == 0:
-                session.logits()
-    n = session.n_tokens
-    with pytest.raises(UserError):
-        check_feasible(n + 1, dataclasses.replace(pool.focus_config))
-    check_feasible(n, pool.focus_config)
-    with pytest.raises(UserError, match=f"too small for {n + 1} tokens"):
-        next(session.generate(1))
-    torch.testing.assert_close(session.logits(), from_scratch(session), **EXACT)
+    left_out = []
+    for i in range(40):
+        session.append(tokens(31, i))
+        session.logits()
+        left_out.append((session.n_tokens, session.omitted_tokens, fits(session.n_tokens, pool.focus_config)))
+        assert session.omitted_tokens == 0 or not left_out[-1][2]
+    assert [fit for *_, fit in left_out] == sorted((fit for *_, fit in left_out), reverse=True) and left_out[0][2] and not left_out[-1][2]
+    assert left_out[-1][1] > 0
+
+
+def test_a_block_that_is_left_out_is_shown_when_it_is_asked_for():
+    session, rng = big_lens_pool(budget=24).open(), np.random.default_rng(0)
+    n, fact = 200 * 24, list(range(500, 508))
+    text = rng.integers(0, 400, n)
+    text[800:808] = fact
+    session.begin(text.tolist())
+    session.logits()
+    assert next(line for line in session.explain() if line.start <= 800 < line.start + line.tokens).entries == 0, "shown before anybody asked"
+    session.append(fact)
+    session.logits()
+    (line,) = [line for line in session.explain() if line.start == 800]
+    assert line.lod == 0 and line.entries == 8 and line.score > 0 and "lens" in line.why
+    check_shown_of(session, 8)
+
+
+def check_shown_of(session, block_size: int) -> None:
+    lod, index = (torch.from_numpy(x)[None] for x in (session.cut_lod, session.cut_index))
+    c = session.pool.focus_config
+    wc.check(wc.Cut(lod, index, torch.ones_like(lod, dtype=torch.bool), block_size), torch.tensor([session.focus.n_tokens]), c.budget, c.max_lod, gaps=True)
+
+
+def test_pruned_blocks_of_a_history_that_does_not_fit():
+    """A pruned block is never raw, neither when it is asked for nor in the tail, which keeps its gist."""
+    session = big_lens_pool(budget=24).open()
+    text = np.random.default_rng(0).integers(0, 400, 4800)
+    text[800:808] = range(500, 508)
+    session.begin(text.tolist())
+    session.history.store.set_detail(torch.tensor([100, 599]), 1)
+    session.append(list(range(500, 503)))
+    session.logits()
+    lines = session.explain()
+    assert not any(line.lod == 0 and line.start in (800, 4792) for line in lines)
+    (tail,) = [line for line in lines if line.start == 4792]
+    assert tail.lod == 1 and "pruned" in tail.why
+    check_shown_of(session, 8)
+
+
+def test_sessions_that_leave_spans_out_are_alone_in_a_crowd():
+    together, lengths = tiny_pool(max_sessions=3, budget=19), [20, 900, 2500]
+    crowd = [together.open(seed=i) for i in range(3)]
+    for i, (session, n) in enumerate(zip(crowd, lengths)):
+        session.begin(tokens(n, i))
+    rows = list(zip(*together.generate(crowd, 20)))
+    for i, n in enumerate(lengths):
+        alone = tiny_pool(budget=19).open(seed=i)
+        alone.begin(tokens(n, i))
+        assert list(alone.generate(20)) == list(rows[i])
+        torch.testing.assert_close(crowd[i].logits(), from_scratch(crowd[i]), **EXACT)
+
+
+def test_a_state_of_before_spans_were_left_out_goes_on():
+    """Nodes above LOD1 that it lists as expanded, at a length that is no longer tiled, are no entries."""
+    session = tiny_pool(budget=36).open()
+    session.begin(tokens(1024 + 9))
+    session.logits()
+    state = session.state()
+    assert session.focus.omits
+    state.meta["focus"]["expanded"] = [*state.meta["focus"]["expanded"], (2, 3), (3, 0)]
+    session.close()
+    again = tiny_pool(budget=36).restore(state)
+    check_shown(again)
+    again.append(tokens(5))
+    torch.testing.assert_close(again.logits(), from_scratch(again), **EXACT)
+    check_shown(again)
+
+
+def test_a_budget_that_holds_no_block_beside_the_tail_is_refused_at_start():
+    tiny_pool(budget=15)
+    with pytest.raises(UserError, match="a budget of 14 entries is too small for a session: a recent tail of up to 11 tokens . one raw block of 4 = 15"):
+        tiny_pool(budget=14)
 
 
 def test_levels_that_were_not_trained():
+    """They are not shown unless that is asked for, and the session goes on without them."""
     refusing = tiny_pool(trained=(1,), budget=40).open()
-    with pytest.raises(UserError, match="LOD2 and above were not trained; --mc_untrained=report"):
-        refusing.begin(tokens(200))
+    refusing.begin(tokens(2001))
+    refusing.logits()
+    assert max(refusing.status().entries_by_lod) == 1 and refusing.omitted_tokens > 0
+    check_shown(refusing)
     reporting = tiny_pool(trained=(1,), budget=40, untrained="report").open()
     reporting.begin(tokens(200))
     reporting.logits()
@@ -646,17 +763,6 @@ def test_models_that_differ_in_a_setting_do_not_share_states():
         tiny_pool(trained=(1, 2), mc_config={}).restore(state)
 
 
-def test_scoring_is_refused_where_generating_is():
-    """A history may fit at its end and not on the way there: every refocus on the way counts."""
-    pool = tiny_pool(budget=24, interval=1, mc_config=dict(recent=4))
-    for ahead in (lambda s: s.generate(60), lambda s: s.score(tokens(60, 1))):
-        session = pool.open()
-        session.begin(tokens(200))
-        check_feasible(260, pool.focus_config)
-        assert "too small for 259 tokens" in unchanged(session, lambda: ahead(session))
-        session.close()
-
-
 def test_a_session_that_has_nothing_to_run_beside_one_that_has():
     for positions in ("gaussian", "contiguous"):
         pool = tiny_pool(max_sessions=2, mc_config=dict(positions=positions))
@@ -710,6 +816,18 @@ def test_the_meter_records_every_session_metric_and_nothing_per_token(tmp_path):
     assert sum(row.get("mc.session.undone", 0) for row in rows) >= 0 and rows[-1]["mc.session.history"] == rows[-1]["step"] - 9
     assert all(0 < row["mc.session.utilization"] <= 1 and row["gen_ai.server.time_to_first_token"] > 0 for row in rows)
     assert set(shown) <= {int(name[-2]) for name in rows[-1] if name.startswith("mc.session.entries")}  # of every refocus since the row before
+
+
+def test_the_meter_says_how_much_is_left_out(tmp_path):
+    with Recorder(tmp_path) as recorder:
+        session = tiny_pool(budget=24, recorder=recorder).open()
+        session.begin(tokens(30))
+        list(session.generate(1))
+        session.append(tokens(2000))
+        list(session.generate(1))
+        omitted = session.status().omitted_tokens
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["mc.session.omitted"] for row in rows] == [0, omitted] and 1000 < omitted < 2031 - 24
 
 
 @pytest.mark.parametrize("allocator", ["bundle:2", "stochastic:2"])

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 from itertools import accumulate
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,13 +13,13 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from mc.store import ingest
 from mc.store.catalog import Catalog
 from mc.store.history import History, store_format
-from mc.store.ingest import Ingest, cut, find_files, texts_of
+from mc.store.ingest import Ingest, find_files, texts_of
 from mc.store.ram import VOID, RamStore
+from nanochat import documents, tokenizer
 from nanochat.common import UserError
-from nanochat.tokenizer import Reserved, Tokenizer
+from nanochat.tokenizer import Reserved, Tokenizer, cut
 from tiny_mc import K, tiny_base, tiny_mc
 
 TOKENIZER = Tokenizer.train(
@@ -42,8 +44,8 @@ def folder(tmp_path):
     (root / "alike.md").write_text((root / "sub" / "4.rst").read_text())
     (root / "code.py").write_text("def f():\n    return 1\n" * 40)
     (root / "binary.bin").write_bytes(b"\x89PNG\r\n\x1a\n\0\0" * 50)
-    (root / "latin.txt").write_bytes("Käse".encode("latin-1"))
-    (root / "zeros.txt").write_bytes(b"text \0 with a zero")
+    (root / "latin.rst").write_bytes("Käse".encode("latin-1"))
+    (root / "zeros").write_bytes(b"text \0 with a zero")
     (root / "empty.txt").write_text(" \n")
     (root / ".hidden").write_text("hidden")
     pq.write_table(pa.table({"text": ["one row", "", "another row of it"], "kind": ["poem", "x", "prose"]}), root / "rows.parquet")
@@ -74,7 +76,7 @@ def contents(history: History, catalog: Catalog) -> dict[str, str]:
 
 
 def expected(folder) -> dict[str, str]:
-    texts = {p.name: p.read_text() for p in [*folder.rglob("*.rst"), folder / "code.py", folder / "alike.md"]}
+    texts = {p.name: p.read_text() for p in [*(folder / "sub").rglob("*.rst"), folder / "code.py", folder / "alike.md"]}
     del texts["4.rst"]  # alike.md comes first
     rows = {"rows.parquet#0": "one row", "rows.parquet#2": "another row of it"} | {f"rows.jsonl#{i}": f"line {i}" for i in range(3)}
     return texts | rows
@@ -126,7 +128,7 @@ class Dies(History):
 @pytest.mark.parametrize("piece", [1 << 20, 100])
 def test_cut_off_anywhere_it_goes_on(folder, piece, monkeypatch):
     """Killed at every commit in turn: what is there already is not made again, also inside a document."""
-    monkeypatch.setattr(ingest, "READ_BYTES", piece)
+    monkeypatch.setattr(documents, "READ_BYTES", piece)
     store, catalog = RamStore(store_format(GPT, MC)), Catalog(None, K)
     whole = sum(len(TOKENIZER.encode(text)) + 1 for text in expected(folder).values())
     done, resumed = [], 0
@@ -189,7 +191,16 @@ def test_pieces_have_the_tokens_of_the_whole(text, sizes):
 
 
 def test_a_text_without_a_place_to_cut_is_cut_all_the_same(monkeypatch):
-    monkeypatch.setattr(ingest, "MAX_PIECE", 100)
+    monkeypatch.setattr(tokenizer, "MAX_PIECE", 100)
     text = "word " * 1000
     pieces = list(cut(iter(lambda f=io.StringIO(text): f.read(30), "")))
     assert "".join(pieces) == text and max(map(len, pieces)) < 140
+
+
+def test_a_pipe_is_named_as_what_it_is():
+    read, write = os.pipe()
+    try:
+        with pytest.raises(UserError, match=f"/dev/fd/{read} is a pipe or a device; hand over what it holds on standard input"):
+            find_files([Path(f"/dev/fd/{read}")])
+    finally:
+        os.close(read), os.close(write)

@@ -14,6 +14,7 @@ of the version before}.
 import itertools
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterable
@@ -21,11 +22,12 @@ from pathlib import Path
 
 import torch
 
-from mc.store.disk.files import FORMAT_VERSION, FileSystem, check_version
-from mc.store.ram import StoreFormat
-from nanochat.common import UserError
+from mc.store.disk.files import DTYPES, FORMAT_VERSION, FileSystem, check_version
+from mc.store.ram import ERASED, StoreFormat
+from nanochat.common import UserError, parse_json
 
 SLOT_BYTES = 4096
+MAX_PARTITIONS, MAX_BLOCKS = 1 << 22, 1 << 31  # of a level, of a store: what a note may claim
 _NOTE_MAGIC = b"MCTXnote"
 _NOTE = struct.Struct("<8sII")  # magic, version of the format, length of the text; then CRC-32 of all but itself, and the text
 
@@ -69,7 +71,8 @@ class Commits:
         halves = [data[:SLOT_BYTES], data[SLOT_BYTES:]]
         if not any(half.startswith(_NOTE_MAGIC) for half in halves):
             raise UserError(f"{self.folder}/manifest is not that of a MegaContext store; name another folder")
-        return [read_note(half, self.folder / "manifest") for half in halves]
+        notes = [read_note(half, self.folder / "manifest") for half in halves]
+        return [note if is_commit(note) else None for note in notes]
 
     def resume(self, slot: int) -> None:
         """A writer goes on with `last`; the next commit is not written to this slot.
@@ -120,7 +123,7 @@ class Commits:
         if not path.is_file():
             raise UserError(f"{self.folder}: version {version} is not there")
         data = path.read_bytes()
-        note = read_note(data, path) or read_note(data[len(data) // 2:], path)
+        note = next((n for n in (read_note(data, path), read_note(data[len(data) // 2:], path)) if is_version(n) and n["version"] == version), None)
         if note is None:
             raise UserError(f"{path} is damaged, both copies; restore it from a backup")
         return note
@@ -163,7 +166,43 @@ def read_note(data: bytes, path: Path) -> dict | None:
     if zlib.crc32(text, zlib.crc32(data[:_NOTE.size])) != int.from_bytes(data[_NOTE.size:_NOTE.size + 4], "little"):
         return None
     check_version(version, path)
-    return json.loads(text)
+    try:
+        return parse_json(text)
+    except ValueError:
+        return None
+
+
+def is_commit(note: object) -> bool:
+    """Whether a slot's note is a commit, by its types and bounds: a checksum that fits does not say that a store wrote it."""
+    return isinstance(note, dict) and _is_count(note.get("sequence")) and type(note.get("durable")) is bool and _is_end(note)
+
+
+def is_version(note: object) -> bool:
+    """Whether a note is a version's, as `is_commit`."""
+    try:
+        f = format_of(note["format"])
+        sizes = (f.block_size, f.d_model, f.n_keys, f.key_dim, note["partition_bytes"])
+        return (_is_count(note["version"]) and all(type(x) is int and 0 < x < 2**31 for x in sizes) and f.block_size > 1 and isinstance(f.model, str) and f.dtype in DTYPES
+                and f.n_keys < 2**16 and max(f.d_model, f.n_keys * f.key_dim) < 2**24 and isinstance(note["files"], dict) and all(_are_runs(x, MAX_PARTITIONS) for x in note["files"].values())
+                and _are_runs(note["detail"], MAX_BLOCKS) and all(state <= ERASED for state, _ in note["detail"]) and (note["before"] is None or _is_end(note["before"])))
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+
+def _is_count(x: object) -> bool:
+    return type(x) is int and 0 <= x < 2**53
+
+
+def _is_end(note: object) -> bool:
+    """Of a commit: its version, and what it says of each level."""
+    levels = note.get("levels") if isinstance(note, dict) and _is_count(note.get("version")) else None
+    return isinstance(levels, dict) and all(
+        re.fullmatch(r"[LK]\d{1,2}", name) and isinstance(level, list) and len(level) == 2 and all(map(_is_count, level)) for name, level in levels.items())
+
+
+def _are_runs(runs: object, most: int) -> bool:
+    pairs = isinstance(runs, list) and all(isinstance(run, list) and len(run) == 2 and all(map(_is_count, run)) for run in runs)
+    return pairs and sum(count for _, count in runs) <= most
 
 
 def _slot_bytes(commit: dict) -> bytes:

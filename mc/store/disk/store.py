@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mc.store.disk.commits import Commits, format_of, plain_format, runs, unrun
+from mc.store.disk.commits import MAX_PARTITIONS, Commits, format_of, plain_format, runs, unrun
 from mc.store.disk.files import HEADER_BYTES, Damage, FileSystem, RecordKind, decode, encode, partition_files, partition_version
 from mc.store.disk.records import Records
 from mc.store.ram import ERASED, KEPT, VOID, Detail, StoreFormat, check_keys, check_not_erased
@@ -486,6 +486,8 @@ class DiskStore:
         for name, (n, crc) in commit["levels"].items():
             level = levels[name] = Records(self.fs, self.path / name, record_kind(name, format_of(note["format"]), note["partition_bytes"]))
             versions, count = unrun(note["files"].get(name, [])), -(-n // level.R)
+            if count > MAX_PARTITIONS:
+                raise UserError(f"{self.path} is damaged: a commit tells of {n} records of {name}; restore it from a backup")
             level.set_state(n, (*versions[:count], *[note["version"]] * (count - len(versions))), crc)
         return levels
 

@@ -97,8 +97,7 @@ class MeanGists(RecencyGists):
         if models.mc is not None and models.mc.config.gist == "mean":
             return models
         base = models.mc.config if models.mc else MCConfig()
-        untouched = {name: getattr(MCConfig, name) for name in ("gist_width", "gist_pool", "gist_head", "gist_shared")}
-        mean = MegaContext(replace(base, gist="mean", **untouched), models.gpt.config.n_embd).to(models.gpt.lm_head.weight)
+        mean = MegaContext(replace(base, gist="mean", gist_width=MCConfig.gist_width), models.gpt.config.n_embd).to(models.gpt.lm_head.weight)
         return replace(models, mc=mean.eval())
 
 

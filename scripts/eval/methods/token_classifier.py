@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mc.gistnet import Layer, linear
-from nanochat.common import UserError
+from nanochat.common import UserError, from_plain, parse_json
 from nanochat.gpt import GPT
-from scripts.eval.importance import keep_labels, replace_file
+from nanochat.loading import build
+from nanochat.outputs import output_file, replacing
+from scripts.eval.importance import keep_labels
 from scripts.eval.methods.token_drop import TokenDrop
 
 
@@ -94,19 +96,23 @@ def train_classifier(model: TokenClassifier, gpt: GPT, shards: list[tuple[Tensor
 
 def save_token_classifier(path: Path, model: TokenClassifier, meta: dict) -> None:
     """One safetensors file; config and meta as JSON in its header."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    output_file(path)
     header = {"config": json.dumps(asdict(model.config)), "meta": json.dumps(meta)}
     state = {name: t.contiguous() for name, t in model.state_dict().items()}
-    replace_file(path, lambda path: save_file(state, path, metadata=header))
+    with replacing(path, SafetensorError) as part:
+        save_file(state, part, metadata=header)
 
 
 def load_token_classifier(path: Path, device: torch.device | str = "cpu") -> TokenClassifier:
     """UserError unless the file is what `save_token_classifier` writes."""
     try:
         with safe_open(path, "pt", device=str(device)) as file:
-            model = TokenClassifier(TokenClassifierConfig(**json.loads(file.metadata()["config"])))
-            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as e:
+            config = from_plain(TokenClassifierConfig, parse_json(file.metadata()["config"]), "its config")
+            state = {name: file.get_tensor(name) for name in file.keys()}
+        if not 0 < config.n_layer <= len(state) or min(config.n_head, config.width, config.d_model, config.span) < 1:
+            raise ValueError(f"{len(state)} tensors, {config.n_layer} layers")
+        model = build(lambda: TokenClassifier(config), state, str(path), device, (config.d_model, config.width, config.n_head, config.span))
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, AssertionError, SafetensorError, UserError) as e:
         why = f"{type(e).__name__}: {str(e).splitlines()[0]}"
         raise UserError(f"{path} is no keep/drop classifier ({why}); make one: python -m scripts.mc_study classifier") from None
-    return model.to(device).eval()
+    return model

@@ -267,6 +267,10 @@ def test_a_history_that_is_too_long_loses_the_middle_of_its_context(most):
 
 def test_scores_are_rulers():
     assert ruler_score("It was THE Cat.", ["the cat"]) == 1 and ruler_score("a b", ["A", "c"]) == 0.5
+    assert ruler_score("a b", ["", "c"], part=True) == 0 and ruler_score("a b", ["", "b", "c"]) == 0.5
+    assert ruler_score("red", [" red "]) == 1 and ruler_score("Zoe\u0308", ["zo\u00eb"]) == 1
+    with pytest.raises(UserError, match="missing or empty"):
+        ruler_score("x", ["", " "])
     assert ruler_score("a b", ["A", "c"], part=True) == 1 and ruler_score("", ["x"], part=True) == 0
     with pytest.raises(UserError, match="without references"):
         ruler_score("x", [])

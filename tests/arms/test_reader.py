@@ -8,20 +8,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mc.config import MCConfig
-from mc.lens_networks import CURSORS, READERS, RERANKED, WIDTH, Reader
+from mc.arm import KINDS, load
+from mc.arms.reader import WIDTH, Reader
+from mc.lensnet import CURSORS, RERANKED
 from mc.model import MegaContext
 from mc.session import SessionConfig, SessionPool
 from nanochat.optim import MuonAdamW, check_groups
 from tiny_mc import VOCAB, randomize, step, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)
+READERS = tuple(KINDS["lens"])
 EXACT = dict(rtol=0, atol=1e-9)
 K, D, RECENT, MAX_LOD = 4, 16, 8, 3
 kinds = pytest.mark.parametrize("kind", READERS)
 
 
 def make(kind: str, seed: int = 0) -> Reader:
-    reader = Reader(kind, D, K, MAX_LOD, RECENT).double()
+    reader = load(KINDS["lens"][kind]).reader(D, K, MAX_LOD, RECENT).double()
     randomize(reader, seed)
     return reader
 
@@ -42,7 +45,7 @@ def context(n_blocks: int, cursors: list[int], rows: int = 2, seed: int = 0) -> 
 @pytest.mark.parametrize("n_blocks", [1, 31, 33])
 def test_training_starts_from_the_bilinear_lens(kind, n_blocks):
     given = context(n_blocks, [n_blocks * K + 2])
-    assert torch.equal(Reader(kind, D, K, MAX_LOD, RECENT).double()(**given), given["logits_BQN"])
+    assert torch.equal(load(KINDS["lens"][kind]).reader(D, K, MAX_LOD, RECENT).double()(**given), given["logits_BQN"])
     changed = make(kind)(**given) != given["logits_BQN"]
     assert changed.all()
 
@@ -114,7 +117,7 @@ def test_its_loss_teaches_all_of_it_and_nothing_else(kind):
 def test_it_learns_what_no_block_can_tell_by_itself(kind):
     """Wanted: the second best by the bilinear logit. What that is depends on the other blocks."""
     torch.manual_seed(0)
-    reader = Reader(kind, D, K, MAX_LOD, RECENT)
+    reader = load(KINDS["lens"][kind]).reader(D, K, MAX_LOD, RECENT)
     optimizer = torch.optim.Adam(reader.parameters(), lr=3e-3)
     for seed in range(100):
         given = {name: x.float() if x.is_floating_point() else x for name, x in context(8, [12 * K] * 32, rows=2, seed=seed).items()}

@@ -15,15 +15,21 @@ Shapes: R rows, T tokens, N blocks, N_l nodes at level l, E edits of a row, C = 
 
 from collections.abc import Sequence
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mc.arm import Arm, Part, Setting
 from mc.focus_allocator import GreedyAllocator
 from mc.keyed_random import gumbel, uniform
+from mc.lens_loss import Asked, Lesson, cursor_logits, visible_blocks
 from mc.losses import row_mean
 from mc.mega_context import Tree
 from mc.model import MegaContext, read_rows, run_entries, take, with_continuation
+from mc.runtime import MCController, Seen
+from mc.teachers import beyond_average
 from mc.working_context import from_expanded
 from nanochat.gpt import GPT, token_losses
 
@@ -91,3 +97,76 @@ def edit_utilities(gpt: GPT, mc: MegaContext, tree: Tree, tokens_RT: Tensor, tar
     nll_RC = nll.masked_fill(~fits, torch.nan).view(R, 1 + E)
     gain_RE = nll_RC[:, :1] - nll_RC[:, 1:]
     return torch.where(expanded[0].gather(1, block_RE), -gain_RE, gain_RE), nll_RC[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the lens learns from them
+
+
+class Edits(NamedTuple):
+    """Path edits at the end of histories of n_B tokens, and what they are worth."""
+
+    n_B: Tensor
+    block_BE: Tensor
+    utility_BE: Tensor  # nats per token: NLL without the block's detail − NLL with it
+    valid_BE: Tensor
+
+
+def standardized(x_BQN: Tensor, visible_BQN: Tensor) -> Tensor:
+    """Deviation from the mean of the visible, in standard deviations of theirs; 0 where they are all alike. For what only compares."""
+    x_BQN = beyond_average(x_BQN, visible_BQN) * visible_BQN
+    square = x_BQN.square().sum(-1, keepdim=True) / visible_BQN.sum(-1, keepdim=True).clamp_min(1)
+    return x_BQN / square.sqrt().clamp_min(1e-12)
+
+
+def utility_order(logits_BE: Tensor, utility_BE: Tensor, valid_BE: Tensor) -> Tensor:
+    """[B] logistic loss of every pair of candidates, times what the pair is worth, over the number of pairs: 0 at ties.
+
+    utility: any unit, positive where detail helps.
+    """
+    gain_BEE = (utility_BE[:, :, None] - utility_BE[:, None]).clamp_min(0)
+    lead_BEE = logits_BE[:, :, None] - logits_BE[:, None]
+    pair_BEE = valid_BE[:, :, None] & valid_BE[:, None]
+    pairs_B = valid_BE.sum(1) * (valid_BE.sum(1) - 1) / 2
+    return (gain_BEE * F.softplus(-lead_BEE) * pair_BEE).sum((1, 2)) / pairs_B.clamp_min(1)
+
+
+def edit_loss(model: MegaContext, tree: Tree, edits: Edits, normalize: bool) -> Tensor:
+    """[B] `utility_order` of the lens's logits at the end of each row's history, and the mean of that of each tail token's own vote:
+    the evidence that adds up to a logit is taught one by one too."""
+    n_B, block_BE, utility_BE, valid_BE = edits
+    utility_BE = standardized(utility_BE, valid_BE) if normalize else utility_BE
+    loss_B = sum(utility_order(x.gather(1, block_BE), utility_BE, valid_BE) for x in cursor_logits(model, tree, n_B))
+    own_BTN = model.tail_votes(tree.levels[0], n_B)
+    each = own_BTN.shape[1]
+    own_BTE = own_BTN.gather(2, block_BE[:, None].expand(-1, each, -1))
+    own_BT = utility_order(own_BTE.flatten(0, 1), *(x.repeat_interleave(each, 0) for x in (utility_BE, valid_BE))).view(-1, each)
+    return loss_B + own_BT.mean(1)
+
+
+class Counterfactual(Arm):
+    """`--mc_teacher=counterfactual`: edits of a cut of every row that has a working context, measured; of any two, the more useful comes
+    first, with as much weight as the difference is worth."""
+
+    SETTINGS = {"lens_edits": Setting(8, "edits measured in every row that has a working context, for --mc_teacher=counterfactual", low=2)}
+
+    @torch.no_grad()
+    def watch(self, controller: MCController, seen: Seen) -> Edits:
+        c, model, n = self.config, controller.model, seen.n_R
+        logits = model.lens_logits(seen.tree.levels[0], n, tree=seen.tree)
+        editable = visible_blocks(n, logits.shape[1], c.block_size, c.protected)
+        expanded = draw_cut(model.allocator, editable, n, seen.rows_R, *seen.key)
+        block, drawn = draw_edits(logits, can_flip(expanded, editable, n, c.block_size), c.of("lens_edits"), seen.rows_R, *seen.key)
+        utility, _ = edit_utilities(seen.gpt, model, seen.tree, seen.tokens_RT, seen.targets_RT, n, expanded, block)
+        return Edits(n, block, utility.masked_fill(~drawn, 0), drawn)
+
+    def lens_parts(self, model: MegaContext, lesson: Lesson, asked: Asked | None) -> list[Part]:
+        if (edits := lesson.watched.get("counterfactual")) is None:
+            return []
+        return [("counterfactual", self.config.teacher_weights()["counterfactual"], edit_loss(model, lesson.tree, edits, False).mean())]
+
+    def more_passes(self) -> float:
+        return (1 + self.config.of("lens_edits")) / 3  # forward only
+
+
+ARM = Counterfactual

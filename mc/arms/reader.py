@@ -5,10 +5,7 @@ gists, the nodes above them, and the last tokens, all in both directions. It add
 
     logit' = logit + reader(…),   the reader's last layer starting at zero: training starts exactly from the bilinear lens
 
-    transformer  two layers of self-attention over everything
-    perceiver    latents read everything, read each other, and are read by the blocks
-    slots        slots compete for the rows (softmax over slots), a few rounds with shared weights; a block's score is how well it
-                 agrees with what the slots that won it ask for
+Its body is an arm: `mc.arms.lens_transformer`, `lens_perceiver` or `lens_slots`.
 
 Rows are told apart by their LOD, span width, distance to the cursor and content alone: a permutation of the nodes permutes the scores.
 All inputs are detached, the bilinear logits too: the bilinear part learns as it does alone.
@@ -20,21 +17,21 @@ Shapes: B rows, Q cursors of a row, N blocks, E nodes (the blocks first), T tail
 """
 
 import math
+from abc import abstractmethod
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mc.gistnet import QUERY_STD, Layer, linear, spread
+from mc.arm import Arm
+from mc.config import MCConfig
+from mc.gistnet import QUERY_STD, linear
+from nanochat.common import UserError
 from nanochat.gpt import norm
 
-READERS = ("transformer", "perceiver", "slots")
-WIDTH, N_HEAD, N_LAYER = 64, 4, 2
+WIDTH, N_HEAD = 64, 4
 LATENTS = 8  # of the perceiver, and slots
-ROUNDS = 3  # of competition
-CURSORS = 8  # positions of a row at which a reader is taught
-RERANKED = 64  # blocks that the search of a long history proposes to a reader, at least
 FACTS = 4  # numbers that describe a row
 
 
@@ -50,84 +47,27 @@ def scores(score: nn.Linear, h_XNC: Tensor) -> Tensor:
     return score(norm(h_XNC))[..., 0] / math.sqrt(WIDTH)
 
 
-class Transformer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(WIDTH, N_HEAD) for _ in range(N_LAYER))
-        self.score = silent(WIDTH, 1)
+class Body(nn.Module):
+    """What reads the rows."""
 
+    @abstractmethod
     def forward(self, h_XSC: Tensor, seen_XS: Tensor, count: int) -> Tensor:
         """h [X, S, C], seen bool [X, S] -> scores [X, count] of the first `count` rows."""
-        for layer in self.layers[:-1]:
-            h_XSC = layer(h_XSC, h_XSC, seen_XS)
-        return scores(self.score, self.layers[-1](h_XSC[:, :count], h_XSC, seen_XS))
 
+    @abstractmethod
     def flops(self, rows: int, count: int) -> int:
-        return sum(layer.flops(rows, rows) for layer in self.layers[:-1]) + self.layers[-1].flops(count, rows) + 2 * count * WIDTH
-
-
-class Perceiver(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.latents_MC = nn.Parameter(QUERY_STD * torch.randn(LATENTS, WIDTH))
-        self.gather, self.mix, self.give_back = (Layer(WIDTH, N_HEAD) for _ in range(3))
-        self.score = silent(WIDTH, 1)
-
-    def forward(self, h_XSC: Tensor, seen_XS: Tensor, count: int) -> Tensor:
-        """As `Transformer.forward`."""
-        latents_XMC = self.gather(spread(self.latents_MC, h_XSC), h_XSC, seen_XS)
-        latents_XMC = self.mix(latents_XMC, latents_XMC, None)
-        return scores(self.score, self.give_back(h_XSC[:, :count], latents_XMC, None))
-
-    def flops(self, rows: int, count: int) -> int:
-        return self.gather.flops(LATENTS, rows) + self.mix.flops(LATENTS, LATENTS) + self.give_back.flops(count, LATENTS) + 2 * count * WIDTH
-
-
-class Slots(nn.Module):
-    """Slot attention (Locatello et al., 2020), with learned first slots and an MLP in the place of its GRU."""
-
-    def __init__(self):
-        super().__init__()
-        self.slots_MC = nn.Parameter(QUERY_STD * torch.randn(LATENTS, WIDTH))
-        self.query, self.key, self.value = (linear(WIDTH, WIDTH) for _ in range(3))
-        self.up, self.down = linear(WIDTH, 2 * WIDTH), linear(2 * WIDTH, WIDTH)
-        self.wanted = silent(WIDTH, WIDTH)
-
-    def forward(self, h_XSC: Tensor, seen_XS: Tensor, count: int) -> Tensor:
-        """As `Transformer.forward`."""
-        h_XSC = norm(h_XSC)
-        key_XCS, value_XSC = self.key(h_XSC).transpose(1, 2), self.value(h_XSC)
-        slot_XMC = spread(self.slots_MC, h_XSC)
-        for _ in range(ROUNDS):
-            share_XMS = self._shares(slot_XMC, key_XCS) * seen_XS[:, None]
-            read_XMC = share_XMS @ value_XSC / share_XMS.sum(-1, keepdim=True).clamp_min(1e-6)
-            slot_XMC = slot_XMC + read_XMC
-            slot_XMC = slot_XMC + self.down(F.relu(self.up(norm(slot_XMC))).square())
-        share_XMN = self._shares(slot_XMC, key_XCS[..., :count])
-        agrees_XMN = self.wanted(norm(slot_XMC)) @ h_XSC[:, :count].transpose(1, 2) / math.sqrt(WIDTH)
-        return (share_XMN * agrees_XMN).sum(1)
-
-    def _shares(self, slot_XMC: Tensor, key_XCS: Tensor) -> Tensor:
-        """[X, M, S] of each row the shares that the slots win: they sum to 1 over the slots."""
-        return (self.query(norm(slot_XMC)) @ key_XCS / math.sqrt(WIDTH)).softmax(1)
-
-    def flops(self, rows: int, count: int) -> int:
-        one_round = 2 * LATENTS * 5 * WIDTH**2 + 4 * LATENTS * rows * WIDTH
-        return 4 * rows * WIDTH**2 + ROUNDS * one_round + 4 * LATENTS * (WIDTH**2 + count * WIDTH)
-
-
-BODIES = dict(transformer=Transformer, perceiver=Perceiver, slots=Slots)
+        """Forward FLOPs of reading `rows` and scoring `count` of them."""
 
 
 class Reader(nn.Module):
-    """Reads the candidates of many cursors. kind: one of READERS; recent: the last tokens, whose blocks are shown anyway."""
+    """Reads the candidates of many cursors. recent: the last tokens, whose blocks are shown anyway."""
 
-    def __init__(self, kind: str, d_model: int, block_size: int, max_lod: int, recent: int):
+    def __init__(self, body: type[Body], d_model: int, block_size: int, max_lod: int, recent: int):
         super().__init__()
         self.block_size, self.recent = block_size, recent
         self.gist, self.token, self.facts = linear(d_model, WIDTH), linear(2 * d_model, WIDTH), linear(FACTS, WIDTH)
         self.level_LC = nn.Parameter(QUERY_STD * torch.randn(max_lod + 1, WIDTH))
-        self.body = BODIES[kind]()
+        self.body = body()
 
     def forward(self, logits_BQN: Tensor, tail_BQTD: Tensor, cursor_BQ: Tensor, gists_BED: Tensor, lod_E: Tensor, index_E: Tensor) -> Tensor:
         """[B, Q, N] unbounded logits, like those it is given.
@@ -167,3 +107,18 @@ class Reader(nn.Module):
         once = n_nodes * D * WIDTH + tail * FACTS * WIDTH
         each = n_nodes * FACTS * WIDTH + tail * 2 * D * WIDTH
         return 2 * once + n_cursors * (2 * each + self.body.flops(rows, n_blocks))
+
+
+class ReaderArm(Arm):
+    """A lens with a reader."""
+
+    BODY: type[Body]
+
+    @classmethod
+    def check(cls, config: MCConfig) -> None:
+        if config.gists_per_block > 1:
+            raise UserError(f"--mc_lens={config.lens} reads one gist per node, and --mc_gists_per_block={config.gists_per_block}; use --mc_lens=bilinear")
+
+    @classmethod
+    def reader(cls, d_model: int, block_size: int, max_lod: int, recent: int) -> Reader:
+        return Reader(cls.BODY, d_model, block_size, max_lod, recent)

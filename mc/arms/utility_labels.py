@@ -14,8 +14,8 @@ Shapes: C contexts, T tokens, Q cursors of a context, E edits of a cursor, N blo
 
 import hashlib
 import json
-import os
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,13 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mc.config import to_dict
-from mc.counterfactual import can_flip, draw_cut, draw_edits, edit_utilities
-from mc.lens_objectives import standardized, visible_blocks
+from mc.arms.counterfactual import can_flip, draw_cut, draw_edits, edit_utilities, standardized
+from mc.config import complete
+from mc.lens_loss import visible_blocks
 from mc.model import MegaContext
 from mc.teachers import continuation_pass, gate_utility
-from nanochat.common import UserError
+from nanochat.common import UserError, parse_json
 from nanochat.gpt import GPT
+from nanochat.outputs import output_folder, replacing, write_file
 
 FORMAT = 1
 CONTRAST = 3.0  # logits per standard deviation of gate utility, when edits are drawn
@@ -50,6 +51,17 @@ class Labels:
     valid_CQE: Tensor  # bool
     nll_CQ: Tensor  # float32, of the cut that was edited
 
+    def fit(self) -> bool:
+        """Whether types and shapes are those of labels."""
+        whole, real = torch.int64, torch.float32
+        types = dict(row_C=whole, tokens_CT=whole, n_CQ=whole, block_CQE=whole, utility_CQE=real, valid_CQE=torch.bool, nll_CQ=real)
+        sizes: dict[str, int] = {}
+        for name, dtype in types.items():
+            x, letters = getattr(self, name), name.rpartition("_")[2]
+            if x.dtype != dtype or x.ndim != len(letters) or any(sizes.setdefault(letter, size) != size for letter, size in zip(letters, x.shape)):
+                return False
+        return True
+
     @staticmethod
     def cat(parts: "Sequence[Labels]") -> "Labels":
         return Labels(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Labels)})
@@ -58,7 +70,7 @@ class Labels:
 def fingerprint(gpt: GPT, mc: MegaContext) -> str:
     """Of all that a label depends on: base, gists, and the settings, those of the lens and of training left out."""
     about_context = ("block_size", "max_lod", "budget", "recent", "horizon", "positions", "damping_floor", "lod_axis", "alibi")
-    settings = {name: value for name, value in to_dict(mc.config).items() if name.startswith("gist") or name in about_context}
+    settings = {name: value for name, value in complete(mc.config).items() if name.startswith("gist") or name in about_context}
     digest = hashlib.sha256(repr(sorted(settings.items())).encode())
     state = gpt.state_dict() | {f"mc.{name}": x for name, x in mc.state_dict().items() if not name.startswith(("lensnet.", "earlier_lens."))}
     for name, tensor in sorted(state.items()):
@@ -128,7 +140,7 @@ class LabelFolder:
         """UserError where there is none, or it is not ours."""
         path = self.folder / MANIFEST
         try:
-            found = json.loads(path.read_text())
+            found = parse_json(path.read_bytes())
             if found["format"] != FORMAT or not isinstance(found["settings"], dict):
                 raise ValueError
         except OSError as e:
@@ -140,11 +152,8 @@ class LabelFolder:
     def begin(self, settings: dict, about: dict) -> None:
         """Write the manifest, or find that of an earlier run; UserError if that run's labels are of something else."""
         if not (self.folder / MANIFEST).exists():
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                _write(self.folder / MANIFEST, json.dumps({"format": FORMAT, "settings": settings, "about": about}, indent=1).encode())
-            except OSError as e:
-                raise UserError(f"cannot write to {self.folder}: {e.strerror}; name another --out") from None
+            output_folder(self.folder, MANIFEST)
+            write_file(self.folder / MANIFEST, json.dumps({"format": FORMAT, "settings": settings, "about": about}, indent=1))
             return
         there = self.manifest()["settings"]
         different = [f"{name} {there.get(name)} there, {settings.get(name)} here" for name in settings | there if settings.get(name) != there.get(name)]
@@ -155,12 +164,8 @@ class LabelFolder:
         return self.folder / f"labels_{index:05d}.npz"
 
     def add(self, index: int, labels: Labels) -> None:
-        temporary = self.path(index).with_suffix(".tmp")
-        with open(temporary, "wb") as f:
+        with replacing(self.path(index)) as part, open(part, "wb") as f:
             np.savez(f, **{name: x.cpu().numpy() for name, x in asdict(labels).items()})
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, self.path(index))
 
     def read(self) -> Labels:
         """All that is there, in the order it was drawn. UserError where there is nothing, or a file is damaged."""
@@ -169,18 +174,10 @@ class LabelFolder:
             try:
                 with np.load(path, allow_pickle=False) as arrays:
                     parts.append(Labels(**{f.name: torch.from_numpy(arrays[f.name]) for f in fields(Labels)}))
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+                if not parts[-1].fit() or any(x.shape[1:] != y.shape[1:] for x, y in zip(vars(parts[0]).values(), vars(parts[-1]).values())):
+                    raise ValueError("arrays that do not fit each other")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
                 raise UserError(f"{path} is damaged ({type(e).__name__}); remove it and label again, the others are kept") from None
         if not parts:
             raise UserError(f"no labels in {self.folder} yet: make some with: python -m scripts.mc_study labels")
         return Labels.cat(parts)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
