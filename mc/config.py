@@ -215,7 +215,8 @@ def from_dict(values: dict) -> MCConfig:
     arms = named({name: own.get(name, "") for name in ("arms", *KINDS)})
     for module in named_by_value - set(arms) - set(ADDED):
         raise UserError(f"--mc_{' --mc_'.join(f'{k}={v}' for k, v in given.items() if SETTINGS[k][0] == module)} has no effect without {_how(module)}")
-    own["arms"] = ",".join(name for name in ADDED if name in arms or name in named_by_value)
+    by_value = [name for name in ADDED if name in named_by_value and name not in arms]
+    own["arms"] = ",".join(filter(None, [own.get("arms", ""), *by_value]))
     return from_plain(MCConfig, own | {"of_arms": given}, "MC config")
 
 

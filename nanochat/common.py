@@ -7,7 +7,6 @@ import hashlib
 import importlib
 import importlib.util
 import json
-import math
 import os
 import random
 import re
@@ -115,12 +114,10 @@ class FlagParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _get_value(self, action, arg_string: str):
-        """Refuses what no flag can mean: an empty path, a number that is not one or that 64 bits do not hold."""
+        """Refuses what no flag can mean: an empty path, a whole number that 64 bits do not hold. What is finite a command asks itself."""
         value = super()._get_value(action, arg_string)
         if action.type is Path and not arg_string:
             raise argparse.ArgumentError(action, "an empty path")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise argparse.ArgumentError(action, f"{arg_string} is no finite number")
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise argparse.ArgumentError(action, f"{arg_string[:30]} does not fit 64 bits")
         return value

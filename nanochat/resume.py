@@ -42,18 +42,9 @@ class Progress:
 def own_directory(args) -> Iterator[Path]:
     """The directory of a run's checkpoints, held against any other run until the end. UserError while another has it."""
     directory = base_dir() / "checkpoints" / run_tag(args)
-    if not args.resume:
-        refuse_other_run(directory)
     output_folder(directory, flag=BASE_DIR)
     with holding(directory) if int(os.environ.get("RANK", 0)) == 0 else contextlib.nullcontext():
-        if not args.resume:
-            refuse_other_run(directory)  # it may have begun and ended in between
         yield directory
-
-
-def refuse_other_run(directory: Path) -> None:
-    if steps := complete_steps(directory):
-        raise UserError(f"{directory} holds checkpoints of another run, up to step {steps[-1]}; use --resume=1, another --model_tag, or remove it")
 
 
 @dataclass
@@ -72,9 +63,12 @@ class Checkpoints:
     progress: Progress = field(default_factory=Progress)
 
     def resume(self) -> Progress:
-        """Where the newest intact checkpoint stands, everything put back; the beginning where there is none or none is wanted."""
-        if not (self.args.resume and complete_steps(self.directory)):
+        """Where the newest intact checkpoint stands, everything put back; the beginning where there is none. UserError where there is one
+        that is not to be gone on with."""
+        if not (steps := complete_steps(self.directory)):
             return self.progress
+        if not self.args.resume:
+            raise UserError(f"{self.directory} holds checkpoints of another run, up to step {steps[-1]}; use --resume=1, another --model_tag, or remove it")
         saved = load_checkpoint(self.directory, device=self.ranks.device, rank=self.ranks.rank, world_size=self.ranks.world_size)
         check_resumable(saved.meta, self.args, self.plan, self.tokenizer, self.directory, self.controller)
         self.model.load_state_dict(saved.model)

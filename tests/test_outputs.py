@@ -321,7 +321,7 @@ def test_a_console_that_takes_nothing_ends_no_training(tmp_path, capsys, monkeyp
 # Flags and the end
 
 
-@pytest.mark.parametrize("text", ["--n=9223372036854775808", "--n=-9223372036854775809", "--x=nan", "--x=inf", "--x=-inf", "--x=1e400", "--out=", "--n=", "--n=1e3"])
+@pytest.mark.parametrize("text", ["--n=9223372036854775808", "--n=-9223372036854775809", "--x=", "--out=", "--n=", "--n=1e3"])
 def test_flags_at_the_edges_of_their_types(text, capsys):
     parser = FlagParser()
     for name, kind in (("n", int), ("x", float), ("out", Path)):

@@ -151,7 +151,7 @@ def test_a_derived_horizon_is_the_same_given(kind, prepared, train, tmp_path):
 
 
 def test_settings_that_are_off_by_default_resume_too(prepared, train, tmp_path):
-    every = [*MC, "--mc_arms=kl,contrast,horizon", "--mc_lens_kl=0.3", "--mc_variants=2", "--mc_teacher=gate:1,counterfactual:1,preference:1", "--mc_lens_edits=3", "--mc_far_tokens=400", "--mc_bands=1",
+    every = [*MC, "--mc_arms=kl,contrast,horizon,bands", "--mc_lens_kl=0.3", "--mc_variants=2", "--mc_teacher=gate:1,counterfactual:1,preference:1", "--mc_lens_edits=3", "--mc_far_tokens=400",
              "--mc_lens=slots", "--grad_clip=1"]
     whole, parts = (Path(shutil.copytree(prepared / "base", tmp_path / name)) for name in ("whole", "parts"))
     train(whole, *every).ok()

@@ -155,5 +155,4 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(case, base,
 
 def test_a_base_directory_that_is_a_file(prepared, tmp_path):
     (tmp_path / "file").write_text("kept")
-    for script, flags in (("tok_train", [f"--data={prepared / 'texts'}"]), ("base_train", [*TINY, "--data=random"])):
-        assert "set NANOCHAT_BASE_DIR" in run(tmp_path, script, *flags, NANOCHAT_BASE_DIR=str(tmp_path / "file" / "x")).error
+    assert "set NANOCHAT_BASE_DIR" in run(tmp_path, "tok_train", f"--data={prepared / 'texts'}", NANOCHAT_BASE_DIR=str(tmp_path / "file" / "x")).error
