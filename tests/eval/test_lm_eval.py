@@ -317,3 +317,12 @@ def test_the_least_top_p_or_top_k_is_the_likeliest_token(kind):
     greedy, drawn = answer(), answer(temperature=1.0)
     assert greedy == answer(temperature=1.0, top_p=1e-9) == answer(temperature=1.0, top_k=1) != drawn
     assert drawn == answer(temperature=1.0, do_sample=True) != answer(temperature=3.0)
+
+
+def test_requests_whose_context_does_not_fit_are_counted():
+    pool = SessionPool(GPT, tiny_mc(GPT).model, SessionConfig(budget=15), trained_lods=[1])  # the tail takes up to 11 entries, a block 4
+    lm = SessionLM(pool, TOKENIZER)
+    lm.loglikelihood(requests("loglikelihood", ("the fox", " ran")))
+    assert lm.left_out == 0
+    lm.loglikelihood(requests("loglikelihood", ("a history, " * 18, " and its end")))
+    assert lm.left_out == 1 and not pool.sessions

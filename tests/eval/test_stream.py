@@ -83,3 +83,9 @@ def test_the_window_is_the_base_on_the_last_tokens():
     other = torch.cat([tokens(N - 51, 9), HISTORY[-51:]])
     assert ask_window(pool, other, SAID, SCORED, ALL) == found, "what is outside the window does not matter"
     assert ask_window(pool, torch.cat([HISTORY[:-51], (HISTORY[-51:] + 1) % VOCAB]), SAID, SCORED, ALL).nll != found.nll
+
+
+def test_an_answer_says_what_had_no_entry():
+    small, large = tiny_pool(budget=20), tiny_pool(budget=60)
+    left_out = [ask(pool, store_of(pool, HISTORY), SAID, SCORED, ALL).omitted for pool in (small, large)]
+    assert left_out[0] > 100 and left_out[1] == 0
