@@ -33,7 +33,7 @@ from mc.lensnet import CURSORS
 from mc.losses import distillation, row_mean
 from mc.mega_context import Tree, TreeShape
 from mc.model import Entries, MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
-from mc.path_edits import outlook
+from mc.session.refocus import outlook
 from mc.teachers import attention_mass
 from mc.telemetry import gist_statistics, shares_by_lod
 from mc.working_context import entries_used
@@ -41,7 +41,7 @@ from nanochat.common import UserError, print0
 from nanochat.controller import Metrics, StepResult
 from nanochat.gpt import GPT, Captured, token_losses
 from nanochat.schedule import ramp
-from nanochat.tracing import Trace
+from nanochat.telemetry.tracing import Trace
 
 class Seen(NamedTuple):
     """The working contexts of a micro-batch as an arm sees them, nothing with gradients."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from mc.config import POLICIES
 from mc.mega_context import Tree
 from mc.working_context import Cut, entries_used, spans
-from nanochat.recorder import DELTA_NATS, NATS, NORMS, SECONDS, SHARES, Labelled, Metric, one_two_five, register
+from nanochat.telemetry.recorder import DELTA_NATS, NATS, NORMS, SECONDS, SHARES, Labelled, Metric, one_two_five, register
 
 RUNTIME = "mc/runtime.py"
 TRAIN = "scripts/base_train.py"
@@ -58,7 +58,7 @@ register(
 )
 
 HERE = "mc/telemetry.py"
-DIAGNOSTICS = "mc/diagnostics.py"
+DIAGNOSTICS = "scripts/eval/probe.py"
 
 register(
     Metric("mc.focus.compression", "{token}", "histogram", "Tokens of history per entry of a training cut: n / entries used.",
@@ -112,7 +112,7 @@ register(
            healthy="below 0.2 once the lens has learned", where=DIAGNOSTICS),
 )
 
-SESSION = "mc/session_meter.py"
+SESSION = "mc/session/meter.py"
 
 register(
     Metric("gen_ai.server.request.duration", "s", "histogram", "From a request's first token handed in to its last token out.",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanochat.gpt import GPT
-from nanochat.tracing import Reading, Trace
+from nanochat.telemetry.tracing import Reading, Trace
 
 Metrics = dict[str, Tensor | Reading]
 

@@ -26,7 +26,6 @@ from nanochat.controller import NullController
 from nanochat.dataloader import Batch, Loader, Source, eval_rows, is_synthetic, is_tasks, make_source
 from nanochat.evaluation import evaluate
 from nanochat.gpt import GPT
-from nanochat.meter import TrainingMeter, mean_over_ranks
 from nanochat.optim import MuonAdamW, check_groups, gpt_param_groups
 from nanochat.outputs import StopRequest
 from nanochat.plan import Plan, add_flags, check_flags, describe, make_plan
@@ -34,6 +33,7 @@ from nanochat.resume import Checkpoints, Progress, own_directory, start_from
 from nanochat.schedule import lr_multiplier, muon_momentum, weight_decay_multiplier
 from nanochat.tasks.recall import CurriculumSchedule
 from nanochat.tasks.source import most_blocks
+from nanochat.telemetry.meter import TrainingMeter, mean_over_ranks
 from nanochat.tokenizer import Tokenizer
 
 

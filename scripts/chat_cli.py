@@ -23,8 +23,8 @@ from nanochat.documents import decoded
 from nanochat.engine import Engine, decode_stream
 from nanochat.gpt import GPT
 from nanochat.loading import add_model_flags, model_from_flags
-from nanochat.recorder import open_recorder
 from nanochat.streams import interrupt_noted
+from nanochat.telemetry.recorder import open_recorder
 from nanochat.tokenizer import Tokenizer, cut
 
 
@@ -63,7 +63,7 @@ def make_parser(with_mc: bool = True) -> FlagParser:
         parser.add_argument("--mc_store", type=Path, help="folder of --mc_tree=disk; a history that is there goes on")
         parser.add_argument("--log_dir", type=Path, help="folder of metrics.jsonl; by OTLP too, where OTEL_EXPORTER_OTLP_ENDPOINT is set")
         parser.add_argument("--mc_explain", type=int, choices=(0, 1), default=0, help="1: after each answer, what the working context shows and why")
-        import_optional("mc", "session").add_flags(parser)
+        import_optional("mc", "session.session").add_flags(parser)
     return parser
 
 
@@ -131,7 +131,7 @@ def chat_plain(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: T
 def chat_mc(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: Tokenizer, meta: dict) -> None:
     if not meta.get("mc"):
         raise UserError("--mc_enabled=1 needs a checkpoint that was trained with --mc_enabled=1")
-    sessions = import_optional("mc", "session")
+    sessions = import_optional("mc", "session.session")
     text = open_history(args.history, args.prompt is not None) if args.history else None
     recorder = open_recorder(args.log_dir, config=vars(args), total_steps=0, labels={"mc.stage": "session", "mc.variant": "mc"}) if args.log_dir else None
     with text or nullcontext(), recorder or nullcontext():

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Iterator
 
 import mc.telemetry  # noqa: F401  registers MegaContext's metrics
-import nanochat.otel  # noqa: F401  registers those of the transport
+import nanochat.telemetry.otlp  # noqa: F401  registers those of the transport
 from mc.arm import ADDED, KINDS
 from nanochat.common import FlagParser, UserError, base_dir, run_main
 from nanochat.outputs import output_folder, write_file
-from nanochat.recorder import metric_table
+from nanochat.telemetry.recorder import metric_table
 from scripts.eval.tables import table
 
 ROOT = Path(__file__).resolve().parent.parent

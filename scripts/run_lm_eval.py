@@ -37,7 +37,7 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     )
     parser.add_argument("--out", type=Path, default=None, help="JSON file of the results; default $NANOCHAT_BASE_DIR/evals/lm_eval.json")
     if with_mc:
-        import_optional("mc", "session").add_flags(parser)
+        import_optional("mc", "session.session").add_flags(parser)
     return parser
 
 
@@ -57,14 +57,14 @@ def build_lm(args):
     ranks = init_distributed(args.device)
     model, tokenizer, meta = model_from_flags(args, ranks.device)
     if not args.mc_enabled:
-        from nanochat.harness import PlainLM
+        from scripts.eval.lm_eval import PlainLM
 
         return PlainLM(model, tokenizer, args.max_length, args.seed)
     if args.max_length:
         raise UserError(f"--max_length={args.max_length} has no effect with --mc_enabled=1: a session's context is never cut")
     if not meta.get("mc"):
         raise UserError("--mc_enabled=1 needs a checkpoint that was trained with --mc_enabled=1")
-    sessions, harness = import_optional("mc", "session"), import_optional("mc", "harness")
+    sessions, harness = import_optional("mc", "session.session"), import_optional("mc", "harness")
     return harness.SessionLM(sessions.open_pool(model, meta, args.checkpoint_dir, sessions.from_flags(args)), tokenizer, args.seed)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from nanochat.common import FlagParser, UserError, run_main
 from nanochat.dataset import open_corpus
 from nanochat.outputs import output_folder, write_file
-from nanochat.tasks.catalogue import TASKS, task_rows
+from nanochat.tasks.generated import TASKS, task_rows
 from nanochat.tasks.words import Words
 from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer

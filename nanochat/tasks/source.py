@@ -8,7 +8,7 @@ that they repeat from their question); of contexts whose words are distributed i
 import numpy as np
 
 from nanochat.common import UserError, key_seed
-from nanochat.tasks.catalogue import TASKS, task_named
+from nanochat.tasks.generated import TASKS, task_named
 from nanochat.tasks.recall import CurriculumSchedule
 from nanochat.tasks.words import Words
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mc import session as sessions
+from mc.session import session as sessions
 from mc.store.disk.store import DiskStore
 from mc.store.history import store_format
 from mc.store.ram import Store

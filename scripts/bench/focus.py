@@ -3,7 +3,7 @@ full the budget is, and the loss.
 
 Held-out documents one after the other, cut into streams of `--tokens`; a session reads each from its second budget on
 as if it were generated, with a refocus every `--mc_interval` tokens. Everything comes from the meter that a session
-has in use (`mc.session_meter`).
+has in use (`mc.session.meter`).
 
     swap rate     (expands + collapses by edits) ÷ blocks shown raw or as LOD1, mean over refocuses
     residency     refocuses that blocks shown by an edit stayed shown, together ÷ times one
@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mc import session as sessions
-from mc.session_meter import SessionMeter
+from mc.session import session as sessions
+from mc.session.meter import SessionMeter
 from nanochat.common import UserError
 from nanochat.dataset import Progress, open_corpus
 from nanochat.gpt import GPT, token_losses

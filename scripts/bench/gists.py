@@ -30,7 +30,6 @@ from torch import Tensor
 from mc.arm import SETTINGS
 from mc.arms.contrast import contrast_loss
 from mc.config import MCConfig, core_settings, from_dict
-from mc.evaluation import FocusComparison, plain_outcomes
 from mc.focus_allocator import FocusConfig, entries_needed
 from mc.losses import distillation, row_mean
 from mc.mega_context import Tree, tiling
@@ -42,6 +41,7 @@ from nanochat.gpt import GPT, token_losses
 from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
 from scripts.bench.base import add_checkpoint_flag, print_json
+from scripts.eval.comparison import FocusComparison, plain_outcomes
 from scripts.eval.measures import held_out
 from scripts.eval.statistics import bootstrap_interval
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mc import session as sessions
+from mc.session import session as sessions
 from nanochat.common import UserError
 from nanochat.dataloader import eval_rows, judged_rows, source_of
 from nanochat.loading import load_model

@@ -10,9 +10,9 @@ from argparse import Namespace
 import torch
 
 from nanochat.common import FlagParser, UserError
-from nanochat.otel import otlp_sink
-from nanochat.recorder import METRICS, Sample
-from nanochat.tracing import Trace
+from nanochat.telemetry.otlp import otlp_sink
+from nanochat.telemetry.recorder import METRICS, Sample
+from nanochat.telemetry.tracing import Trace
 from scripts.bench.base import print_json
 
 

@@ -1,6 +1,6 @@
 """The learned price of `--mc_allocator=threshold:a,b,c`: three scalars, fitted to what showing a block is worth.
 
-    price = a + b · best logit + c · market price        (`mc.focus_price`)
+    price = a + b · best logit + c · market price        (`mc.session.price`)
 
 At one query per refocus, each block is worth u nats to the next `interval` tokens (gate gradient of the full pass), and the place it takes
 κ: the mean worth of the last block that the lens fits in. Showing what lies above the price gains Σ (u − κ) over those blocks; the fit
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mc.focus_allocator import FocusConfig
-from mc.focus_price import MARKET, Allocator, room
 from mc.model import MegaContext, load_mega_context
+from mc.session.price import MARKET, Allocator, room
 from mc.store.history import check_sessions
 from mc.teachers import gate_utility, keep_gradients, over_horizon
 from nanochat.common import UserError

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mc.key_search import PAGE, KeySearch
 from mc.lensnet import LOCAL_MEAN
 from mc.model import load_mega_context
+from mc.session.key_search import PAGE, KeySearch
 from nanochat.common import UserError
 from nanochat.dataset import open_corpus
 from nanochat.loading import check_tokenizer, load_model

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mc.evaluation import FocusComparison
 from mc.mega_context import build_tree
 from mc.store.catalog import open_history
 from mc.store.disk.store import DiskStore
@@ -33,6 +32,7 @@ from nanochat.common import UserError
 from nanochat.dataloader import eval_rows, judged_rows, source_of
 from nanochat.dataset import Progress
 from scripts.bench.base import add_checkpoint_flag, print_json
+from scripts.eval.comparison import FocusComparison
 from scripts.eval.statistics import bootstrap_interval, median_interval
 
 COMPARED_EVERY = 2  # batches: one in so many is also computed without a store

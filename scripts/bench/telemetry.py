@@ -24,9 +24,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanochat.recorder import open_recorder
+from nanochat.telemetry.recorder import open_recorder
+from nanochat.telemetry.tracing import Trace
 from nanochat.tokenizer import Tokenizer
-from nanochat.tracing import Trace
 from scripts.bench.base import add_block_flags, print_json, synchronize, timed_meta
 from scripts.bench.train_step import training_step
 from scripts.eval.statistics import median_interval

@@ -25,8 +25,8 @@ from nanochat.loading import check_tokenizer
 from nanochat.optim import MuonAdamW, gpt_param_groups
 from nanochat.schedule import batch_lr_scale
 from nanochat.tasks.recall import CurriculumSchedule
+from nanochat.telemetry.tracing import Trace
 from nanochat.tokenizer import Tokenizer
-from nanochat.tracing import Trace
 from scripts.bench.base import Ratio, add_block_flags, print_json, ratio_of, synchronize, timed_meta
 
 

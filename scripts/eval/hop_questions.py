@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mc.session import SessionPool
+from mc.session.session import SessionPool
 from mc.store.ram import Store
 from nanochat.gpt import GPT
 from nanochat.tasks.hops import CHAIN, HopTask

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mc.config import MCConfig
-from mc.evaluation import FocusComparison, plain_outcomes
 from mc.losses import lens_loss, lens_targets, row_mean
 from mc.model import MegaContext, load_mega_context, recency_scores
 from mc.teachers import gate_utility, keep_gradients, over_horizon
@@ -19,6 +18,7 @@ from nanochat.dataloader import judged_rows, source_of
 from nanochat.gpt import GPT, Captured, token_losses
 from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
+from scripts.eval.comparison import FocusComparison, plain_outcomes
 from scripts.eval.methods.gists import LensGists, RecencyGists
 from scripts.eval.methods.interface import Models, again
 from scripts.eval.methods.raw import FullContext, SlidingWindow

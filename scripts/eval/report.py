@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 
-from mc.evaluation import Outcome
 from nanochat.outputs import write_file
-from nanochat.recorder import read_metrics
+from nanochat.telemetry.recorder import read_metrics
+from scripts.eval.comparison import Outcome
 from scripts.eval.figures import BLUE, GREEN, VERMILION, new_figure, save_figure
 from scripts.eval.statistics import LEAST_GAP, bootstrap_interval, share_of_gap
 from scripts.eval.tables import cell, table

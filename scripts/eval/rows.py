@@ -14,7 +14,7 @@ from mc.config import MCConfig
 from nanochat.common import FlagParser, UserError
 from nanochat.dataloader import judged_rows, source_of
 from nanochat.dataset import open_corpus
-from nanochat.tasks.catalogue import task_rows
+from nanochat.tasks.generated import task_rows
 from nanochat.tasks.source import parse_mix
 from nanochat.tasks.words import Words
 from nanochat.token_cache import open_token_cache

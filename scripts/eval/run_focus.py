@@ -15,9 +15,8 @@ from typing import Callable, Iterator, NamedTuple
 import numpy as np
 import torch
 
-from mc.evaluation import FocusComparison, plain_outcomes
 from mc.model import MegaContext, load_mega_context
-from mc.session import SessionConfig, SessionPool
+from mc.session.session import SessionConfig, SessionPool
 from nanochat.common import FlagParser, UserError, base_dir, print0
 from nanochat.dataloader import eval_rows, source_of
 from nanochat.dataset import Progress
@@ -27,6 +26,7 @@ from nanochat.outputs import output_folder, write_file
 from nanochat.tasks.hops import HopTask
 from nanochat.tasks.recall import RecallTask
 from nanochat.tokenizer import Tokenizer
+from scripts.eval.comparison import FocusComparison, plain_outcomes
 from scripts.eval.hop_questions import SYSTEMS as HOP_SYSTEMS, ask_chains
 from scripts.eval.provenance import commit
 from scripts.eval.scores import Contexts, measure_scores, recall_contexts, text_contexts

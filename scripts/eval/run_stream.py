@@ -13,8 +13,8 @@ from typing import Iterator
 import numpy as np
 import torch
 
-from mc import session as sessions
-from mc.session import SessionPool
+from mc.session import session as sessions
+from mc.session.session import SessionPool
 from mc.store.history import History
 from nanochat.common import FlagParser, UserError, base_dir, init_distributed
 from nanochat.dataloader import LongRows

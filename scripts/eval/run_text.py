@@ -15,13 +15,13 @@ from typing import Iterator
 import numpy as np
 import torch
 
-from mc.evaluation import FocusComparison
 from nanochat.common import FlagParser, UserError, base_dir, key_seed, print0
 from nanochat.dataloader import eval_rows, source_of
 from nanochat.dataset import Progress
 from nanochat.outputs import output_folder, replacing, write_file
 from nanochat.tokenizer import Tokenizer
 from scripts.eval.bm25 import bm25_scores
+from scripts.eval.comparison import FocusComparison
 from scripts.eval.provenance import commit
 from scripts.eval.run_focus import Model, load_checked, paths
 from scripts.eval.scores import spearman, tail_attention, text_contexts

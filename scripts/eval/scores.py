@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mc.evaluation import FocusComparison, Outcome
 from mc.teachers import attention_mass
 from nanochat.dataloader import Source
 from nanochat.gpt import Captured
 from nanochat.tasks.recall import RecallTask
 from scripts.eval.bm25 import bm25_scores
+from scripts.eval.comparison import FocusComparison, Outcome
 
 SCORES = ("lens", "random", "recency", "bm25", "tail_attention")  # what inference may use
 CHEATS = ("next_attention", "next_gate")  # these have read the continuation

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mc.key_search import KeySearch
-from mc.session import Session, SessionPool
+from mc.session.key_search import KeySearch
+from mc.session.session import Session, SessionPool
 from mc.store.history import History, store_format
 from mc.store.ram import RamStore, Store
 from nanochat.gpt import token_losses

@@ -18,11 +18,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from mc.evaluation import FocusComparison, plain_outcomes
 from mc.losses import lens_loss, lens_targets
 from mc.teachers import gate_utility, keep_gradients
 from nanochat.gpt import Captured, norm, token_losses
 from scripts.eval.bm25 import bm25_scores
+from scripts.eval.comparison import FocusComparison, plain_outcomes
 from scripts.eval.scores import tail_attention
 
 HORIZONS = (1, 4, 8, 16, 32, 64)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mc.evaluation import FocusComparison, Outcome, plain_outcomes
 from mc.model import MegaContext, load_mega_context
 from nanochat.common import FlagParser, UserError, base_dir, print0
 from nanochat.dataloader import eval_rows, judged_rows, source_of
@@ -19,9 +18,10 @@ from nanochat.dataset import Progress
 from nanochat.gpt import GPT
 from nanochat.loading import check_tokenizer, load_model
 from nanochat.outputs import output_folder
-from nanochat.tokenizer import Tokenizer
 from nanochat.resume import MAY_CHANGE
+from nanochat.tokenizer import Tokenizer
 from scripts.bench.train_step import training_step_times
+from scripts.eval.comparison import FocusComparison, Outcome, plain_outcomes
 from scripts.eval.provenance import commit
 from scripts.eval.report import task_report, write_comparison
 from scripts.eval.subcommands import check_least

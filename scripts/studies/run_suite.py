@@ -22,8 +22,8 @@ from nanochat.checkpoint import complete_steps, load_model_state
 from nanochat.common import FlagParser, UserError, base_dir, boolean, parse_json, print0, whole_number
 from nanochat.dataset import Progress, open_corpus
 from nanochat.outputs import output_folder
-from nanochat.tasks.catalogue import task_rows
 from nanochat.tasks.external import load_examples
+from nanochat.tasks.generated import task_rows
 from nanochat.tasks.schema import Example, TaskBatch, batch_of
 from nanochat.tasks.text import TextRows
 from nanochat.tasks.words import Words

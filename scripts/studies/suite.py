@@ -36,8 +36,8 @@ import numpy as np
 import torch
 
 from nanochat.common import UserError
-from nanochat.tasks.catalogue import TASKS
 from nanochat.tasks.external import FORMATS
+from nanochat.tasks.generated import TASKS
 from nanochat.tasks.schema import TaskBatch
 from nanochat.tasks.text import BUCKETS, judged_buckets
 from scripts.eval.methods.interface import Models

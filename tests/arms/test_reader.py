@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mc.config import MCConfig
 from mc.arm import KINDS, load
 from mc.arms.reader import WIDTH, Reader
+from mc.config import MCConfig
 from mc.lensnet import CURSORS, RERANKED
 from mc.model import MegaContext
-from mc.session import SessionConfig, SessionPool
+from mc.session.session import SessionConfig, SessionPool
 from nanochat.optim import MuonAdamW, check_groups
 from tiny_mc import VOCAB, randomize, step, tiny_base, tiny_batch, tiny_mc
 

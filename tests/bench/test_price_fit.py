@@ -5,8 +5,8 @@ from tiny_mc import VOCAB, randomize, tiny_base
 
 from mc.config import MCConfig
 from mc.focus_allocator import FocusConfig
-from mc.focus_price import MARKET, room
 from mc.model import MegaContext
+from mc.session.price import MARKET, room
 from scripts.bench.price import Examples, refocus_examples, fit_price, gained
 
 torch.set_num_threads(1)

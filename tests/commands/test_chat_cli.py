@@ -13,13 +13,13 @@ import torch
 
 from mc import config as mc_config
 from mc.model import MegaContext
-from mc.session import Session
+from mc.session.session import Session
 from mc.store.catalog import Catalog
 from mc.store.disk.store import DiskStore
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.recorder import read_metrics
+from nanochat.telemetry.recorder import read_metrics
 from nanochat.tokenizer import Reserved, Tokenizer
 from scripts import chat_cli, mc_bench
 

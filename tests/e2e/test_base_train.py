@@ -14,13 +14,14 @@ import pytest
 import torch
 from e2e_commands import KINDS, MC, ROOT, TINY, last_checkpoint, losses, real, rows, same, start, tree
 
-from mc import diagnostics
 from mc.runtime import MCController
-from nanochat import meter, resume
+from nanochat import resume
 from nanochat.checkpoint import load_mc_state, load_model_state
 from nanochat.controller import NullController
+from nanochat.telemetry import meter
 from nanochat.tokenizer import Reserved, Tokenizer
 from scripts import base_train
+from scripts.eval import probe as diagnostics
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 RANKS_TOLERANCE = 1e-5  # nats; measured 2.4e-7: micro-batches of the same shape, summed elsewhere

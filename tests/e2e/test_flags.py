@@ -15,9 +15,10 @@ import pytest
 import torch
 from e2e_commands import ROOT
 
-from nanochat import dataset, meter, resume
+from nanochat import dataset, resume
 from nanochat.common import UserError
-from nanochat.recorder import Recorder
+from nanochat.telemetry import meter
+from nanochat.telemetry.recorder import Recorder
 from scripts import base_train
 from scripts.make_docs import EVERY_ARM
 

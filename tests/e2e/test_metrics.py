@@ -3,11 +3,11 @@
 import json
 
 import mc.telemetry  # noqa: F401  registers MegaContext's metrics
-import nanochat.otel  # noqa: F401  and those of the exporter
-from nanochat.recorder import METRICS
+import nanochat.telemetry.otlp  # noqa: F401  and those of the exporter
+from nanochat.telemetry.recorder import METRICS
 
 TRANSPORT = {name for name in METRICS if name.startswith(("telemetry.otlp", "telemetry.preflight"))}  # see test_telemetry.py
-SESSION = {name for name, m in METRICS.items() if m.where == "mc/session_meter.py"}  # tests/session/test_session.py records each of them
+SESSION = {name for name, m in METRICS.items() if m.where == "mc/session/meter.py"}  # tests/session/test_session.py records each of them
 
 
 def recorded(base) -> set[str]:

@@ -86,7 +86,7 @@ def test_interrupted_by_hand_is_saved_and_no_success(here, base, monkeypatch):
     assert complete_steps(base / "checkpoints" / "t") == [4]
 
 
-@pytest.mark.parametrize("kind, what", [("vanilla", "evaluate"), ("mc", "mc.diagnostics.probe_batch")])
+@pytest.mark.parametrize("kind, what", [("vanilla", "evaluate"), ("mc", "scripts.eval.probe.probe_batch")])
 def test_a_last_evaluation_that_fails_costs_the_evaluation_alone(kind, what, here, base, train, reference, monkeypatch):
     def failing(*args, **kwargs):
         raise RuntimeError("planted")

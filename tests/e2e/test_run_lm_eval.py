@@ -10,8 +10,8 @@ from e2e_commands import run
 from test_tasks import LINES, TOKENIZER
 
 from nanochat.common import UserError
-from nanochat.tasks.catalogue import task_rows
 from nanochat.tasks.external import load_examples
+from nanochat.tasks.generated import task_rows
 from nanochat.tasks.schema import Example
 from nanochat.tasks.words import Words
 from scripts import run_lm_eval

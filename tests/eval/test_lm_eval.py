@@ -7,12 +7,12 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 
-from mc.harness import SessionLM
-from mc.session import SessionConfig, SessionPool
+from mc.session.session import SessionConfig, SessionPool
 from nanochat.common import UserError
 from nanochat.engine import Engine, sample
-from nanochat.harness import PlainLM, read_options
 from nanochat.tokenizer import Reserved, Tokenizer
+from scripts.eval.lm_eval import PlainLM, read_options
+from scripts.eval.lm_eval_sessions import SessionLM
 from tiny_gpt import tiny_gpt
 from tiny_mc import tiny_mc
 

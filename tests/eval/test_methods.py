@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from mc.evaluation import plain_outcomes
 from mc.working_context import check
 from nanochat.common import UserError
 from nanochat.gpt import Captured
+from scripts.eval.comparison import plain_outcomes
 from scripts.eval.methods.interface import KVChoice, Models, View, best, kv_bytes, pack, pass_flops, read_chosen
 from scripts.eval.methods.kv import PAGE
 from scripts.eval.methods.registry import METHODS, make_method

@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc.diagnostics import SAMPLED, FocusDynamics, hit_at, market_price, probe_batch, rank_correlation, replay
-from mc.evaluation import FocusComparison, plain_outcomes
 from mc.focus_allocator import FocusConfig, GreedyAllocator
 from mc.mega_context import Tree, TreeShape
 from mc.telemetry import gist_statistics, shares_by_lod, spread
 from mc.working_context import from_expanded
+from scripts.eval.comparison import FocusComparison, plain_outcomes
+from scripts.eval.probe import SAMPLED, FocusDynamics, hit_at, market_price, probe_batch, rank_correlation, replay
 from tiny_mc import K, N, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)

@@ -16,14 +16,14 @@ import torch
 
 from mc import runtime
 from mc.config import MCConfig, to_dict
-from mc.evaluation import Outcome
-from nanochat import tracing
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.recorder import read_metrics
+from nanochat.telemetry import tracing
+from nanochat.telemetry.recorder import read_metrics
 from scripts.bench import train_step as benchmark
 from scripts.bench import telemetry as telemetry_benchmark
 from scripts.eval import report
+from scripts.eval.comparison import Outcome
 from scripts.eval.statistics import bootstrap_interval, median_interval
 from tiny_mc import SMALL, T
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from mc.evaluation import FocusComparison
 from mc.teachers import attention_mass
 from nanochat.common import UserError
 from nanochat.tasks.recall import RecallTask
 from scripts.eval.bm25 import bm25_scores
+from scripts.eval.comparison import FocusComparison
 from scripts.eval.run_focus import Model, seeds_gap_closed, mean_of, recall_setting
 from scripts.eval.scores import CHEATS, SCORES, all_scores, average_ranks, hit_at, measure_scores, most_useful, recall_contexts, spearman, tail_attention, utilities
 from tiny_mc import H, K, N, R, W, tiny_base, tiny_batch, tiny_mc
@@ -152,7 +152,7 @@ def test_where_sets_are_few_the_oracle_is_the_best_of_all():
 
 
 def test_the_oracle_shows_no_block_where_that_is_best(monkeypatch):
-    monkeypatch.setattr("mc.evaluation.FEW_SETS", 0)  # greedy search alone
+    monkeypatch.setattr("scripts.eval.comparison.FEW_SETS", 0)  # greedy search alone
     focus = comparison(rows=range(48), n=24, budget=18, max_lod=1)
     oracle, nothing = focus.oracle({}), focus.nothing()
     assert torch.equal(nothing.nll_B, nll_of(focus, [])) and (oracle.nll_B <= nothing.nll_B).all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from mc.evaluation import FocusComparison
+from scripts.eval.comparison import FocusComparison
 from scripts.eval.run_text import share
 from scripts.eval.text_focus import HORIZONS, Tried, far_only, features, fit, judge_cuts, keep_best, oracle, past_gate, search
 from tiny_mc import H, K, N, R, tiny_base, tiny_batch, tiny_mc

@@ -7,7 +7,7 @@ import pytest
 from fuzzing import Intact, changes, command, dumped, fuzzed, image, json_changes, put_image, tried
 
 from mc.observe.dashboards import METRICS
-from nanochat.recorder import Recorder
+from nanochat.telemetry.recorder import Recorder
 from scripts import mc_dash
 from scripts.studies.cells import CellRecords
 

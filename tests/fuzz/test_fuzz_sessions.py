@@ -10,7 +10,7 @@ from tiny_mc import randomize, tiny_base
 
 from mc.config import MCConfig
 from mc.model import MegaContext
-from mc.session import SessionConfig, SessionPool, SessionState
+from mc.session.session import SessionConfig, SessionPool, SessionState
 
 K = 4
 

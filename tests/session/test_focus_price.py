@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from test_focus_allocator import check_state
 
 from mc.focus_allocator import FocusConfig, GreedyAllocator, utilization
-from mc.focus_price import LOWEST, TARGET, Allocator, market_price, next_shift, room
-from mc.path_edits import PathEdits
-from mc.session import SessionConfig
+from mc.session.price import LOWEST, TARGET, Allocator, market_price, next_shift, room
+from mc.session.refocus import PathEdits
+from mc.session.session import SessionConfig
 from mc.working_context import entries_used
 from nanochat.common import UserError
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc.key_search import PAGE, KeySearch
 from mc.lensnet import LOCAL_MEAN, LensNet, LensNetConfig
+from mc.session.key_search import PAGE, KeySearch
 from tiny_mc import randomize
 
 torch.set_num_threads(1)
@@ -114,7 +114,7 @@ def test_a_scan_finds_the_one_block_that_is_unlike_all_others(monkeypatch):
         return 77 in search_of(lens, keys, keep=100).top(tail_of(lens, 0), 8000 * 32, 4)[0]
 
     assert finds()
-    monkeypatch.setattr("mc.key_search.DOUBT", 0.0)
+    monkeypatch.setattr("mc.session.key_search.DOUBT", 0.0)
     assert not finds()
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mc import working_context as wc
 from mc.focus_allocator import FocusConfig, GreedyAllocator, check_budget, check_feasible, entries_needed, fits
-from mc.path_edits import UNSCORED, PathEdits
+from mc.session.refocus import UNSCORED, PathEdits
 from nanochat.common import UserError
 
 torch.set_num_threads(1)

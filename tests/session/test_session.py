@@ -15,13 +15,13 @@ from mc.config import MCConfig
 from mc.focus_allocator import FocusConfig, fits
 from mc.gaussian_rope import entry_rotary
 from mc.model import MegaContext
-from mc.session import SessionConfig, SessionPool, SessionState
+from mc.session.session import SessionConfig, SessionPool, SessionState
 from mc.store.disk.store import DiskStore
 from mc.store.history import store_format
 from mc.store.ram import VOID, RamStore
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.recorder import METRICS, Recorder, read_metrics
+from nanochat.telemetry.recorder import METRICS, Recorder, read_metrics
 from scripts.bench.decode import held_bytes
 
 torch.set_num_threads(1)
@@ -811,7 +811,7 @@ def test_the_meter_records_every_session_metric_and_nothing_per_token(tmp_path):
         shown = session.status().entries_by_lod
     rows = read_metrics(tmp_path / "metrics.jsonl")
     names = {name.partition("{")[0] for row in rows for name in row if not name.startswith("telemetry.")} - {"step", "time"}
-    assert names == {name for name, m in METRICS.items() if m.where == "mc/session_meter.py"}
+    assert names == {name for name, m in METRICS.items() if m.where == "mc/session/meter.py"}
     assert {name: sum(row.get(f"mc.session.{name}", 0) for row in rows) for name in sums} == sums and sums["expands"] > 0
     assert sum(row.get("mc.session.undone", 0) for row in rows) >= 0 and rows[-1]["mc.session.history"] == rows[-1]["step"] - 9
     assert all(0 < row["mc.session.utilization"] <= 1 and row["gen_ai.server.time_to_first_token"] > 0 for row in rows)

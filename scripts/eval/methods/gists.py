@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from mc.config import MCConfig
-from mc.evaluation import FocusComparison
 from mc.focus_allocator import check_feasible
 from mc.keyed_random import gumbel
 from mc.model import MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
 from mc.working_context import Cut, from_expanded
+from scripts.eval.comparison import FocusComparison
 from scripts.eval.methods.interface import Judged, Models, Method, lens_flops
 
 
@@ -122,7 +122,7 @@ class LensGists(Gists):
 
 
 class OracleGists(LensGists):
-    """The best cut on true NLL that is known (`mc.evaluation`): what focus could reach. It alone sees the continuation."""
+    """The best cut on true NLL that is known (`scripts.eval.comparison`): what focus could reach. It alone sees the continuation."""
 
     name = "gists_oracle"
     arm = "gists_lens"

@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mc.config import MCConfig
-from mc.evaluation import Outcome, judge
 from mc.lensnet import LOCAL_MEAN
 from mc.model import MegaContext, read_rows, take, with_continuation
 from mc.working_context import Cut
 from nanochat.common import UserError
 from nanochat.gpt import GPT, Captured, Select
 from nanochat.kv_cache import KVCache
+from scripts.eval.comparison import Outcome, judge
 
 
 class View(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from nanochat.common import UserError
-from nanochat.tasks.catalogue import TASKS, task_named, task_rows
+from nanochat.tasks.generated import TASKS, task_named, task_rows
 from nanochat.tasks.recall import CurriculumSchedule
 from nanochat.tasks.schema import Example, batch_of, history_of, ruler_score
 from nanochat.tasks.source import TaskSource, most_blocks, parse_mix

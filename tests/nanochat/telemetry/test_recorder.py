@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import mc.telemetry  # noqa: F401  registers MegaContext's metrics
-from nanochat import recorder as recorder_module
 from nanochat.common import UserError
-from nanochat.recorder import METRICS, ConsoleSink, Metric, Recorder, Sink, WandbSink, duration, metric_table, open_recorder, read_metrics, register
+from nanochat.telemetry import recorder as recorder_module
+from nanochat.telemetry.recorder import METRICS, ConsoleSink, Metric, Recorder, Sink, WandbSink, duration, metric_table, open_recorder, read_metrics, register
 from wandb_file import wandb_history
 
 ROOT = Path(__file__).resolve().parents[3]

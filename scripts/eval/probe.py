@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mc.evaluation import FocusComparison, Outcome, plain_outcomes
 from mc.focus_allocator import FocusReport, FocusState, GreedyAllocator
 from mc.keyed_random import uniform
 from mc.lensnet import focus_scores
@@ -32,7 +31,8 @@ from mc.model import MegaContext
 from mc.runtime import MCController
 from mc.telemetry import Metrics
 from nanochat.gpt import GPT
-from nanochat.recorder import Labelled
+from nanochat.telemetry.recorder import Labelled
+from scripts.eval.comparison import FocusComparison, Outcome, plain_outcomes
 
 SAMPLED = 32  # blocks whose utility a probe measures: one pass over a working context each
 REFOCUSES = 64  # that a probe replays at most

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.common import UserError, run_main
-from nanochat.recorder import WandbSink, open_recorder
 from nanochat.redact import redacted, scrubbed, userinfo
-from nanochat.tracing import Trace
+from nanochat.telemetry.recorder import WandbSink, open_recorder
+from nanochat.telemetry.tracing import Trace
 
 SECRET = "s3cret"  # part of every planted secret
 

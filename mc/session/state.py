@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mc.paged_cache import PagedCache
-from mc.path_edits import PathEdits
+from mc.session.refocus import PathEdits
+from mc.session.slot_cache import PagedCache
 from mc.store.ram import VOID
 from nanochat.common import UserError, one_line
 

@@ -7,12 +7,12 @@
 
 The order is always: ingest (user's or generated tokens alike), refocus if due, decode. A refocus is due after a user's append and
 before the first token that is generated then, so that the question is seen, and every `interval` tokens. It scores blocks of the
-whole history by the last tokens (`mc.key_search`), edits the cut on a few nodes (`mc.path_edits`) and leaves the rest to the next
+whole history by the last tokens (`mc.session.key_search`), edits the cut on a few nodes (`mc.session.refocus`) and leaves the rest to the next
 pass: only entries that are not in the cache are run. Under the exact policy those are all from the first edit on, so that the
 logits are those of a forward pass over the cut from scratch; under the approximate policy only the new entries.
 
 No session ends because of its length: where the budget no longer tiles the history, spans of it are left out of the working context
-(`mc.path_edits`); `explain`, `status` and the metrics name them, the search covers them, and the lens can have any of their blocks shown.
+(`mc.session.refocus`); `explain`, `status` and the metrics name them, the search covers them, and the lens can have any of their blocks shown.
 
 Entries before the continuation stay within the budget, and at most `interval` tokens are read between two refocuses: a row of the
 cache holds budget + interval slots, whatever the length of the history. Tokens that do not fill a block yet wait in `pending`.
@@ -40,15 +40,15 @@ from torch import Tensor
 
 from mc.config import setting
 from mc.focus_allocator import FocusConfig, check_budget, utilization
-from mc.focus_price import Allocator, next_shift, room
 from mc.gaussian_rope import entry_rotary
-from mc.key_search import KeySearch
 from mc.lensnet import LOCAL_MEAN, RERANKED
 from mc.model import MegaContext, load_mega_context
-from mc.paged_cache import NOWHERE, PagedCache, Placement
-from mc.path_edits import Edits, PathEdits
-from mc.session_meter import SessionMeter
-from mc.session_state import check_cache, check_entries, check_focus, check_history, check_meta
+from mc.session.key_search import KeySearch
+from mc.session.meter import SessionMeter
+from mc.session.price import Allocator, next_shift, room
+from mc.session.refocus import Edits, PathEdits
+from mc.session.slot_cache import NOWHERE, PagedCache, Placement
+from mc.session.state import check_cache, check_entries, check_focus, check_history, check_meta
 from mc.store.catalog import Catalog
 from mc.store.history import History, check_sessions, store_format
 from mc.store.ram import VOID, RamStore, Store
@@ -56,7 +56,7 @@ from nanochat.common import UserError, one_line, parse_json
 from nanochat.engine import check_sampling, sample
 from nanochat.gpt import GPT
 from nanochat.outputs import replacing
-from nanochat.recorder import Recorder
+from nanochat.telemetry.recorder import Recorder
 
 STATE_VERSION = 2
 
@@ -180,7 +180,7 @@ class Timing:
 class SessionPool:
     """One model and the device memory of up to `max_sessions` sessions that share it.
 
-    trained_lods: levels of gists that the model was trained on, as its checkpoint says. recorder: gets what `mc.session_meter`
+    trained_lods: levels of gists that the model was trained on, as its checkpoint says. recorder: gets what `mc.session.meter`
     reports of every session. UserError for settings that cannot work.
     """
 

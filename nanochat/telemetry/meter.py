@@ -24,10 +24,10 @@ from nanochat.controller import Metrics, NullController, StepResult
 from nanochat.gpt import GPT
 from nanochat.optim import assert_finite, global_grad_norm, relative_change
 from nanochat.plan import Plan, run_tag, step_flops
-from nanochat.recorder import open_recorder
 from nanochat.resume import Progress
 from nanochat.schedule import muon_momentum
-from nanochat.tracing import Reading, Trace
+from nanochat.telemetry.recorder import open_recorder
+from nanochat.telemetry.tracing import Reading, Trace
 
 # dense bf16, data sheets
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}

@@ -6,8 +6,8 @@ A `SessionPool` with a recorder gives every session a meter. Times of generation
 import time
 
 import mc.telemetry  # noqa: F401  registers the metrics
-from mc.path_edits import Edits, Node
-from nanochat.recorder import Recorder
+from mc.session.refocus import Edits, Node
+from nanochat.telemetry.recorder import Recorder
 
 
 class SessionMeter:

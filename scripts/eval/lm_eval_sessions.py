@@ -4,9 +4,9 @@ from typing import Iterator, Sequence
 
 from torch import Tensor
 
-from mc.session import SessionPool
-from nanochat.harness import HarnessLM
+from mc.session.session import SessionPool
 from nanochat.tokenizer import Tokenizer
+from scripts.eval.lm_eval import HarnessLM
 
 
 class SessionLM(HarnessLM):

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mc.session import SessionState
+from mc.session.session import SessionState
 from nanochat import outputs
 from nanochat.checkpoint import annotate, damage, load_model_state, save_checkpoint
 from nanochat.common import FlagParser, Ranks, UserError, run_main
 from nanochat.dataset import open_corpus
 from nanochat.outputs import StopRequest, check_tag, holding, locked, output_file, output_folder, replacing, write_file
-from nanochat.recorder import METRICS, Metric, Recorder, Sink, read_metrics, run_id
+from nanochat.telemetry.recorder import METRICS, Metric, Recorder, Sink, read_metrics, run_id
 from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer
 

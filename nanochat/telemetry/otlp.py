@@ -28,15 +28,15 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 from nanochat.common import UserError
-from nanochat.recorder import SECONDS, Metric, Sample, Sink, register
 from nanochat.redact import redacted, scrubbed, userinfo
-from nanochat.tracing import Span, Trace
+from nanochat.telemetry.recorder import SECONDS, Metric, Sample, Sink, register
+from nanochat.telemetry.tracing import Span, Trace
 
 INTERVAL_MS = 5000  # between exports, unless OTEL_METRIC_EXPORT_INTERVAL says otherwise
 GRACE = 2.5  # [s] that the end of a run waits for the last export
 BATCH, MOST = 2048, 16384  # points or spans of one request, and that wait at most
 PROTOCOLS = ("http/protobuf", "grpc")
-HERE = "nanochat/otel.py"
+HERE = "nanochat/telemetry/otlp.py"
 
 register(
     Metric("telemetry.otlp.delivered", "{item}", "gauge", "Data points and spans that a collector has accepted since the process began.",
@@ -324,7 +324,7 @@ def _packer(resource, delta: bool) -> Callable[[list], object]:
     from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
     temporality = otel.AggregationTemporality.DELTA if delta else otel.AggregationTemporality.CUMULATIVE
-    scope = InstrumentationScope("nanochat.recorder")
+    scope = InstrumentationScope("nanochat.telemetry.recorder")
 
     def number(attributes, start_ns, time_ns, value):
         return otel.NumberDataPoint(attributes, start_ns, time_ns, value)
@@ -367,7 +367,7 @@ def _tracer(resource, signal: _Signal) -> Callable[[Trace, dict, list], None]:
 
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(Collect())
-    tracer = provider.get_tracer("nanochat.recorder")
+    tracer = provider.get_tracer("nanochat.telemetry.recorder")
 
     def emit(trace: Trace, span: Span, attributes: dict, context) -> None:
         made = tracer.start_span(span.name, context, attributes=attributes, start_time=trace.unix_time_ns(span.begin))

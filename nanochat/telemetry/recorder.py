@@ -32,7 +32,7 @@ from torch import Tensor
 from nanochat.common import UserError, parse_json
 from nanochat.outputs import BASE_DIR, output_file, reason, write_file
 from nanochat.redact import scrubbed
-from nanochat.tracing import Reading, Span, Trace, runs
+from nanochat.telemetry.tracing import Reading, Span, Trace, runs
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ register(
     Metric("telemetry.overhead", "1", "gauge", "Time that recording, flushing and timing spans took the training thread ÷ time of the steps, since the last log line.",
            healthy="below 0.01", where=TRAIN),
     Metric("telemetry.not_finite", "{value}", "gauge", "Recorded values that were NaN or infinite since the process began; null in metrics.jsonl, left out of OTLP.",
-           healthy="0", where="nanochat/recorder.py"),
+           healthy="0", where="nanochat/telemetry/recorder.py"),
     Metric("telemetry.jsonl.lost", "{line}", "gauge", "Lines that metrics.jsonl lacks since the process began, because they could not be written.",
-           healthy="0", where="nanochat/recorder.py"),
+           healthy="0", where="nanochat/telemetry/recorder.py"),
     Metric("checkpoint.save_time", "s", "gauge", "Wall time of the last checkpoint.", healthy="steady", where=TRAIN),
 )
 
@@ -200,7 +200,7 @@ class Recorder:
         if isinstance(name, Labelled):
             name, attributes = name.name, name.attributes | attributes
         if name not in METRICS:
-            raise KeyError(f"metric {name!r} is not registered: add it with nanochat.recorder.register")
+            raise KeyError(f"metric {name!r} is not registered: add it with nanochat.telemetry.recorder.register")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"metric {name}: one value expected, got a tensor of shape {tuple(value.shape)}")
         if not self.sinks:
@@ -524,7 +524,7 @@ def open_recorder(run_dir: str | Path, *, run: str = "", config: dict, total_ste
     run_dir: see Recorder. config: what W&B shows as the run's configuration. labels: attributes of all that goes out by OTLP; mc.run.id,
     the directory's name and the run's id, comes with them. Raises UserError as the sinks do.
     """
-    from nanochat.otel import otlp_sink  # not above: it needs this module
+    from nanochat.telemetry.otlp import otlp_sink  # not above: it needs this module
 
     if rank != 0:
         return Recorder(run_dir, rank=rank)

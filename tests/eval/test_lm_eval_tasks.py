@@ -10,11 +10,11 @@ lm_eval = pytest.importorskip("lm_eval")
 import yaml
 from lm_eval.tasks import TaskManager
 
-from mc.harness import SessionLM
-from mc.session import SessionConfig, SessionPool
+from mc.session.session import SessionConfig, SessionPool
 from nanochat.common import UserError
-from nanochat.harness import PlainLM
 from nanochat.tokenizer import Reserved, Tokenizer
+from scripts.eval.lm_eval import PlainLM
+from scripts.eval.lm_eval_sessions import SessionLM
 from scripts.run_lm_eval import loads_checked
 from tiny_gpt import tiny_gpt
 from tiny_mc import tiny_mc
