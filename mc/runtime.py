@@ -16,7 +16,6 @@ Shapes: B rows, R rows with a working context (V variants of each: RV), T tokens
 
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -33,7 +32,6 @@ from mc.lensnet import CURSORS
 from mc.losses import distillation, row_mean
 from mc.mega_context import Tree, TreeShape
 from mc.model import Entries, MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
-from mc.session.refocus import outlook
 from mc.teachers import attention_mass
 from mc.telemetry import gist_statistics, shares_by_lod
 from mc.working_context import entries_used
@@ -117,14 +115,6 @@ class MCController:
         K, history = self.config.block_size, self.history
         return {"config": to_dict(self.config),
                 "trained_lods": [lod for lod in range(1, self.config.max_lod + 1) if K ** lod <= max(history, self.config.far_tokens)]}
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """In a line, what sessions of this training's model will show of a history of 1,048,576 tokens, with default settings."""
-        trained = self.meta()["trained_lods"]
-        top = next((lod - 1 for lod in range(1, self.config.max_lod + 1) if lod not in trained), self.config.max_lod)
-        cfg = replace(self.model.focus_config(), max_lod=top, n_gists=1)
-        return (f"sessions: gists of LOD1 to LOD{top} are trained; of 1,048,576 tokens they show {outlook(cfg, 2**20)}",)
 
     def settings(self, meta: dict | None = None) -> dict[str, Any]:
         """All settings of this run, or of the one that a checkpoint's `meta` describes, as this version reads them."""

@@ -27,7 +27,6 @@ class NullController:
     """Plain training: the next-token loss, and nothing beside it."""
 
     modules: dict[str, torch.nn.Module] = {}  # by name, for what has to hold of every parameter
-    notes: tuple[str, ...] = ()  # lines for the start of a run
 
     def training_step(self, model: GPT, batch, step: int, trace: Trace | None = None) -> StepResult:
         """One micro-batch. batch: inputs, targets [B, T] int64 (−1 ignored), num_targets."""

@@ -24,7 +24,7 @@ MAY_CHANGE = {
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """How far a run has come."""
 
     step: int = 0
@@ -60,9 +60,9 @@ class Checkpoints:
     controller: NullController
     optimizer: MuonAdamW
     loader: Loader
-    progress: Progress = field(default_factory=Progress)
+    progress: RunProgress = field(default_factory=RunProgress)
 
-    def resume(self) -> Progress:
+    def resume(self) -> RunProgress:
         """Where the newest intact checkpoint stands, everything put back; the beginning where there is none. UserError where there is one
         that is not to be gone on with."""
         if not (steps := complete_steps(self.directory)):
@@ -77,7 +77,7 @@ class Checkpoints:
         self.loader.load_state_dict(saved.loader)
         set_rng_state(saved.rng)
         print0(f"resumed {self.directory} at step {saved.step} of {self.plan.num_iterations}")
-        self.progress = Progress(saved.step, saved.meta["flops"], saved.meta.get("trained_s", 0.0), saved.meta["val"], saved.step)
+        self.progress = RunProgress(saved.step, saved.meta["flops"], saved.meta.get("trained_s", 0.0), saved.meta["val"], saved.step)
         return self.progress
 
     def save(self) -> None:

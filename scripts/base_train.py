@@ -29,7 +29,7 @@ from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW, check_groups, gpt_param_groups
 from nanochat.outputs import StopRequest
 from nanochat.plan import Plan, add_flags, check_flags, describe, make_plan
-from nanochat.resume import Checkpoints, Progress, own_directory, start_from
+from nanochat.resume import Checkpoints, RunProgress, own_directory, start_from
 from nanochat.schedule import lr_multiplier, muon_momentum, weight_decay_multiplier
 from nanochat.tasks.recall import CurriculumSchedule
 from nanochat.tasks.source import most_blocks
@@ -63,8 +63,7 @@ def main() -> None:
         progress = checkpoints.resume()
         print0("{parameters:,} parameters, {iterations} steps of {tokens_per_step:,} tokens, {flops:.3g} FLOPs, {ranks} rank(s)".format(**facts)
                + f" on {ranks.device}")
-        for note in controller.notes:
-            print0(note)
+        say_what_sessions_show(controller)
         last = min(args.stop_at or plan.num_iterations, plan.num_iterations)
         autocast = half_precision(args, ranks.device)
 
@@ -142,6 +141,11 @@ def build_controller(args, plan: Plan, model: GPT) -> NullController:
         return NullController()
     settings, runtime = import_optional("mc", "config").from_flags(args), import_optional("mc", "runtime")
     return runtime.MCController(settings, model, T=plan.T, micro_batch=plan.micro_batch, num_iterations=plan.num_iterations, seed=args.seed)
+
+
+def say_what_sessions_show(controller: NullController) -> None:
+    for mc in controller.modules.values():
+        print0(import_optional("mc", "session.refocus").session_note(mc.focus_config(), controller.meta()["trained_lods"]))
 
 
 def build_optimizer(args, plan: Plan, model: GPT, controller: NullController) -> MuonAdamW:
@@ -277,7 +281,7 @@ def conclude(due: Due, checkpoints: Checkpoints, meter: TrainingMeter, held_out:
     return finished
 
 
-def report(progress: Progress, plan: Plan, stopping: bool, stop: StopRequest, directory: Path, begin: float) -> None:
+def report(progress: RunProgress, plan: Plan, stopping: bool, stop: StopRequest, directory: Path, begin: float) -> None:
     """The last lines: for people, and as JSON. KeyboardInterrupt where Ctrl-C ended the run."""
     val = progress.val or {}
     summary = {"step": progress.step, "stopped": stopping, "val_loss": val.get("loss"), "val_bpb": val.get("bpb"),

@@ -67,7 +67,7 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     return parser
 
 
-def open_history(path: Path, prompted: bool) -> BinaryIO:
+def open_text(path: Path, prompted: bool) -> BinaryIO:
     """The file of --history at its beginning, all of it seen to be text. What can be read only once, a pipe, is kept in a file meanwhile.
 
     prompted: a prompt is given, none is to come from stdin.
@@ -132,7 +132,7 @@ def chat_mc(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: Toke
     if not meta.get("mc"):
         raise UserError("--mc_enabled=1 needs a checkpoint that was trained with --mc_enabled=1")
     sessions = import_optional("mc", "session.session")
-    text = open_history(args.history, args.prompt is not None) if args.history else None
+    text = open_text(args.history, args.prompt is not None) if args.history else None
     recorder = open_recorder(args.log_dir, config=vars(args), total_steps=0, labels={"mc.stage": "session", "mc.variant": "mc"}) if args.log_dir else None
     with text or nullcontext(), recorder or nullcontext():
         pool = sessions.open_pool(model, meta, args.checkpoint_dir, sessions.from_flags(args), recorder=recorder)

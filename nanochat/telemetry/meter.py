@@ -24,7 +24,7 @@ from nanochat.controller import Metrics, NullController, StepResult
 from nanochat.gpt import GPT
 from nanochat.optim import assert_finite, global_grad_norm, relative_change
 from nanochat.plan import Plan, run_tag, step_flops
-from nanochat.resume import Progress
+from nanochat.resume import RunProgress
 from nanochat.schedule import muon_momentum
 from nanochat.telemetry.recorder import open_recorder
 from nanochat.telemetry.tracing import Reading, Trace
@@ -37,7 +37,7 @@ PRODUCTS = 8  # of matrices that a device without a data sheet is timed by
 class TrainingMeter:
     """Measures one run; use as a context manager. progress: its step is the loop's, flops and trained_s are counted here."""
 
-    def __init__(self, args, plan: Plan, model: GPT, controller: NullController, progress: Progress, ranks: Ranks):
+    def __init__(self, args, plan: Plan, model: GPT, controller: NullController, progress: RunProgress, ranks: Ranks):
         self.plan, self.model, self.controller, self.progress, self.ranks = plan, model, controller, progress, ranks
         self.trace_every, self.device, self.frozen = args.trace_every, ranks.device, args.freeze_base
         self.recorder = open_recorder(

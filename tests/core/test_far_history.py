@@ -8,6 +8,7 @@ from tiny_mc import K, N, R, T, tiny_base, tiny_batch, tiny_mc
 from torch import Tensor
 
 from mc.config import MCConfig, from_dict
+from mc.session.refocus import session_note
 from mc.far_history import BLOCKS_OF_A_ROW, NODES_OF_A_LEVEL, FarHistory, draw_cut, draw_far_history, make_pools, most_entries, place, with_far_tokens
 from mc.working_context import Cut, check, spans
 from nanochat.common import UserError
@@ -175,6 +176,9 @@ def test_a_checkpoint_of_before_far_histories_had_none():
 
 
 def test_the_outlook_is_that_of_the_levels_that_are_trained():
-    gpt = tiny_base()
-    assert "LOD1 to LOD2 are trained; of 1,048,576 tokens they show" in tiny_mc(gpt, max_lod=4).outlook  # rows of 64 tokens hold two levels of blocks of 4
-    assert "LOD1 to LOD4 are trained" in tiny_mc(gpt, max_lod=4, far_tokens=-1).outlook
+    def note(**config) -> str:
+        mc = tiny_mc(tiny_base(), **config)
+        return session_note(mc.model.focus_config(), mc.meta()["trained_lods"])
+
+    assert "LOD1 to LOD2 are trained; of 1,048,576 tokens they show" in note(max_lod=4)  # rows of 64 tokens hold two levels of blocks of 4
+    assert "LOD1 to LOD4 are trained" in note(max_lod=4, far_tokens=-1)

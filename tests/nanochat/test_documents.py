@@ -39,7 +39,7 @@ def base(tmp_path, monkeypatch, tokenizer) -> Path:
 
 def from_history(path: Path) -> Iterator[str]:
     """The pieces of a file in which a chat reads it."""
-    return chat_cli.history_pieces(chat_cli.open_history(path, prompted=True), path)
+    return chat_cli.history_pieces(chat_cli.open_text(path, prompted=True), path)
 
 
 def parquet(column, **more) -> bytes:
