@@ -42,7 +42,6 @@ class FocusConfig:
     budget: int  # W, entries, hard: more are collapsed by force
     block_size: int = 32  # K
     max_lod: int = 1  # L
-    soft_budget: int | None = None  # entries that showing may fill; the rest is slack for appends. None: the budget
     recent: int | None = None  # R, last tokens always shown as LOD0. None: min(128, budget / 4)
     tau_expand: float = 0.20  # a block is shown above +tau_expand …
     tau_collapse: float = 0.20  # … and a node hidden below -tau_collapse
@@ -53,11 +52,9 @@ class FocusConfig:
     span: int = 1  # S, adjacent blocks that one edit may show
 
     def __post_init__(self):
-        if self.soft_budget is None:
-            object.__setattr__(self, "soft_budget", self.budget)
         if self.recent is None:
             object.__setattr__(self, "recent", min(128, self.budget // 4))
-        least = dict(budget=1, block_size=2, max_lod=1, soft_budget=1, recent=0, max_edits=0, cooldown=0, n_gists=1, span=1)
+        least = dict(budget=1, block_size=2, max_lod=1, recent=0, max_edits=0, cooldown=0, n_gists=1, span=1)
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise UserError(f"focus {name}={getattr(self, name)} must be at least {low}")
@@ -66,8 +63,6 @@ class FocusConfig:
                 raise UserError(f"focus {name}={getattr(self, name)} must lie in [0, 2], scores being in [-1, 1]")
         if self.n_gists >= self.block_size:
             raise UserError(f"focus n_gists={self.n_gists} must be less than block_size={self.block_size}")
-        if self.soft_budget > self.budget:
-            raise UserError(f"focus soft_budget={self.soft_budget} exceeds budget={self.budget}; lower it")
 
     def price(self, lod: int) -> int:
         """Entries that expanding a node of this level adds."""
@@ -93,7 +88,7 @@ def fits(n_tokens: int, cfg: FocusConfig) -> bool:
     """
     head, widths = n_tokens - cfg.recent, [cfg.block_size**lod for lod in range(1, cfg.max_lod + 1)]
     worst = [n_tokens, *(head // width * width - 1 + cfg.recent for width in widths)]
-    return all(sum(entries_needed(n, cfg)) <= cfg.soft_budget for n in worst if n > 0)
+    return all(sum(entries_needed(n, cfg)) <= cfg.budget for n in worst if n > 0)
 
 
 def check_budget(cfg: FocusConfig) -> None:
@@ -109,9 +104,9 @@ def check_budget(cfg: FocusConfig) -> None:
 def check_feasible(n_tokens: int, cfg: FocusConfig, deep_blocks: int = 1) -> None:
     """Refuse (UserError, with the numbers) a budget that cannot show `deep_blocks` blocks raw besides the tail."""
     tiles, deep, tail = entries_needed(n_tokens, cfg, deep_blocks)
-    if (need := tiles + deep + tail) > cfg.soft_budget:
+    if (need := tiles + deep + tail) > cfg.budget:
         raise UserError(
-            f"a budget of {cfg.soft_budget} entries is too small for {n_tokens} tokens: tiling {tiles} + "
+            f"a budget of {cfg.budget} entries is too small for {n_tokens} tokens: tiling {tiles} + "
             f"{deep_blocks} raw block(s) {deep} + recent tail {tail} = {need} (block size {cfg.block_size}, max_lod {cfg.max_lod}); "
             f"raise the budget to {need}, raise max_lod, or lower recent={cfg.recent}"
         )
@@ -260,27 +255,26 @@ class GreedyAllocator:
     def __init__(self, cfg: FocusConfig):
         self.cfg = cfg
 
-    def allocate(self, scores_BN1: Tensor, n_tokens_B: Tensor, per_cost: bool = False) -> FocusState:
-        """Afresh from the coarsest cut: show blocks, best first, while the soft budget has room.
+    def allocate(self, scores_BN1: Tensor, n_tokens_B: Tensor) -> FocusState:
+        """Afresh from the coarsest cut: show blocks, best first, while the budget has room.
 
         scores_BN1: float, one per block; blocks beyond `n_tokens_B // K` are ignored, -inf (or NaN) is never shown.
-        By default scores are only compared, so that unbounded logits and any sign will do; cost (entries that showing it
-        adds) decides what fits, and ties (then the tail's nearest). With `per_cost` scores are utilities that add
-        up, in nats say: they are ranked per entry, and blocks with utility <= 0 are not shown. Where no path
+        Scores are only compared, so that unbounded logits and any sign will do; cost (entries that showing it
+        adds) decides what fits, and ties (then the tail's nearest). Where no path
         fits any more, the best block's is opened from the top as far as it does: the budget is used up while blocks
         are left to show. Recent tokens are protected throughout.
         """
         cfg, n_blocks = self.cfg, scores_BN1.shape[1]
         nodes = _Nodes.of(n_blocks, cfg, scores_BN1.device)
         exists_BN, open_BN = self._exists_protected(nodes, n_tokens_B)
-        wanted_BN1 = exists_BN[:, :n_blocks] & (scores_BN1 > (0.0 if per_cost else -torch.inf))
-        for _ in range(min(max(cfg.soft_budget - cfg.recent, 0) // cfg.price(1), sum(nodes.sizes))):
-            free_B1 = self._free(nodes, open_BN, n_tokens_B, cfg.soft_budget)
+        wanted_BN1 = exists_BN[:, :n_blocks] & (scores_BN1 > -torch.inf)
+        for _ in range(min(max(cfg.budget - cfg.recent, 0) // cfg.price(1), sum(nodes.sizes))):
+            free_B1 = self._free(nodes, open_BN, n_tokens_B, cfg.budget)
             cost_BN1 = nodes.path_price(exists_BN & ~open_BN)
             can_BN1 = wanted_BN1 & (cost_BN1 > 0)
             fits_BN1 = can_BN1 & (cost_BN1 <= free_B1)
             can_BN1 = torch.where(fits_BN1.any(1, keepdim=True), fits_BN1, can_BN1)
-            block_B1 = _pick(scores_BN1 / cost_BN1 if per_cost else scores_BN1, cost_BN1, can_BN1)
+            block_B1 = _pick(scores_BN1, cost_BN1, can_BN1)
             top_BN = nodes.below_N >= cost_BN1.gather(1, block_B1) - free_B1  # a path's closed nodes are its lowest
             open_BN = open_BN | nodes.on_path(block_B1) & exists_BN & top_BN & can_BN1.any(1, keepdim=True)
         expanded = open_BN.split(nodes.sizes, 1)
@@ -303,7 +297,7 @@ class GreedyAllocator:
         First, over the hard budget, the lowest nodes are collapsed by force, ties nearest the tail; thresholds and
         cooldown do not count then, nor does this count as an edit. Then each edit is the best that can be had:
         - show the span of highest summed score, up to `span` adjacent closed siblings of mean score above +tau_expand, that
-          fits the soft budget. Nodes that score lower than this mean by more than `margin` pay for what does not fit: those
+          fits the budget. Nodes that score lower than this mean by more than `margin` pay for what does not fit: those
           that lie within span - 1 blocks of it first, then the lowest;
         - else hide the lowest node below -tau_collapse.
         With a span of 1 that is the highest block, paid for by the lowest nodes. Nodes flipped by an edit are not flipped
@@ -337,7 +331,7 @@ class GreedyAllocator:
             sum_BC = nodes.over_spans(score_BN.masked_fill(~fresh_BN, 0)).flatten(1)
             mean_BC = sum_BC / length_S.repeat(n_blocks)
             cost_BC = nodes.over_spans(closed_BN * nodes.price_N).flatten(1)
-            price_BC = (cost_BC - self._free(nodes, open_BN, n_tokens_B, cfg.soft_budget)).clamp(min=0)
+            price_BC = (cost_BC - self._free(nodes, open_BN, n_tokens_B, cfg.budget)).clamp(min=0)
             below_BC = torch.searchsorted(sorted_BN, mean_BC - cfg.margin)
             can_BC = (nodes.over_spans(fresh_BN.long()) == length_S).flatten(1) & (mean_BC > cfg.tau_expand)
             can_BC = can_BC & (nodes.over_spans((closed_BN & cooling_BN).long()) == 0).flatten(1)

@@ -139,7 +139,7 @@ register(
     Metric("mc.session.forced", "{node}", "counter", "Nodes collapsed by the hard budget.", healthy="at most one per block appended", where=SESSION),
     Metric("mc.session.undone", "{node}", "counter", "Nodes whose flip by an edit undid another edit's of at most 2 x cooldown refocuses ago (2 without).",
            healthy="below a tenth of expands + collapses", where=SESSION),
-    Metric("mc.session.utilization", "1", "gauge", "Entries used / the largest count reachable within the budget; raw entries alone where spans are left out.", healthy="above 0.95 with --mc_price=adaptive; 0.69 to 0.80 was measured on text at the market price", where=SESSION),
+    Metric("mc.session.utilization", "1", "gauge", "Entries used / the largest count reachable within the budget; raw entries alone where spans are left out.", healthy="above 0.95; 0.69 to 0.80 was measured on text at the market price", where=SESSION),
     Metric("mc.session.residency", "{refocus}", "histogram", "Refocuses that a block had stayed shown by an edit when it was hidden.",
            healthy="mean above 2", where=SESSION, buckets=one_two_five(0, 4)),
 )

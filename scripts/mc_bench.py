@@ -7,8 +7,6 @@
     python -m scripts.mc_bench kv --checkpoint_dir=DIR         the approximate KV policy against the exact one
     python -m scripts.mc_bench search --checkpoint_dir=DIR     the lens's search over the keys of long histories
     python -m scripts.mc_bench focus --checkpoint_dir=DIR      what refocusing does on long streams of text
-    python -m scripts.mc_bench price --checkpoint_dir=DIR      the learned price of
-                                                               --mc_allocator=threshold, fitted and judged
     python -m scripts.mc_bench knapsack                        how far the greedy choice of detail is from the optimum
     python -m scripts.mc_bench lens --checkpoint_dir=DIR       every kind of lens, taught side by side
     python -m scripts.mc_bench gists --checkpoint_dir=DIR --arms …     how well gists of several kinds and
@@ -22,7 +20,7 @@
 from nanochat.common import run_main
 from scripts.eval.subcommands import Subcommands
 
-NAMES = ("train", "vanilla", "decode", "kv", "search", "focus", "price", "knapsack", "lens", "gists", "telemetry",
+NAMES = ("train", "vanilla", "decode", "kv", "search", "focus", "knapsack", "lens", "gists", "telemetry",
          "otlp", "store")
 MODULES = {name: f"scripts.bench.{name}" for name in NAMES} | {"train": "scripts.bench.train_step"}
 COMMANDS = Subcommands("scripts.mc_bench", __doc__, MODULES)

@@ -133,8 +133,7 @@ class FocusedHistory:
             focus.advance(self.n_tokens, set(logits))
             self.scores = self._scores(logits)
             self.last_edits = edits = focus.refocus(self.scores)
-            if self.pool.config.price == "adaptive":
-                self.price_shift = float(next_shift(torch.tensor(self.price_shift, dtype=torch.float64), torch.tensor(self.utilization)))
+            self.price_shift = float(next_shift(torch.tensor(self.price_shift, dtype=torch.float64), torch.tensor(self.utilization)))
             before, after = self._shown(), focus.cut()
             self.recut |= not all(map(np.array_equal, before, after))
             (self.cut_lod, self.cut_index), self.cut_tokens = after, focus.n_tokens

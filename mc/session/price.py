@@ -7,7 +7,6 @@
     stochastic:T         the same, on logits with Gumbel noise of temperature T, drawn anew at every refocus: blocks are then drawn without
                          replacement in proportion to exp(logit / T). Keyed by (seed, row, refocus, block): nothing else changes a draw.
                          A session is row 0 of its own seed, so that the sessions beside it do not matter: other draws, another seed
-    threshold:a,b,c      a learned price: a + b · best logit + c · market price, its scalars fitted by `scripts.bench.price`
 
 The adaptive price adds a shift of its own to λ, which falls while less than TARGET of the budget is used and returns slowly towards 0
 while it is: between the market price and +tau_expand lie blocks that would fit but are not shown.
@@ -28,8 +27,7 @@ from nanochat.common import UserError
 
 TARGET = 0.95  # utilization below which the adaptive price falls
 FALL, RETURN, LOWEST = 0.2, 0.02, -3.0  # of the shift, per refocus [logits]; there tanh has saturated
-MARKET = (0.0, 0.0, 1.0)  # weights of a threshold that are the market price
-SYNTAX = "greedy, bundle:BLOCKS, stochastic:TEMPERATURE or threshold:a,b,c"
+SYNTAX = "greedy, bundle:BLOCKS or stochastic:TEMPERATURE"
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,6 @@ class Allocator:
 
     span: int = 1
     temperature: float = 0.0
-    weights: tuple[float, float, float] = MARKET
 
     @staticmethod
     def parse(text: str) -> "Allocator":
@@ -51,30 +48,17 @@ class Allocator:
                 return Allocator(span=int(values))
             if name == "stochastic" and 0 < float(values) < float("inf"):
                 return Allocator(temperature=float(values))
-            if name == "threshold":
-                a, b, c = map(float, values.split(","))
-                if all(abs(x) < float("inf") for x in (a, b, c)):
-                    return Allocator(weights=(a, b, c))
         except ValueError:
             pass
-        raise UserError(f"--mc_allocator={text}: use {SYNTAX}, with blocks of 2 or more, a temperature above 0 and finite numbers")
+        raise UserError(f"--mc_allocator={text}: use {SYNTAX}, with blocks of 2 or more and a finite temperature above 0")
 
     def scores(self, logits_BI: Tensor, index_BI: Tensor, rival_BI: Tensor, room_B: Tensor, shift_B: Tensor, *, rows_B: Tensor, seed: int,
                refocus: int) -> Tensor:
         """[B, I] scores in [−1, 1] of the blocks `index`. rival: those that compete for the `room` (in blocks) that is to be had."""
         if self.temperature:
             logits_BI = logits_BI + self.temperature * gumbel_at(rows_B, index_BI, seed, "refocus", refocus)
-        price_B = self.price(logits_BI.masked_fill(~rival_BI, -torch.inf), room_B) + shift_B
+        price_B = market_price(logits_BI.masked_fill(~rival_BI, -torch.inf), room_B) + shift_B
         return focus_scores(logits_BI, price_B[:, None])
-
-    def price(self, logits_BI: Tensor, room_B: Tensor) -> Tensor:
-        """[B] λ before any shift. logits: of rivals, −inf elsewhere."""
-        a, b, c = self.weights
-        market_B = market_price(logits_BI, room_B)
-        if self.weights == MARKET:
-            return market_B
-        best_B = logits_BI.amax(1) if logits_BI.shape[1] else market_B
-        return a + b * torch.where(best_B.isfinite(), best_B, market_B) + c * market_B
 
 
 def market_price(logits_BI: Tensor, room_B: Tensor) -> Tensor:
@@ -89,9 +73,9 @@ def market_price(logits_BI: Tensor, room_B: Tensor) -> Tensor:
 
 
 def room(n_tokens_B: Tensor, cfg: FocusConfig) -> Tensor:
-    """[B] blocks that the soft budget shows raw beside the protected tail, each at the full price of its path; at least 1. int64."""
+    """[B] blocks that the budget shows raw beside the protected tail, each at the full price of its path; at least 1. int64."""
     k, widths = cfg.block_size, [cfg.block_size**lod for lod in range(1, cfg.max_lod + 1)]
-    nodes_B = (cfg.soft_budget - tiling(n_tokens_B, k, cfg.max_lod)) // (k - 1)
+    nodes_B = (cfg.budget - tiling(n_tokens_B, k, cfg.max_lod)) // (k - 1)
     tail_B = sum(n_tokens_B // w - (n_tokens_B - cfg.recent).clamp(min=0) // w for w in widths)
     levels_B = sum((n_tokens_B >= w).long() for w in widths).clamp(min=1)
     return ((nodes_B - tail_B) // levels_B).clamp(min=1)

@@ -209,7 +209,7 @@ class PathEdits:
         fixed = {node for node in self.expanded if self.protected(node) or node in self.changed}
         fixed |= {above for node in fixed for above in self.path(self._first_block(node)) if above[0] > node[0]}
         movable = sorted(self.expanded - fixed, key=order)
-        free = self.free(c.soft_budget)
+        free = self.free(c.budget)
 
         shows = []
         for block in scores:

@@ -87,7 +87,9 @@ class SessionPool:
     @property
     def fingerprint(self) -> str:
         """Of all weights and settings, base and MegaContext."""
-        digest = hashlib.sha256(repr((asdict(self.gpt.config), asdict(self.mc.config), asdict(self.focus_config))).encode())
+        focus = list(asdict(self.focus_config).items())
+        focus.insert(3, ("soft_budget", self.focus_config.budget))  # a setting that is gone: states from when it was there still load
+        digest = hashlib.sha256(repr((asdict(self.gpt.config), asdict(self.mc.config), dict(focus))).encode())
         for module in (self.gpt, self.mc):
             for name, tensor in sorted(module.state_dict().items()):
                 digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

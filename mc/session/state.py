@@ -133,6 +133,10 @@ def check_fits(state: SessionState, pool: Any, store: Store | None) -> None:
     check_meta(meta, tensors)
     if meta.get("model") != pool.fingerprint:
         raise UserError(f"the session state was taken with model {meta.get('model')}, this is {pool.fingerprint}; load that checkpoint")
+    gone = {"price": "adaptive"} | meta["config"]
+    if gone["price"] != "adaptive" or str(gone.get("allocator")).startswith("threshold"):
+        raise UserError("the session state was taken with --mc_price=market or --mc_allocator=threshold, which this version does not have; "
+                        "open a new session on its history")
     if different := [name for name, value in asdict(pool.config).items() if meta["config"].get(name) != value]:
         raise UserError("the session state was taken with other settings: " + ", ".join(f"--mc_{name}={meta['config'].get(name)}" for name in different))
     if (store is None) != ("history" in tensors):

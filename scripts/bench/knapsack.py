@@ -73,7 +73,7 @@ class _Row:
 
 
 def optimum(utility_BN1: Tensor, n_tokens_B: Tensor, cfg: FocusConfig) -> FocusState:
-    """The state of largest summed utility of raw blocks within the soft budget; blocks that reach into the
+    """The state of largest summed utility of raw blocks within the budget; blocks that reach into the
     protected tail are raw in any.
 
     utility_BN1: finite, any unit, may be negative. ValueError where the budget does not hold the tiling and the tail,
@@ -84,11 +84,11 @@ def optimum(utility_BN1: Tensor, n_tokens_B: Tensor, cfg: FocusConfig) -> FocusS
     k, n_blocks = cfg.block_size, utility_BN1.shape[1]
     expanded = [torch.zeros(len(utility_BN1), n_blocks // k**level, dtype=torch.bool) for level in range(cfg.max_lod)]
     for b, n in enumerate(n_tokens_B.tolist()):
-        nodes = (cfg.soft_budget - tiling(n, k, cfg.max_lod)) // (k - 1)
+        nodes = (cfg.budget - tiling(n, k, cfg.max_lod)) // (k - 1)
         row = _Row(utility_BN1[b].double().numpy(), n, cfg, nodes) if nodes >= 0 else None
         total = row.combine(row.roots())[0] if row else np.array([-np.inf])
         if total.max() == -np.inf:
-            raise ValueError(f"a budget of {cfg.soft_budget} entries does not hold {n} tokens with {cfg.recent} of "
+            raise ValueError(f"a budget of {cfg.budget} entries does not hold {n} tokens with {cfg.recent} of "
                              "them raw")
         for lod, index in row.solve(row.roots(), int(total.argmax())):
             expanded[lod - 1][b, index] = True
@@ -124,8 +124,8 @@ def _bumps(u_BN: Tensor) -> Tensor:
 def run(args: argparse.Namespace) -> None:
     check_least(args, trials=1)
     rows = []
-    print("| instance | utilities | by score: mean, least | per cost: mean, least | optimum [ms a row] "
-          "|\n|---|---|---|---|---|")
+    print("| instance | utilities | by score: mean, least | optimum [ms a row] "
+          "|\n|---|---|---|---|")
     for name, (n, k, max_lod, nodes) in INSTANCES.items():
         cfg = FocusConfig(tiling(n, k, max_lod) + (k - 1) * nodes, k, max_lod, recent=0)
         greedy, n_B = GreedyAllocator(cfg), torch.full((args.trials,), n)
@@ -135,12 +135,11 @@ def run(args: argparse.Namespace) -> None:
             begin = time.perf_counter()
             best_B = value(utility_BN1, optimum(utility_BN1, n_B, cfg))
             ms = (time.perf_counter() - begin) / args.trials * 1e3
-            share = {rule: value(utility_BN1, greedy.allocate(utility_BN1, n_B, per_cost=rule == "per cost")) / best_B
-                     for rule in ("by score", "per cost")}
+            share = {"by score": value(utility_BN1, greedy.allocate(utility_BN1, n_B)) / best_B}
             rows.append({"instance": name, "utilities": kind, "ms": ms} | {rule: [float(x.mean()), float(x.min())]
                                                                            for rule, x in share.items()})
             cells = " | ".join(f"{x.mean():.3f}, {x.min():.3f}" for x in share.values())
             print(f"| {name}: n {n}, K {k}, {max_lod} levels, {nodes} nodes | {kind} | {cells} | {ms:.1f} |",
                   flush=True)
-    least = {rule: min(r[rule][0] for r in rows) for rule in ("by score", "per cost")}
+    least = {rule: min(r[rule][0] for r in rows) for rule in ("by score",)}
     print_json({"trials": args.trials, "seed": args.seed, "least_mean_share": least, "rows": rows})

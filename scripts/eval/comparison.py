@@ -75,7 +75,7 @@ class FocusComparison:
     def __init__(self, gpt: GPT, mc: MegaContext, tokens_BT: Tensor, targets_BT: Tensor, n: int, seed: int, rows_B: Tensor,
                  budget: int | None = None):
         config = mc.focus_config()
-        self.focus_config = config if budget is None else replace(config, budget=budget, soft_budget=budget)
+        self.focus_config = config if budget is None else replace(config, budget=budget)
         check_feasible(n, self.focus_config)
         self.gpt, self.mc, self.tokens, self.targets, self.n = gpt, mc, tokens_BT, targets_BT, n
         self.seed, self.rows = seed, rows_B

@@ -198,7 +198,7 @@ def _bands(focus: FocusComparison, full: Outcome) -> Metrics:
         head = (focus.n - cfg.recent) // focus.K * focus.K
         if tiling(head, focus.K, cfg.max_lod, cfg.n_gists) + focus.n - head > budget:
             continue
-        focus.allocator = GreedyAllocator(replace(cfg, budget=budget, soft_budget=budget))
+        focus.allocator = GreedyAllocator(replace(cfg, budget=budget))
         metrics[Labelled("mc.val.band_delta_nll", band=band)] = (focus.outcome(scores).nll_B - full.nll_B).mean()
     focus.allocator = usual
     return metrics

@@ -212,15 +212,6 @@ def test_growth_starts_raw_then_is_forced_down_lowest_first_nearest_the_tail():
     assert shown(allocator, state) == [0, 2, 3, 6, 8]  # 1 is lowest; 7, 5, 4 are the last of the ties; 8 is the tail
 
 
-def test_soft_budget_leaves_room_that_appends_may_fill():
-    cfg = FocusConfig(budget=40, soft_budget=28, block_size=4, recent=0)
-    allocator = GreedyAllocator(cfg)
-    state = allocator.allocate(torch.randn(2, 20), torch.tensor([64, 64]))
-    assert wc.entries_used(allocator.cut(state)[0]).tolist() == [28, 28]
-    state, report = allocator.refocus(allocator.advance(state, torch.tensor([76, 64])), torch.full((2, 20), 0.5))
-    assert wc.entries_used(check_state(allocator, state)).tolist() == [40, 28] and not report.forced_B.any()
-
-
 @pytest.mark.parametrize("span", [1, 4])
 def test_permuting_the_batch_permutes_the_result(span):
     gen, order, n_B = torch.Generator().manual_seed(0), torch.tensor([2, 0, 3, 1]), torch.tensor([1025, 31, 77, 1023])
@@ -236,14 +227,13 @@ def test_permuting_the_batch_permutes_the_result(span):
 
 
 def test_scores_are_only_compared():
-    """Any sign and size, -inf and NaN never shown; utilities at or below zero are not shown either."""
+    """Any sign and size, -inf and NaN never shown."""
     allocator = GreedyAllocator(FocusConfig(budget=8 + 9, block_size=4, recent=0))
     n_B = torch.tensor([32])
     logits = torch.tensor([[-900.0, -3.0, -torch.inf, torch.nan, -5e6, -2.0, -80.0, -4.0]])
     assert shown(allocator, allocator.allocate(logits, n_B)) == [1, 5, 7]
     only = torch.tensor([[-torch.inf, 0.1, -torch.inf, torch.nan, -torch.inf, -0.1, -torch.inf, -torch.inf]])
     assert shown(allocator, allocator.allocate(only, n_B)) == [1, 5]
-    assert shown(allocator, allocator.allocate(only, n_B, per_cost=True)) == [1]
 
 
 def test_infeasible_budgets_are_refused_with_the_numbers():
@@ -269,7 +259,7 @@ def test_opening_a_node_adds_its_price(k, max_lod, n, n_gists, seed):
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(budget=0), dict(n_gists=32), dict(n_gists=0), dict(block_size=1), dict(max_lod=0), dict(soft_budget=65), dict(recent=-1), dict(margin=-0.1),
+    "bad", [dict(budget=0), dict(n_gists=32), dict(n_gists=0), dict(block_size=1), dict(max_lod=0), dict(recent=-1), dict(margin=-0.1),
             dict(tau_expand=3.0), dict(max_edits=-1), dict(cooldown=-1), dict(span=0)],
 )
 def test_impossible_settings_are_refused(bad):
