@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from mc.store.catalog import Catalog
 from mc.store.disk.store import DiskStore
+from nanochat.documents import read_text
 from nanochat.tokenizer import Tokenizer
 from scripts import mc_store
 
@@ -353,7 +354,7 @@ WRONG = {
 
 def test_line_ends_of_a_new_text_are_kept(tmp_path):
     (tmp_path / "new.txt").write_bytes(b"a\r\nb\rc\n")
-    assert mc_store._read_text(tmp_path / "new.txt") == "a\r\nb\rc\n"
+    assert read_text(tmp_path / "new.txt") == "a\r\nb\rc\n"
 
 
 @pytest.mark.parametrize("mistake", WRONG.values(), ids=WRONG)
