@@ -252,8 +252,10 @@ class HeldOut:
         self.checkpoints.judged(found._asdict())
 
     def probe(self) -> None:
+        from scripts.eval import probe  # imports mc
+
         with self.meter.timed("mc.time.probe"), self.autocast:
-            found = import_optional("mc", "diagnostics").probe_batch(self.controller, self.model, next(self.batches()))
+            found = probe.probe_batch(self.controller, self.model, next(self.batches()))
             self.meter.record(mean_over_ranks([found], self.ranks)[0])
 
     def batches(self) -> Iterator[Batch]:

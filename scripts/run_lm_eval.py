@@ -64,8 +64,10 @@ def build_lm(args):
         raise UserError(f"--max_length={args.max_length} has no effect with --mc_enabled=1: a session's context is never cut")
     if not meta.get("mc"):
         raise UserError("--mc_enabled=1 needs a checkpoint that was trained with --mc_enabled=1")
-    sessions, harness = import_optional("mc", "session.session"), import_optional("mc", "harness")
-    return harness.SessionLM(sessions.open_pool(model, meta, args.checkpoint_dir, sessions.from_flags(args)), tokenizer, args.seed)
+    from scripts.eval.lm_eval_sessions import SessionLM  # imports mc
+
+    sessions = import_optional("mc", "session.session")
+    return SessionLM(sessions.open_pool(model, meta, args.checkpoint_dir, sessions.from_flags(args)), tokenizer, args.seed)
 
 
 def check_generation(lm, tasks: dict) -> None:

@@ -263,7 +263,6 @@ class SessionPool:
             check_history(tensors["history"], meta["n_stored"], self.gpt.config.vocab_size)
         session = self.open(store, catalog=catalog)
         try:
-            session.check_length(meta["n_stored"] + len(meta["pending"]))
             if store is None:
                 session.history.fill(tensors["history"])
             session.resume(meta, tensors)

@@ -16,6 +16,7 @@ from mc.model import MegaContext
 from mc.session.session import Session
 from mc.store.catalog import Catalog
 from mc.store.disk.store import DiskStore
+from nanochat import documents
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
@@ -167,7 +168,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_next_step(run, interrupt, monkeyp
 
 
 def test_ctrl_c_while_a_history_is_read_keeps_what_was_read(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(chat_cli, "PIECE", 100)
+    monkeypatch.setattr(documents, "READ_BYTES", 100)
     (tmp_path / "history.txt").write_text("So we beat on, boats against the current.\n" * 60)
     whole = Session.append
 
@@ -221,7 +222,7 @@ def test_a_history_from_a_pipe_is_read_as_that_of_a_file(run, tmp_path):
         assert [line.split(" of ")[0] for line in said if line.startswith("read ")] == [line.split(" of ")[0] for line in err if line.startswith("read ")]
 
 
-@pytest.mark.parametrize("content, message", [(b"text \xff", "is not UTF-8 text .*0xff"), (b"text \xc3", "is not UTF-8 text .*0xc3")])
+@pytest.mark.parametrize("content, message", [(b"text \xff", "is not UTF-8 text .*byte 5"), (b"text \xc3", "is not UTF-8 text .*byte 5")])
 def test_a_pipe_that_is_no_text_leaves_nothing_behind(run, tmp_path, content, message):
     read, end = os.pipe()
     os.write(end, content), os.close(end)

@@ -164,7 +164,7 @@ def test_an_empty_far_history_is_none_at_all():
      (dict(far_tokens=0), 1, 0, None), (dict(far_tokens=4096), 1, 4096, None)],
 )  # fmt: skip
 def test_far_histories_are_the_default_where_they_are_possible(config, micro_batch, tokens, why):
-    found, obstacle = with_far_tokens(MCConfig(**config), micro_batch)
+    found, obstacle = with_far_tokens(from_dict({"far_tokens": -1} | config), micro_batch)
     assert found.far_tokens == tokens and (why is None) == (obstacle is None) and (why is None or why in obstacle)
     if found.far_tokens and micro_batch > 1:
         assert most_entries(found) <= found.far_entries, "what is the default is not refused"

@@ -303,7 +303,7 @@ BEFORE_ARMS = dict(gist="slots", teacher="gate", gists_per_block=1, gist_source=
 
 
 def test_checkpoints_from_before_arms_are_read_as_what_they_used():
-    assert from_dict(BEFORE_ARMS | RETIRED) == MCConfig(gist="slots", teacher="gate")
+    assert from_dict(BEFORE_ARMS | RETIRED) == MCConfig(gist="slots", teacher="gate", far_tokens=0)
     used = from_dict(BEFORE_ARMS | dict(contrast_weight=0.2, bands=1, gist_source="hidden", lens_kl=0.3))
     assert used.named_arms() == ["hidden", "contrast", "bands", "kl", "gist_slots", "gate"] and used.of("lens_kl") == 0.3 and used.gist_source == "hidden"
     assert from_dict(to_dict(used)) == used

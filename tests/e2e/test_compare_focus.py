@@ -168,7 +168,7 @@ def test_mc_stream(trained, tmp_path):
 
 @pytest.mark.parametrize("checkpoint, flags, message", [
     ("recall_vanilla", [], "no MegaContext"), ("text_mc", [], "not on --data=recall"), ("recall_mc", ["--windows=1"], "at least 2"),
-    ("recall_mc", ["--filler=music"], "pairs, text"), ("recall_mc", ["--windows=600", "--mc_budget=96", "--streams=1"], "too small"),
+    ("recall_mc", ["--filler=music"], "pairs, text"), ("recall_mc", ["--mc_budget=64", "--streams=1"], "too small"),
 ])  # fmt: skip
 def test_mistakes_of_mc_stream(checkpoint, flags, message, trained, tmp_path):
     done = run(trained, "mc_eval", "stream", f"--checkpoint_dir={trained / 'checkpoints' / checkpoint}", *flags, f"--out={tmp_path / 'out'}")

@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from mc.store.catalog import Catalog
 from mc.store.disk.store import DiskStore
+from nanochat.documents import read_text
 from nanochat.tokenizer import Tokenizer
 from scripts import mc_store
 
@@ -90,7 +91,7 @@ def test_info_and_verify_agree_with_what_was_ingested(base, made, prepared):
     texts = [p.read_text() for p in (prepared / "texts").glob("*.py")]
     lengths = [1 + len(tokenizer.encode(text)) for text in texts]
     assert info["tokens"] == sum(lengths) and info["slots"] == sum(-(-n // K) * K for n in lengths)
-    assert info["nodes"] == {"1": info["slots"] // K, "2": info["slots"] // K**2}
+    assert info["nodes"] == {str(lod): info["slots"] // K**lod for lod in range(1, 5)}
     assert verified["tokens"] == info["tokens"] and info["bytes"] > info["slots"] * 4
     assert {text.encode() for text in gists_by_text(base, made)} == {text.encode() for text in texts}
 
@@ -245,7 +246,7 @@ def test_export(base, made, tmp_path, format):
         gists, keys, sources = disk.gists(1, blocks), disk.keys(blocks), catalog.sources()
     if format == "safetensors":
         with safe_open(files[0], "pt") as f:
-            assert set(f.keys()) == {"tokens", "L1", "L2", "K1"} and f.metadata()["block_size"] == str(K)
+            assert set(f.keys()) == {"tokens", "L1", "L2", "L3", "L4", "K1"} and f.metadata()["block_size"] == str(K)
             assert (
                 torch.equal(f.get_tensor("tokens").long(), ids)
                 and torch.equal(f.get_tensor("L1"), gists)
@@ -353,7 +354,7 @@ WRONG = {
 
 def test_line_ends_of_a_new_text_are_kept(tmp_path):
     (tmp_path / "new.txt").write_bytes(b"a\r\nb\rc\n")
-    assert mc_store._read_text(tmp_path / "new.txt") == "a\r\nb\rc\n"
+    assert read_text(tmp_path / "new.txt") == "a\r\nb\rc\n"
 
 
 @pytest.mark.parametrize("mistake", WRONG.values(), ids=WRONG)

@@ -125,16 +125,16 @@ def test_runs_in_folders_keep_their_logs_apart(base, train):
 
 IN_FOLDER = {  # what is refused with --out=X, X a file: before anything is loaded, so that what is missing besides is not noticed
     "run_lm_eval": ["--checkpoint_dir=no", "--tasks=x", "--out={file}/o.json"],
-    "run_lm_eval into a folder": ["--checkpoint_dir=no", "--tasks=x", "--out={folder}"],
-    "compare_focus": [*(f"--{task}_{kind}=no" for task in ("recall", "text") for kind in ("mc", "vanilla")), "--out={file}"],
-    "eval_focus": ["--recall_mc=no", "--out={file}"],
-    "text_focus_study": ["--text_mc=no", "--out={file}/x"],
-    "mc_stream": ["--checkpoint_dir=no", "--out={file}"],
+    "run_lm_eval  into a folder": ["--checkpoint_dir=no", "--tasks=x", "--out={folder}"],
+    "mc_eval compare": [*(f"--{task}_{kind}=no" for task in ("recall", "text") for kind in ("mc", "vanilla")), "--out={file}"],
+    "mc_eval focus": ["--recall_mc=no", "--out={file}"],
+    "mc_eval text": ["--text_mc=no", "--out={file}/x"],
+    "mc_eval stream": ["--checkpoint_dir=no", "--out={file}"],
     "write_tasks": ["--tasks=mqar", "--out={file}/a/b"],
-    "flag_table": ["--out={file}"],
-    "label_utility": ["--checkpoint_dir=no", "--out={file}"],
-    "keep_drop": ["label", "--checkpoint_dir=no", "--labels={file}"],
-    "run_benchmarks": ["quick", "--out={file}"],
+    "make_docs": ["--out={file}"],
+    "mc_study labels": ["--checkpoint_dir=no", "--out={file}"],
+    "mc_study importance": ["--checkpoint_dir=no", "--labels={file}"],
+    "mc_study suite": ["quick", "--out={file}"],
     "make_text_corpus": ["--prose={prose}", "--held_out=a.txt", "--out={file}"],
 }
 
@@ -148,7 +148,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(case, base,
         (places["prose"] / f"{name}.txt").write_text("prose")
     places["file"].write_text("kept")
     before = tree(base)
-    error = run(base, case.split()[0], *(flag.format(**places) for flag in IN_FOLDER[case])).error
+    error = run(base, *case.partition("  ")[0].split(), *(flag.format(**places) for flag in IN_FOLDER[case])).error
     assert str(places["folder" if "folder" in case else "file"]) in error
     assert places["file"].read_text() == "kept" and tree(base) == before
 

@@ -54,7 +54,7 @@ def test_the_oracle_shows_the_blocks_it_knows(blocks, monkeypatch):
     for session in list(pool.sessions.values()):
         session.close()
     monkeypatch.setattr(
-        "mc.session.Session.close", lambda self: (shown.append((self.cut_lod.copy(), self.cut_index.copy())),
+        "mc.session.session.Session.close", lambda self: (shown.append((self.cut_lod.copy(), self.cut_index.copy())),
                                                   close(self))[1])
     store = store_of(pool, HISTORY)
     known, plain = ask(pool, store, SAID, SCORED, ALL, blocks), ask(pool, store, SAID, SCORED, ALL)

@@ -13,6 +13,7 @@ from fuzzing import EDGES, Image, changes, command, dumped, fuzzed, image, json_
 from hypothesis import strategies as st
 
 from mc.store.networks import load_networks
+from nanochat.telemetry import meter
 from nanochat.loading import load_model, load_nanochat_dir
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train, chat_cli
@@ -31,7 +32,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        patch.setattr(base_train, "peak_flops", lambda device: 1e9)  # measured for half a second
+        patch.setattr(meter, "peak_flops", lambda device: 1e9)
         Tokenizer([bytes([i]) for i in range(256)]).save()
         patch.setattr(sys, "argv", ["base_train", *TRAIN])
         base_train.main()

@@ -9,6 +9,7 @@ import pytest
 from fuzzing import command, fuzzed, image
 from hypothesis import strategies as st
 
+from nanochat.telemetry import meter
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train, chat_cli, tok_train, write_tasks
 from scripts.eval import run_focus as eval_focus
@@ -72,7 +73,7 @@ def base(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        patch.setattr(base_train, "peak_flops", lambda device: 1e9)
+        patch.setattr(meter, "peak_flops", lambda device: 1e9)
         Tokenizer([bytes([i]) for i in range(256)]).save()
         assert command("commands on checkpoints", base_train.main, *TRAIN)
         patch.setattr(base_eval, "evaluate", stop)

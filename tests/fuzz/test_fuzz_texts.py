@@ -70,7 +70,7 @@ def test_text_files(work, tokenizer, text, codec, change):
     data = text.encode(codec, "surrogatepass" if codec.startswith("utf") else "replace")
     path.write_bytes(change(data) if change else data)
     alike("text files", path, tokenizer)
-    history, _ = outcome(lambda: "".join(chat_cli.file_pieces(path)))
+    history, _ = outcome(lambda: "".join(chat_cli.history_pieces(chat_cli.open_text(path, prompted=True), path)))
     assert history == outcome(lambda: next(read_documents(path, work, "text")).text)[0]
 
 

@@ -74,7 +74,7 @@ def test_python_without_sources_is_refused(tmp_path):
 def test_base_dir_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="cannot write in .*NANOCHAT_BASE_DIR"):
+    with pytest.raises(UserError, match="cannot write .*NANOCHAT_BASE_DIR"):
         open_corpus("stdlib")
 
 

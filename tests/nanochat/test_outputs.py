@@ -29,7 +29,7 @@ from nanochat.telemetry.recorder import METRICS, Metric, Recorder, Sink, read_me
 from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -291,7 +291,7 @@ def test_lines_that_are_no_rows_cost_themselves_alone(tmp_path, capsys, strange,
 
 def test_nothing_but_strange_lines_is_no_metrics_file(tmp_path):
     (tmp_path / "m").write_text("{torn")
-    with pytest.raises(ValueError, match="line 1 is no row"):
+    with pytest.raises(UserError, match="is no metrics file: line 1: "):
         read_metrics(tmp_path / "m")
 
 
@@ -348,5 +348,6 @@ def test_a_machine_that_has_no_more_is_one_line(e, words, capsys):
         run_main(main)
     err = capsys.readouterr().err
     assert found.value.code == 2 and err.startswith("error: ") and words in err and err.count("\n") == 1
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(SystemExit) as found:  # another one is a fault of ours, and told whole
         run_main(lambda: open("/nowhere/at/all"))
+    assert found.value.code == 1 and "FileNotFoundError" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from nanochat.engine import decode_stream
 from nanochat.streams import interrupt_noted
 from nanochat.tokenizer import Reserved, Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def ended(main: Callable[[], None], folder: Path, *, out: int | None = 0, err: int | None = 0, encoding: str = "utf-8", unbuffered: bool = False) -> tuple[int, str, str]:

@@ -31,7 +31,8 @@ def check_cut(edits: PathEdits) -> None:
     """A valid cut within the budget, with its tail raw."""
     lod, index = (torch.from_numpy(x)[None] for x in edits.cut())
     c = edits.cfg
-    wc.check(wc.Cut(lod, index, torch.ones_like(lod, dtype=torch.bool), c.block_size), torch.tensor([edits.n_tokens]), c.budget, c.max_lod, gaps=edits.omits)
+    n = edits.n_tokens if c.recent or not edits.omits else int(((index + 1) * c.block_size**lod).amax() if lod.numel() else 0)  # unprotected, the last may go too
+    wc.check(wc.Cut(lod, index, torch.ones_like(lod, dtype=torch.bool), c.block_size), torch.tensor([n]), c.budget, c.max_lod, gaps=edits.omits)
     assert len(lod[0]) == edits.entries or edits.omits and int((lod == 0).sum()) == edits.entries
     ends = (index + 1) * c.block_size ** lod
     assert (lod[ends > edits.n_tokens - c.recent] == 0).all()

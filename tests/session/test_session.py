@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_mc import VOCAB, randomize, tiny_base
 
 from mc import working_context as wc
-from mc.config import MCConfig
+from mc.config import MCConfig, from_dict
 from mc.focus_allocator import FocusConfig, fits
 from mc.gaussian_rope import entry_rotary
 from mc.model import MegaContext
@@ -32,7 +32,7 @@ K = 4
 def tiny_pool(max_sessions: int = 1, budget: int = 40, gpt: GPT | None = None, mc_config: dict | None = None, trained=(1, 2, 3),
               recorder: Recorder | None = None, **config) -> SessionPool:
     gpt = gpt or tiny_base()
-    mc = MegaContext(MCConfig(**{**dict(block_size=K, max_lod=3, gist_width=16, budget=32, horizon=8, lens_key_dim=16, lens_keys=2,
+    mc = MegaContext(from_dict({**dict(block_size=K, max_lod=3, gist_width=16, budget=32, horizon=8, lens_key_dim=16, lens_keys=2,
                                         lens_queries=24, lens_horizon=4), **(mc_config or {})}), gpt.config.n_embd).double()
     randomize(mc)
     return SessionPool(gpt, mc, SessionConfig(budget=budget, **config), trained_lods=trained, max_sessions=max_sessions, recorder=recorder)
@@ -749,7 +749,7 @@ def test_an_edited_history_is_not_the_one_of_the_state(tmp_path):
 def test_a_restore_that_fails_takes_no_place():
     state = _begun(tokens(30)).state()
     pool = tiny_pool()
-    with pytest.raises(KeyError):
+    with pytest.raises(UserError, match="pending missing"):
         pool.restore(state._replace(meta={name: value for name, value in state.meta.items() if name != "pending"}))
     pool.restore(state)
 
