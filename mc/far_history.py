@@ -39,7 +39,7 @@ class FarHistory(NamedTuple):
     boundary_B: Tensor
 
 
-def place(start_BM: Tensor, far: FarHistory) -> tuple[Tensor, Tensor, Tensor]:
+def place_far(start_BM: Tensor, far: FarHistory) -> tuple[Tensor, Tensor, Tensor]:
     """Where everything stands, in tokens of the row: the starts [B, M] of its own entries, starts and lengths [B, F] of the far ones.
 
     What begins before the boundary is pushed back as a whole, a gist that reaches over it too.
@@ -74,7 +74,7 @@ def with_far_tokens(config: MCConfig, micro_batch: int) -> tuple[MCConfig, str |
     return replace(config, far_tokens=min(min(8, most) * K**top, LONGEST)), None
 
 
-def draw_cut(config: MCConfig, rows_B: Tensor, *key: int | str) -> tuple[Cut, Tensor]:
+def draw_far_cut(config: MCConfig, rows_B: Tensor, *key: int | str) -> tuple[Cut, Tensor]:
     """Which nodes are shown, and the token at which the row's own older part lies; lengths are log-uniform up to far_tokens."""
     K = config.block_size
     draw = uniform(rows_B, 3, *key, "far cut")
@@ -127,7 +127,7 @@ def draw_far_history(config: MCConfig, gistnet: GistNet, embeds_BTD: Tensor, row
     embeds, rows: of the whole micro-batch.
     """
     rows_R = rows_B[chosen]
-    cut, split_R = draw_cut(config, rows_R, *key)
+    cut, split_R = draw_far_cut(config, rows_R, *key)
     pools = make_pools(gistnet, embeds_BTD, rows_B, chosen, config.max_lod, *key)
     draw_RF, lod_RF, lent = uniform(rows_R, config.far_entries, *key, "far nodes"), cut.lod_BW.clamp_min(1), pools[0].shape[1]
     first_RF = torch.where(lod_RF == 1, 0, lent + (lod_RF - 2) * NODES_OF_A_LEVEL)

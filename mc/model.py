@@ -20,7 +20,7 @@ from torch import Tensor
 from mc.arm import Arm, load
 from mc.config import MCConfig, complete, from_dict
 from mc.focus_allocator import FocusConfig, GreedyAllocator
-from mc.far_history import FarHistory, place
+from mc.far_history import FarHistory, place_far
 from mc.gaussian_rope import entry_rotary
 from mc.gistnet import GistNet, GistNetConfig
 from mc.lensnet import LOCAL_MEAN, LensNet, LensNetConfig
@@ -172,7 +172,7 @@ def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entrie
     length, start = each * valid, index * each
     ids = torch.where((lod == 0) & valid, tokens_BT.gather(1, torch.where(lod == 0, index, 0)), -1)
     if far is not None:  # in the order of their places: the row's own entries first, as stored, for those who stand at the same token
-        start, far_start, far_length = place(start, far)
+        start, far_start, far_length = place_far(start, far)
         far_valid = far.cut.valid_BW
         start, length, lod = (torch.cat(x, 1) for x in ((start, far_start), (length, far_length), (lod, far.cut.lod_BW)))
         valid, ids = torch.cat([valid, far_valid], 1), F.pad(ids, (0, far_valid.shape[1]), value=-1)

@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     num_targets: int  # the most targets that any row has: the head need not run on more positions of a row
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     T: int  # tokens per row, not counting the last target
     fingerprint: str  # two sources with the same one give the same rows
     summary: str  # one line for the log
@@ -263,7 +263,7 @@ def make_source(
     schedule: CurriculumSchedule | None = None,
     total_rows: int | None = None,
     needles: int = 4,
-) -> Source:
+) -> RowSource:
     """The source that the flags name. data: "stdlib", "recall", "hops", "needle", "random", "tasks[:mix]", or a directory; rows: "long" or "packed".
 
     recall_task, recall_blocks (without a task) are for "recall" and "hops": by default the tokenizer's ids; schedule and total_rows for
@@ -287,7 +287,7 @@ def make_source(
     return (LongRows if rows == "long" else PackedRows)(cache, T, seed, split)
 
 
-def source_of(meta: dict, split: str, *, tokenizer: Tokenizer, data: str = "", T: int = 0, seed: int | None = None, **options) -> Source:
+def source_of(meta: dict, split: str, *, tokenizer: Tokenizer, data: str = "", T: int = 0, seed: int | None = None, **options) -> RowSource:
     """The rows that a checkpoint's training read, or others read alike. UserError if its `meta` names no flags of base_train.
 
     data, T, seed: other than the training's; options: of `make_source`, instead of the training's or beside them.
@@ -301,14 +301,14 @@ def source_of(meta: dict, split: str, *, tokenizer: Tokenizer, data: str = "", T
     return make_source(data, split, T=T or meta["model_config"]["sequence_len"], seed=seed, tokenizer=tokenizer, **own, **options)
 
 
-def judged_rows(source: Source, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def judged_rows(source: RowSource, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Of rows int64 [B]: tokens int64 [B, T], and the token after each, −1 where none is judged."""
     tokens, mask = source.row_tokens(rows)
     targets = tokens[:, 1:] if mask is None else np.where(mask[:, 1:], tokens[:, 1:], -1)
     return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets.copy())
 
 
-def eval_rows(source: Source, tokens: int, multiple: int = 1) -> int:
+def eval_rows(source: RowSource, tokens: int, multiple: int = 1) -> int:
     """How many rows, a multiple of `multiple`, cover `tokens` eval tokens. UserError if the source has fewer different rows."""
     if tokens < 1:
         raise UserError(f"{tokens} eval tokens: at least 1")
@@ -326,7 +326,7 @@ class Loader:
 
     def __init__(
         self,
-        source: Source,
+        source: RowSource,
         rows_per_step: int,
         micro_batch: int,
         T: int,

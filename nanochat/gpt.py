@@ -97,7 +97,7 @@ Select = Callable[[int, Tensor, Tensor], Tensor]  # (layer, q [B,H,S,E], k [B,G,
 
 
 @dataclass
-class Context:
+class ForwardContext:
     """What every layer of one pass shares."""
 
     cos: Tensor  # [1 or B, S, 1, E/2]
@@ -123,7 +123,7 @@ def rotate(x_BSHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
 
 
-def predecessors(x_BSx: Tensor, kept: Tensor, ctx: Context) -> Tensor:
+def predecessors(x_BSx: Tensor, kept: Tensor, ctx: ForwardContext) -> Tensor:
     """The x of the entry before each, from the cache's buffer `kept`, into which x goes first."""
     ctx.cache.put(kept, ctx.slots, x_BSx)
     return ctx.cache.at(kept, ctx.before).to(x_BSx.dtype)
@@ -141,7 +141,7 @@ class Attention(nn.Module):
         self.ve_gate = nn.Linear(VALUE_GATE_DIMS, self.n_kv_head, bias=False) if config.has_value_embed(layer) else None
         self.key_shift = nn.Parameter(torch.full((self.n_kv_head,), 0.9)) if config.key_shift else None
 
-    def _shift_keys(self, k_BSGE: Tensor, ctx: Context) -> Tensor:
+    def _shift_keys(self, k_BSGE: Tensor, ctx: ForwardContext) -> Tensor:
         if ctx.cache is None:
             before = torch.cat([k_BSGE[:, :1], k_BSGE[:, :-1]], 1)
         else:
@@ -151,7 +151,7 @@ class Attention(nn.Module):
             amount = amount * ctx.linked[:, :, None, None]
         return torch.lerp(k_BSGE, before, amount.expand_as(k_BSGE))
 
-    def forward(self, x_BSD: Tensor, ve_BSG: Tensor | None, window: int, ctx: Context) -> Tensor:
+    def forward(self, x_BSD: Tensor, ve_BSG: Tensor | None, window: int, ctx: ForwardContext) -> Tensor:
         B, S, D = x_BSD.shape
         q = self.c_q(x_BSD).view(B, S, self.n_head, self.head_dim)
         k = self.c_k(x_BSD).view(B, S, self.n_kv_head, self.head_dim)
@@ -174,7 +174,7 @@ class Attention(nn.Module):
             ctx.capture.append(Captured(q, k, v, y))
         return self.c_proj(y.transpose(1, 2).reshape(B, S, D))
 
-    def _through_cache(self, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    def _through_cache(self, k: Tensor, v: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         cache, buffers = ctx.cache, (ctx.cache.k[self.layer], ctx.cache.v[self.layer])
         for buffer, new in zip(buffers, (k, v)):
             cache.put(buffer, ctx.slots, new)
@@ -213,7 +213,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn, self.mlp = Attention(config, layer), MLP(config)
 
-    def forward(self, x: Tensor, ve: Tensor | None, window: int, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ve: Tensor | None, window: int, ctx: ForwardContext) -> Tensor:
         x = x + self.attn(norm(x), ve, window, ctx)
         return x + self.mlp(norm(x))
 
@@ -350,7 +350,7 @@ class GPT(nn.Module):
             slots, before = cache.slots_for(S)
             follows = before >= 0
             linked, before = follows if linked is None else linked & follows, before.clamp_min(0)
-        ctx = Context(*rotary, linked, key_bias, self._masks(S, cache, slots, lift_windows, x.device), cache, slots, capture, before, select)
+        ctx = ForwardContext(*rotary, linked, key_bias, self._masks(S, cache, slots, lift_windows, x.device), cache, slots, capture, before, select)
         if cfg.smear:
             x = self._smear(x, ctx)
         tokens = None if idx is None else idx.clamp_min(0)
@@ -374,7 +374,7 @@ class GPT(nn.Module):
             cache.advance(S, counts)
         return norm(x)
 
-    def _smear(self, x_BSD: Tensor, ctx: Context) -> Tensor:
+    def _smear(self, x_BSD: Tensor, ctx: ForwardContext) -> Tensor:
         if ctx.cache is None:
             before = F.pad(x_BSD, (0, 0, 1, 0))[:, :-1]
         else:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # torchrun scri
 
 from nanochat.common import FlagParser, Ranks, UserError, import_optional, init_distributed, parse_optional, print0, run_main, seed_everything
 from nanochat.controller import NullController
-from nanochat.dataloader import Batch, Loader, Source, eval_rows, is_synthetic, is_tasks, make_source
+from nanochat.dataloader import Batch, Loader, RowSource, eval_rows, is_synthetic, is_tasks, make_source
 from nanochat.evaluation import evaluate
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW, check_groups, gpt_param_groups
@@ -176,7 +176,7 @@ def half_precision(args, device: torch.device) -> contextlib.AbstractContextMana
 
 class Data(NamedTuple):
     loader: Loader
-    held_out: Source
+    held_out: RowSource
     eval_steps: int  # batches of a rank in an evaluation
     token_bytes: torch.Tensor | None  # of each id; None where there is no text
 

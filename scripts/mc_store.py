@@ -25,7 +25,7 @@ from mc.store.export import export
 from mc.store.history import History
 from mc.store.ingest import Ingest, find_files, texts_of
 from mc.store.networks import Networks, default_checkpoint, load_networks, untrained_networks
-from mc.store.pruning import choose, prune, restore
+from mc.store.pruning import least_useful, prune, restore
 from mc.store.ram import DROPPED, ERASED, VOID, Store
 from mc.store.rebuild import regist
 from mc.store.sensitivity import measure_sensitivity
@@ -80,7 +80,7 @@ def networks_of(args: Namespace) -> Networks:
 
 
 @contextmanager
-def opened(args: Namespace, networks: Networks, **options) -> Iterator[tuple[History, Catalog]]:
+def history_of(args: Namespace, networks: Networks, **options) -> Iterator[tuple[History, Catalog]]:
     """The history of --store, open for writing."""
     history, catalog = open_history(networks.gpt, networks.mc, "disk", args.store, **options)
     for note in catalog.notes:
@@ -122,7 +122,7 @@ def ingest_command(args: Namespace) -> None:
     begin = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as scratch,
-        opened(args, networks, dtype=DTYPES.get(args.dtype), durability=args.durability) as (history, catalog),
+        history_of(args, networks, dtype=DTYPES.get(args.dtype), durability=args.durability) as (history, catalog),
     ):
         stdin = not args.paths or args.paths == [Path("-")]
         paths = [_spool_stdin(Path(scratch))] if stdin else args.paths
@@ -194,7 +194,7 @@ def state(store: DiskStore, catalog: Catalog) -> dict:
     )
 
 
-def describe(values: dict, catalog: Catalog) -> None:
+def print_summary(values: dict, catalog: Catalog) -> None:
     slots = max(values["slots"], 1)
     print(
         f"{values['tokens']:,} tokens of {values['sources']:,} sources in {values['slots']:,} slots "
@@ -219,7 +219,7 @@ def describe(values: dict, catalog: Catalog) -> None:
 def info_command(args: Namespace) -> None:
     with reading(args) as (store, catalog):
         values = state(store, catalog)
-        describe(values, catalog)
+        print_summary(values, catalog)
         finish(**values, ok=True, dropped={})
 
 
@@ -246,7 +246,7 @@ def verify_command(args: Namespace) -> None:
         for note in notes:
             print(f"note: {note}")
         values = state(store, catalog)
-        describe(values, catalog)
+        print_summary(values, catalog)
         finish(**values, ok=not damage, dropped=store.dropped, damage=[asdict(fault) for fault in damage])
     if damage:
         sys.exit(1)
@@ -254,7 +254,7 @@ def verify_command(args: Namespace) -> None:
 
 def query_command(args: Namespace) -> None:
     if args.measure:
-        with opened(args, networks_of(args)) as (history, catalog):
+        with history_of(args, networks_of(args)) as (history, catalog):
             print(f"gist variance of {measure_variance(history, catalog)} nodes measured, sensitivity of {measure_sensitivity(history, catalog)} blocks")
     with reading(args) as (store, catalog):
         if args.top_nodes:
@@ -329,7 +329,7 @@ def edit_command(args: Namespace) -> None:
     if args.text is not None and args.text_file is not None:
         raise UserError("--text and --text_file: give one of them")
     text = read_text(args.text_file) if args.text_file is not None else whole_characters(args.text or "")
-    with opened(args, networks, durability=args.durability) as (history, catalog):
+    with history_of(args, networks, durability=args.durability) as (history, catalog):
         source = catalog.source(args.source)
         if args.find is not None:
             start, removed, text = locate(history.store, networks.tokenizer, source, args.find, text)
@@ -398,7 +398,7 @@ def regist_command(args: Namespace) -> None:
 
 def prune_command(args: Namespace) -> None:
     with writing(args) as (store, catalog):
-        blocks_N = choose(store, catalog, share=args.share, max_utility=args.max_utility, keep_last=args.keep_last, source=args.source)
+        blocks_N = least_useful(store, catalog, share=args.share, max_utility=args.max_utility, keep_last=args.keep_last, source=args.source)
         if not catalog.count("nodes"):
             print("note: no access was ever counted, so all blocks are worth the same: the oldest go first")
         if args.dry_run:

@@ -103,7 +103,7 @@ def edit_utilities(gpt: GPT, mc: MegaContext, tree: Tree, tokens_RT: Tensor, tar
 # What the lens learns from them
 
 
-class Edits(NamedTuple):
+class MeasuredEdits(NamedTuple):
     """Path edits at the end of histories of n_B tokens, and what they are worth."""
 
     n_B: Tensor
@@ -131,7 +131,7 @@ def utility_order(logits_BE: Tensor, utility_BE: Tensor, valid_BE: Tensor) -> Te
     return (gain_BEE * F.softplus(-lead_BEE) * pair_BEE).sum((1, 2)) / pairs_B.clamp_min(1)
 
 
-def edit_loss(model: MegaContext, tree: Tree, edits: Edits, normalize: bool) -> Tensor:
+def edit_loss(model: MegaContext, tree: Tree, edits: MeasuredEdits, normalize: bool) -> Tensor:
     """[B] `utility_order` of the lens's logits at the end of each row's history, and the mean of that of each tail token's own vote:
     the evidence that adds up to a logit is taught one by one too."""
     n_B, block_BE, utility_BE, valid_BE = edits
@@ -151,14 +151,14 @@ class Counterfactual(Arm):
     SETTINGS = {"lens_edits": Setting(8, "edits measured in every row that has a working context, for --mc_teacher=counterfactual", low=2)}
 
     @torch.no_grad()
-    def watch(self, controller: MCController, seen: Seen) -> Edits:
+    def watch(self, controller: MCController, seen: Seen) -> MeasuredEdits:
         c, model, n = self.config, controller.model, seen.n_R
         logits = model.lens_logits(seen.tree.levels[0], n, tree=seen.tree)
         editable = visible_blocks(n, logits.shape[1], c.block_size, c.protected)
         expanded = draw_cut(model.allocator, editable, n, seen.rows_R, *seen.key)
         block, drawn = draw_edits(logits, can_flip(expanded, editable, n, c.block_size), c.of("lens_edits"), seen.rows_R, *seen.key)
         utility, _ = edit_utilities(seen.gpt, model, seen.tree, seen.tokens_RT, seen.targets_RT, n, expanded, block)
-        return Edits(n, block, utility.masked_fill(~drawn, 0), drawn)
+        return MeasuredEdits(n, block, utility.masked_fill(~drawn, 0), drawn)
 
     def lens_parts(self, model: MegaContext, lesson: Lesson, asked: Asked | None) -> list[Part]:
         if (edits := lesson.watched.get("counterfactual")) is None:

@@ -67,7 +67,7 @@ class Labels:
         return Labels(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Labels)})
 
 
-def fingerprint(gpt: GPT, mc: MegaContext) -> str:
+def label_fingerprint(gpt: GPT, mc: MegaContext) -> str:
     """Of all that a label depends on: base, gists, and the settings, those of the lens and of training left out."""
     about_context = ("block_size", "max_lod", "budget", "recent", "horizon", "positions", "damping_floor", "lod_axis", "alibi")
     settings = {name: value for name, value in complete(mc.config).items() if name.startswith("gist") or name in about_context}

@@ -45,7 +45,7 @@ class Task(Protocol):
         """A variant of the task for a training row with a context of about m tokens, and how many questions it can be asked at most."""
 
 
-def place(rng: np.random.Generator, m: int, count: int, size: int, block_size: int, depth: float | None, edge: int | None) -> np.ndarray:
+def place_statements(rng: np.random.Generator, m: int, count: int, size: int, block_size: int, depth: float | None, edge: int | None) -> np.ndarray:
     """int64 [count]: where `count` statements of `size` tokens begin in a context of m tokens, without overlap, behind bos.
 
     depth: place of the first one; the others are random. edge: each statement's token `edge` is the first of a block.
@@ -72,7 +72,7 @@ def place(rng: np.random.Generator, m: int, count: int, size: int, block_size: i
     return 1 + cuts + rank * size
 
 
-def choose(
+def draw_questions(
     rng: np.random.Generator, places: np.ndarray, block_size: int, asks: int, queries: int, spread: int | None, depth: float | None, m: int
 ) -> np.ndarray:
     """int64 [asks, queries]: which facts each question is about; fact f stands at places[f]. None is asked for twice before each was once.
@@ -92,7 +92,7 @@ def choose(
 def _round(
     rng: np.random.Generator, places: np.ndarray, block_size: int, queries: int, spread: int | None, depth: float | None, m: int
 ) -> np.ndarray:
-    """int64 [most questions, queries]: every fact at most once, the first question first; see `choose`."""
+    """int64 [most questions, queries]: every fact at most once, the first question first; see `draw_questions`."""
     facts = len(places)
     far = np.abs(places - depth * m) if depth is not None else rng.random(facts)
     key_of_block = np.full(int(places.max()) // block_size + 1, np.inf)

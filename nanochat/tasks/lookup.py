@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from nanochat.common import UserError
-from nanochat.tasks.context import Context, choose, place
+from nanochat.tasks.context import Context, draw_questions, place_statements
 from nanochat.tasks.words import Words
 
 
@@ -93,7 +93,7 @@ class Lookup:
         if self.values > 1 and depth is not None:  # whichever of its values is nearest
             needed = np.take_along_axis(fact_at, np.abs(fact_at - depth * m).argmin(1)[:, None], axis=1)[:, 0]
         spread = None if self.straddle else self.spread  # at most one fact straddles an edge
-        picked = askable[choose(rng, needed[askable], block_size, asks, self.queries, spread, depth, m)]
+        picked = askable[draw_questions(rng, needed[askable], block_size, asks, self.queries, spread, depth, m)]
         return self._ask(words, names, given, fact_at, picked, tokens)
 
     def _places(
@@ -109,7 +109,7 @@ class Lookup:
             return starts, np.sort(rng.permutation(len(starts))[: count * copies].reshape(count, copies), axis=1)
         before = len(words.encode(self.statement))
         size = before + 1 + self.length + len(words.encode("."))
-        starts = place(rng, m, self.facts * copies, size, block_size, depth, before + 1 if self.straddle else None)
+        starts = place_statements(rng, m, self.facts * copies, size, block_size, depth, before + 1 if self.straddle else None)
         at = np.arange(self.facts * copies).reshape(self.facts, copies)  # the first statement, at `depth`, is one of the first fact's
         return starts, np.take_along_axis(at, np.argsort(starts[at], axis=1), axis=1)
 
@@ -199,7 +199,7 @@ class Chain:
         if self.chains * (self.hops + 1) > len(words.keys):
             raise UserError(f"{self.chains} chains of {self.hops + 1} names each: there are {len(words.keys)} names")
         before, after = words.encode(self.statement), words.encode(".")
-        starts = place(rng, m, self.chains * self.statements, len(before) + 2 + len(after), block_size, None, None)
+        starts = place_statements(rng, m, self.chains * self.statements, len(before) + 2 + len(after), block_size, None, None)
         starts = np.sort(starts.reshape(self.chains, -1), axis=1)
         links, told = (
             (slice(self.updates, None), slice(0, self.updates)) if self.updates == 1 else (slice(0, self.hops), slice(self.hops, None))
@@ -215,7 +215,7 @@ class Chain:
         at = _write(tokens, starts.ravel(), before, bodies.reshape(-1, 2), after).reshape(self.chains, -1)
         needed = np.concatenate([at[:, links], at[:, told][:, -1:]], axis=1)
 
-        picked = choose(rng, needed[:, 0], block_size, asks, 1, None, None, m)[:, 0]
+        picked = draw_questions(rng, needed[:, 0], block_size, asks, 1, None, None, m)[:, 0]
         top, mark = names[picked, -1:], np.broadcast_to(words.encode(self.mark), (asks, 1))
         answers = np.concatenate([names[picked, -2::-1], values[picked, -1:]], axis=1)
         prefix = np.concatenate([np.broadcast_to(words.encode("="), (asks, 1)), top], axis=1)

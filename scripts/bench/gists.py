@@ -49,7 +49,7 @@ BASE_LR = 5e-4  # AdamW, for the arm's copy of the base: enough to learn to read
 WARMUP = 10
 
 
-class Arm(NamedTuple):
+class Student(NamedTuple):
     name: str
     window: int  # raw tokens that are shown instead of gists; 0: gists
     gpt: GPT
@@ -80,7 +80,7 @@ def parse(text: str, recent: int, horizon: int, n: int) -> tuple[MCConfig, bool,
     return replace(c, budget=max(entries, one_raw)), frozen, window
 
 
-def gist_arm(text: str, base: GPT, seed: int, recent: int, horizon: int, n: int) -> Arm:
+def gist_arm(text: str, base: GPT, seed: int, recent: int, horizon: int, n: int) -> Student:
     config, frozen, window = parse(text, recent, horizon, n)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -90,10 +90,10 @@ def gist_arm(text: str, base: GPT, seed: int, recent: int, horizon: int, n: int)
     if not frozen:
         body = [p for name, p in gpt.named_parameters() if not name.startswith(("transformer.wte", "lm_head", "value_embeds"))]
         groups.append(dict(params=body, lr=BASE_LR))
-    return Arm(text, window, gpt, mc, torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0))
+    return Student(text, window, gpt, mc, torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0))
 
 
-def read_gists(arm: Arm, tokens_BT: Tensor, middle_BTD: Tensor, n: int) -> tuple[Tensor, Rows, Tree]:
+def read_gists(arm: Student, tokens_BT: Tensor, middle_BTD: Tensor, n: int) -> tuple[Tensor, Rows, Tree]:
     """Hidden states [B, M, D] of a working context of gists, the recent tokens and the continuation, where the raw ones are, and the gists."""
     c, (B, T) = arm.mc.config, tokens_BT.shape
     n_B = torch.full((B,), n, device=tokens_BT.device)
@@ -105,7 +105,7 @@ def read_gists(arm: Arm, tokens_BT: Tensor, middle_BTD: Tensor, n: int) -> tuple
     return hidden, read_rows(entries, c.block_size, c.protected + T - n - 1, c.protected, c.gists_per_block), tree
 
 
-def read_window(arm: Arm, tokens_BT: Tensor, n: int) -> tuple[Tensor, Rows, None]:
+def read_window(arm: Student, tokens_BT: Tensor, n: int) -> tuple[Tensor, Rows, None]:
     """As `read_gists`, of the last raw tokens: there are no gists."""
     (B, T), begin = tokens_BT.shape, n - arm.window
     hidden = arm.gpt.hidden(tokens_BT[:, begin:T - 1], positions=torch.arange(begin, T - 1, device=tokens_BT.device))
@@ -113,7 +113,7 @@ def read_window(arm: Arm, tokens_BT: Tensor, n: int) -> tuple[Tensor, Rows, None
     return hidden, Rows(token_BP - begin, token_BP, torch.ones_like(token_BP, dtype=torch.bool)), None
 
 
-def loss_of(arm: Arm, tokens_BT: Tensor, targets_BT: Tensor, teacher_BPV: Tensor, middle_BTD: Tensor, n: int) -> Tensor:
+def loss_of(arm: Student, tokens_BT: Tensor, targets_BT: Tensor, teacher_BPV: Tensor, middle_BTD: Tensor, n: int) -> Tensor:
     """[] the arm's loss on the recent tokens and the continuation of rows with n tokens of history."""
     c = arm.mc.config
     hidden, read, tree = read_window(arm, tokens_BT, n) if arm.window else read_gists(arm, tokens_BT, middle_BTD, n)
@@ -126,7 +126,7 @@ def loss_of(arm: Arm, tokens_BT: Tensor, targets_BT: Tensor, teacher_BPV: Tensor
     return loss + c.of("contrast_weight") * contrast_loss(tree) if c.of("contrast_weight") else loss
 
 
-def train_arms(arms: list[Arm], base: GPT, source, steps: int, rows: int, T: int, n: int, recent: int) -> None:
+def train_arms(arms: list[Student], base: GPT, source, steps: int, rows: int, T: int, n: int, recent: int) -> None:
     loader, progress = Loader(source, rows, rows, T, 0, 1, base.lm_head.weight.device), Progress("steps", steps, "steps", every_s=30)
     for step in range(steps):
         batch = loader.next()
@@ -147,7 +147,7 @@ def train_arms(arms: list[Arm], base: GPT, source, steps: int, rows: int, T: int
 
 
 @torch.no_grad()
-def judge_arms(arms: list[Arm], base: GPT, meta: dict, contexts: int, T: int, n: int, recent: int, seed: int) -> dict[str, np.ndarray]:
+def judge_arms(arms: list[Student], base: GPT, meta: dict, contexts: int, T: int, n: int, recent: int, seed: int) -> dict[str, np.ndarray]:
     """NLL of every row by arm; of "full"; of "window W", the last W tokens, for the recent ones and for as many as an arm has entries."""
     found: dict[str, list[Tensor]] = {}
     for rows, tokens, targets in held_out(meta, T, contexts, 16):

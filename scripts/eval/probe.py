@@ -32,36 +32,12 @@ from mc.runtime import MCController
 from mc.telemetry import Metrics
 from nanochat.gpt import GPT
 from nanochat.telemetry.recorder import Labelled
+from scripts.eval.agreement import best_of, hit_at, spearman
 from scripts.eval.comparison import FocusComparison, Outcome, plain_outcomes
 
 SAMPLED = 32  # blocks whose utility a probe measures: one pass over a working context each
 REFOCUSES = 64  # that a probe replays at most
 BANDS = {"to_5": 4, "to_10": 8, "over_10": 16}  # compression bands, and the tokens per entry at which each is measured
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Agreement
-
-
-def ranks(x_BS: Tensor) -> Tensor:
-    """[B, S] rank of each value within its row, from the lowest; equal values share the mean of their ranks."""
-    less_BS = (x_BS[:, None] < x_BS[..., None]).sum(-1)
-    equal_BS = (x_BS[:, None] == x_BS[..., None]).sum(-1)
-    return less_BS + (equal_BS - 1) / 2
-
-
-def rank_correlation(x_BS: Tensor, y_BS: Tensor) -> Tensor:
-    """[B] Spearman's correlation; 0 where one of the two is constant, a scorer without an opinion agreeing with nothing."""
-    x, y = (r - r.mean(1, keepdim=True) for r in (ranks(x_BS).double(), ranks(y_BS).double()))
-    return (x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).sqrt().clamp_min(1e-12)
-
-
-def hit_at(scores_BS: Tensor, utility_BS: Tensor, k: int) -> Tensor:
-    """[B] share of the k most useful that are among the k best scored; among equal scores the chance of being taken."""
-    best_BS = torch.zeros_like(utility_BS).scatter(1, utility_BS.topk(k, 1).indices, 1.0)
-    above_BS = (scores_BS[:, None] > scores_BS[..., None]).sum(-1)
-    equal_BS = (scores_BS[:, None] == scores_BS[..., None]).sum(-1)
-    return (best_BS * ((k - above_BS) / equal_BS).clamp(0, 1)).sum(1) / k
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,9 +195,9 @@ def _agreement(focus: FocusComparison, shown: dict[str, Outcome]) -> Metrics:
     k = min(max((focus.mc.config.budget - focus.mc.config.protected) // focus.K, 1), block_BS.shape[1])
     least_B = torch.stack([o.nll_B for o in tried]).amin(0)
     return {
-        "mc.lens.rank_correlation": rank_correlation(lens_BS, utility_BS).mean(),
-        Labelled("mc.lens.hit_at", k="1"): hit_at(lens_BS, utility_BS, 1).mean(),
-        Labelled("mc.lens.hit_at", k="budget"): hit_at(lens_BS, utility_BS, k).mean(),
+        "mc.lens.rank_correlation": spearman(lens_BS, utility_BS).mean(),
+        Labelled("mc.lens.hit_at", k="1"): hit_at(lens_BS, best_of(utility_BS, 1), 1).mean(),
+        Labelled("mc.lens.hit_at", k="budget"): hit_at(lens_BS, best_of(utility_BS, k), k).mean(),
         "mc.lens.regret": (shown["lens"].nll_B - least_B).mean(),
         "mc.lens.utility_spread": utility_BS.std(1).mean(),
     }  # fmt: skip

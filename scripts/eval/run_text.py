@@ -20,11 +20,12 @@ from nanochat.dataloader import eval_rows, source_of
 from nanochat.dataset import Progress
 from nanochat.outputs import output_folder, replacing, write_file
 from nanochat.tokenizer import Tokenizer
+from scripts.eval.agreement import spearman
 from scripts.eval.bm25 import bm25_scores
 from scripts.eval.comparison import FocusComparison
 from scripts.eval.provenance import commit
 from scripts.eval.run_focus import Model, load_checked, paths
-from scripts.eval.scores import spearman, tail_attention, text_contexts
+from scripts.eval.scores import tail_attention, text_contexts
 from scripts.eval.statistics import LEAST_GAP, bootstrap_interval
 from scripts.eval.subcommands import check_least
 from scripts.eval.tables import cell, table

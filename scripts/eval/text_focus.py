@@ -42,7 +42,7 @@ def keep_best(scores_BN: Tensor, free: int, count: int) -> Tensor:
     return torch.full_like(scores_BN, -torch.inf).scatter(1, best, scores_BN.gather(1, best))
 
 
-def shown(focus: FocusComparison, blocks: list[Tensor]) -> Tensor:
+def losses_showing(focus: FocusComparison, blocks: list[Tensor]) -> Tensor:
     """[B, P] losses when each row shows one block of each tensor [B] of the list."""
     scores = torch.full((len(focus.tokens), focus.n_blocks), -torch.inf)
     for block_B in blocks:
@@ -63,7 +63,7 @@ def search(focus: FocusComparison, alone: list[Tried], candidates: int, rounds: 
         order = losses[..., :horizon].mean(-1).argsort(1)[:, :candidates + 1]
         chosen = [order[:, 0]]
         for size in range(2, min(rounds, focus.most_shown) + 1):
-            found = torch.stack([shown(focus, [*chosen, order[:, c]]) for c in range(1, order.shape[1])], 1)
+            found = torch.stack([losses_showing(focus, [*chosen, order[:, c]]) for c in range(1, order.shape[1])], 1)
             tried += [Tried(size, one) for one in found.unbind(1)]
             best = found[..., :horizon].mean(-1)
             taken = torch.stack([(order[:, 1:] == one[:, None]) for one in chosen]).any(0)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mc.arms.utility_labels import LabelFolder, cursors, fingerprint, measure
+from mc.arms.utility_labels import LabelFolder, cursors, label_fingerprint, measure
 from mc.store.networks import load_networks
 from nanochat.checkpoint import load_model_state
 from nanochat.common import FlagParser, UserError, init_distributed, print0
@@ -55,7 +55,7 @@ def run(args: Namespace) -> None:
         raise UserError(f"--contexts={args.contexts}: {data} has {have} rows of {T} tokens in its {args.split} split")
     folder = LabelFolder(args.out)
     folder.begin(
-        dict(model=fingerprint(gpt, mc), data=data, split=args.split, cursors=args.cursors, edits=args.edits, batch=args.batch, seed=args.seed),
+        dict(model=label_fingerprint(gpt, mc), data=data, split=args.split, cursors=args.cursors, edits=args.edits, batch=args.batch, seed=args.seed),
         dict(checkpoint_dir=str(args.checkpoint_dir.resolve()), commit=commit()))
 
     files = args.contexts // args.batch

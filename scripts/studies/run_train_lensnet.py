@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mc.arms.counterfactual import Edits, edit_loss
-from mc.arms.utility_labels import LabelFolder, Labels, fingerprint
+from mc.arms.counterfactual import MeasuredEdits, edit_loss
+from mc.arms.utility_labels import LabelFolder, Labels, label_fingerprint
 from mc.mega_context import Tree, TreeShape
 from mc.model import MegaContext
 from mc.store.networks import load_networks
@@ -38,13 +38,13 @@ def near(step: int, steps: int, first: int, last: int, grow: float) -> int:
     return round(first + share * (last - first))
 
 
-def edits_of(labels: Labels, pick: Tensor, reach: int | None, block_size: int) -> tuple[Tensor, Edits]:
+def edits_of(labels: Labels, pick: Tensor, reach: int | None, block_size: int) -> tuple[Tensor, MeasuredEdits]:
     """(tokens, edits) of chosen contexts, one row per end of history; with `reach`, of its last so many blocks."""
     Q = labels.n_CQ.shape[1]
     n, block, utility, valid = (x[pick].flatten(0, 1) for x in (labels.n_CQ, labels.block_CQE, labels.utility_CQE, labels.valid_CQE))
     if reach is not None:
         valid = valid & (n[:, None] // block_size - block <= reach)
-    return labels.tokens_CT[pick].repeat_interleave(Q, 0), Edits(n, block, utility, valid)
+    return labels.tokens_CT[pick].repeat_interleave(Q, 0), MeasuredEdits(n, block, utility, valid)
 
 
 @torch.no_grad()
@@ -142,7 +142,7 @@ def make_lens(args, directory: Path) -> None:
     report: dict = {}
     if args.labels is not None:
         folder = LabelFolder(args.labels)
-        if (theirs := folder.manifest()["settings"].get("model")) != (ours := fingerprint(gpt, mc)):
+        if (theirs := folder.manifest()["settings"].get("model")) != (ours := label_fingerprint(gpt, mc)):
             raise UserError(f"the labels in {args.labels} were measured on another base ({theirs}, this one is {ours}): label {args.checkpoint_dir} anew")
         labels = folder.read()
         held = torch.arange(len(labels.row_C)) % HELD_OUT == HELD_OUT - 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mc.config import MCConfig, from_dict
 from mc.session.refocus import session_note
-from mc.far_history import BLOCKS_OF_A_ROW, NODES_OF_A_LEVEL, FarHistory, draw_cut, draw_far_history, make_pools, most_entries, place, with_far_tokens
+from mc.far_history import BLOCKS_OF_A_ROW, NODES_OF_A_LEVEL, FarHistory, draw_far_cut, draw_far_history, make_pools, most_entries, place_far, with_far_tokens
 from mc.working_context import Cut, check, spans
 from nanochat.common import UserError
 
@@ -29,7 +29,7 @@ def test_every_cut_tiles_its_length(block_size, max_lod, far_tokens, spare, step
     """Also where the longest tiling fills all entries: nothing is left out, and what does not fit stays closed."""
     far_tokens = min(far_tokens, 200 * block_size**max_lod)
     config = far_config(block_size, max_lod, far_tokens, spare)
-    cut, split = draw_cut(config, torch.arange(100), 0, step)
+    cut, split = draw_far_cut(config, torch.arange(100), 0, step)
     length = spans(cut)[1].sum(1)
     check(cut, length, config.far_entries, max_lod)
     assert (length % block_size == 0).all() and (length <= far_tokens).all() and ((0 <= split) & (split <= length)).all()
@@ -44,7 +44,7 @@ def test_the_most_entries_are_reached_and_never_passed():
 
 def test_lengths_and_gaps_are_log_uniform_and_paths_are_open():
     config = far_config(32, 4, 2**23, 64)
-    cut, split = draw_cut(config, torch.arange(2000), 0, 0)
+    cut, split = draw_far_cut(config, torch.arange(2000), 0, 0)
     start, span = spans(cut)
     length = span.sum(1)
     for quantity in (length, length - split):
@@ -117,7 +117,7 @@ def test_places_are_those_laid_out_by_hand():
     rows = torch.arange(8)
     far = draw_far_history(mc.config, mc.model.gistnet, gpt.embed(tiny_batch(rows).inputs), rows, slice(None), torch.full((8,), N), 1, 0, 3)
     own = torch.arange(N).expand(8, N)
-    start, far_start, far_length = place(own, far)
+    start, far_start, far_length = place_far(own, far)
     assert len(far.boundary_B.unique()) > 3 and far.boundary_B.max() < N - R and (far.boundary_B % K == 0).all()
     for b in range(8):
         expected_own, expected_far = slow_places(own[b].tolist(), far, b)
@@ -134,9 +134,9 @@ def test_a_far_history_is_drawn_per_row_and_repeated_per_variant():
     far = draw_far_history(mc.config, mc.model.gistnet, embeds, ROWS, slice(None, None, 2), n, 3, 0, 3)
     for x in (*far.cut[:3], *far[1:]):
         assert torch.equal(x[:2], x[2:4]) and torch.equal(x[:2], x[4:])
-    again = draw_cut(mc.config, torch.tensor([2, 77, 0]), 0, 3)[0]
+    again = draw_far_cut(mc.config, torch.tensor([2, 77, 0]), 0, 3)[0]
     assert torch.equal(again.lod_BW[[2, 0]], far.cut.lod_BW[:2])
-    other = draw_cut(mc.config, torch.tensor([0, 2]), 0, 4)[0]
+    other = draw_far_cut(mc.config, torch.tensor([0, 2]), 0, 4)[0]
     assert not torch.equal(other.lod_BW, far.cut.lod_BW[:2])
 
 
@@ -152,7 +152,7 @@ def test_settings_that_cannot_work_are_refused(config, micro_batch, message):
 def test_an_empty_far_history_is_none_at_all():
     empty = Cut(torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.bool), K)
     far = FarHistory(empty, torch.zeros(2, 5, 8), torch.zeros(2, dtype=torch.int64), torch.tensor([0, 8]))
-    start, _, length = place(torch.arange(T).expand(2, T), far)
+    start, _, length = place_far(torch.arange(T).expand(2, T), far)
     assert torch.equal(start, torch.arange(T).expand(2, T)) and not length.any()
 
 

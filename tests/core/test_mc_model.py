@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mc.config import RETIRED, MCConfig, add_flags, complete, from_dict, from_flags, to_dict
-from mc.far_history import FarHistory, draw_far_history, place
+from mc.far_history import FarHistory, draw_far_history, place_far
 from mc.gaussian_rope import entry_rotary
 from mc.model import Entries, MegaContext, fingerprint, load_mega_context, read_rows, recency_scores, run_entries, take, with_continuation
 from mc.working_context import Cut, finest
@@ -218,7 +218,7 @@ def test_a_far_history_is_a_longer_cut_in_time_order():
     far_config = MCConfig(**{**vars(mc.config), "far_tokens": 200, "far_entries": 24})
     far = draw_far_history(far_config, mc.gistnet, gpt.embed(tokens), torch.arange(4), slice(None), torch.full((4,), N), 1, 0, 7)
     out = run_entries(gpt, mc, tree, tokens, entries, far)
-    start, far_start, far_length = place(entries.index_BM * K**entries.lod_BM, far)
+    start, far_start, far_length = place_far(entries.index_BM * K**entries.lod_BM, far)
     assert out.shape[1] == entries.lod_BM.shape[1] and (far_length.sum(1) > 0).sum() > 2 and len((start != entries.index_BM * K**entries.lod_BM).any(1).unique()) == 2
     for b in range(4):
         own = [(int(start[b, w]), int(entries.lod_BM[b, w]), w) for w in range(out.shape[1]) if entries.valid_BM[b, w]]

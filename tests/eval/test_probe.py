@@ -10,7 +10,8 @@ from mc.mega_context import Tree, TreeShape
 from mc.telemetry import gist_statistics, shares_by_lod, spread
 from mc.working_context import from_expanded
 from scripts.eval.comparison import FocusComparison, plain_outcomes
-from scripts.eval.probe import SAMPLED, FocusDynamics, hit_at, market_price, probe_batch, rank_correlation, replay
+from scripts.eval.probe import SAMPLED, FocusDynamics, market_price, probe_batch, replay
+from slow_spearman import slow_spearman
 from tiny_mc import K, N, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)
@@ -76,43 +77,6 @@ def test_spread_is_the_deviation_over_visible_blocks(queries):
         several = [q[m].std(correction=0) for q, m in zip(x, v) if m.sum() > 1]
         rows.append(sum(several) / len(several) if several else torch.tensor(0.0))
     assert float(spread(logits, visible)) == pytest.approx(float(sum(rows) / 3), rel=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Agreement
-
-
-def spearman(x: list[float], y: list[float]) -> float:
-    """Correlation of ranks, ties sharing theirs; 0 without variance."""
-    ranks = [[sum(b < a for b in v) + (sum(b == a for b in v) - 1) / 2 for a in v] for v in (x, y)]
-    mean = (len(x) - 1) / 2
-    products = [sum((a - mean) * (b - mean) for a, b in zip(p, q)) for p, q in ((ranks[0], ranks[1]), (ranks[0], ranks[0]), (ranks[1], ranks[1]))]
-    return products[0] / (products[1] * products[2]) ** 0.5 if products[1] * products[2] else 0.0
-
-
-@settings(max_examples=50, deadline=None)
-@given(pairs=st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=9))
-def test_rank_correlation(pairs):
-    x, y = (list(map(float, v)) for v in zip(*pairs))
-    assert float(rank_correlation(torch.tensor([x]), torch.tensor([y]))) == pytest.approx(spearman(x, y), abs=1e-9)
-
-
-def test_rank_correlation_of_a_scorer_without_an_opinion_is_zero():
-    utility = torch.randn(2, 8)
-    assert rank_correlation(torch.zeros(2, 8), utility).tolist() == [0, 0]
-    assert rank_correlation(utility.exp(), utility).tolist() == pytest.approx([1, 1])
-    assert rank_correlation(-utility, utility).tolist() == pytest.approx([-1, -1])
-
-
-@settings(max_examples=30, deadline=None)
-@given(scores=st.lists(st.integers(0, 3), min_size=5, max_size=5), k=st.integers(1, 5), seed=seeds)
-def test_hit_at_is_the_expected_share_of_the_best_that_are_taken(scores, k, seed):
-    """Ties are broken at random: the mean over many breakings."""
-    utility, scores = rand(seed, 1, 5), torch.tensor([scores], dtype=torch.float32)
-    best = set(utility.topk(k).indices[0].tolist())
-    broken = scores + 0.5 * rand(seed + 1, 4000, 5)
-    hits = sum(torch.isin(broken.topk(k, 1).indices, torch.tensor(sorted(best))).float().sum(1) / k) / 4000
-    assert float(hit_at(scores, utility, k)) == pytest.approx(float(hits), abs=0.03)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,7 +178,7 @@ def test_the_probe_measures_what_it_says():
         one[:, block] = 1
         utility.append(focus.outcome(nothing).nll_B - focus.outcome(one).nll_B)
     utility, scores = torch.stack(utility, 1).tolist(), focus.scores("lens").tolist()
-    correlation = [spearman(s[:len(u)], u) for s, u in zip(scores, utility)]
+    correlation = [slow_spearman(s[:len(u)], u) for s, u in zip(scores, utility)]
     assert found["mc.lens.rank_correlation"] == pytest.approx(sum(correlation) / 4)
     hits = [max(range(len(u)), key=u.__getitem__) == max(range(len(u)), key=s.__getitem__) for s, u in zip(scores, utility)]
     assert found["mc.lens.hit_at{k=1}"] == pytest.approx(sum(hits) / 4)

@@ -10,7 +10,7 @@ from tiny_gpt import TINY, random_tokens, tiny_gpt
 from torch import Tensor
 
 from nanochat.common import UserError
-from nanochat.gpt import GPT, Context, GPTConfig, attend, config_from_dict, mean_loss, token_losses
+from nanochat.gpt import GPT, ForwardContext, GPTConfig, attend, config_from_dict, mean_loss, token_losses
 
 torch.set_num_threads(1)
 DATA = Path(__file__).parents[1] / "fixtures" / "data"
@@ -163,7 +163,7 @@ def test_attention_against_a_slow_one(window, rope):
     positions = torch.stack([torch.arange(7) + 3, torch.tensor([0, 1, 2.5, 10, 11, 12, 40])]).double()
     linked = torch.rand(2, 7, generator=g) < 0.6
     bias = torch.randn(2, 7, generator=g, dtype=torch.float64)
-    ctx = Context(*model.rotary(positions), linked, bias, model._masks(7, None, None, False, "cpu"), None, None, None)
+    ctx = ForwardContext(*model.rotary(positions), linked, bias, model._masks(7, None, None, False, "cpu"), None, None, None)
     fast = model.transformer.h[0].attn(x, ve, window, ctx)
     slow = slow_attention(model.transformer.h[0].attn, x, ve, positions, window, linked, bias, model.inverse_frequencies())
     torch.testing.assert_close(fast, slow, atol=1e-9, rtol=0)

@@ -217,10 +217,10 @@ def format_of(plain: dict) -> StoreFormat:
     return StoreFormat(**{**plain, "dtype": getattr(torch, plain["dtype"])})
 
 
-def runs(values: Iterable[int]) -> list[list[int]]:
+def run_lengths(values: Iterable[int]) -> list[list[int]]:
     """[[value, how many times in a row], …]."""
     return [[value, sum(1 for _ in group)] for value, group in itertools.groupby(values)]
 
 
-def unrun(runs: list[list[int]]) -> list[int]:
+def from_run_lengths(runs: list[list[int]]) -> list[int]:
     return [value for value, count in runs for _ in range(count)]

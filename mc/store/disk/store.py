@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mc.store.disk.commits import MAX_PARTITIONS, Commits, format_of, plain_format, runs, unrun
+from mc.store.disk.commits import MAX_PARTITIONS, Commits, format_of, plain_format, run_lengths, from_run_lengths
 from mc.store.disk.files import HEADER_BYTES, Damage, FileSystem, RecordKind, decode, encode, partition_files, partition_version
 from mc.store.disk.records import Records
 from mc.store.ram import ERASED, KEPT, VOID, Detail, StoreFormat, check_keys, check_not_erased
@@ -446,9 +446,9 @@ class DiskStore:
                 level.sync()
         if self._staged != self._commits.last["version"]:
             before = dict(version=self.version, levels=self._commits.last["levels"])
-            files = {name: runs(level.versions) for name, level in self.levels.items()}
+            files = {name: run_lengths(level.versions) for name, level in self.levels.items()}
             self._commits.write_version(dict(version=self._staged, format=plain_format(self.format), partition_bytes=self.partition_bytes,
-                                             files=files, detail=runs(self._detail.state_N.tolist()), before=before))
+                                             files=files, detail=run_lengths(self._detail.state_N.tolist()), before=before))
         self._commits.write(self._staged, self._counts(), durable)
         if durable:
             self._synced_at = time.monotonic()
@@ -475,7 +475,7 @@ class DiskStore:
     def _load(self, note: dict) -> None:
         """Take the state of a version, at the current commit."""
         self.format, self.partition_bytes = format_of(note["format"]), note["partition_bytes"]
-        self._detail = Detail(torch.tensor(unrun(note["detail"]), dtype=torch.uint8))
+        self._detail = Detail(torch.tensor(from_run_lengths(note["detail"]), dtype=torch.uint8))
         self._levels = self._records(note, self._commits.last)
         self._staged = note["version"]
         self._keep()
@@ -485,7 +485,7 @@ class DiskStore:
         levels = {}
         for name, (n, crc) in commit["levels"].items():
             level = levels[name] = Records(self.fs, self.path / name, record_kind(name, format_of(note["format"]), note["partition_bytes"]))
-            versions, count = unrun(note["files"].get(name, [])), -(-n // level.R)
+            versions, count = from_run_lengths(note["files"].get(name, [])), -(-n // level.R)
             if count > MAX_PARTITIONS:
                 raise UserError(f"{self.path} is damaged: a commit tells of {n} records of {name}; restore it from a backup")
             level.set_state(n, (*versions[:count], *[note["version"]] * (count - len(versions))), crc)

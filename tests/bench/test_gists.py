@@ -22,7 +22,7 @@ def arms_alone_and_together():
                 "gist=mean,block_size=4,kl_weight=0", "window=19"]
     source = make_source("random", "train", T=40, seed=0, tokenizer=type("Tokens", (), {"vocab_size": VOCAB})())
 
-    def train(texts: list[str]) -> list[gist_benchmark.Arm]:
+    def train(texts: list[str]) -> list[gist_benchmark.Student]:
         arms = [gist_benchmark.gist_arm(text, base, 0, 8, 8, 32) for text in texts]
         gist_benchmark.train_arms(arms, base, source, 3, 2, 40, 32, 8)
         return arms
