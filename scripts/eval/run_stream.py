@@ -13,6 +13,7 @@ from typing import Iterator
 import numpy as np
 import torch
 
+from mc.session import config as session_config
 from mc.session import session as sessions
 from mc.session.session import SessionPool
 from mc.store.history import History
@@ -198,7 +199,7 @@ def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--passages", type=int, default=32, help="passages of text of these")
     parser.add_argument("--seed", type=int, default=0, help="of the places of the facts")
     parser.add_argument("--out", type=Path, default=None, help="where report and plot go; default $NANOCHAT_BASE_DIR/stream")
-    sessions.add_flags(parser, budget=256)
+    session_config.add_flags(parser, budget=256)
 
 
 def load_pool(checkpoint_dir: str, args: Namespace, budget: int, device: torch.device) -> tuple[SessionPool, Tokenizer, dict]:
@@ -206,7 +207,7 @@ def load_pool(checkpoint_dir: str, args: Namespace, budget: int, device: torch.d
     model, tokenizer, meta = model_from_flags(names, device)
     if not meta.get("mc"):
         raise UserError(f"the checkpoint in {checkpoint_dir} has no MegaContext: it was trained with --mc_enabled=0")
-    return sessions.open_pool(model, meta, checkpoint_dir, sessions.from_flags(args, budget=budget)), tokenizer, meta
+    return sessions.open_pool(model, meta, checkpoint_dir, session_config.from_flags(args, budget=budget)), tokenizer, meta
 
 
 def run(args: Namespace) -> None:

@@ -12,7 +12,8 @@ from mc.arms.reader import WIDTH, Reader
 from mc.config import MCConfig
 from mc.lensnet import CURSORS, RERANKED
 from mc.model import MegaContext
-from mc.session.session import SessionConfig, SessionPool
+from mc.session.config import SessionConfig
+from mc.session.session import SessionPool
 from nanochat.optim import MuonAdamW, check_groups
 from tiny_mc import VOCAB, randomize, step, tiny_base, tiny_batch, tiny_mc
 

@@ -20,7 +20,7 @@ from mc.store.catalog import Catalog
 from mc.store.disk.store import DiskStore
 from nanochat.documents import read_text
 from nanochat.tokenizer import Tokenizer
-from scripts import mc_store
+
 
 K = 8  # of the checkpoint in `reference`
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mc.session.session import Session, SessionConfig, SessionPool
+from mc.session.config import SessionConfig
+from mc.session.session import Session, SessionPool
 from nanochat.tasks.hops import HopTask
 from scripts.eval.hop_questions import SYSTEMS, ask_chains, base_writes, write_chain
 from scripts.eval.stream import store_of

@@ -10,7 +10,9 @@ from tiny_mc import randomize, tiny_base
 
 from mc.config import MCConfig
 from mc.model import MegaContext
-from mc.session.session import SessionConfig, SessionPool, SessionState
+from mc.session.config import SessionConfig
+from mc.session.session import SessionPool
+from mc.session.state import SessionState
 
 K = 4
 

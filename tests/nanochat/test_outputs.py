@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mc.session.session import SessionState
+from mc.session.state import SessionState
 from nanochat import outputs
 from nanochat.checkpoint import annotate, damage, load_model_state, save_checkpoint
 from nanochat.common import FlagParser, Ranks, UserError, run_main

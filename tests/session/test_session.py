@@ -15,7 +15,9 @@ from mc.config import MCConfig, from_dict
 from mc.focus_allocator import FocusConfig, fits
 from mc.gaussian_rope import entry_rotary
 from mc.model import MegaContext
-from mc.session.session import SessionConfig, SessionPool, SessionState
+from mc.session.config import SessionConfig
+from mc.session.session import SessionPool
+from mc.session.state import SessionState
 from mc.store.disk.store import DiskStore
 from mc.store.history import store_format
 from mc.store.ram import VOID, RamStore
