@@ -9,7 +9,7 @@ from typing import Any
 from mc.arm import ADDED, KINDS, SETTINGS, load, named
 from mc.gaussian_rope import SCHEMES
 from mc.gistnet import VARIANTS as GIST_VARIANTS
-from nanochat.common import UserError, from_plain, one_line
+from nanochat.common import UserError, flag_type, from_plain, one_line
 
 POLICIES = ("random", "recency", "lens", "teacher")
 TEACHERS = ("attention", *KINDS["teacher"])
@@ -171,7 +171,7 @@ def add_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
     """The core's flags, and those of the arms that a command line names; argv: by default this process's."""
     group = parser.add_argument_group("MegaContext (with --mc_enabled=1)")
     for f in core_settings():
-        group.add_argument(f"--mc_{f.name}", type=type(f.default), default=f.default, choices=f.metadata["choices"],
+        group.add_argument(f"--mc_{f.name}", type=flag_type(f.default), default=f.default, choices=f.metadata["choices"],
                            help=f.metadata["help"])
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("arms", *KINDS):
@@ -182,7 +182,7 @@ def add_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
         if settings := load(module).SETTINGS:
             group = parser.add_argument_group(f"MegaContext's arm {module}")
             for name, known in settings.items():
-                group.add_argument(f"--mc_{name}", type=type(known.default), default=known.default, choices=known.choices, help=known.help)
+                group.add_argument(f"--mc_{name}", type=flag_type(known.default), default=known.default, choices=known.choices, help=known.help)
     for name, (module, _) in SETTINGS.items():
         if module not in arms and any(word.replace("-", "_").startswith(f"__mc_{name}") for word in rest):
             raise UserError(f"--mc_{name} is a setting of the arm {module}; name it too: {_how(module)}")

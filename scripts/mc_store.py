@@ -486,9 +486,7 @@ def make_parser() -> FlagParser:
             choices=DURABILITY,
             help="what a power cut may take: nothing, the last 2 s, or all since the start",
         )
-    sub["verify"].add_argument(
-        "--repair", type=int, default=0, choices=(0, 1), help="1: remake damaged gists and keys from what is below them"
-    )
+    sub["verify"].add_switch("--repair", False, "1: remake damaged gists and keys from what is below them")
     p = sub["query"]
     p.add_argument("--uri", help="sources whose address matches this pattern, * and ? as in a shell")
     p.add_argument("--kind", help="sources of this kind")
@@ -499,14 +497,12 @@ def make_parser() -> FlagParser:
     p.add_argument("--limit", type=int, default=20, help="at most so many sources; -1: all")
     p.add_argument("--source", type=int, help="the source with this id")
     p.add_argument("--span", help="where these slots come from: START:STOP")
-    p.add_argument("--text", type=int, default=0, choices=(0, 1), help="1: print the text of what was found")
+    p.add_switch("--text", False, "1: print the text of what was found")
     p.add_argument("--top_nodes", type=int, default=0, help="instead: the nodes shown most often, so many")
-    p.add_argument(
+    p.add_switch(
         "--measure",
-        type=int,
-        default=0,
-        choices=(0, 1),
-        help="1: first measure, and keep, the gist variance of counted nodes and the ΔNLL sensitivity of counted blocks (as a writer)",
+        False,
+        "1: first measure, and keep, the gist variance of counted nodes and the ΔNLL sensitivity of counted blocks (as a writer)",
     )
     p = sub["edit"]
     p.add_argument("--source", type=int, required=True, help="id of the source, see query")
@@ -521,7 +517,7 @@ def make_parser() -> FlagParser:
     p.add_argument("--max_utility", type=float, help="only blocks worth at most this: accesses × mean sensitivity [nats]")
     p.add_argument("--keep_last", type=int, default=0, help="tokens at the end that keep their detail")
     p.add_argument("--source", type=int, help="only blocks of this source")
-    p.add_argument("--dry_run", type=int, default=0, choices=(0, 1), help="1: only say how many")
+    p.add_switch("--dry_run", False, "1: only say how many")
     sub["restore"].add_argument("--source", type=int, help="only blocks of this source")
     p = sub["export"]
     p.add_argument("--out", type=Path, required=True, help="folder to write, not there yet or empty")

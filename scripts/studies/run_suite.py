@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.checkpoint import complete_steps, load_model_state
-from nanochat.common import FlagParser, UserError, base_dir, boolean, parse_json, print0, whole_number
+from nanochat.common import FlagParser, UserError, base_dir, parse_json, print0, whole_number
 from nanochat.dataset import Progress, open_corpus
 from nanochat.outputs import output_folder
 from nanochat.tasks.external import load_examples
@@ -285,7 +285,7 @@ def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--rerun", default="", help="instead: RESULTS.jsonl:LINE, one cell again from its record, exit code 1 if a number differs")
     parser.add_argument("--seeds", default="", help="seeds to run, like 1,2; default the suite's")
     parser.add_argument("--jobs", type=int, default=1, help="trainings and fine-tunings at a time, each a process; cells are judged one after the other")
-    parser.add_argument("--report", type=boolean, metavar="0|1", default=False, help="1: only write the report on the cells that were run")
+    parser.add_switch("--report", False, "1: only write the report on the cells that were run")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results; default the newest $NANOCHAT_BASE_DIR/evals/DATE/SUITE, today's if there is none")
 
 
