@@ -462,9 +462,7 @@ class Session:
         if not len(ids_N):
             return
         begin = time.perf_counter()
-        self.history.append(torch.cat([torch.tensor(self.pending, dtype=torch.int64), ids_N]))
-        self.pending, self.asked = [], True
-        self.search.grow(self.history.store.n_nodes(1))
+        self._store(ids_N)
         if self.meter:
             self.meter.ingested(len(ids_N), time.perf_counter() - begin, self.n_tokens)
 
@@ -477,8 +475,16 @@ class Session:
 
     def flush(self) -> None:
         """Store the generated tokens that still wait for their block to be complete."""
-        self.history.append(torch.tensor(self.pending, dtype=torch.int64))
-        self.pending = []
+        self._store(torch.empty(0, dtype=torch.int64))
+
+    def _store(self, ids_N: Tensor) -> None:
+        """The tokens that wait, and these, into the history. Interrupted, what was stored waits no longer: no token is stored twice."""
+        before, asked = self.history.n_tokens, self.asked or len(ids_N) > 0
+        try:
+            self.history.append(torch.cat([torch.tensor(self.pending, dtype=torch.int64), ids_N]))
+        finally:
+            stored = self.history.n_tokens - before
+            self.pending, self.asked = self.pending[stored:], asked if stored else self.asked
         self.search.grow(self.history.store.n_nodes(1))
 
     def resume(self, meta: dict, tensors: dict[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from fuzzing import Intact, changes, command, dumped, fuzzed, image, json_change
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from mc.utility_labels import LabelFolder, Labels
+from mc.arms.utility_labels import LabelFolder, Labels
 from scripts.eval import importance
 from scripts.eval.methods.token_classifier import TokenClassifier, TokenClassifierConfig, load_token_classifier, save_token_classifier
 from scripts.studies import run_ablate as ablate

@@ -13,7 +13,7 @@ from mc.store.catalog import FILE, Catalog
 from mc.store.disk.commits import SLOT_BYTES, note_bytes
 from mc.store.disk.store import DiskStore
 from mc.store.ram import StoreFormat
-from mc.utility_labels import LabelFolder
+from mc.arms.utility_labels import LabelFolder
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import UserError
 from nanochat.loading import load_model
