@@ -1,14 +1,16 @@
 """The commit point of a store: a manifest of two slots, and a note for each version.
 
-A note is JSON with a checksum, read whole or not at all. The manifest's slots hold the last commit: {sequence, version, durable,
-levels: {"L0": [records, checksum of the last partition], …}}. One slot is written when everything that the commit names is on the
-medium; the other keeps the commit before until this one is on the medium too, and then becomes its copy. So one whole commit is
-safe at any moment, and between commits there are two copies of it. A commit that is not synced ("durable": false) is written to
-the slot that does not hold the last synced one.
+A note is JSON with a checksum, read whole or not at all. The manifest's slots hold the last
+commit: {sequence, version, durable,
+levels: {"L0": [records, checksum of the last partition], …}}. One slot is written when everything that the commit names
+is on the medium; the other keeps the commit before until this one is on the medium too, and then becomes its copy. So
+one whole commit is safe at any moment, and between commits there are two copies of it. A commit that is not synced
+("durable": false) is written to the slot that does not hold the last synced one.
 
-The note of a version (`versions/000003.ctx`, twice in the file) holds what only edits change: {version, format, partition_bytes,
-files: {"L0": runs of the versions that made the partitions' files, …}, detail: runs of the blocks' states, before: the last commit
-of the version before}.
+The note of a version (`versions/000003.ctx`, twice in the file) holds what only edits change:
+{version, format, partition_bytes,
+files: {"L0": runs of the versions that made the partitions' files, …}, detail: runs of the blocks' states, before: the
+last commit of the version before}.
 """
 
 import itertools
@@ -29,7 +31,8 @@ from nanochat.common import UserError, parse_json
 SLOT_BYTES = 4096
 MAX_PARTITIONS, MAX_BLOCKS = 1 << 22, 1 << 31  # of a level, of a store: what a note may claim
 _NOTE_MAGIC = b"MCTXnote"
-_NOTE = struct.Struct("<8sII")  # magic, version of the format, length of the text; then CRC-32 of all but itself, and the text
+# magic, version of the format, length of the text; then CRC-32 of all but itself, and the text
+_NOTE = struct.Struct("<8sII")
 
 
 class Commits:
@@ -57,7 +60,8 @@ class Commits:
     def open(self, writable: bool) -> None:
         path = self.folder / "manifest"
         if not path.is_file():
-            raise UserError(f"{self.folder} is not a MegaContext store (it has no manifest); create one, or name another folder")
+            raise UserError(f"{self.folder} is not a MegaContext store (it has no manifest); create one, or name "
+                            "another folder")
         self._fd = self.fs.open(path) if writable else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
@@ -103,7 +107,8 @@ class Commits:
 
     def end_of(self, version: int) -> dict:
         """The last commit of a version."""
-        return self.last if version == self.last["version"] else {**self.last, **self.read_version(version + 1)["before"]}
+        return self.last if version == self.last["version"] else {**self.last,
+                                                                  **self.read_version(version + 1)["before"]}
 
     def write_version(self, note: dict) -> None:
         """Twice in one file: either copy will do."""
@@ -123,7 +128,8 @@ class Commits:
         if not path.is_file():
             raise UserError(f"{self.folder}: version {version} is not there")
         data = path.read_bytes()
-        note = next((n for n in (read_note(data, path), read_note(data[len(data) // 2:], path)) if is_version(n) and n["version"] == version), None)
+        note = next((n for n in (read_note(data, path), read_note(data[len(data) // 2:], path)) if is_version(n)
+                     and n["version"] == version), None)
         if note is None:
             raise UserError(f"{path} is damaged, both copies; restore it from a backup")
         return note
@@ -173,8 +179,10 @@ def read_note(data: bytes, path: Path) -> dict | None:
 
 
 def is_commit(note: object) -> bool:
-    """Whether a slot's note is a commit, by its types and bounds: a checksum that fits does not say that a store wrote it."""
-    return isinstance(note, dict) and _is_count(note.get("sequence")) and type(note.get("durable")) is bool and _is_end(note)
+    """Whether a slot's note is a commit, by its types and bounds: a checksum that fits does
+    not say that a store wrote it."""
+    return isinstance(note,
+                      dict) and _is_count(note.get("sequence")) and type(note.get("durable")) is bool and _is_end(note)
 
 
 def is_version(note: object) -> bool:
@@ -182,9 +190,13 @@ def is_version(note: object) -> bool:
     try:
         f = format_of(note["format"])
         sizes = (f.block_size, f.d_model, f.n_keys, f.key_dim, note["partition_bytes"])
-        return (_is_count(note["version"]) and all(type(x) is int and 0 < x < 2**31 for x in sizes) and f.block_size > 1 and isinstance(f.model, str) and f.dtype in DTYPES
-                and f.n_keys < 2**16 and max(f.d_model, f.n_keys * f.key_dim) < 2**24 and isinstance(note["files"], dict) and all(_are_runs(x, MAX_PARTITIONS) for x in note["files"].values())
-                and _are_runs(note["detail"], MAX_BLOCKS) and all(state <= ERASED for state, _ in note["detail"]) and (note["before"] is None or _is_end(note["before"])))
+        return (_is_count(note["version"]) and all(type(x) is int and 0 < x < 2**31 for x in sizes)
+                and f.block_size > 1 and isinstance(f.model, str) and f.dtype in DTYPES
+                and f.n_keys < 2**16 and max(f.d_model, f.n_keys * f.key_dim) < 2**24
+                and isinstance(note["files"], dict) and all(_are_runs(x, MAX_PARTITIONS)
+                                                            for x in note["files"].values())
+                and _are_runs(note["detail"], MAX_BLOCKS) and all(state <= ERASED for state, _ in note["detail"])
+                and (note["before"] is None or _is_end(note["before"])))
     except (KeyError, TypeError, AttributeError):
         return False
 
@@ -197,11 +209,13 @@ def _is_end(note: object) -> bool:
     """Of a commit: its version, and what it says of each level."""
     levels = note.get("levels") if isinstance(note, dict) and _is_count(note.get("version")) else None
     return isinstance(levels, dict) and all(
-        re.fullmatch(r"[LK]\d{1,2}", name) and isinstance(level, list) and len(level) == 2 and all(map(_is_count, level)) for name, level in levels.items())
+        re.fullmatch(r"[LK]\d{1,2}", name) and isinstance(level, list) and len(level) == 2
+        and all(map(_is_count, level)) for name, level in levels.items())
 
 
 def _are_runs(runs: object, most: int) -> bool:
-    pairs = isinstance(runs, list) and all(isinstance(run, list) and len(run) == 2 and all(map(_is_count, run)) for run in runs)
+    pairs = isinstance(runs, list) and all(isinstance(run, list) and len(run) == 2 and all(map(_is_count, run))
+                                           for run in runs)
     return pairs and sum(count for _, count in runs) <= most
 
 
