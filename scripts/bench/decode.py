@@ -290,7 +290,7 @@ def run(args: argparse.Namespace) -> None:
     out = output_folder(args.out or base_dir() / "evals" / "decode", "decode.json", "decode.png")
     pool = sessions.open_pool(gpt, meta, args.checkpoint_dir, config)
     if pool.untrained:
-        print(f"note: LOD {', '.join(map(str, pool.untrained))} were not trained; what is measured here is time and memory")
+        print(f"note: LOD {', '.join(map(str, pool.untrained))} were not trained; what is measured here is time and memory")  # noqa: E501
     history_N = history_tokens(meta, Tokenizer.load(), max(lengths))
     with tempfile.TemporaryDirectory() as folder:
         results = measure_decoding(lambda: sessions.open_pool(gpt, meta, args.checkpoint_dir, config), gpt, history_N,
