@@ -51,10 +51,13 @@ class Commits:
         self.write_version(note)
         self.last = dict(sequence=1, version=note["version"], durable=True, levels={})
         new = self.folder / "manifest.new"
+        # under another name until both slots are on the medium: a store whose creation was cut short has no
+        # manifest at all, and says so, rather than half of one
         self._fd = self.fs.create(new)
         self.fs.write(self._fd, 2 * _slot_bytes(self.last), 0)
         self.fs.fsync(self._fd, "the first commit")
         self.fs.rename(new, self.folder / "manifest")
+        # a rename is on the medium when its folder is
         self.fs.fsync_folder(self.folder, "the manifest's name")
 
     def open(self, writable: bool) -> None:
@@ -89,12 +92,16 @@ class Commits:
     def write(self, version: int, levels: dict[str, list[int]], durable: bool) -> None:
         """The next commit; durable: everything it names is on the medium, and when this returns so is it."""
         commit = dict(sequence=self.last["sequence"] + 1, version=version, durable=durable, levels=levels)
+        # never over the last synced commit: until the new one is whole, that is the only one to come back to
         slot, data = 1 - self._durable_slot, _slot_bytes(commit)
         self.fs.write(self._fd, data, slot * SLOT_BYTES)
         if durable:
             self.fs.fsync(self._fd, "the commit")
+            # only now may the older commit go. This copy need not be synced: torn, it fails its checksum, and the slot
+            # that was just synced stands
             self.fs.write(self._fd, data, self._durable_slot * SLOT_BYTES)
             self._durable_slot = slot
+        # last of all: where something above failed, what is in force for this process is still the commit before
         self.last = commit
 
     # -- versions
@@ -120,6 +127,7 @@ class Commits:
             self.fs.fsync(fd, "a version")
         finally:
             self.fs.close(fd)
+        # whole before it has its name: whoever finds a note under a version's number may trust that it was written
         self.fs.rename(new, path)
         self.fs.fsync_folder(self.versions_folder, "a version's name")
 
@@ -127,6 +135,7 @@ class Commits:
         path = self._path(version)
         if not path.is_file():
             raise UserError(f"{self.folder}: version {version} is not there")
+        # two halves of equal length: where the first is damaged, the second begins in the middle
         data = path.read_bytes()
         note = next((n for n in (read_note(data, path), read_note(data[len(data) // 2:], path)) if is_version(n)
                      and n["version"] == version), None)

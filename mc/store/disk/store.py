@@ -424,6 +424,7 @@ class DiskStore:
         try:
             yield
         except BaseException as e:
+            # whatever the failure, Ctrl-C included: half of an append must not become part of the next commit
             self.roll_back()
             if isinstance(e, OSError):
                 raise UserError(f"{self.path}: {_reason(e)}; what was not committed is dropped") from e
@@ -436,6 +437,8 @@ class DiskStore:
         try:
             yield
         except BaseException as e:
+            # not rolled back and tried again: after a failed fsync the system may drop the pages and report success at
+            # the next one, so a second try would promise what is lost
             self._let_go()
             self._failure = UserError(f"{self.path}: {_reason(e) if isinstance(e, OSError) else repr(e)}; "
                                       "the commit failed and the store is closed, open it again")
@@ -470,10 +473,13 @@ class DiskStore:
         if self._staged != self._commits.last["version"]:
             before = dict(version=self.version, levels=self._commits.last["levels"])
             files = {name: run_lengths(level.versions) for name, level in self.levels.items()}
+            # before the commit that names it: a crash in between leaves a note that no commit knows, and opening
+            # ignores it; the other order would leave a commit whose version cannot be read
             self._commits.write_version(dict(version=self._staged, format=plain_format(self.format),
                                              partition_bytes=self.partition_bytes,
                                              files=files, detail=run_lengths(self._detail.state_N.tolist()),
                                              before=before))
+        # everything that it names stands by now: this one write is what makes it true
         self._commits.write(self._staged, self._counts(), durable)
         if durable:
             self._synced_at = time.monotonic()
