@@ -41,7 +41,7 @@ class MCConfig:
         "other settings allow it")
     far_entries: int = setting(128, "entries that the stored history may take")
     # what is trained on it
-    start: float = setting(0.3, "share of the training after which working contexts and lens begin: recall must have formed")  # noqa: E501
+    start: float = setting(0.3, "share of the training after which working contexts and lens begin: recall must have formed")
     ramp: int = setting(20, "steps over which their losses ramp in")
     row_stride: int = setting(1, "every how many rows get a working context: the dial of its compute")
     variants: int = setting(1, "working contexts per such row")

@@ -73,7 +73,7 @@ def make_parser(with_mc: bool = True) -> FlagParser:
                             help="folder of metrics.jsonl; by OTLP too, where OTEL_EXPORTER_OTLP_ENDPOINT is set")
         parser.add_argument("--mc_explain", type=int, choices=(0, 1), default=0,
                             help="1: after each answer, what the working context shows and why")
-        import_optional("mc", "session.session").add_flags(parser)
+        import_optional("mc", "session.config").add_flags(parser)
     return parser
 
 
@@ -150,7 +150,8 @@ def chat_mc(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: Toke
     recorder = open_recorder(args.log_dir, config=vars(args), total_steps=0,
                              labels={"mc.stage": "session", "mc.variant": "mc"}) if args.log_dir else None
     with text or nullcontext(), recorder or nullcontext():
-        pool = sessions.open_pool(model, meta, args.checkpoint_dir, sessions.from_flags(args), recorder=recorder)
+        pool = sessions.open_pool(model, meta, args.checkpoint_dir,
+                                  import_optional("mc", "session.config").from_flags(args), recorder=recorder)
         if pool.untrained:
             print(f"note: gists of LOD {', '.join(map(str, pool.untrained))} were not trained "
                   f"(--mc_untrained={args.mc_untrained})", file=sys.stderr, flush=True)

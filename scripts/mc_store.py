@@ -219,7 +219,7 @@ def print_summary(values: dict, catalog: Catalog) -> None:
     made = [origin.get("checkpoint_dir", "untrained networks") for origin in catalog.origins(values["model"])]
     print(f"gists of model {values['model']}" + (f", {made[-1]}" if made else ""))
     if values["pruned"] or values["erased"]:
-        print(f"without raw tokens: {values['pruned']:,} blocks pruned (restorable), {values['erased']:,} compacted away")  # noqa: E501
+        print(f"without raw tokens: {values['pruned']:,} blocks pruned (restorable), {values['erased']:,} compacted away")
 
 
 def info_command(args: Namespace) -> None:

@@ -42,7 +42,7 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     parser.add_argument("--out", type=Path, default=None,
                         help="JSON file of the results; default $NANOCHAT_BASE_DIR/evals/lm_eval.json")
     if with_mc:
-        import_optional("mc", "session.session").add_flags(parser)
+        import_optional("mc", "session.config").add_flags(parser)
     return parser
 
 
@@ -73,9 +73,9 @@ def build_lm(args):
         raise UserError("--mc_enabled=1 needs a checkpoint that was trained with --mc_enabled=1")
     from scripts.eval.lm_eval_sessions import SessionLM  # imports mc
 
-    sessions = import_optional("mc", "session.session")
-    return SessionLM(sessions.open_pool(model, meta, args.checkpoint_dir, sessions.from_flags(args)), tokenizer,
-                     args.seed)
+    sessions, config = import_optional("mc", "session.session"), import_optional("mc",
+                                                                                 "session.config").from_flags(args)
+    return SessionLM(sessions.open_pool(model, meta, args.checkpoint_dir, config), tokenizer, args.seed)
 
 
 def check_generation(lm, tasks: dict) -> None:

@@ -4,8 +4,12 @@ A `SessionPool` with a recorder gives every session a meter. Times of generation
 """
 
 import time
+from collections import Counter
+from contextlib import contextmanager
 
-import mc.telemetry  # noqa: F401  registers the metrics
+import torch
+
+import mc.telemetry
 from mc.session.refocus import Edits, Node
 from nanochat.telemetry.recorder import Recorder
 
@@ -85,3 +89,22 @@ class SessionMeter:
         self.recorder.record("gen_ai.server.request.duration", time.perf_counter() - began)
         self.recorder.flush(history)
         self._begun = self._first = None
+
+
+class Timing:
+    """Seconds by part. `synchronize`: wait for the device at each end, so that times belong to their part (benchmarks only)."""
+
+    def __init__(self):
+        self.seconds: Counter[str] = Counter()
+        self.synchronize = False
+
+    @contextmanager
+    def __call__(self, part: str):
+        start = self._now()
+        yield
+        self.seconds[part] += self._now() - start
+
+    def _now(self) -> float:
+        if self.synchronize and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()

@@ -1,23 +1,148 @@
-"""Whether a session's state is one that a session can have: every value by type and range, every tensor by shape, and that the cut, the cache
-and the tokens that were read fit each other. A state comes from a file, and an index out of bounds would be found only later, in another place.
+"""A session's state: all of it that a pool does not know, as values and tensors; to a file, from one, and back into a session.
+
+A state comes from a file, and an index out of bounds would be found only later, in another place. So every value is checked by type
+and range, every tensor by shape, and that the cut, the cache and the tokens that were read fit each other, before anything is changed.
 
 Shapes: N tokens of history, W entries of the cut, M entries in the cache.
 """
 
+import json
 import math
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from mc.session.refocus import PathEdits
+from mc.session.entries import CachedHistory, _Cached
+from mc.session.refocus import Edits, PathEdits
 from mc.session.slot_cache import PagedCache
-from mc.store.ram import VOID
-from nanochat.common import UserError, one_line
+from mc.store.ram import VOID, RamStore, Store
+from nanochat.common import UserError, one_line, parse_json
+from nanochat.outputs import replacing
 
+STATE_VERSION = 2
 COUNTS = ("n_stored", "store_version", "n_read", "cut_tokens", "kept", "computed")
 FLAGS = ("asked", "recut")
 DAMAGED = "the session state is damaged, or another program's: {}; open a new session on its history"
+
+
+class SessionState(NamedTuple):
+    """All of a session that a pool does not know: plain values, and tensors by name. The history itself only if it is in memory."""
+
+    meta: dict
+    tensors: dict[str, Tensor]
+
+    def save(self, path: Path | str) -> None:
+        """Write as safetensors, in place of what is there, whole or not at all. UserError where that fails."""
+        with replacing(path, SafetensorError) as part:
+            about = {"session": json.dumps(self.meta), "crc": self.checksum()}
+            save_file({name: t.contiguous() for name, t in self.tensors.items()}, part, about)
+
+    def checksum(self) -> str:
+        """CRC-32 of values and tensors: a flipped bit in a key or value of the cache has no other sign."""
+        crc = zlib.crc32(json.dumps(self.meta).encode())
+        for name, t in sorted(self.tensors.items()):
+            whole = t.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()  # of one element, `contiguous` leaves any stride
+            crc = zlib.crc32(whole.view(torch.uint8).numpy(), zlib.crc32(repr((name, t.dtype, tuple(t.shape))).encode(), crc))
+        return f"{crc:08x}"
+
+    @staticmethod
+    def load(path: Path | str) -> "SessionState":
+        """UserError for a file that is not there or is no session's state."""
+        try:
+            with safe_open(path, "pt") as f:
+                about = f.metadata() or {}
+                state = SessionState(parse_json(about["session"]), {name: f.get_tensor(name) for name in f.keys()})
+            if about.get("crc", state.checksum()) != state.checksum():  # states of earlier versions have none
+                raise ValueError("it does not match its checksum")
+            return state
+        except OSError as e:
+            raise UserError(f"cannot read the session state {path}: {e.strerror or e}") from None
+        except (SafetensorError, KeyError, ValueError) as e:
+            raise UserError(f"{path} holds no session state ({type(e).__name__}: {e})") from None
+
+
+def take(session: CachedHistory, generator: torch.Generator) -> SessionState:
+    """All that continues the session elsewhere. A history in memory is part of it; one on disk is named by its length."""
+    cache, slot = session.pool.cache, torch.from_numpy(session.cached.slot).to(session.pool.device)
+    tensors = {"cut_lod": torch.from_numpy(session.cut_lod), "cut_index": torch.from_numpy(session.cut_index), "slot": torch.from_numpy(session.cached.slot),
+               "lod": torch.from_numpy(session.cached.lod), "index": torch.from_numpy(session.cached.index), "rng": generator.get_state(),
+               "k": cache.k[:, session.row, slot], "v": cache.v[:, session.row, slot]}
+    if cache.k_unshifted is not None:
+        tensors["k_unshifted"] = cache.k_unshifted[:, session.row, slot]
+    if cache.x_unsmeared is not None:
+        tensors["x_unsmeared"] = cache.x_unsmeared[session.row, slot]
+    tensors["centre"], tensors["bias"] = cache.centre_BM[session.row, slot], cache.bias_BM[session.row, slot]
+    if session.last_hidden_D is not None:
+        tensors["last_hidden"] = session.last_hidden_D
+    if isinstance(session.history.store, RamStore):
+        tensors["history"] = session.history.store.tokens(torch.arange(session.history.n_tokens))
+    focus = session.focus
+    meta = {"version": STATE_VERSION, "model": session.pool.fingerprint, "config": asdict(session.pool.config), "n_stored": session.history.n_tokens,
+            "store_version": session.history.store.version, "pending": list(session.pending), "asked": session.asked, "recut": session.recut, "n_read": session.n_read, "cut_tokens": session.cut_tokens, "kept": session.kept, "computed": session.computed, "seed": session.seed, "price_shift": session.price_shift,
+            "scores": list(session.scores.items()), "last_edits": asdict(session.last_edits),
+            "focus": {"n_tokens": focus.n_tokens, "refocuses": focus.refocuses, "expanded": sorted(focus.expanded),
+                      "changed": sorted([*node, at] for node, at in focus.changed.items()), "pruned": sorted(focus.pruned)}}
+    return SessionState(meta, {name: t.detach().cpu().clone() for name, t in tensors.items()})
+
+
+def put_back(session: CachedHistory, generator: torch.Generator, meta: dict, tensors: dict[str, Tensor]) -> None:
+    """Continue where a state was taken, whose values `check_fits` has checked by themselves. UserError where they do not fit the
+    history and each other, before the cache is touched."""
+    focus, cache = meta["focus"], session.pool.cache
+    session.pending = list(meta["pending"])
+    session.history.check_ids(torch.tensor(session.pending, dtype=torch.int64))
+    edits = PathEdits(session.pool.focus_config, focus["n_tokens"], focus["refocuses"], {tuple(node) for node in focus["expanded"]},
+                      {(lod, index): at for lod, index, at in focus["changed"]}, set(focus["pruned"]))
+    check_focus(edits, meta, session.n_tokens)
+    check_entries(tensors, edits, cache, meta, session._ids)
+    check_cache(tensors, cache, session.pool.gpt.config.n_embd, session.pool.device)
+    slot = tensors["slot"]
+    session._restart(edits)
+    session.scores, session.last_edits = {block: score for block, score in meta["scores"]}, Edits(**{name: value if name == "paths" else [tuple(node) for node in value] for name, value in meta["last_edits"].items()})
+    for name in ("asked", "recut", "n_read", "cut_tokens", "kept", "computed", "seed", "price_shift"):
+        setattr(session, name, meta[name])
+    session.cut_lod, session.cut_index = tensors["cut_lod"].numpy(), tensors["cut_index"].numpy()
+    session.cached = _Cached(tensors["lod"].numpy(), tensors["index"].numpy(), slot.numpy())
+    session.free_slots = sorted(set(range(cache.spare)) - set(slot.tolist()))
+    for name in ("k", "v", "k_unshifted"):
+        if name in tensors:
+            getattr(cache, name)[:, session.row, slot] = tensors[name].to(cache.k)
+    for buffer, name in ((cache.x_unsmeared, "x_unsmeared"), (cache.centre_BM, "centre"), (cache.bias_BM, "bias")):
+        if name in tensors:
+            buffer[session.row, slot] = tensors[name].to(buffer)
+    session.last_hidden_D = tensors["last_hidden"].to(session.pool.device) if "last_hidden" in tensors else None
+    generator.set_state(tensors["rng"])
+
+
+# ----------------------------------------------------------------------------------------------------
+# Checks
+
+
+def check_fits(state: SessionState, pool: Any, store: Store | None) -> None:
+    """UserError for the state of another model, version or configuration than the pool's, or a store that is not at its moment."""
+    meta, tensors = state
+    if not isinstance(meta, dict) or meta.get("version") != STATE_VERSION:
+        raise UserError(f"a session state of version {one_line(meta.get('version') if isinstance(meta, dict) else meta)}; this program reads version {STATE_VERSION}")
+    check_meta(meta, tensors)
+    if meta.get("model") != pool.fingerprint:
+        raise UserError(f"the session state was taken with model {meta.get('model')}, this is {pool.fingerprint}; load that checkpoint")
+    if different := [name for name, value in asdict(pool.config).items() if meta["config"].get(name) != value]:
+        raise UserError("the session state was taken with other settings: " + ", ".join(f"--mc_{name}={meta['config'].get(name)}" for name in different))
+    if (store is None) != ("history" in tensors):
+        raise UserError("the session state " + ("holds its history: give no store" if store else "has its history on disk: give its store"))
+    if store is not None and store.n_tokens != meta["n_stored"]:
+        raise UserError(f"the session state ends at {meta['n_stored']} stored tokens, the store at {store.n_tokens}: they are not of one moment")
+    if store is not None and store.version != meta["store_version"]:
+        raise UserError(f"the history was edited since the session state was taken (version {meta['store_version']}, now {store.version}): open a new session on it")
+    if store is None:
+        check_history(tensors["history"], meta["n_stored"], pool.gpt.config.vocab_size)
 
 
 def require(holds: bool, what: str, value: object = None) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mc.session import config as session_config
 from mc.session import session as sessions
 from mc.store.disk.store import DiskStore
 from mc.store.history import store_format
@@ -276,7 +277,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_device_flag(parser)
     parser.add_argument("--out", type=Path, default=None,
                         help="folder of decode.json and the plot; default $NANOCHAT_BASE_DIR/evals/decode")
-    sessions.add_flags(parser, untrained="report")
+    session_config.add_flags(parser, untrained="report")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -286,11 +287,11 @@ def run(args: argparse.Namespace) -> None:
                         f"least {LENGTHS[0]} tokens, 2 rounds and 1 token")
     check_device(args.device)
     gpt, meta = load_model(args.checkpoint_dir, device=args.device)
-    config = sessions.from_flags(args)
+    config = session_config.from_flags(args)
     out = output_folder(args.out or base_dir() / "evals" / "decode", "decode.json", "decode.png")
     pool = sessions.open_pool(gpt, meta, args.checkpoint_dir, config)
     if pool.untrained:
-        print(f"note: LOD {', '.join(map(str, pool.untrained))} were not trained; what is measured here is time and memory")  # noqa: E501
+        print(f"note: LOD {', '.join(map(str, pool.untrained))} were not trained; what is measured here is time and memory")
     history_N = history_tokens(meta, Tokenizer.load(), max(lengths))
     with tempfile.TemporaryDirectory() as folder:
         results = measure_decoding(lambda: sessions.open_pool(gpt, meta, args.checkpoint_dir, config), gpt, history_N,

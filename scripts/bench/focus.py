@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mc.session import config as session_config
 from mc.session import session as sessions
 from mc.session.meter import SessionMeter
 from nanochat.common import UserError
@@ -112,13 +113,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="length of a stream [tokens]")
     parser.add_argument("--streams", type=int, default=4, help="streams, from the start of the held-out text on")
     add_device_flag(parser)
-    sessions.add_flags(parser, budget=256)
+    session_config.add_flags(parser, budget=256)
 
 
 def run(args: argparse.Namespace) -> None:
     check_device(args.device)
     gpt, meta = load_model(args.checkpoint_dir, device=args.device)
-    pool = sessions.open_pool(gpt, meta, args.checkpoint_dir, sessions.from_flags(args))
+    pool = sessions.open_pool(gpt, meta, args.checkpoint_dir, session_config.from_flags(args))
     begin = 2 * pool.focus_config.budget
     if args.streams < 1 or args.tokens <= begin:
         raise UserError(f"--streams={args.streams} --tokens={args.tokens}: at least one stream, longer than twice the "

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mc.session import config as session_config
 from mc.session import session as sessions
 from nanochat.common import UserError
 from nanochat.dataloader import eval_rows, judged_rows, source_of
@@ -56,7 +57,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=64, help="held-out rows")
     parser.add_argument("--ahead", type=int, default=256, help="last tokens of each row that are read one by one")
     add_device_flag(parser)
-    sessions.add_flags(parser)
+    session_config.add_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
             f"--rows={args.rows} --ahead={args.ahead}: at least 2 rows, and 1 to {T - 1} tokens of their {T}")
     source = source_of(meta, "val", tokenizer=Tokenizer.load())
     count = eval_rows(source, args.rows * T)
-    config = sessions.from_flags(args)
+    config = session_config.from_flags(args)
     pools = {policy: sessions.open_pool(gpt, meta, args.checkpoint_dir, replace(config, kv_policy=policy))
              for policy in ("exact", "approximate")}
     found: dict[str, list[Read]] = {policy: [] for policy in pools}

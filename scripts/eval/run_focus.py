@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from mc.model import MegaContext, load_mega_context
-from mc.session.session import SessionConfig, SessionPool
+from mc.session.config import SessionConfig
+from mc.session.session import SessionPool
 from nanochat.common import FlagParser, UserError, base_dir, print0
 from nanochat.dataloader import eval_rows, source_of
 from nanochat.dataset import Progress

@@ -15,6 +15,7 @@ from typing import Iterator
 import numpy as np
 import torch
 
+from mc.session import config as session_config
 from mc.session import session as sessions
 from mc.session.session import SessionPool
 from mc.store.history import History
@@ -225,7 +226,7 @@ def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the places of the facts")
     parser.add_argument("--out", type=Path, default=None,
                         help="where report and plot go; default $NANOCHAT_BASE_DIR/stream")
-    sessions.add_flags(parser, budget=256)
+    session_config.add_flags(parser, budget=256)
 
 
 def load_pool(checkpoint_dir: str, args: Namespace, budget: int,
@@ -234,7 +235,8 @@ def load_pool(checkpoint_dir: str, args: Namespace, budget: int,
     model, tokenizer, meta = model_from_flags(names, device)
     if not meta.get("mc"):
         raise UserError(f"the checkpoint in {checkpoint_dir} has no MegaContext: it was trained with --mc_enabled=0")
-    return sessions.open_pool(model, meta, checkpoint_dir, sessions.from_flags(args, budget=budget)), tokenizer, meta
+    return sessions.open_pool(model, meta, checkpoint_dir,
+                              session_config.from_flags(args, budget=budget)), tokenizer, meta
 
 
 def run(args: Namespace) -> None:
@@ -265,7 +267,7 @@ def run(args: Namespace) -> None:
             text_by_length(of_text, text_pool, text_tokenizer, args)
     parts = {name: t.report() for name, t in (("distance", by_place), ("length", by_length), ("text", of_text))
              if t.by_place}
-    titles = {"distance": f"Accuracy by distance in windows of {pool.focus_config.budget} entries, streams of {n:,} tokens", "length": "NLL of recall by length of the history",  # noqa: E501
+    titles = {"distance": f"Accuracy by distance in windows of {pool.focus_config.budget} entries, streams of {n:,} tokens", "length": "NLL of recall by length of the history",
               "text": "NLL of text by length of the history"}
     lines = [line for name, rows in parts.items()
              for line in stream_markdown(titles[name], rows, "acc" if name == "distance" else "nll")]

@@ -2,8 +2,8 @@
 
 import json
 
-import mc.telemetry  # noqa: F401  registers MegaContext's metrics
-import nanochat.telemetry.otlp  # noqa: F401  and those of the exporter
+import mc.telemetry
+import nanochat.telemetry.otlp
 from nanochat.telemetry.recorder import METRICS
 
 # see test_telemetry.py
@@ -23,7 +23,7 @@ def test_every_registered_metric_is_recorded(reference, base, train):
     train(base, *MC, *GIST_LOSSES, "--num_iterations=8").ok()
     assert recorded(base) == set(METRICS) - SESSION - TRANSPORT
     assert recorded(base) - recorded(reference["mc"]) == {"mc.loss.contrast",
-                                                          "mc.loss.horizon_gist"}, "losses that are off are not recorded"  # noqa: E501
+                                                          "mc.loss.horizon_gist"}, "losses that are off are not recorded"
     assert recorded(reference["vanilla"]) == {name for name in METRICS
                                               if not name.startswith(("mc.", "gen_ai."))} - TRANSPORT
 

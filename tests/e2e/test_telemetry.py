@@ -12,7 +12,7 @@ from e2e_commands import GIST_LOSSES, KINDS, MC, last_checkpoint, losses, run, s
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc")
 
-import mc.telemetry  # noqa: F401  registers MegaContext's metrics
+import mc.telemetry
 from nanochat.telemetry import otlp as otel
 from nanochat.telemetry.recorder import METRICS, open_recorder
 from otlp_receiver import Receiver, unused_port
@@ -97,7 +97,7 @@ def test_a_fault_changes_no_loss_and_ends_in_time(name, troubled, reference):
     assert losses(base) == losses(reference["mc"]) and len(losses(base)) == 20
     assert len(after) == 1 and any("checkpoint.save_time" in line
                                    for line in lines(base)), "a last step is logged when it is saved"
-    assert after[1]["time"] - after[0]["time"] <= 3, "the end waited for the collector"
+    assert after[0]["time"] - lines(base)[-2]["time"] <= 3, "the end waited for the collector"
 
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if name not in ("slow", "disk full", "W&B without network")])
@@ -133,7 +133,7 @@ def test_a_full_disk_loses_whole_lines_and_says_so(troubled):
     assert written.endswith("}\n") and len(lines(base)) - 1 + lost == 20 + 1  # steps, what was delivered
     seen = [p.value for p in receiver.points() if p.name == "telemetry.jsonl.lost"]
     # but for the last two lines
-    assert sorted(set(seen)) == list(range(int(max(seen)) + 1)) and lost - 2 <= max(seen) <= lost, "seen from outside while it happens"  # noqa: E501
+    assert sorted(set(seen)) == list(range(int(max(seen)) + 1)) and lost - 2 <= max(seen) <= lost, "seen from outside while it happens"
     assert len([p for p in receiver.points() if p.name == "train.tokens"]) == 20, "the other sinks go on"
 
 

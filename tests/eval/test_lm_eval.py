@@ -7,7 +7,8 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 
-from mc.session.session import SessionConfig, SessionPool
+from mc.session.config import SessionConfig
+from mc.session.session import SessionPool
 from nanochat.common import UserError
 from nanochat.engine import Engine, sample
 from nanochat.tokenizer import Reserved, Tokenizer

@@ -10,7 +10,8 @@ lm_eval = pytest.importorskip("lm_eval")
 import yaml
 from lm_eval.tasks import TaskManager
 
-from mc.session.session import SessionConfig, SessionPool
+from mc.session.config import SessionConfig
+from mc.session.session import SessionPool
 from nanochat.common import UserError
 from nanochat.tokenizer import Reserved, Tokenizer
 from scripts.eval.lm_eval import PlainLM

@@ -41,7 +41,7 @@ def test_a_lens_is_measured_against_what_each_block_wins():
         useful = utility.clamp_min(0)
         target = useful / useful.sum(1, keepdim=True)
         nats.append(-(target
-                      * logits.log_softmax(1)).sum(1)), weights.append(useful.sum(1)), hits.append((logits.argmax(1) == utility.argmax(1)).double())  # noqa: E501
+                      * logits.log_softmax(1)).sum(1)), weights.append(useful.sum(1)), hits.append((logits.argmax(1) == utility.argmax(1)).double())
         won["lens"].append(utility.gather(1, logits.topk(most, 1).indices).sum(1))
         won["best"].append(useful.topk(most, 1).values.sum(1))
         won["recency"].append(utility[:, -most:].sum(1))
@@ -60,7 +60,7 @@ def test_a_lens_that_knows_wins_all_and_one_that_is_blank_is_even(lens, monkeypa
     gpt, batch = tiny_base(), tiny_batch()
     mc = tiny_mc(gpt, lens=lens).model
     knows = lambda embeds, n_B, *_: torch.nn.functional.pad(utility_at(gpt, batch, int(n_B[0])), (0, T // K),
-                                                            value=-torch.inf)[:, :T // K]  # noqa: E731
+                                                            value=-torch.inf)[:, :T // K]
     with monkeypatch.context() as patch:
         patch.setattr(mc, "lens_logits", knows)
         found = taught(gpt, mc, batch.inputs, batch.targets, CURSORS, HORIZON)

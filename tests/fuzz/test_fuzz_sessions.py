@@ -11,7 +11,9 @@ from tiny_mc import randomize, tiny_base
 
 from mc.config import MCConfig
 from mc.model import MegaContext
-from mc.session.session import SessionConfig, SessionPool, SessionState
+from mc.session.config import SessionConfig
+from mc.session.session import SessionPool
+from mc.session.state import SessionState
 
 K = 4
 
@@ -105,7 +107,7 @@ def test_tensors_of_a_state(pool, state, expected, data):
                     value = data.draw(st.sampled_from([-1, -2, 0, 1, 3, 50, 51, 1000, 2**40, -(2**62), 2**63 - 1]))
                     value = value % 256 if old.dtype == torch.uint8 else value
                     tensors[name].view(-1)[data.draw(st.integers(0, min(old.numel(),
-                                                                        60) - 1))] = value if not old.is_floating_point() else data.draw(st.sampled_from([torch.nan, torch.inf]))  # noqa: E501
+                                                                        60) - 1))] = value if not old.is_floating_point() else data.draw(st.sampled_from([torch.nan, torch.inf]))
             case "shuffled":
                 tensors[name] = old.flip(0) if old.ndim else old
     restored(pool, state, expected, SessionState(state.meta, tensors), "session state, tensors")

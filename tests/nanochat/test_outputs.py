@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mc.session.session import SessionState
+from mc.session.state import SessionState
 from nanochat import outputs
 from nanochat.checkpoint import annotate, damage, load_model_state, save_checkpoint
 from nanochat.common import FlagParser, Ranks, UserError, run_main
@@ -121,7 +121,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, where):
     if where in ("fsync", "replace"):
         monkeypatch.setattr(os, where, full)
     with pytest.raises(KeyboardInterrupt if where == "interrupted" else UserError) as e, replacing(path,
-                                                                                                   SafetensorError) as part:  # noqa: E501
+                                                                                                   SafetensorError) as part:
         part.write_text("half")
         if where == "write":
             full()

@@ -10,7 +10,7 @@ from test_focus_allocator import check_state
 from mc.focus_allocator import FocusConfig, GreedyAllocator, utilization
 from mc.session.price import LOWEST, TARGET, Allocator, market_price, next_shift, room
 from mc.session.refocus import PathEdits
-from mc.session.session import SessionConfig
+from mc.session.config import SessionConfig
 from mc.working_context import entries_used
 from nanochat.common import UserError
 

@@ -16,7 +16,9 @@ from mc.config import MCConfig, from_dict
 from mc.focus_allocator import FocusConfig, fits
 from mc.gaussian_rope import entry_rotary
 from mc.model import MegaContext
-from mc.session.session import SessionConfig, SessionPool, SessionState
+from mc.session.config import SessionConfig
+from mc.session.session import SessionPool
+from mc.session.state import SessionState
 from mc.store.disk.store import DiskStore
 from mc.store.history import store_format
 from mc.store.ram import VOID, RamStore
@@ -375,7 +377,7 @@ def test_sixty_four_windows_of_history_and_the_start_is_found():
 
 
 @pytest.mark.parametrize("read",
-                         [lambda session: next(session.generate(1)), lambda session: session.score([1]), lambda session: session.logits()])  # noqa: E501
+                         [lambda session: next(session.generate(1)), lambda session: session.score([1]), lambda session: session.logits()])
 def test_a_refocus_follows_every_append_however_short(read):
     """E1a: the question is seen before it is answered, and generated tokens alone bring a
     refocus only when it is due."""
