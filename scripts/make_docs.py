@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 from typing import Iterator
 
-import mc.telemetry
-import nanochat.telemetry.otlp
+import mc.telemetry  # noqa: F401  registers MegaContext's metrics
+import nanochat.telemetry.otlp  # noqa: F401  registers those of the transport
 from mc.arm import ADDED, KINDS
 from nanochat.common import FlagParser, UserError, base_dir, run_main
 from nanochat.outputs import output_folder, write_file

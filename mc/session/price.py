@@ -83,7 +83,7 @@ def market_price(logits_BI: Tensor, room_B: Tensor) -> Tensor:
     if not logits_BI.shape[1]:
         return logits_BI.new_zeros(len(logits_BI))
     falling_BI = logits_BI.sort(1, descending=True).values
-    at = lambda rank_B: falling_BI.gather(1, rank_B.clamp(0, falling_BI.shape[1] - 1)[:, None])[:, 0]
+    at = lambda rank_B: falling_BI.gather(1, rank_B.clamp(0, falling_BI.shape[1] - 1)[:, None])[:, 0]  # noqa: E731
     scarce_B = (at(room_B - 1) + at(room_B)) / 2
     return torch.where(count_B > room_B, scarce_B, torch.where(count_B > 0, at(count_B - 1) - 1, 0.0))
 

@@ -168,7 +168,7 @@ def mean_over_ranks(metrics: list[Metrics], ranks: Ranks) -> list[Metrics]:
     """Each value's mean over ranks, which record the same names in the same order: a curve must not be one rank's."""
     if ranks.world_size == 1:
         return metrics
-    read = lambda v: float(v) if isinstance(v, Reading) else v.detach().reshape(())
+    read = lambda v: float(v) if isinstance(v, Reading) else v.detach().reshape(())  # noqa: E731
     values = torch.stack([torch.as_tensor(read(v)).to(ranks.device, torch.float32) for m in metrics for v in m.values()])
     dist.all_reduce(values)
     means = iter(values / ranks.world_size)

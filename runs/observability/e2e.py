@@ -30,7 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures")]
 
-import nanochat.telemetry.otlp
+import nanochat.telemetry.otlp  # noqa: F401  registers the transport's metrics
 from mc.observe.dashboards import prometheus_name
 from nanochat.common import FlagParser, UserError, run_main
 from nanochat.telemetry.recorder import METRICS

@@ -60,7 +60,7 @@ def over_x(panel: Panel) -> xychart.Panel:
     for i, (name, scope) in enumerate(OVERLAY.items()):
         built.with_target(query(Value(panel.x).promql(scope), f"x {name}", f"{'AC'[i]}"))
         built.with_target(query(panel.lines[0].expr.promql(scope), name, f"{'BD'[i]}"))
-        by_name = lambda field: xychart_models.MatcherConfig("byName", field)
+        by_name = lambda field: xychart_models.MatcherConfig("byName", field)  # noqa: E731
         series.append(xychart.XYSeriesConfig().name(xychart.XychartXYSeriesConfigName().fixed(name))
                       .frame(xychart.XychartXYSeriesConfigFrame().matcher(xychart.MatcherConfig().id(
                           "byIndex").options(0)))

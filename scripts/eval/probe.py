@@ -132,7 +132,7 @@ def replay(mc: MegaContext, embeds_BTD: Tensor, n: int, logits_of=None) -> Focus
     tree = None if mc.lensnet.reader is None else mc.build_tree(embeds_BTD[:, :n])
     logits_of = logits_of or (lambda n_B: mc.lens_logits(embeds_BTD[:, :n], n_B, keys, tree))
     start = max((mc.config.budget // K + 1) * K, n - REFOCUSES * K)
-    at = lambda tokens: torch.full((len(embeds_BTD),), tokens, device=embeds_BTD.device)
+    at = lambda tokens: torch.full((len(embeds_BTD),), tokens, device=embeds_BTD.device)  # noqa: E731
     state, dynamics = allocator.allocate(logits_of(at(start)), at(start)), FocusDynamics(allocator.cfg.cooldown)
     for tokens in range(start + K, n + 1, K):
         logits = logits_of(at(tokens))

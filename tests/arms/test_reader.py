@@ -37,7 +37,7 @@ def context(n_blocks: int, cursors: list[int], rows: int = 2, seed: int = 0) -> 
     counts = {lod: n_blocks // K ** (lod - 1) for lod in range(1, MAX_LOD + 1)}
     lod = torch.cat([torch.full((count,), lod) for lod, count in counts.items()])
     index = torch.cat([torch.arange(count) for count in counts.values()])
-    normal = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)
+    normal = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)  # noqa: E731
     Q = len(cursors)
     return dict(logits_BQN=3 * normal(rows, Q, n_blocks), tail_BQTD=normal(rows, Q, RECENT, D),
                 cursor_BQ=torch.tensor([cursors] * rows),

@@ -47,7 +47,7 @@ def reference_cut(expanded_row, n, k, max_lod):
 
 
 def reference_expand(row, mask, k):
-    children = lambda lod, i: [(lod - 1, i * k + c) for c in range(k)]
+    children = lambda lod, i: [(lod - 1, i * k + c) for c in range(k)]  # noqa: E731
     return [e for entry, m in zip(row, mask) for e in (children(*entry) if m and entry[0] else [entry])]
 
 
@@ -166,7 +166,7 @@ def test_permuting_the_batch_permutes_the_cut():
     expanded = random_expanded(n_B, 8, 3, 0.5, gen)
     cut, _ = wc.from_expanded(expanded, n_B, 8, 1025)
     mask_BW = torch.rand(cut.lod_BW.shape, generator=gen) < 0.3
-    rows = lambda c: wc.Cut(*(x[order] for x in c[:3]), 8)
+    rows = lambda c: wc.Cut(*(x[order] for x in c[:3]), 8)  # noqa: E731
     assert same(rows(cut), wc.from_expanded([x[order] for x in expanded], n_B[order], 8, 1025)[0])
     assert same(rows(wc.expand(cut, mask_BW)[0]), wc.expand(rows(cut), mask_BW[order])[0])
     assert same(rows(wc.collapse(cut, mask_BW, 3)), wc.collapse(rows(cut), mask_BW[order], 3))

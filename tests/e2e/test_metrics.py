@@ -2,8 +2,8 @@
 
 import json
 
-import mc.telemetry
-import nanochat.telemetry.otlp
+import mc.telemetry  # noqa: F401  registers MegaContext's metrics
+import nanochat.telemetry.otlp  # noqa: F401  and those of the exporter
 from nanochat.telemetry.recorder import METRICS
 
 # see test_telemetry.py

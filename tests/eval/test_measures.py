@@ -60,7 +60,7 @@ def test_a_lens_that_knows_wins_all_and_one_that_is_blank_is_even(lens, monkeypa
     gpt, batch = tiny_base(), tiny_batch()
     mc = tiny_mc(gpt, lens=lens).model
     knows = lambda embeds, n_B, *_: torch.nn.functional.pad(utility_at(gpt, batch, int(n_B[0])), (0, T // K),
-                                                            value=-torch.inf)[:, :T // K]
+                                                            value=-torch.inf)[:, :T // K]  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(mc, "lens_logits", knows)
         found = taught(gpt, mc, batch.inputs, batch.targets, CURSORS, HORIZON)

@@ -122,7 +122,7 @@ def test_dynamics_against_a_history_of_every_node(seed, cooldown, max_lod, growi
     allocator = GreedyAllocator(FocusConfig(budget=24, block_size=4, max_lod=max_lod, recent=4, cooldown=cooldown,
                                             max_edits=3))
     blocks, rows = 14, 2
-    n = lambda t: torch.full((rows,), (6 + min(t, 8)) * 4)
+    n = lambda t: torch.full((rows,), (6 + min(t, 8)) * 4)  # noqa: E731
     state, steps, dynamics = allocator.allocate(rand(seed, rows, blocks), n(0)), [], FocusDynamics(cooldown)
     for t in range(1, 12):
         before = allocator.advance(state, n(t))
