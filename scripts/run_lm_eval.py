@@ -21,10 +21,12 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     add_model_flags(parser)
     parser.add_argument("--tasks", required=True, help="names of tasks or groups, with commas between")
     parser.add_argument(
-        "--include_path", type=Path, help="folder of further tasks in YAML; their relative data files are found from the current folder"
+        "--include_path", type=Path, help="folder of further tasks in YAML; their relative data files are found from "
+                                          "the current folder"
     )
     parser.add_argument("--limit", type=int, default=0, help="documents per task; 0: all")
-    parser.add_argument("--num_fewshot", type=int, default=-1, help="examples before each question; -1: as the task says")
+    parser.add_argument("--num_fewshot", type=int, default=-1,
+                        help="examples before each question; -1: as the task says")
     parser.add_argument(
         "--max_length",
         type=int,
@@ -45,7 +47,8 @@ def import_harness():
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as e:
         raise UserError(
-            f'scripts.run_lm_eval needs the package {e.name}, which is not installed; run: pip install "megacontext[lm-eval]"'
+            f'scripts.run_lm_eval needs the package {e.name}, which is not installed; run: pip install '
+            '"megacontext[lm-eval]"'
         ) from None
     return lm_eval.simple_evaluate, TaskManager
 
@@ -59,12 +62,14 @@ def build_lm(args):
 
         return PlainLM(model, tokenizer, args.max_length, args.seed)
     if args.max_length:
-        raise UserError(f"--max_length={args.max_length} has no effect with --mc_enabled=1: a session's context is never cut")
+        raise UserError(f"--max_length={args.max_length} has no effect with --mc_enabled=1: a session's context is "
+                        "never cut")
     if not meta.get("mc"):
         raise UserError("--mc_enabled=1 needs a checkpoint that was trained with --mc_enabled=1")
     from scripts.eval.lm_eval_sessions import SessionLM  # imports mc
 
-    sessions, config = import_optional("mc", "session.session"), import_optional("mc", "session.config").from_flags(args)
+    sessions, config = import_optional("mc", "session.session"), import_optional("mc",
+                                                                                 "session.config").from_flags(args)
     return SessionLM(sessions.open_pool(model, meta, args.checkpoint_dir, config), tokenizer, args.seed)
 
 
@@ -139,13 +144,15 @@ def main() -> None:
     cut = getattr(lm, "cut", 0)
     if cut:
         print(
-            f"note: {cut} requests were longer than the window of {lm.max_length} tokens and lost their beginning; --mc_enabled=1 keeps it"
+            f"note: {cut} requests were longer than the window of {lm.max_length} tokens and lost their beginning; "
+            "--mc_enabled=1 keeps it"
         )
     if lm.apart:
         print(f"note: {lm.apart} continuations only complete the last token of their context; they were encoded apart")
     left_out = getattr(lm, "left_out", 0)
     if left_out:
-        print(f"note: of {left_out} requests a part of the context had no entry in the working context at last; a larger --mc_budget shows more")
+        print(f"note: of {left_out} requests a part of the context had no entry in the working context at last; a "
+              "larger --mc_budget shows more")
     results = {
         task: {key: value for key, value in scores.items() if key != "sample_len" and isinstance(value, (int, float))}
         for task, scores in found["results"].items()

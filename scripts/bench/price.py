@@ -2,9 +2,11 @@
 
     price = a + b · best logit + c · market price        (`mc.session.price`)
 
-At one query per refocus, each block is worth u nats to the next `interval` tokens (gate gradient of the full pass), and the place it takes
-κ: the mean worth of the last block that the lens fits in. Showing what lies above the price gains Σ (u − κ) over those blocks; the fit
-minimizes its convex bound Σ |u − κ| · softplus(−sign(u − κ) · (logit − price)). Half of the rows are fitted, the other half judge.
+At one query per refocus, each block is worth u nats to the next `interval` tokens (gate gradient of the
+full pass), and the place it takes
+κ: the mean worth of the last block that the lens fits in. Showing what lies above the price gains Σ (u − κ) over those
+blocks; the fit minimizes its convex bound Σ |u − κ| · softplus(−sign(u − κ) · (logit − price)). Half of the rows are
+fitted, the other half judge.
 
 Shapes: B rows, Q refocuses of a row, N blocks, X = B · Q.
 """
@@ -47,7 +49,8 @@ class Examples(NamedTuple):
         return max(float(self.utility_XN.gather(1, last_X1).mean()), 0.0)
 
 
-def refocus_examples(gpt: GPT, mc: MegaContext, cfg: FocusConfig, tokens_BT: Tensor, targets_BT: Tensor, interval: int) -> Examples:
+def refocus_examples(gpt: GPT, mc: MegaContext, cfg: FocusConfig, tokens_BT: Tensor, targets_BT: Tensor,
+                     interval: int) -> Examples:
     """Of the second half of each row, one query every `interval` tokens."""
     T, K, every = tokens_BT.shape[1], cfg.block_size, slice(None)
     captured: list[Captured] = []
@@ -55,15 +58,18 @@ def refocus_examples(gpt: GPT, mc: MegaContext, cfg: FocusConfig, tokens_BT: Ten
     embeds = gpt.embed(tokens_BT).detach().requires_grad_()
     hidden = gpt.hidden(tokens_BT, inputs_embeds=embeds, capture=captured, lift_windows=True)
     keep_gradients(captured)
-    torch.autograd.grad(token_losses(gpt.logits(hidden), targets_BT).sum(), embeds)  # leaves the gradient at every attention output
+    # leaves the gradient at every attention output
+    torch.autograd.grad(token_losses(gpt.logits(hidden), targets_BT).sum(), embeds)
     count = (T - cfg.recent) // K
     with torch.no_grad():
         utility = over_horizon(gate_utility(captured, every, queries, count, K), interval)[:, ::interval]
-        seen = [mc.lens_logits(embeds[:, :n], torch.full((len(embeds),), n, device=embeds.device))[:, :count] for n in cursors]
+        seen = [mc.lens_logits(embeds[:, :n], torch.full((len(embeds),), n, device=embeds.device))[:, :count]
+                for n in cursors]
         logits = torch.stack([F.pad(x, (0, count - x.shape[1])) for x in seen], 1)
     cursor_Q = torch.tensor(cursors, device=tokens_BT.device)
     rival_QN = (torch.arange(count, device=tokens_BT.device) + 1) * K <= cursor_Q[:, None] - cfg.recent
-    return Examples(logits.double().masked_fill(~rival_QN, -torch.inf).flatten(0, 1).cpu(), utility.double().flatten(0, 1).cpu(),
+    return Examples(logits.double().masked_fill(~rival_QN, -torch.inf).flatten(0, 1).cpu(),
+                    utility.double().flatten(0, 1).cpu(),
                     room(cursor_Q, cfg).repeat(len(tokens_BT)).cpu())
 
 
@@ -87,7 +93,8 @@ def fit_price(found: Examples, place: float) -> tuple[float, float, float]:
     def loss() -> Tensor:
         optimizer.zero_grad()
         above_XN = logits_XN - (features_X3 @ weights_3)[:, None]
-        value = (worth_XN.abs() * F.softplus(-worth_XN.sign() * above_XN)).mean() + 1e-4 * (weights_3 - weights_3.new_tensor(MARKET)).square().sum()
+        value = (worth_XN.abs() * F.softplus(-worth_XN.sign() * above_XN)).mean() + 1e-4 * (weights_3
+                                                                                            - weights_3.new_tensor(MARKET)).square().sum()
         value.backward()
         return value
 
@@ -111,11 +118,13 @@ def run(args: argparse.Namespace) -> None:
     check_sessions(mc)
     T = gpt.config.sequence_len
     if args.rows < 2 or args.batch < 1 or not 1 <= args.interval <= T // 2:
-        raise UserError(f"--rows={args.rows} --batch={args.batch} --interval={args.interval}: at least 2, 1, and 1 to {T // 2}")
+        raise UserError(f"--rows={args.rows} --batch={args.batch} --interval={args.interval}: at least 2, 1, and 1 to "
+                        f"{T // 2}")
     source = source_of(meta, "train", tokenizer=Tokenizer.load())
     parts = []
     for first in range(0, args.rows, args.batch):
-        tokens, targets = (x.to(args.device) for x in judged_rows(source, np.arange(first, min(first + args.batch, args.rows))))
+        tokens, targets = (x.to(args.device)
+                           for x in judged_rows(source, np.arange(first, min(first + args.batch, args.rows))))
         parts.append(refocus_examples(gpt, mc, mc.focus_config(), tokens, targets, args.interval))
     every, half = Examples.cat(parts), sum(len(p.room_X) for p in parts) // 2
     fitted, judged = Examples(*(x[:half] for x in every)), Examples(*(x[half:] for x in every))
@@ -124,7 +133,9 @@ def run(args: argparse.Namespace) -> None:
     market, learned = (gained(judged, w, place).numpy() for w in (MARKET, weights))
     value = "threshold:" + ",".join(f"{w:.4g}" for w in weights)
     interval = bootstrap_interval(lambda i: (learned - market)[i].mean(), len(market))
-    print(f"a place is worth {place:.4f} nats; gained on {len(market)} refocuses that were not fitted: market {market.mean():+.4f}, learned {learned.mean():+.4f} nats")
+    print(f"a place is worth {place:.4f} nats; gained on {len(market)} refocuses that were not fitted: market "
+          f"{market.mean():+.4f}, learned {learned.mean():+.4f} nats")
     print(f"--mc_allocator={value}")
-    print_json({"allocator": value, "place": place, "refocuses": len(market), "market": float(market.mean()), "learned": float(learned.mean()),
+    print_json({"allocator": value, "place": place, "refocuses": len(market), "market": float(market.mean()),
+                "learned": float(learned.mean()),
                 "difference_interval": interval})

@@ -1,7 +1,8 @@
-"""How far two scores of the same things agree: rank correlation, and hits among the best. Shapes: B rows, N things scored.
+"""How far two scores of the same things agree: rank correlation, and hits among the best.
+Shapes: B rows, N things scored.
 
-Equal scores: in a correlation they share the mean of their ranks; among the best each has the same chance of being taken, so that
-a scorer without an opinion gets what chance gives.
+Equal scores: in a correlation they share the mean of their ranks; among the best each has the same chance of being
+taken, so that a scorer without an opinion gets what chance gives.
 """
 
 import torch
@@ -28,7 +29,8 @@ def best_of(values_BN: Tensor, k: int) -> Tensor:
 
 
 def hit_at(scores_BN: Tensor, matter_BN: Tensor, k: int) -> Tensor:
-    """[B] float64 expected share of what matters (bool) among the k best scored, at most k of it counted. NaN where nothing matters."""
+    """[B] float64 expected share of what matters (bool) among the k best scored, at most k of it
+    counted. NaN where nothing matters."""
     above = (scores_BN[:, None, :] > scores_BN[:, :, None]).sum(-1)
     equal = (scores_BN[:, None, :] == scores_BN[:, :, None]).sum(-1)
     taken = ((k - above).double() / equal).clamp(0, 1)

@@ -2,16 +2,19 @@
 
 What every step measures, from what it holds anyway, is in `mc.telemetry`.
 
-Now and then, on held-out rows (`probe`): the NLL of every way to show the history on the same tokens, the measured utility of
-blocks against the lens's opinion of them, and how the allocator behaves while a history grows.
+Now and then, on held-out rows (`probe`): the NLL of every way to show the history on the same tokens, the measured
+utility of blocks against the lens's opinion of them, and how the allocator behaves while a history grows.
 
     utility of a block   NLL(coarsest cut) − NLL(the same with that block shown raw), nats per token of the continuation
-    agreement            Spearman's rank correlation of lens logits with utilities, over sampled blocks; share of the k most useful
+    agreement            Spearman's rank correlation of lens logits with utilities, over sampled
+                         blocks; share of the k most useful
                          blocks among the k that the lens puts first, k being what the budget shows
     regret               NLL(lens focus) − the least NLL that any tried focus had, ≥ 0
     swap rate            (expands + collapses by edits) ÷ blocks shown raw or as LOD1, per refocus
-    residency            refocuses that blocks shown by an edit stayed shown, together ÷ times one of them was hidden again
-    thrash               share of the edits' flips of nodes that undo an edit's flip of at most 2 × cooldown refocuses ago (2 without)
+    residency            refocuses that blocks shown by an edit stayed shown, together ÷
+                         times one of them was hidden again
+    thrash               share of the edits' flips of nodes that undo an edit's flip of at most 2 ×
+                         cooldown refocuses ago (2 without)
 
 Means are taken per row first. Shapes: B rows, N blocks, W entries, S sampled blocks, D width.
 """
@@ -53,7 +56,8 @@ class Flips(NamedTuple):
 
 
 class FocusDynamics:
-    """Follows what refocuses do to the nodes of some rows, whose number of blocks may grow. Give it every refocus, in order."""
+    """Follows what refocuses do to the nodes of some rows, whose number of blocks may grow. Give
+    it every refocus, in order."""
 
     def __init__(self, cooldown: int):
         self.within = 2 * max(cooldown, 1)
@@ -85,7 +89,8 @@ class FocusDynamics:
         return self.flips[-1]
 
     def metrics(self) -> Metrics:
-        """`mc.focus.*`, over all rows and refocuses so far. Where no block was hidden, the residency is a lower bound: as if one had been."""
+        """`mc.focus.*`, over all rows and refocuses so far. Where no block was hidden, the residency is a
+        lower bound: as if one had been."""
         mean = {name: torch.stack([getattr(r, f"{name}_B").double() for r in self.reports]).mean()
                 for name in ("swap_rate", "expands", "collapses", "forced", "utilization")}  # fmt: skip
         ended = torch.cat([f.stays for f in self.flips])
@@ -104,8 +109,8 @@ def _widen(x_BN: Tensor, n: int, value: float) -> Tensor:
 
 
 def market_price(allocator: GreedyAllocator, logits_BN: Tensor, n_B: Tensor) -> Tensor:
-    """[B, 1] λ: the price of an entry at which the budget is just used, half way between the lowest block that an allocation
-    from scratch shows and the highest that it does not; recent blocks, which are shown anyway, left out."""
+    """[B, 1] λ: the price of an entry at which the budget is just used, half way between the lowest block that an
+    allocation from scratch shows and the highest that it does not; recent blocks, which are shown anyway, left out."""
     K, recent = allocator.cfg.block_size, allocator.cfg.recent
     end_N = (torch.arange(logits_BN.shape[1], device=logits_BN.device) + 1) * K
     free_BN = end_N <= n_B[:, None] - recent
@@ -118,8 +123,9 @@ def market_price(allocator: GreedyAllocator, logits_BN: Tensor, n_B: Tensor) -> 
 
 @torch.no_grad()
 def replay(mc: MegaContext, embeds_BTD: Tensor, n: int, logits_of=None) -> FocusDynamics:
-    """The allocator as histories grow from just above the budget to n tokens, one refocus per block, by the lens's scores:
-    tanh(logit − λ), λ the market price. logits_of(n_B) [B, N]: another scorer than the lens. At most REFOCUSES, the last ones."""
+    """The allocator as histories grow from just above the budget to n tokens, one refocus per block, by the lens's
+    scores: tanh(logit − λ), λ the market price. logits_of(n_B) [B, N]: another scorer than the lens. At
+    most REFOCUSES, the last ones."""
     K, allocator = mc.config.block_size, mc.allocator
     n = n // K * K
     keys = mc.lensnet.keys(embeds_BTD[:, :n])
@@ -148,8 +154,10 @@ def probe_batch(controller: MCController, gpt: GPT, batch) -> Metrics:
 
 
 @torch.no_grad()
-def probe(gpt: GPT, mc: MegaContext, tokens_BT: Tensor, targets_BT: Tensor, n: int, seed: int, rows_B: Tensor, lods: Sequence[int]) -> Metrics:
-    """Everything of the module that takes passes of its own, on held-out rows [B, n + H]. lods: levels that were trained.
+def probe(gpt: GPT, mc: MegaContext, tokens_BT: Tensor, targets_BT: Tensor, n: int, seed: int, rows_B: Tensor,
+          lods: Sequence[int]) -> Metrics:
+    """Everything of the module that takes passes of its own, on held-out rows [B, n + H].
+    lods: levels that were trained.
 
     About 2 full passes, and one pass over a working context for each of SAMPLED blocks and a dozen more.
     """
@@ -166,7 +174,8 @@ def probe(gpt: GPT, mc: MegaContext, tokens_BT: Tensor, targets_BT: Tensor, n: i
 
 
 def _bands(focus: FocusComparison, full: Outcome) -> Metrics:
-    """ΔNLL@H of lens focus with n / 4, n / 8 and n / 16 entries, as far as these hold the coarsest cut and the protected tail."""
+    """ΔNLL@H of lens focus with n / 4, n / 8 and n / 16 entries, as far as these hold the coarsest
+    cut and the protected tail."""
     metrics: Metrics = {}
     scores, usual, cfg = focus.scores("lens"), focus.allocator, focus.allocator.cfg
     for band, ratio in BANDS.items():

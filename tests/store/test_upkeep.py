@@ -79,7 +79,8 @@ def test_prune_and_restore(ram):
     report = prune(store, catalog, blocks)
     assert (report.blocks, report.slots, report.detailed) == (n // 2, n // 2 * K, n - n // 2)
     assert store.has_detail(torch.arange(n)).tolist() == [i not in set(blocks.tolist()) for i in range(n)]
-    assert sum(count for _, count, _ in catalog.tombstones()) == n // 2 and len(least_useful(store, catalog, share=0.5)) == 0
+    assert sum(count for _, count, _ in catalog.tombstones()) == n // 2 and len(least_useful(store, catalog,
+                                                                                             share=0.5)) == 0
     assert restore(store, catalog, source=2).blocks == len(catalog.source(2).blocks(K))
     store.set_detail(torch.tensor([3]), ERASED)
     report = restore(store, catalog)
