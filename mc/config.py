@@ -1,4 +1,5 @@
-"""Every MegaContext setting, with its help: the flags `--mc_…` of base_train are these fields, and the settings of the arms it names."""
+"""Every MegaContext setting, with its help: the flags `--mc_…` of base_train are these fields, and the
+settings of the arms it names."""
 
 import argparse
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 from mc.arm import ADDED, KINDS, SETTINGS, load, named
 from mc.gaussian_rope import SCHEMES
 from mc.gistnet import VARIANTS as GIST_VARIANTS
-from nanochat.common import UserError, from_plain, one_line
+from nanochat.common import UserError, flag_type, from_plain, one_line
 
 POLICIES = ("random", "recency", "lens", "teacher")
 TEACHERS = ("attention", *KINDS["teacher"])
@@ -30,35 +31,48 @@ class MCConfig:
     budget: int = setting(128, "W: entries of the working context before the continuation, everything included")
     recent: int = setting(0, "R: last tokens protected as LOD0; 0: min(128, W/4) in whole blocks, at least one")
     horizon: int = setting(32, "H: tokens of the continuation on which a working context is judged")
-    positions: str = setting("gaussian", "positions of entries: damped at global centres, undamped, or numbered in order", SCHEMES)
+    positions: str = setting("gaussian",
+                             "positions of entries: damped at global centres, undamped, or numbered in order", SCHEMES)
     damping_floor: float = setting(0.1, "share of every frequency that a gist keeps under --mc_positions=gaussian")
     far_tokens: int = setting(
-        -1, "tokens of the longest stored history (log-uniform per row) shown in and around a row's own, as gists of other rows: far distances, "
-        "levels that rows do not reach; 0: none; -1: eight nodes of the highest level, at most 8,388,608, where the other settings allow it")
+        -1, "tokens of the longest stored history (log-uniform per row) shown in and around a row's own, as gists of "
+            "other rows: far distances, "
+        "levels that rows do not reach; 0: none; -1: eight nodes of the highest level, at most 8,388,608, where the "
+        "other settings allow it")
     far_entries: int = setting(128, "entries that the stored history may take")
     # what is trained on it
     start: float = setting(0.3, "share of the training after which working contexts and lens begin: recall must have formed")
     ramp: int = setting(20, "steps over which their losses ramp in")
     row_stride: int = setting(1, "every how many rows get a working context: the dial of its compute")
     variants: int = setting(1, "working contexts per such row")
-    cuts: str = setting("random:0.2,recency:0.1,lens:0.5,teacher:0.2", "how training chooses what to show: policy:share, …; teacher means attention mass, known before the backward pass")
-    wc_weight: float = setting(0.1, "weight of the working context's next-token loss; far fewer tokens than the LM's, so a noisier gradient")
+    cuts: str = setting("random:0.2,recency:0.1,lens:0.5,teacher:0.2",
+                        "how training chooses what to show: policy:share, …; teacher means attention mass, known "
+                        "before the backward pass")
+    wc_weight: float = setting(0.1, "weight of the working context's next-token loss; far fewer tokens than the LM's, "
+                                    "so a noisier gradient")
     kl_weight: float = setting(0.1, "weight of the KL from the full-context distribution")
     # the lens
-    lens: str = setting("bilinear", "LensNet variant: each block by itself, or with a network on top that reads the blocks together", ("bilinear", *KINDS["lens"]))
-    teacher: str = setting("attention", "what the lens is taught, a kind or kind:weight, …: attention (mass in the full pass), or an arm: gate (gradients of it), counterfactual (measured utilities of edits), preference (the best of --mc_variants)")
+    lens: str = setting("bilinear", "LensNet variant: each block by itself, or with a network on top that reads the "
+                                    "blocks together", ("bilinear", *KINDS["lens"]))
+    teacher: str = setting("attention", "what the lens is taught, a kind or kind:weight, …: attention (mass in the "
+                                        "full pass), or an arm: gate (gradients of it), counterfactual (measured "
+                                        "utilities of edits), preference (the best of --mc_variants)")
     lens_horizon: int = setting(8, "tokens ahead whose need for a block the lens predicts")
     lens_queries: int = setting(128, "last positions of a row that teach the lens")
     lens_row_stride: int = setting(1, "every how many rows teach the lens")
     lens_key_dim: int = setting(128, "width of a lens key")
     lens_keys: int = setting(4, "lens keys per block")
     # what is added
-    arms: str = setting("", f"arms to add to the core, with commas between them: {', '.join(ADDED)}; their settings are flags once they are named")
+    arms: str = setting("", f"arms to add to the core, with commas between them: {', '.join(ADDED)}; their settings "
+                            "are flags once they are named")
     # optimization
-    gist_lr: float = setting(4e-3, "learning rate of GistNet and the gists' logit bias (AdamW), scaled with the batch like the base's")
-    lens_lr: float = setting(0.06, "learning rate of LensNet (Muon; half for its scalars), scaled with the batch like the base's")
+    gist_lr: float = setting(4e-3, "learning rate of GistNet and the gists' logit bias (AdamW), scaled with the batch "
+                                   "like the base's")
+    lens_lr: float = setting(0.06, "learning rate of LensNet (Muon; half for its scalars), scaled with the batch like "
+                                   "the base's")
 
-    of_arms: dict[str, Any] = field(default_factory=dict)  # the settings of the arms that are named: no flags of the core
+    # the settings of the arms that are named: no flags of the core
+    of_arms: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         for f in core_settings():
@@ -67,14 +81,16 @@ class MCConfig:
                 raise UserError(f"--mc_{f.name}={getattr(self, f.name)}: use one of {', '.join(map(str, choices))}")
         self.cut_shares()
         self.teacher_weights()
-        low = dict(block_size=2, max_lod=1, horizon=1, row_stride=1, variants=1, lens_horizon=1, lens_row_stride=1, budget=1,
+        low = dict(block_size=2, max_lod=1, horizon=1, row_stride=1, variants=1, lens_horizon=1, lens_row_stride=1,
+                   budget=1,
                    recent=0, far_tokens=-1, far_entries=1, ramp=0)
         for name, least in low.items():
             if getattr(self, name) < least:
                 raise UserError(f"--mc_{name}={getattr(self, name)} must be at least {least}")
         for name, least in dict(wc_weight=0, kl_weight=0, gist_lr=1e-12, lens_lr=1e-12).items():
             if not least <= getattr(self, name) < float("inf"):
-                raise UserError(f"--mc_{name}={getattr(self, name)} must be a finite number, {'at least 0' if not least else 'above 0'}")
+                raise UserError(f"--mc_{name}={getattr(self, name)} must be a finite number, "
+                                f"{'at least 0' if not least else 'above 0'}")
         if not self.wc_weight and not self.kl_weight:
             raise UserError("--mc_wc_weight=0 with --mc_kl_weight=0 trains nothing on the working context; raise one")
         if not 0 <= self.start < 1:
@@ -142,16 +158,20 @@ class MCConfig:
         return shares
 
     def teacher_weights(self) -> dict[str, float]:
-        """Weight of each kind of target in the lens's loss, in the order of TEACHERS. A kind that is named alone weighs 1."""
+        """Weight of each kind of target in the lens's loss, in the order of TEACHERS. A kind
+        that is named alone weighs 1."""
         alone = self.teacher.strip() in TEACHERS
         weights = _mixture("teacher", f"{self.teacher}:1" if alone else self.teacher, TEACHERS, "a kind or kind:weight")
-        if set(weights) != set(TEACHERS) or not all(0 <= w < float("inf") for w in weights.values()) or not any(weights.values()):
-            raise UserError(f"--mc_teacher={self.teacher}: name at least one of {', '.join(TEACHERS)}, with weights above 0")
+        if set(weights) != set(TEACHERS) or not all(0 <= w < float("inf")
+                                                    for w in weights.values()) or not any(weights.values()):
+            raise UserError(f"--mc_teacher={self.teacher}: name at least one of {', '.join(TEACHERS)}, with weights "
+                            "above 0")
         return weights
 
 
 def _mixture(flag: str, text: str, names: tuple[str, ...], form: str) -> dict[str, float]:
-    """"name:number, …" as numbers by name, 0 for names left out; UserError for what is no number. Names are not checked."""
+    """"name:number, …" as numbers by name, 0 for names left out; UserError for what is no
+    number. Names are not checked."""
     numbers = dict.fromkeys(names, 0.0)
     for part in text.split(","):
         name, _, number = part.partition(":")
@@ -171,7 +191,7 @@ def add_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
     """The core's flags, and those of the arms that a command line names; argv: by default this process's."""
     group = parser.add_argument_group("MegaContext (with --mc_enabled=1)")
     for f in core_settings():
-        group.add_argument(f"--mc_{f.name}", type=type(f.default), default=f.default, choices=f.metadata["choices"],
+        group.add_argument(f"--mc_{f.name}", type=flag_type(f.default), default=f.default, choices=f.metadata["choices"],
                            help=f.metadata["help"])
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("arms", *KINDS):
@@ -182,39 +202,50 @@ def add_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
         if settings := load(module).SETTINGS:
             group = parser.add_argument_group(f"MegaContext's arm {module}")
             for name, known in settings.items():
-                group.add_argument(f"--mc_{name}", type=type(known.default), default=known.default, choices=known.choices, help=known.help)
+                group.add_argument(f"--mc_{name}", type=flag_type(known.default), default=known.default, choices=known.choices, help=known.help)
     for name, (module, _) in SETTINGS.items():
         if module not in arms and any(word.replace("-", "_").startswith(f"__mc_{name}") for word in rest):
             raise UserError(f"--mc_{name} is a setting of the arm {module}; name it too: {_how(module)}")
 
 
 def _how(module: str) -> str:
-    return f"--mc_arms={module}" if module in ADDED else next(f"--mc_{kind}={value}" for kind, values in KINDS.items() for value in values if values[value] == module)
+    return f"--mc_arms={module}" if module in ADDED else next(f"--mc_{kind}={value}" for kind, values in KINDS.items()
+                                                              for value in values if values[value] == module)
 
 
 def from_flags(args: argparse.Namespace) -> MCConfig:
-    return from_dict({name.removeprefix("mc_"): value for name, value in vars(args).items() if name.startswith("mc_") and name != "mc_enabled"})
+    return from_dict({name.removeprefix("mc_"): value for name, value in vars(args).items() if name.startswith("mc_")
+                      and name != "mc_enabled"})
 
 
-RETIRED = dict(max_gap=0, far_nodes=0, lens_normalize=0, gist_pool="mean", gist_head="linear", gist_shared=1, targets="tail",
-               split="end", lod_axis=0, alibi=0)  # settings of earlier versions, and the value at which they did nothing
+RETIRED = dict(max_gap=0, far_nodes=0, lens_normalize=0, gist_pool="mean", gist_head="linear", gist_shared=1,
+               targets="tail",
+               # settings of earlier versions, and the value at which they did nothing
+               split="end", lod_axis=0, alibi=0)
 
 
 def from_dict(values: dict) -> MCConfig:
-    """The config that a checkpoint's meta holds, of this version or of an earlier one that made no use of what is gone."""
+    """The config that a checkpoint's meta holds, of this version or of an earlier one that
+    made no use of what is gone."""
     if not isinstance(values, dict):
         return from_plain(MCConfig, values, "MC config")
-    if gone := [f"{name}={one_line(values[name])}" for name in RETIRED if values.get(name, RETIRED[name]) != RETIRED[name]]:
-        raise UserError(f"it was made with {', '.join(gone)}, which this version does not have; an earlier commit reads it (see the log)")
-    own = {"far_tokens": 0} | {name: value for name, value in values.items() if name not in RETIRED and name not in SETTINGS}
+    if gone := [f"{name}={one_line(values[name])}"
+                for name in RETIRED if values.get(name, RETIRED[name]) != RETIRED[name]]:
+        raise UserError(f"it was made with {', '.join(gone)}, which this version does not have; an earlier commit "
+                        "reads it (see the log)")
+    own = {"far_tokens": 0} | {name: value for name, value in values.items() if name not in RETIRED
+                               and name not in SETTINGS}
     for name in ("arms", *KINDS):
         if not isinstance(own.get(name, ""), str):
-            raise UserError(f"MC config: {name} is {one_line(own[name])}, not a name; it was written by another version, or damaged")
+            raise UserError(f"MC config: {name} is {one_line(own[name])}, not a name; it was written by another "
+                            "version, or damaged")
     given = {name: value for name, value in values.items() if name in SETTINGS}
-    named_by_value = {SETTINGS[name][0] for name, value in given.items() if value != SETTINGS[name][1]}  # before there were arms
+    # before there were arms
+    named_by_value = {SETTINGS[name][0] for name, value in given.items() if value != SETTINGS[name][1]}
     arms = named({name: own.get(name, "") for name in ("arms", *KINDS)})
     for module in named_by_value - set(arms) - set(ADDED):
-        raise UserError(f"--mc_{' --mc_'.join(f'{k}={v}' for k, v in given.items() if SETTINGS[k][0] == module)} has no effect without {_how(module)}")
+        raise UserError(f"--mc_{' --mc_'.join(f'{k}={v}' for k, v in given.items() if SETTINGS[k][0] == module)} has "
+                        f"no effect without {_how(module)}")
     by_value = [name for name in ADDED if name in named_by_value and name not in arms]
     own["arms"] = ",".join(filter(None, [own.get("arms", ""), *by_value]))
     return from_plain(MCConfig, own | {"of_arms": given}, "MC config")
@@ -226,6 +257,7 @@ def to_dict(config: MCConfig) -> dict:
 
 
 def complete(config: MCConfig) -> dict:
-    """With every setting that any version had, at the value that stands for its absence: what fingerprints are made of."""
+    """With every setting that any version had, at the value that stands for its absence:
+    what fingerprints are made of."""
     absent = {name: value for name, (_, value) in SETTINGS.items()}
     return RETIRED | absent | {"gist_source": config.gist_source} | to_dict(config)

@@ -1,12 +1,14 @@
 """Positions of working-context entries: rotary angles at global centres, damped by the entry's width.
 
-An entry covering tokens [s, s+n) stands at μ = s + (n−1)/2 with variance σ² = (n²−1)/12 (a uniform span; zero for a raw token,
-so raw entries are rotated exactly as in the base). The expectation of the rotation e^{iωp} over a Gaussian span is
-e^{iωμ}·e^{−ω²σ²/2}: a wide entry loses its high-frequency phase (the damping of a Gaussian's characteristic function). It is
-applied after QK-norm, in the same table as the rotation, so the norm cannot undo it. `floor` keeps a share of every
+An entry covering tokens [s, s+n) stands at μ = s + (n−1)/2 with variance σ² = (n²−1)/12 (a uniform span; zero for a raw
+token, so raw entries are rotated exactly as in the base). The expectation of the rotation e^{iωp} over a Gaussian span
+is e^{iωμ}·e^{−ω²σ²/2}: a wide entry loses its high-frequency phase (the damping of a Gaussian's characteristic
+function). It is applied after QK-norm, in the same table as the rotation, so the norm cannot undo it.
+`floor` keeps a share of every
 frequency: at LOD4 the rotated part would vanish and its keys go blind.
 
-Angles are taken in float64 at global positions: 1e-9 rad at ten million tokens, where float32 is wrong by half a radian.
+Angles are taken in float64 at global positions: 1e-9 rad at ten million tokens, where
+float32 is wrong by half a radian.
 
 Shapes: B rows, W entries, F = head width / 2 frequencies.
 """
@@ -26,10 +28,12 @@ def damping(length_BW: Tensor, inverse_frequencies_F: Tensor, floor: float) -> T
     return floor + (1 - floor) * damped
 
 
-def entry_rotary(gpt: GPT, start_BW: Tensor, length_BW: Tensor, *, scheme: str = "gaussian", floor: float = 0.1) -> tuple[Tensor, Tensor]:
+def entry_rotary(gpt: GPT, start_BW: Tensor, length_BW: Tensor, *, scheme: str = "gaussian",
+                 floor: float = 0.1) -> tuple[Tensor, Tensor]:
     """cos, sin [B, W, 1, F] for entries covering [start, start+length), in the dtype `gpt.rotary` gives.
 
-    scheme: "gaussian" (centre and damping), "centre" (no damping), "contiguous" (entries numbered in order, ending at the
+    scheme: "gaussian" (centre and damping), "centre" (no damping), "contiguous" (entries
+    numbered in order, ending at the
     global position of the last: what published systems with compressed entries do).
     """
     centre = start_BW.double() + (length_BW.double() - 1) / 2

@@ -2,20 +2,21 @@
 
     gist = norm(mean(block) + head(summary(block)))
 
-The mean is over the valid entries and the head starts at zero, so training starts exactly from the masked mean, the baseline.
-Only the summary differs between variants, and each is put together from one `Layer` (a sequence that reads another):
+The mean is over the valid entries and the head starts at zero, so training starts exactly from the masked mean, the
+baseline. Only the summary differs between variants, and each is put together from one `Layer`
+(a sequence that reads another):
 
     mean         no summary, no parameters
     transformer  the entries read each other; then the mean over them
     slots        an arm, `mc.arms.gist_slots`
 
-Nothing is causal. The network is narrow (`width`), because it runs on every token: at width 64, beside a base layer of width
-128 at 1,088 tokens, `transformer` costs 14 % of that layer per token, `slots` 27 % (`GistNet.flops_per_token`; measured
-times agree).
+Nothing is causal. The network is narrow (`width`), because it runs on every token: at width 64, beside a base layer of
+width 128 at 1,088 tokens, `transformer` costs 14 % of that layer per token, `slots` 27 % (`GistNet.flops_per_token`;
+measured times agree).
 
-Every attention has one more key and value, both zero (`add_zero_attn` of nn.MultiheadAttention; Miller, "Attention is off by
-one", 2023). With it an entry may read nothing, which makes reading a single slot a gate, sigmoid(q·k), instead of a constant;
-and a block without any valid entry is no special case.
+Every attention has one more key and value, both zero (`add_zero_attn` of nn.MultiheadAttention; Miller, "Attention is
+off by one", 2023). With it an entry may read nothing, which makes reading a single slot a gate, sigmoid(q·k), instead
+of a constant; and a block without any valid entry is no special case.
 
 Shapes: N blocks, K entries of a block, D width of the base, C width inside, H heads, E head width, G gists of a block,
 L levels, Q reading rows, M rows read.
@@ -36,7 +37,8 @@ VARIANTS, GISTS = ("mean", "transformer", *KINDS["gist"]), (1, 2, 4)
 MLP_RATIO = 2  # hidden width of an MLP / C
 MAX_WIDTH = 512
 POSITION_STD = 0.5  # of the position embedding, beside entries of rms 1
-QUERY_STD = 0.4  # at 1, half of its reader's ReLU units never switch at the start; 0.1, 0.4 and 1 learn alike (toy, 3 seeds)
+# at 1, half of its reader's ReLU units never switch at the start; 0.1, 0.4 and 1 learn alike (toy, 3 seeds)
+QUERY_STD = 0.4
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,11 @@ class GistNetConfig:
             given = f"{self.block_size}, {self.max_lod}, {self.n_layer}"
             raise UserError(f"gistnet needs block_size ≥ 2, max_lod ≥ 1 and n_layer ≥ 1; got {given}")
         if self.block_size % self.n_gists or self.block_size == self.n_gists:
-            raise UserError(f"a block of {self.block_size} does not divide into {self.n_gists} gists of several entries each")
+            raise UserError(f"a block of {self.block_size} does not divide into {self.n_gists} gists of several "
+                            "entries each")
         if not 0 < self.width <= MAX_WIDTH or self.n_head < 1 or self.width % self.n_head:
-            raise UserError(f"gistnet width {self.width} must be at most {MAX_WIDTH} and divide into its {self.n_head} heads")
+            raise UserError(
+                f"gistnet width {self.width} must be at most {MAX_WIDTH} and divide into its {self.n_head} heads")
 
     def entries(self, lod: int) -> int:
         """Entries of a block at this level: tokens, or the gists of its nodes."""
@@ -77,7 +81,8 @@ def linear(n_in: int, n_out: int) -> nn.Linear:
 
 
 class Layer(nn.Module):
-    """Rows read rows: pre-norm attention, then a ReLU² MLP, both residual. A sequence that reads itself is self-attention."""
+    """Rows read rows: pre-norm attention, then a ReLU² MLP, both residual. A sequence that
+    reads itself is self-attention."""
 
     def __init__(self, width: int, n_head: int):
         super().__init__()
@@ -92,7 +97,8 @@ class Layer(nn.Module):
             return y.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
         q_NHQE = heads(self.query(norm(x_NQC)))
-        k_NHME, v_NHME = (F.pad(heads(y), (0, 0, 0, 1)) for y in self.key_value(norm(source_NMC)).chunk(2, -1))  # the zero key
+        # the zero key
+        k_NHME, v_NHME = (F.pad(heads(y), (0, 0, 0, 1)) for y in self.key_value(norm(source_NMC)).chunk(2, -1))
         mask_N11M = None if mask_NM is None else F.pad(mask_NM, (0, 1), value=True)[:, None, None]
         read_NHQE = F.scaled_dot_product_attention(q_NHQE, k_NHME, v_NHME, attn_mask=mask_N11M)
         x_NQC = x_NQC + self.out(read_NHQE.transpose(1, 2).flatten(2))
@@ -128,7 +134,8 @@ def spread_rows(query_GC: Tensor, like_NKC: Tensor) -> Tensor:
 
 
 class Summary(nn.Module):
-    """What a gist has beyond the mean: into the narrow width, summarize, and back out through a head that starts at zero."""
+    """What a gist has beyond the mean: into the narrow width, summarize, and back out through
+    a head that starts at zero."""
 
     def __init__(self, config: GistNetConfig):
         super().__init__()
@@ -156,7 +163,8 @@ class GistNet(nn.Module):
     def __init__(self, config: GistNetConfig):
         super().__init__()
         self.config = config
-        self.summaries = nn.ModuleList([] if config.variant == "mean" else [Summary(config)])  # a list, for the names in checkpoints
+        # a list, for the names in checkpoints
+        self.summaries = nn.ModuleList([] if config.variant == "mean" else [Summary(config)])
 
     def forward(self, x_NKD: Tensor, mask_NK: Tensor | None, lod: int, read_NKD: Tensor | None = None) -> Tensor:
         """The gists of N blocks.
@@ -166,15 +174,16 @@ class GistNet(nn.Module):
             effect and gets no gradient: a block with holes at its end gives what the shorter block gives.
         lod: level of the gists to make, 1 … max_lod.
         read_NKD: of rms 1, what the summary reads in place of x, whose mean the gists start from all the same; None: x.
-        Returns [N, G, D], dtype of x, of rms 1; zeros for a block without a valid entry. With G > 1 gists, gist g starts from
-        the mean of the g-th of G equal parts of the block, or of the whole block where that part holds nothing valid.
-        Raises ValueError when a shape or lod does not fit the config.
+        Returns [N, G, D], dtype of x, of rms 1; zeros for a block without a valid entry. With G > 1 gists, gist g
+        starts from the mean of the g-th of G equal parts of the block, or of the whole block where that part holds
+        nothing valid. Raises ValueError when a shape or lod does not fit the config.
         """
         config = self.config
         if not 1 <= lod <= config.max_lod:
             raise ValueError(f"lod {lod}: this GistNet makes LOD1 … LOD{config.max_lod}")
         if x_NKD.ndim != 3 or not 0 < x_NKD.shape[1] <= config.entries(lod) or x_NKD.shape[2] != config.d_model:
-            raise ValueError(f"blocks {tuple(x_NKD.shape)}: expected [N, at most {config.entries(lod)}, {config.d_model}]")
+            raise ValueError(f"blocks {tuple(x_NKD.shape)}: expected [N, at most {config.entries(lod)}, "
+                             f"{config.d_model}]")
         if mask_NK is not None:
             if mask_NK.shape != x_NKD.shape[:2] or mask_NK.dtype != torch.bool:
                 raise ValueError(f"mask {tuple(mask_NK.shape)} {mask_NK.dtype}: expected bool {tuple(x_NKD.shape[:2])}")
@@ -188,7 +197,8 @@ class GistNet(nn.Module):
         return gist_NGD if mask_NK is None else gist_NGD * mask_NK.any(1)[:, None, None]
 
     def _shares(self, mask_NK: Tensor | None, x_NKD: Tensor, size: int) -> Tensor:
-        """Weights of the mean of each part of a block of `size`: [N or 1, G, K], rows summing to 1 (0 where nothing is valid)."""
+        """Weights of the mean of each part of a block of `size`: [N or 1, G, K], rows summing to 1
+        (0 where nothing is valid)."""
         K, G = x_NKD.shape[1], self.config.n_gists
         valid_NK = mask_NK if mask_NK is not None else torch.ones(1, K, dtype=torch.bool, device=x_NKD.device)
         part_K = torch.arange(K, device=x_NKD.device) // (size // G)
@@ -204,6 +214,7 @@ class GistNet(nn.Module):
         c = self.config
 
         def block(size: int) -> int:
-            return 2 * c.n_gists * size * c.d_model + (self.summaries[0].flops(size, c.n_gists) if len(self.summaries) else 0)
+            return 2 * c.n_gists * size * c.d_model + (self.summaries[0].flops(size, c.n_gists) if len(self.summaries)
+                                                       else 0)
 
         return sum(block(c.entries(lod)) / c.block_size**lod for lod in range(1, c.max_lod + 1))

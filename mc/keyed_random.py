@@ -1,6 +1,6 @@
-"""Random draws that depend on a key alone: (seed, step, global row, purpose). No generator state, no order of calls, so the
-same numbers whatever the number of ranks or micro-steps, and nothing to checkpoint. The mixer is SplitMix64's finalizer
-(Steele, Lea, Flood 2014) on int64 tensors, which wrap around.
+"""Random draws that depend on a key alone: (seed, step, global row, purpose). No generator state, no order of calls, so
+the same numbers whatever the number of ranks or micro-steps, and nothing to checkpoint. The mixer is SplitMix64's
+finalizer (Steele, Lea, Flood 2014) on int64 tensors, which wrap around.
 """
 
 import torch
@@ -18,7 +18,8 @@ def _mix(z: Tensor) -> Tensor:
 
 
 def uniform_at(rows_B: Tensor, index_BI: Tensor, *key: int | str) -> Tensor:
-    """[B, I] float32 in [0, 1): a function of each global row number, each index (int64 ≥ 0; also [I], for all rows) and `key`."""
+    """[B, I] float32 in [0, 1): a function of each global row number, each index (int64 ≥ 0; also
+    [I], for all rows) and `key`."""
     base = _mix(rows_B.long() * _GOLDEN + key_seed(*key))
     bits = _mix(base[:, None] + (index_BI + 1) * _GOLDEN)
     return ((bits >> 40) & ((1 << 24) - 1)).float() / (1 << 24)

@@ -1,19 +1,21 @@
 """LensNet: given the last tokens, which blocks of the history deserve their detail?
 
-Keys, once per LOD1 node, when it is built: `n_keys` vectors a node, one per equal part of its block, each a linear projection of
-the part's summed [embedding; previous embedding]. The sum comes first, so a key costs a token next to nothing. Several keys and
-the maximum over them is what lets a lens find one pair among sixteen (one key: 81 % hit@1, four: 99.5 %).
+Keys, once per LOD1 node, when it is built: `n_keys` vectors a node, one per equal part of its block, each a linear
+projection of the part's summed [embedding; previous embedding]. The sum comes first, so a key costs a token next to
+nothing. Several keys and the maximum over them is what lets a lens find one pair among sixteen (one
+key: 81 % hit@1, four: 99.5 %).
 
-Queries, at every token of the tail, from embeddings alone: [embedding; previous; mean of the last few] through an MLP. A lens that
-read the hidden states of the full-context pass would have read the answer. All inputs are detached: the lens never bends the base.
+Queries, at every token of the tail, from embeddings alone: [embedding; previous; mean of the last few] through an MLP.
+A lens that read the hidden states of the full-context pass would have read the answer. All inputs are detached:
+the lens never bends the base.
 
     vote(t, node)   = gain · cosine(query_t, best key of the node)
     logit(t, node)  = Σ over the last `tail` tokens of trust · exp(age) · vote  +  bias(log₂ distance to the node)
 
-trust is a learned number per token, so that a tail of many tokens adds up its evidence and function words stay silent; age is one
-per place in the tail, so that what was asked a while ago does not outvote what is asked now.
-`logits` does this at every position at once (training: hundreds of queries per context), `focus_logits` at the last one (use).
-What a network other than "bilinear" adds to these logits, at few positions: `mc.arms.reader`.
+trust is a learned number per token, so that a tail of many tokens adds up its evidence and function words stay silent;
+age is one per place in the tail, so that what was asked a while ago does not outvote what is asked now.
+`logits` does this at every position at once (training: hundreds of queries per context), `focus_logits` at the last one
+(use). What a network other than "bilinear" adds to these logits, at few positions: `mc.arms.reader`.
 
 Shapes: B rows, T tokens, N nodes, P keys per node, D width of the base, C key width.
 """
@@ -50,7 +52,8 @@ class LensNetConfig:
         if self.block_size % self.n_keys:
             raise UserError(f"a block of {self.block_size} does not divide into {self.n_keys} lens keys")
         if self.tail < 1 or self.key_dim < 1 or self.query_width < 1:
-            raise UserError(f"lens tail {self.tail}, key_dim {self.key_dim} and query_width {self.query_width} must be at least 1")
+            raise UserError(f"lens tail {self.tail}, key_dim {self.key_dim} and query_width {self.query_width} must be "
+                            "at least 1")
 
 
 def previous(x_BTD: Tensor) -> Tensor:
@@ -83,10 +86,12 @@ class LensNet(nn.Module):
         nn.init.constant_(self.trust.bias, -2.0)  # thirty tokens together start about as sure as four
         self.reader = None
         if config.network != "bilinear":
-            self.reader = load(KINDS["lens"][config.network]).reader(config.d_model, config.block_size, config.max_lod, config.tail)
+            self.reader = load(KINDS["lens"][config.network]).reader(config.d_model, config.block_size, config.max_lod,
+                                                                     config.tail)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        if (bias := state_dict.pop(prefix + "distance_bias", None)) is not None:  # earlier checkpoints hold the biases themselves
+        # earlier checkpoints hold the biases themselves
+        if (bias := state_dict.pop(prefix + "distance_bias", None)) is not None:
             state_dict[prefix + "distance_steps"] = bias.diff(prepend=bias.new_zeros(1))
         state_dict.setdefault(prefix + "age", torch.zeros_like(self.age))  # … and no ages
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -105,7 +110,8 @@ class LensNet(nn.Module):
         return weight_TT.to(x_BTN.dtype) @ x_BTN
 
     def keys(self, embeds_BTD: Tensor) -> Tensor:
-        """[B, N, P, C] unit keys of the N = T // block_size complete blocks. Independent of what stands around a block."""
+        """[B, N, P, C] unit keys of the N = T // block_size complete blocks. Independent of
+        what stands around a block."""
         B, T, D = embeds_BTD.shape
         K, P = self.config.block_size, self.config.n_keys
         blocks = embeds_BTD.detach()[:, :T // K * K].reshape(B, -1, K, D)
@@ -136,7 +142,8 @@ class LensNet(nn.Module):
         return self.distance_steps.cumsum(0)[bucket]
 
     def logits(self, embeds_BTD: Tensor, keys_BNPC: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
-        """[B, Q, N] twice at every position t of a range: the token's own vote, and the logits of its tail (t − tail, t].
+        """[B, Q, N] twice at every position t of a range: the token's own vote, and the
+        logits of its tail (t − tail, t].
 
         Which nodes are history at t the caller masks.
         """
@@ -150,12 +157,14 @@ class LensNet(nn.Module):
     def focus_logits(self, tail_BTD: Tensor, keys_BNPC: Tensor, cursor_B: Tensor) -> Tensor:
         """[B, N] unbounded logits for the context that ends at `cursor` [B] (tokens of history).
 
-        tail_BTD: embeddings of the last tokens before the cursor, at least `tail` + LOCAL_MEAN of them where the history has
-        as many, so that the result equals `logits` at that position.
+        tail_BTD: embeddings of the last tokens before the cursor, at least `tail` + LOCAL_MEAN of them where the
+        history has as many, so that the result equals `logits` at that position.
         """
         queries, trust = self.queries(tail_BTD)
         votes = (trust * self.votes(queries, keys_BNPC))[:, -self.config.tail:]
-        return self.age_weights(votes.shape[1]) @ votes + self.distance(cursor_B, torch.arange(keys_BNPC.shape[1], device=cursor_B.device))
+        return self.age_weights(votes.shape[1]) @ votes + self.distance(cursor_B,
+                                                                        torch.arange(keys_BNPC.shape[1],
+                                                                                     device=cursor_B.device))
 
 
 def focus_scores(logits_BN: Tensor, price_B1: Tensor, temperature: float = 1.0) -> Tensor:

@@ -23,7 +23,8 @@ def distillation(student_BPV: Tensor, teacher_BPV: Tensor) -> Tensor:
 def lens_targets(per_block_BQN: Tensor, visible_BQN: Tensor) -> tuple[Tensor, Tensor]:
     """Teacher signal to (distribution over the visible blocks, weight of the query).
 
-    What hurts is no reason to look: negative utilities count as zero. The weight is how much there is to win at that query.
+    What hurts is no reason to look: negative utilities count as zero. The weight is how much
+    there is to win at that query.
     """
     useful = per_block_BQN.clamp_min(0) * visible_BQN
     weight = useful.sum(-1)

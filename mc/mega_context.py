@@ -1,12 +1,13 @@
 """The MegaContext tree: the whole history as a pyramid of gists.
 
-LOD0 is the tokens' embeddings. Node (lod, index) covers tokens [index·K^lod, (index+1)·K^lod) and is made by GistNet from its K
-children, never from the tokens again. It exists only when complete; what is left over stays LOD0. Its gist is one vector, or G of
-them (the arm `several`): each is an entry of its own and stands for the g-th of G equal parts of the node's span, from whose
-mean it starts, though it has read all of the block.
+LOD0 is the tokens' embeddings. Node (lod, index) covers tokens [index·K^lod, (index+1)·K^lod) and is made by GistNet
+from its K children, never from the tokens again. It exists only when complete; what is left over stays LOD0. Its gist
+is one vector, or G of them (the arm `several`): each is an entry of its own and stands for the g-th of G equal parts of
+the node's span, from whose mean it starts, though it has read all of the block.
 
-`TreeShape` is the arithmetic: integers only, so that a working context can be chosen and edited without touching a vector.
-`build_tree` makes the tree of a batch with gradients, for training, and reads many nodes in one call, `gather`. The tree of a
+`TreeShape` is the arithmetic: integers only, so that a working context can be chosen and edited without touching a
+vector. `build_tree` makes the tree of a batch with gradients, for training, and reads many nodes in
+one call, `gather`. The tree of a
 session grows on top of a store: `mc.store.history`.
 
 Shapes: B rows, T tokens, D width, K block size, G gists per node, N nodes, W entries to read, L levels.
@@ -19,13 +20,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-GistFn = Callable[..., Tensor]  # a GistNet: (x_NKD, mask_NK, lod, and where LOD1 reads something else read_NKD) -> [N, G, D]
+# a GistNet: (x_NKD, mask_NK, lod, and where LOD1 reads something else read_NKD) -> [N, G, D]
+GistFn = Callable[..., Tensor]
 Integers = TypeVar("Integers", int, Tensor)  # a Python int, or an integer tensor of any shape
 
 
 def tiling(n_tokens: Integers, block_size: int, max_lod: int, n_gists: int = 1) -> Integers:
-    """The least number of entries that tile n_tokens with nodes up to max_lod, each of n_gists < block_size entries above LOD0: with
-    one, the digit sum of n_tokens in base block_size, everything above digit max_lod counted in nodes of that level."""
+    """The least number of entries that tile n_tokens with nodes up to max_lod, each of n_gists < block_size entries
+    above LOD0: with one, the digit sum of n_tokens in base block_size, everything above digit max_lod
+    counted in nodes of that level."""
     nodes = n_tokens // block_size**max_lod if max_lod else 0
     for lod in range(1, max_lod):
         nodes = nodes + n_tokens // block_size**lod % block_size
@@ -70,7 +73,8 @@ class TreeShape:
         return (lod == clamped) & (index >= 0) & (start + length <= self.n_tokens)
 
     def node_row(self, lod: Integers, index: Integers) -> Integers:
-        """Row in the flat table of a node that exists. Comparisons instead of a look-up: nothing is copied to a device."""
+        """Row in the flat table of a node that exists. Comparisons instead of a look-up:
+        nothing is copied to a device."""
         row = index
         for below, count in enumerate(self.counts[:-1]):
             row = row + (lod > below) * count
@@ -86,17 +90,20 @@ class TreeShape:
         return lod + 1, index // self.block_size
 
 
-def _gists(gistnet: GistFn, children_BTD: Tensor, size: int, lod: int, n_gists: int, read_BTD: Tensor | None = None) -> Tensor:
+def _gists(gistnet: GistFn, children_BTD: Tensor, size: int, lod: int, n_gists: int,
+           read_BTD: Tensor | None = None) -> Tensor:
     """The gists [B, c·G, D] of the c complete blocks of `size` vectors that stand at the start of children [B, T, D].
 
     Raises ValueError when GistNet does not give n_gists vectors per block.
     """
     B, T, D = children_BTD.shape
     count = T // size
-    blocks, read = (x if x is None else x[:, : count * size].reshape(B * count, size, D) for x in (children_BTD, read_BTD))
+    blocks, read = (x if x is None else x[:, : count * size].reshape(B * count, size, D)
+                    for x in (children_BTD, read_BTD))
     gist_NGD = gistnet(blocks, None, lod) if read is None else gistnet(blocks, None, lod, read)
     if gist_NGD.shape != (B * count, n_gists, D):
-        raise ValueError(f"gists {tuple(gist_NGD.shape)}: the tree holds {n_gists} per node; use a GistNet with n_gists={n_gists}")
+        raise ValueError(f"gists {tuple(gist_NGD.shape)}: the tree holds {n_gists} per node; use a GistNet with "
+                         f"n_gists={n_gists}")
     return gist_NGD.reshape(B, count * n_gists, D)
 
 
@@ -109,8 +116,8 @@ def _take(table_BND: Tensor, row_BW: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Tree:
-    """The tree of a batch of rows. `table_BND` holds [LOD0 | LOD1 | …], the n_gists vectors of a node side by side; rows of nodes that
-    do not exist are zero."""
+    """The tree of a batch of rows. `table_BND` holds [LOD0 | LOD1 | …], the n_gists vectors of a node side by side;
+    rows of nodes that do not exist are zero."""
 
     table_BND: Tensor
     shape: TreeShape  # of the longest row
@@ -138,10 +145,10 @@ class Tree:
     def gather(self, lod_BW: Tensor, index_BW: Tensor, valid_BW: Tensor) -> Tensor:
         """The vectors of entries, with gradients: one gather.
 
-        lod_BW, index_BW: integers [B, W], above LOD0 index = node · n_gists + which of its gists; valid_BW: bool [B, W], False where an
-        entry is padding.
-        Returns [B, W, D]: zeros where not valid, NaN where a valid entry names a node that does not exist. The NaN reaches
-        the loss, whose finite check stops the run, without this method waiting for the device.
+        lod_BW, index_BW: integers [B, W], above LOD0 index = node · n_gists + which of its gists; valid_BW: bool [B,
+        W], False where an entry is padding.
+        Returns [B, W, D]: zeros where not valid, NaN where a valid entry names a node that does not exist. The NaN
+        reaches the loss, whose finite check stops the run, without this method waiting for the device.
         """
         gist_BW = torch.where(lod_BW > 0, index_BW % self.n_gists, 0)
         node_BW = torch.where(lod_BW > 0, index_BW // self.n_gists, index_BW)
@@ -164,7 +171,8 @@ def build_tree(embeds_BTD: Tensor, gistnet: GistFn, block_size: int, max_lod: in
 
     embeds_BTD: normed token embeddings [B, T, D], computed once by the caller; rows start at a block boundary.
     gistnet: called once per level that has a node, on all blocks of all rows.
-    lengths_B: tokens of each row [B], integers ≤ T, None: T. A node that is not complete in its row is zero and does not exist;
+    lengths_B: tokens of each row [B], integers ≤ T, None: T. A node that is not complete in its
+    row is zero and does not exist;
         nothing of it, nor of the padding, gets a gradient.
     n_gists: vectors per node that GistNet makes. Above LOD1 it reads block_size · n_gists of them.
     read_BTD: what GistNet reads of each token at LOD1 in place of its embedding.

@@ -1,8 +1,9 @@
-"""The trainable part of MegaContext and the working-context pass: [cut ‖ continuation] through the base in one forward, in training
-perhaps with a far history around them.
+"""The trainable part of MegaContext and the working-context pass: [cut ‖ continuation] through the base in one forward,
+in training perhaps with a far history around them.
 
-An entry covering tokens [s, s+k) predicts token s+k; its target and its teacher are row s+k−1 of the full-context pass. That one
-rule serves raw tokens and gists alike. Rows are packed to the left and padded at the end only, so causal attention needs no mask.
+An entry covering tokens [s, s+k) predicts token s+k; its target and its teacher are row s+k−1 of the full-context pass.
+That one rule serves raw tokens and gists alike. Rows are packed to the left and padded at the end only, so
+causal attention needs no mask.
 
 Shapes: B rows, W capacity of the cut, M = W + H − 1 entries of the pass, D width, T tokens of the row, P rows read.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 from mc.arm import Arm, load
 from mc.config import MCConfig, complete, from_dict
 from mc.focus_allocator import FocusConfig, GreedyAllocator
-from mc.far_history import FarHistory, place
+from mc.far_history import FarHistory, place_far
 from mc.gaussian_rope import entry_rotary
 from mc.gistnet import GistNet, GistNetConfig
 from mc.lensnet import LOCAL_MEAN, LensNet, LensNetConfig
@@ -53,11 +54,12 @@ class MegaContext(nn.Module):
         return FocusConfig(c.budget, c.block_size, c.max_lod, recent=c.protected, n_gists=c.gists_per_block)
 
     def build_tree(self, embeds_BTD: Tensor, middle_BTD: Tensor | None = None) -> Tree:
-        """middle: the base's hidden states behind its middle layer (`GPT.hidden`), which the arm `hidden` reads and nothing else
-        needs; no gradient goes into them. UserError where they are missing."""
+        """middle: the base's hidden states behind its middle layer (`GPT.hidden`), which the arm `hidden` reads and
+        nothing else needs; no gradient goes into them. UserError where they are missing."""
         c = self.config
         if c.gist_source == "hidden" and middle_BTD is None:
-            raise UserError("--mc_arms=hidden: gists are made from hidden states of the base, which are not computed here; use embeddings")
+            raise UserError("--mc_arms=hidden: gists are made from hidden states of the base, which are not computed "
+                            "here; use embeddings")
         read = middle_BTD.detach() if c.gist_source == "hidden" else None
         return build_tree(embeds_BTD, self.gistnet, c.block_size, c.max_lod, n_gists=c.gists_per_block, read_BTD=read)
 
@@ -67,11 +69,14 @@ class MegaContext(nn.Module):
         One gist competes with the K^lod tokens it stands for (with G gists per block, K^lod / G) in one softmax.
         """
         levels = torch.arange(1, self.config.max_lod + 1, device=lod.device)
-        bias = torch.sigmoid(self.gist_bias) * (levels * math.log(self.config.block_size) - math.log(self.config.gists_per_block))
+        bias = torch.sigmoid(self.gist_bias) * (levels
+                                                * math.log(self.config.block_size) - math.log(self.config.gists_per_block))
         return F.pad(bias, (1, 0))[lod]
 
-    def lens_logits(self, embeds_BTD: Tensor, n_B: Tensor, keys_BNPC: Tensor | None = None, tree: Tree | None = None) -> Tensor:
-        """[B, N] what the lens wants to see of T // K blocks, having read the last tokens before n. keys, tree: theirs, if at hand."""
+    def lens_logits(self, embeds_BTD: Tensor, n_B: Tensor, keys_BNPC: Tensor | None = None,
+                    tree: Tree | None = None) -> Tensor:
+        """[B, N] what the lens wants to see of T // K blocks, having read the last tokens before n.
+        keys, tree: theirs, if at hand."""
         logits_BN = self.bilinear_logits(embeds_BTD, n_B, keys_BNPC)
         if self.lensnet.reader is None:
             return logits_BN
@@ -97,28 +102,33 @@ class MegaContext(nn.Module):
 
     @staticmethod
     def reread(lens: LensNet, logits_BQN: Tensor, embeds_BTD: Tensor, cursor_BQ: Tensor, tree: Tree) -> Tensor:
-        """[B, Q, N] the logits of the first N blocks at some cursors, after the lens's reader has seen them together."""
+        """[B, Q, N] the logits of the first N blocks at some cursors, after the lens's
+        reader has seen them together."""
         N, tail = logits_BQN.shape[-1], lens.config.tail
         levels = [tree.levels[1][:, :N], *tree.levels[2:]]
         lod_E = torch.cat([torch.full((x.shape[1],), lod, device=x.device) for lod, x in enumerate(levels, 1)])
         index_E = torch.cat([torch.arange(x.shape[1], device=x.device) for x in levels])
         at_BQT = cursor_BQ[..., None] - tail + torch.arange(tail, device=cursor_BQ.device)
-        tail_BQTD = take(embeds_BTD, at_BQT.clamp_min(0).flatten(1)).unflatten(1, at_BQT.shape[1:]) * (at_BQT >= 0)[..., None]
+        tail_BQTD = take(embeds_BTD,
+                         at_BQT.clamp_min(0).flatten(1)).unflatten(1, at_BQT.shape[1:]) * (at_BQT >= 0)[..., None]
         return lens.reader(logits_BQN, tail_BQTD, cursor_BQ, torch.cat(levels, 1), lod_E, index_E)
 
     def param_groups(self, lr_scale: float = 1.0) -> list[dict]:
-        """Optimizer groups, as nanochat.optim takes them: "gistnet" (with the gist bias and what arms add), and "lensnet", its matrices by Muon.
+        """Optimizer groups, as nanochat.optim takes them: "gistnet" (with the gist bias and what arms add), and
+        "lensnet", its matrices by Muon.
 
         Muon teaches the lens about three times as fast as AdamW (hit@1 after 100 steps on recall: 0.54 against 0.24).
         """
         adamw = dict(kind="adamw", betas=(0.9, 0.95))
         gist_lr, lens_lr = self.config.gist_lr * lr_scale, self.config.lens_lr * lr_scale
         lens = list(self.lensnet.parameters())
-        others = [p for name, p in self.named_parameters() if p.requires_grad and not name.startswith(("gistnet.", "lensnet.", "gist_bias"))]
+        others = [p for name, p in self.named_parameters() if p.requires_grad
+                  and not name.startswith(("gistnet.", "lensnet.", "gist_bias"))]
         matrices = [p for p in lens if p.ndim == 2 and len(p) > 1]
         return [dict(name="gistnet", params=[*self.gistnet.parameters(), *others, self.gist_bias], lr=gist_lr, **adamw),
                 dict(name="lensnet", params=matrices, lr=lens_lr, kind="muon"),
-                dict(name="lensnet_scalars", params=[p for p in lens if p.ndim < 2 or len(p) == 1], lr=0.5 * lens_lr, **adamw)]
+                dict(name="lensnet_scalars", params=[p for p in lens if p.ndim < 2 or len(p) == 1], lr=0.5 * lens_lr,
+                     **adamw)]
 
 
 def recency_scores(n_B: Tensor, count: int) -> Tensor:
@@ -126,14 +136,18 @@ def recency_scores(n_B: Tensor, count: int) -> Tensor:
     return torch.arange(count, device=n_B.device, dtype=torch.float32).expand(len(n_B), count)
 
 
-STORED = ("block_size", "max_lod", "gist", "gists_per_block", "gist_source", "gist_width", "gist_pool", "gist_head", "gist_shared",
-          "lens_keys", "lens_key_dim")  # settings that gists and lens keys depend on, those that are gone included: histories name their hash
+STORED = ("block_size", "max_lod", "gist", "gists_per_block", "gist_source", "gist_width", "gist_pool", "gist_head",
+          "gist_shared",
+          # settings that gists and lens keys depend on, those that are gone included: histories name their hash
+          "lens_keys", "lens_key_dim")
 
 
 def fingerprint(gpt: GPT, mc: MegaContext) -> str:
-    """Of everything that gists and lens keys are made with: token embeddings, GistNet, the lens's key projection, their settings.
+    """Of everything that gists and lens keys are made with: token embeddings, GistNet, the lens's
+    key projection, their settings.
 
-    Networks that differ elsewhere (a fine-tuned head, another budget, a setting that a later version adds) read each other's histories.
+    Networks that differ elsewhere (a fine-tuned head, another budget, a setting that a later version
+    adds) read each other's histories.
     """
     settings = complete(mc.config)
     digest = hashlib.sha256(repr([(name, settings[name]) for name in STORED]).encode())
@@ -163,18 +177,22 @@ def with_continuation(cut: Cut, n_tokens_B: Tensor, count: int) -> Entries:
     return Entries(lod, index.masked_fill(~valid, 0), valid, used_B)
 
 
-def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entries: Entries, far: FarHistory | None = None) -> Tensor:
-    """Hidden states [B, M, D] of a working context with its continuation. tokens [B, T] int64: what the tree was built on."""
+def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entries: Entries,
+                far: FarHistory | None = None) -> Tensor:
+    """Hidden states [B, M, D] of a working context with its continuation. tokens [B, T] int64:
+    what the tree was built on."""
     lod, index, valid, _ = entries
     M, config = lod.shape[1], mc.config
     vectors = tree.gather(lod, index, valid)
     each = width(lod, config.block_size, config.gists_per_block)
     length, start = each * valid, index * each
     ids = torch.where((lod == 0) & valid, tokens_BT.gather(1, torch.where(lod == 0, index, 0)), -1)
-    if far is not None:  # in the order of their places: the row's own entries first, as stored, for those who stand at the same token
-        start, far_start, far_length = place(start, far)
+    # in the order of their places: the row's own entries first, as stored, for those who stand at the same token
+    if far is not None:
+        start, far_start, far_length = place_far(start, far)
         far_valid = far.cut.valid_BW
-        start, length, lod = (torch.cat(x, 1) for x in ((start, far_start), (length, far_length), (lod, far.cut.lod_BW)))
+        start, length, lod = (torch.cat(x, 1)
+                              for x in ((start, far_start), (length, far_length), (lod, far.cut.lod_BW)))
         valid, ids = torch.cat([valid, far_valid], 1), F.pad(ids, (0, far_valid.shape[1]), value=-1)
         order = start.masked_fill(~valid, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
         start, length, lod, valid, ids = (x.gather(1, order) for x in (start, length, lod, valid, ids))
@@ -207,11 +225,13 @@ def take(x_BMD: Tensor, slot_BP: Tensor) -> Tensor:
     return x_BMD.gather(1, slot_BP[..., None].expand(-1, -1, x_BMD.shape[-1]))
 
 
-def load_mega_context(checkpoint_dir: Path | str, step: int, meta: dict, d_model: int, device: torch.device | str = "cpu") -> MegaContext:
+def load_mega_context(checkpoint_dir: Path | str, step: int, meta: dict, d_model: int,
+                      device: torch.device | str = "cpu") -> MegaContext:
     """The MegaContext that was saved with a step of training; UserError when that run had none."""
     state = load_mc_state(checkpoint_dir, step, device)
     if state is None or not meta.get("mc"):
         raise UserError(f"the checkpoint in {checkpoint_dir} has no MegaContext: it was trained with --mc_enabled=0")
     config = from_dict(meta["mc"].get("config"))
     sizes = (config.block_size, config.max_lod, config.lens_key_dim, 1 if config.gist == "mean" else config.gist_width)
-    return build(lambda: MegaContext(config, d_model), state, f"{checkpoint_dir} do not fit its MC config", device, sizes)
+    return build(lambda: MegaContext(config, d_model), state, f"{checkpoint_dir} do not fit its MC config", device,
+                 sizes)

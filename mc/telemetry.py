@@ -1,4 +1,5 @@
-"""The metrics MegaContext records, added to nanochat's registry on import; and what every step measures from what it holds anyway.
+"""The metrics MegaContext records, added to nanochat's registry on import; and what every step
+measures from what it holds anyway.
 
 Shapes: B rows, Q queries, N blocks, W entries, D width.
 """
@@ -15,45 +16,68 @@ RUNTIME = "mc/runtime.py"
 TRAIN = "scripts/base_train.py"
 
 register(
-    Metric("mc.loss.wc", "{nat}", "histogram", "NLL of the continuation's next H tokens given a training working context.", short="wc",
+    Metric("mc.loss.wc", "{nat}", "histogram",
+           "NLL of the continuation's next H tokens given a training working context.", short="wc",
            healthy="falls with train.loss", where=RUNTIME, buckets=NATS),
-    Metric("mc.loss.kl", "{nat}", "histogram", "KL from the full-context distribution to the working context's.", short="kl",
+    Metric("mc.loss.kl", "{nat}", "histogram", "KL from the full-context distribution to the working context's.",
+           short="kl",
            healthy="falls", where=RUNTIME, buckets=NATS),
-    Metric("mc.loss.contrast", "{nat}", "histogram", "Cross-entropy of each gist naming its own content among its row's nodes, mean over levels (--mc_arms=contrast).",
+    Metric("mc.loss.contrast", "{nat}", "histogram",
+           "Cross-entropy of each gist naming its own content among its row's nodes, mean over levels "
+           "(--mc_arms=contrast).",
            healthy="near 0: gists tell their blocks apart", where=RUNTIME, buckets=NATS),
     Metric("mc.loss.horizon_gist", "{nat}", "histogram",
-           "Cross-entropy of the hidden state at a node's end naming the next node's gist among its row's, mean over the levels of which a row has two nodes (--mc_arms=horizon).",
+           "Cross-entropy of the hidden state at a node's end naming the next node's gist among its row's, mean over "
+           "the levels of which a row has two nodes (--mc_arms=horizon).",
            healthy="below ln(nodes), falling slowly", where=RUNTIME, buckets=NATS),
-    Metric("mc.loss.lens", "{nat}", "histogram", "What the lens is taught, all targets and terms: with a dense teacher cross-entropies against its distribution.", short="lens",
+    Metric("mc.loss.lens", "{nat}", "histogram",
+           "What the lens is taught, all targets and terms: with a dense teacher cross-entropies against its "
+           "distribution.", short="lens",
            healthy="falls; with one dense teacher towards twice mc.lens.teacher_entropy", where=RUNTIME, buckets=NATS),
-    Metric("mc.loss.lens_part", "{nat}", "histogram", "One target or term of the lens's loss, not yet weighted, by attribute part.",
+    Metric("mc.loss.lens_part", "{nat}", "histogram",
+           "One target or term of the lens's loss, not yet weighted, by attribute part.",
            healthy="falls", where="mc/lens_loss.py", buckets=NATS),
-    Metric("mc.delta_nll", "{nat}", "histogram", "NLL given the working context minus NLL given the full context, same tokens.", short="ΔNLL",
+    Metric("mc.delta_nll", "{nat}", "histogram",
+           "NLL given the working context minus NLL given the full context, same tokens.", short="ΔNLL",
            healthy="falls towards 0", where=RUNTIME, buckets=DELTA_NATS),
-    Metric("mc.lens.hit", "1", "histogram", "Share of queries, weighted by what is to win, whose best block the lens ranks first.", short="hit",
+    Metric("mc.lens.hit", "1", "histogram",
+           "Share of queries, weighted by what is to win, whose best block the lens ranks first.", short="hit",
            healthy="rises", where=RUNTIME, buckets=SHARES),
     Metric("mc.lens.teacher_entropy", "{nat}", "histogram", "Entropy of the teacher's distribution over blocks.",
-           healthy="well below ln(blocks): the base looks at some blocks more than at others", where=RUNTIME, buckets=NATS),
-    Metric("mc.focus.utilization", "1", "histogram", "Entries used by a training cut / the largest count reachable within the budget; one cut in four is coarse on purpose.",
+           healthy="well below ln(blocks): the base looks at some blocks more than at others", where=RUNTIME,
+           buckets=NATS),
+    Metric("mc.focus.utilization", "1", "histogram",
+           "Entries used by a training cut / the largest count reachable within the budget; one cut in four is coarse "
+           "on purpose.",
            healthy="above 0.8, 0.9 and more where every cut fills the budget", where=RUNTIME, buckets=SHARES),
     *(Metric(f"mc.cuts.{policy}", "1", "histogram", f"Share of working contexts chosen by the {policy} policy.",
              healthy="the share that --mc_cuts gives it", where=RUNTIME, buckets=SHARES)
       for policy in POLICIES),
     *(Metric(f"mc.cuts.best.{policy}", "1", "histogram",
-             f"Share of rows whose lowest-loss working context was the {policy} policy's; / mc.cuts.{policy}: above 1 where that policy wins.",
-             healthy="lens and teacher above their mc.cuts share, with --mc_variants of 2 or more", where=RUNTIME, buckets=SHARES)
+             f"Share of rows whose lowest-loss working context was the {policy} policy's; / mc.cuts.{policy}: above 1 "
+             "where that policy wins.",
+             healthy="lens and teacher above their mc.cuts share, with --mc_variants of 2 or more", where=RUNTIME,
+             buckets=SHARES)
       for policy in POLICIES),
-    Metric("mc.lens.spread", "{nat}", "histogram", "Standard deviation of the lens's logits over the blocks a query can see, mean over queries.",
-           healthy="rises from its start and stays: a lens that scores all alike has no opinion", where=RUNTIME, buckets=NATS),
-    Metric("mc.grad_norm", "1", "histogram", "L2 norm of the gradients of a network (gistnet or lensnet), by attribute network.",
+    Metric("mc.lens.spread", "{nat}", "histogram",
+           "Standard deviation of the lens's logits over the blocks a query can see, mean over queries.",
+           healthy="rises from its start and stays: a lens that scores all alike has no opinion", where=RUNTIME,
+           buckets=NATS),
+    Metric("mc.grad_norm", "1", "histogram",
+           "L2 norm of the gradients of a network (gistnet or lensnet), by attribute network.",
            healthy="above 0, no jumps", where=TRAIN, buckets=NORMS),
-    Metric("mc.update", "1", "gauge", "L2 norm of what one step changed in a network's parameters / their norm, at log lines, by attribute network.",
+    Metric("mc.update", "1", "gauge", "L2 norm of what one step changed in a network's parameters / their norm, at log "
+                                      "lines, by attribute network.",
            healthy="follows the learning rate; 0 is a network that no optimizer moves", where=TRAIN),
-    *(Metric(f"mc.time.{part}", "s", "histogram", f"Time of {what}, per micro-batch; on CUDA the device's.", healthy="steady", where=RUNTIME, buckets=SECONDS)
-      for part, what in (("lm", "the LM pass, forward"), ("tree", "building the tree"), ("score", "scoring blocks by the drawn policies"),
-                         ("focus", "choosing cuts by the scores"), ("wc", "the working-context pass, forward, and measured edits"),
+    *(Metric(f"mc.time.{part}", "s", "histogram", f"Time of {what}, per micro-batch; on CUDA the device's.",
+             healthy="steady", where=RUNTIME, buckets=SECONDS)
+      for part, what in (("lm", "the LM pass, forward"), ("tree", "building the tree"),
+                         ("score", "scoring blocks by the drawn policies"),
+                         ("focus", "choosing cuts by the scores"),
+                         ("wc", "the working-context pass, forward, and measured edits"),
                          ("lens", "the lens and its teacher, forward"))),
-    Metric("mc.time.probe", "s", "gauge", "Wall time of the last probe; like evaluation it is not part of train.step_time.",
+    Metric("mc.time.probe", "s", "gauge",
+           "Wall time of the last probe; like evaluation it is not part of train.step_time.",
            healthy="steady; below --probe_every steps' time / 20", where=TRAIN),
 )
 
@@ -61,86 +85,127 @@ HERE = "mc/telemetry.py"
 DIAGNOSTICS = "scripts/eval/probe.py"
 
 register(
-    Metric("mc.focus.compression", "{token}", "histogram", "Tokens of history per entry of a training cut: n / entries used.",
+    Metric("mc.focus.compression", "{token}", "histogram",
+           "Tokens of history per entry of a training cut: n / entries used.",
            healthy="n / W, more where cuts are coarse on purpose", where=HERE, buckets=one_two_five(0, 4)),
     Metric("mc.focus.entry_share", "1", "histogram", "Share of a training cut's entries at each LOD, by attribute lod.",
            healthy="LOD0 the most, every trained LOD above 0", where=HERE, buckets=SHARES),
-    Metric("mc.focus.token_share", "1", "histogram", "Share of the history's tokens shown at each LOD, by attribute lod.",
+    Metric("mc.focus.token_share", "1", "histogram",
+           "Share of the history's tokens shown at each LOD, by attribute lod.",
            healthy="LOD0 near its entry share / mc.focus.compression; the rest in gists", where=HERE, buckets=SHARES),
-    Metric("mc.gist.rms", "1", "histogram", "Root mean square of a gist's elements, by attribute lod; token embeddings have 1.",
+    Metric("mc.gist.rms", "1", "histogram",
+           "Root mean square of a gist's elements, by attribute lod; token embeddings have 1.",
            healthy="1", where=HERE, buckets=NORMS),
-    Metric("mc.gist.variance", "1", "histogram", "Variance of a gist's elements over the nodes of a row, mean over elements, by attribute lod.",
+    Metric("mc.gist.variance", "1", "histogram",
+           "Variance of a gist's elements over the nodes of a row, mean over elements, by attribute lod.",
            healthy="well above 0: gists that are all alike say nothing", where=HERE, buckets=SHARES),
     Metric("mc.gist.effective_rank", "1", "histogram",
-           "Participation ratio tr(C)^2 / tr(C^2) of the covariance C of a row's gists, by attribute lod; at most nodes - 1 and the width.",
+           "Participation ratio tr(C)^2 / tr(C^2) of the covariance C of a row's gists, by attribute lod; at most "
+           "nodes - 1 and the width.",
            healthy="steady or rising; falling towards 1 is collapse", where=HERE, buckets=one_two_five(0, 3)),
     Metric("mc.val.nll", "{nat}", "gauge",
-           "Mean NLL of the same H held-out tokens, by attribute shown: full context, window (last W tokens), working context with lens, "
+           "Mean NLL of the same H held-out tokens, by attribute shown: full context, window (last W tokens), working "
+           "context with lens, "
            "recency or random focus, or the whole history at one LOD (lod1, …).",
            healthy="full below lens below window, recency and random", where=DIAGNOSTICS),
-    Metric("mc.val.delta_nll", "{nat}", "gauge", "ΔNLL@H = mc.val.nll of what is shown - mc.val.nll of full, by attribute shown.",
+    Metric("mc.val.delta_nll", "{nat}", "gauge",
+           "ΔNLL@H = mc.val.nll of what is shown - mc.val.nll of full, by attribute shown.",
            healthy="lens below half of window; lod1 below lod2; all falling", where=DIAGNOSTICS),
     Metric("mc.val.band_delta_nll", "{nat}", "gauge",
-           "ΔNLL@H of lens focus by attribute band: to_5 with n / 4 entries, to_10 with n / 8, over_10 with n / 16 (where they hold the coarsest cut).",
+           "ΔNLL@H of lens focus by attribute band: to_5 with n / 4 entries, to_10 with n / 8, over_10 with n / 16 "
+           "(where they hold the coarsest cut).",
            healthy="rises with the band; each falls over training", where=DIAGNOSTICS),
     Metric("mc.lens.rank_correlation", "1", "gauge",
-           "Spearman correlation over up to 32 sampled blocks of lens logit and measured utility, NLL(coarsest cut) - NLL(that block shown raw).",
+           "Spearman correlation over up to 32 sampled blocks of lens logit and measured utility, NLL(coarsest cut) - "
+           "NLL(that block shown raw).",
            healthy="above 0 and rising; at or below 0 the lens picks no better than chance", where=DIAGNOSTICS),
     Metric("mc.lens.hit_at", "1", "gauge",
-           "Share of the k most useful sampled blocks among the lens's k best, by attribute k: 1, or budget (what the budget shows).",
+           "Share of the k most useful sampled blocks among the lens's k best, by attribute k: 1, or budget (what the "
+           "budget shows).",
            healthy="above k / blocks and rising", where=DIAGNOSTICS),
     Metric("mc.lens.regret", "{nat}", "gauge",
-           "NLL(lens focus) - least NLL of every focus tried: each sampled block alone, the best of them together, all policies, both teachers'.",
+           "NLL(lens focus) - least NLL of every focus tried: each sampled block alone, the best of them together, all "
+           "policies, both teachers'.",
            healthy="falls; never below 0", where=DIAGNOSTICS),
-    Metric("mc.lens.utility_spread", "{nat}", "gauge", "Standard deviation of the measured utilities of sampled blocks: how much there is to choose.",
+    Metric("mc.lens.utility_spread", "{nat}", "gauge",
+           "Standard deviation of the measured utilities of sampled blocks: how much there is to choose.",
            healthy="above 0.01; below, agreement is noise", where=DIAGNOSTICS),
     Metric("mc.focus.swap_rate", "1", "gauge",
-           "(Expands + collapses by edits) / blocks shown raw or as LOD1, mean per refocus of a replay: held-out rows growing block by block.",
+           "(Expands + collapses by edits) / blocks shown raw or as LOD1, mean per refocus of a replay: held-out rows "
+           "growing block by block.",
            healthy="below 0.12", where=DIAGNOSTICS),
-    Metric("mc.focus.expands", "{node}", "gauge", "Nodes that edits expanded, mean per refocus of a replay.", healthy="about as many as collapses", where=DIAGNOSTICS),
-    Metric("mc.focus.collapses", "{node}", "gauge", "Nodes that edits collapsed, mean per refocus of a replay.", healthy="about as many as expands", where=DIAGNOSTICS),
+    Metric("mc.focus.expands", "{node}", "gauge", "Nodes that edits expanded, mean per refocus of a replay.",
+           healthy="about as many as collapses", where=DIAGNOSTICS),
+    Metric("mc.focus.collapses", "{node}", "gauge", "Nodes that edits collapsed, mean per refocus of a replay.",
+           healthy="about as many as expands", where=DIAGNOSTICS),
     Metric("mc.focus.forced", "{node}", "gauge", "Nodes collapsed by the hard budget, mean per refocus of a replay.",
            healthy="at most 1: a block arrives per refocus", where=DIAGNOSTICS),
-    Metric("mc.focus.replay_utilization", "1", "gauge", "Entries used / the largest count reachable within the budget, mean per refocus of a replay.",
+    Metric("mc.focus.replay_utilization", "1", "gauge",
+           "Entries used / the largest count reachable within the budget, mean per refocus of a replay.",
            healthy="above 0.8", where=DIAGNOSTICS),
     Metric("mc.focus.residency", "{refocus}", "gauge",
-           "Refocuses that blocks shown by an edit stayed shown, together / times one of them was hidden again, by an edit or by force (at least 1), in a replay.",
+           "Refocuses that blocks shown by an edit stayed shown, together / times one of them was hidden again, by an "
+           "edit or by force (at least 1), in a replay.",
            healthy="above 2", where=DIAGNOSTICS),
-    Metric("mc.focus.residency_p95", "{refocus}", "gauge", "95th percentile of single stays in a replay, those cut short by its end included.",
+    Metric("mc.focus.residency_p95", "{refocus}", "gauge",
+           "95th percentile of single stays in a replay, those cut short by its end included.",
            healthy="well above mc.focus.residency's least", where=DIAGNOSTICS),
-    Metric("mc.focus.thrash", "1", "gauge", "Share of the nodes flipped by edits whose flip undid another edit's of at most 2 x cooldown refocuses ago (2 without cooldown), in a replay.",
+    Metric("mc.focus.thrash", "1", "gauge", "Share of the nodes flipped by edits whose flip undid another edit's of at "
+                                            "most 2 x cooldown refocuses ago (2 without cooldown), in a replay.",
            healthy="below 0.2 once the lens has learned", where=DIAGNOSTICS),
 )
 
 SESSION = "mc/session/meter.py"
 
 register(
-    Metric("gen_ai.server.request.duration", "s", "histogram", "From a request's first token handed in to its last token out.",
+    Metric("gen_ai.server.request.duration", "s", "histogram",
+           "From a request's first token handed in to its last token out.",
            healthy="flat in the length of the history", where=SESSION, buckets=SECONDS),
-    Metric("gen_ai.server.time_to_first_token", "s", "histogram", "From a request's first token handed in to its first token out: ingest, refocus, first decode.",
+    Metric("gen_ai.server.time_to_first_token", "s", "histogram",
+           "From a request's first token handed in to its first token out: ingest, refocus, first decode.",
            healthy="grows with the request's tokens alone", where=SESSION, buckets=SECONDS),
-    Metric("gen_ai.server.time_per_output_token", "s", "histogram", "Time per generated token after the first, mean between two refocuses.",
+    Metric("gen_ai.server.time_per_output_token", "s", "histogram",
+           "Time per generated token after the first, mean between two refocuses.",
            healthy="flat in the length of the history", where=SESSION, buckets=SECONDS),
-    Metric("mc.session.refocus_time", "s", "histogram", "Wall time of one refocus: scoring, edits, recomputing what changed.",
-           healthy="flat in the length of the history; below the time of the tokens between two refocuses", where=SESSION, buckets=SECONDS),
-    Metric("mc.session.ingest_rate", "{token}/s", "gauge", "Tokens appended per second of append: embedding, gists, keys, storing.", healthy="steady", where=SESSION),
+    Metric("mc.session.refocus_time", "s", "histogram",
+           "Wall time of one refocus: scoring, edits, recomputing what changed.",
+           healthy="flat in the length of the history; below the time of the tokens between two refocuses",
+           where=SESSION, buckets=SECONDS),
+    Metric("mc.session.ingest_rate", "{token}/s", "gauge",
+           "Tokens appended per second of append: embedding, gists, keys, storing.", healthy="steady", where=SESSION),
     Metric("mc.session.history", "{token}", "gauge", "Tokens of history.", healthy="grows", where=SESSION),
-    Metric("mc.session.entries", "{entry}", "gauge", "Entries of the working context, by attribute lod.", healthy="sum at most W", where=SESSION),
-    Metric("mc.session.omitted", "{token}", "gauge", "Tokens of history that no entry stands for: the budget does not tile the history. They are searched, and shown when they are asked for.",
-           healthy="0 while the budget tiles the history; else below mc.session.history by what blocks and gists show", where=SESSION),
-    Metric("mc.session.kv_kept", "{entry}", "counter", "Entries whose keys and values were kept over a refocus.", healthy="most of the entries", where=SESSION),
-    Metric("mc.session.kv_recomputed", "{entry}", "counter", "Entries whose keys and values were computed again at a refocus, or for the first time.",
+    Metric("mc.session.entries", "{entry}", "gauge", "Entries of the working context, by attribute lod.",
+           healthy="sum at most W", where=SESSION),
+    Metric("mc.session.omitted", "{token}", "gauge",
+           "Tokens of history that no entry stands for: the budget does not tile the history. They are searched, and "
+           "shown when they are asked for.",
+           healthy="0 while the budget tiles the history; else below mc.session.history by what blocks and gists show",
+           where=SESSION),
+    Metric("mc.session.kv_kept", "{entry}", "counter", "Entries whose keys and values were kept over a refocus.",
+           healthy="most of the entries", where=SESSION),
+    Metric("mc.session.kv_recomputed", "{entry}", "counter",
+           "Entries whose keys and values were computed again at a refocus, or for the first time.",
            healthy="less than kv_kept", where=SESSION),
-    Metric("mc.session.store_reads", "{record}", "counter", "Records read from the store.", healthy="flat per refocus", where=SESSION),
-    Metric("mc.session.swap_rate", "1", "histogram", "(Expands + collapses by edits) / blocks shown raw or as LOD1, per refocus.",
+    Metric("mc.session.store_reads", "{record}", "counter", "Records read from the store.", healthy="flat per refocus",
+           where=SESSION),
+    Metric("mc.session.swap_rate", "1", "histogram",
+           "(Expands + collapses by edits) / blocks shown raw or as LOD1, per refocus.",
            healthy="mean below 0.12", where=SESSION, buckets=SHARES),
-    Metric("mc.session.expands", "{node}", "counter", "Nodes that edits expanded.", healthy="about as many as collapses", where=SESSION),
-    Metric("mc.session.collapses", "{node}", "counter", "Nodes that edits collapsed.", healthy="about as many as expands", where=SESSION),
-    Metric("mc.session.forced", "{node}", "counter", "Nodes collapsed by the hard budget.", healthy="at most one per block appended", where=SESSION),
-    Metric("mc.session.undone", "{node}", "counter", "Nodes whose flip by an edit undid another edit's of at most 2 x cooldown refocuses ago (2 without).",
+    Metric("mc.session.expands", "{node}", "counter", "Nodes that edits expanded.",
+           healthy="about as many as collapses", where=SESSION),
+    Metric("mc.session.collapses", "{node}", "counter", "Nodes that edits collapsed.",
+           healthy="about as many as expands", where=SESSION),
+    Metric("mc.session.forced", "{node}", "counter", "Nodes collapsed by the hard budget.",
+           healthy="at most one per block appended", where=SESSION),
+    Metric("mc.session.undone", "{node}", "counter",
+           "Nodes whose flip by an edit undid another edit's of at most 2 x cooldown refocuses ago (2 without).",
            healthy="below a tenth of expands + collapses", where=SESSION),
-    Metric("mc.session.utilization", "1", "gauge", "Entries used / the largest count reachable within the budget; raw entries alone where spans are left out.", healthy="above 0.95; 0.69 to 0.80 was measured on text at the market price", where=SESSION),
-    Metric("mc.session.residency", "{refocus}", "histogram", "Refocuses that a block had stayed shown by an edit when it was hidden.",
+    Metric("mc.session.utilization", "1", "gauge", "Entries used / the largest count reachable within the budget; raw "
+                                                   "entries alone where spans are left out.",
+           healthy="above 0.95; 0.69 to 0.80 was measured on text at the market price",
+           where=SESSION),
+    Metric("mc.session.residency", "{refocus}", "histogram",
+           "Refocuses that a block had stayed shown by an edit when it was hidden.",
            healthy="mean above 2", where=SESSION, buckets=one_two_five(0, 4)),
 )
 
@@ -166,9 +231,9 @@ def shares_by_lod(cut: Cut, n_B: Tensor, max_lod: int) -> Metrics:
 
 @torch.no_grad()
 def gist_statistics(tree: Tree) -> Metrics:
-    """Per level with at least two nodes a row: rms of a gist's elements (1 where its size matches token embeddings), variance
-    over the nodes of a row (0: all alike), and effective rank of their deviations from the mean: participation ratio
-    tr(C)² / tr(C²) of the covariance C, between 1 and min(N − 1, D)."""
+    """Per level with at least two nodes a row: rms of a gist's elements (1 where its size matches token embeddings),
+    variance over the nodes of a row (0: all alike), and effective rank of their deviations from the mean: participation
+    ratio tr(C)² / tr(C²) of the covariance C, between 1 and min(N − 1, D)."""
     metrics: Metrics = {}
     for lod, level_BND in enumerate(tree.levels):
         if lod == 0 or level_BND.shape[1] < 2:
@@ -185,7 +250,8 @@ def gist_statistics(tree: Tree) -> Metrics:
 
 
 def spread(logits_BQN: Tensor, visible_BQN: Tensor) -> Tensor:
-    """[] standard deviation of the lens's logits over the visible blocks, mean over queries that see two or more, and rows."""
+    """[] standard deviation of the lens's logits over the visible blocks, mean over queries
+    that see two or more, and rows."""
     count_BQ = visible_BQN.sum(-1)
     mean_BQ1 = (logits_BQN * visible_BQN).sum(-1, keepdim=True) / count_BQ.clamp_min(1).unsqueeze(-1)
     deviation_BQ = ((((logits_BQN - mean_BQ1) * visible_BQN).square().sum(-1)) / count_BQ.clamp_min(1)).sqrt()

@@ -8,8 +8,8 @@ operations of static shape, whatever the batch: no loop over rows or entries, no
 All edits share one primitive, `_emit`: say how many entries each source yields, and the output slots find their
 source in the running sum of these counts.
 
-A node above LOD0 is one entry, or `n_gists` of them: its vectors, side by side. A cut lists nodes; its capacity counts entries, and
-`by_entry` is where the nodes become entries.
+A node above LOD0 is one entry, or `n_gists` of them: its vectors, side by side. A cut lists nodes; its capacity counts
+entries, and `by_entry` is where the nodes become entries.
 
 Shapes: B rows, W slots (the capacity), L levels of gists, N_l nodes at level l, N1 = N_1 blocks, S sources of an
 edit, N rows of an embedding table, D its width. Integers are int64. "Empty row": no valid entry.
@@ -79,8 +79,9 @@ def width(lod: Tensor, block_size: int, n_gists: int) -> Tensor:
 
 
 def by_entry(cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
-    """The entries in time order: lod_BW, index_BW, valid_BW. Above LOD0 index = node · n_gists + which of its gists, so that entry
-    (lod, index) stands for the tokens from index · width(lod). The capacity holds them, or the row comes back empty."""
+    """The entries in time order: lod_BW, index_BW, valid_BW. Above LOD0 index = node · n_gists + which of its gists, so
+    that entry (lod, index) stands for the tokens from index · width(lod). The capacity holds them,
+    or the row comes back empty."""
     if cut.n_gists == 1:
         return cut.lod_BW, cut.index_BW, cut.valid_BW
     source_BW, gist_BW, valid_BW, _ = _emit(cut.valid_BW * _per_node(cut.lod_BW, cut.n_gists), cut.lod_BW.shape[1])
@@ -219,7 +220,8 @@ def check(cut: Cut, n_tokens_B: Tensor, capacity: int, max_lod: int | None = Non
 
     Budget (entries <= capacity), padding, level consistency (0 <= lod <= max_lod, complete nodes only), monotone
     time, contiguity and coverage of `[0, n)`. Block alignment needs no test of its own: a node's span is aligned by
-    construction, so a misaligned entry shows as a gap or an overlap. gaps: spans may be left out between entries and before the first.
+    construction, so a misaligned entry shows as a gap or an overlap. gaps: spans may be left out
+    between entries and before the first.
     """
     assert cut.lod_BW.shape == cut.index_BW.shape == cut.valid_BW.shape, "shapes of lod, index and valid differ"
     assert cut.lod_BW.dtype == cut.index_BW.dtype == torch.int64 and cut.valid_BW.dtype == torch.bool, "dtypes"

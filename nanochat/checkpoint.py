@@ -37,7 +37,8 @@ State = dict[str, object]  # nested dicts, lists and tuples of tensors, numbers,
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_checkpoint` read for one rank. `rng` goes to `set_rng_state`, `optimizer` to the optimizer's load_state_dict."""
+    """What `load_checkpoint` read for one rank. `rng` goes to `set_rng_state`, `optimizer` to the
+    optimizer's load_state_dict."""
 
     step: int
     model: dict[str, Tensor]
@@ -49,7 +50,8 @@ class Checkpoint:
 
 
 def rng_state() -> State:
-    """The state of this process's generators (torch CPU and CUDA, NumPy, Python), in types that load without unpickling."""
+    """The state of this process's generators (torch CPU and CUDA, NumPy, Python), in types
+    that load without unpickling."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     version, words, next_gauss = random.getstate()
     return {
@@ -116,13 +118,15 @@ def save_checkpoint(
         for name in own:
             with contextlib.suppress(OSError):
                 _temporary(directory / name).unlink(missing_ok=True)
-        raise UserError(f"cannot save the checkpoint of step {step} in {directory}: {errors[0]}; earlier checkpoints are untouched")
+        raise UserError(f"cannot save the checkpoint of step {step} in {directory}: {errors[0]}; earlier checkpoints "
+                        "are untouched")
     if rank == 0 and keep_last is not None:
         _prune(directory, step, keep_last)
 
 
 def _commit(directory: Path, step: int, own: dict, files: dict, rank: int, world_size: int) -> list[str]:
-    """Rename this rank's files; when all ranks have, rank 0 writes the commit record. Returns the errors of all ranks."""
+    """Rename this rank's files; when all ranks have, rank 0 writes the commit record.
+    Returns the errors of all ranks."""
     record = directory / f"complete_{step:06d}.json"
 
     def attempt(action) -> list[str]:
@@ -158,7 +162,8 @@ def annotate(directory: str | Path, step: int, **facts: object) -> None:
 
 def complete_steps(directory: str | Path) -> list[int]:
     """Steps with a commit record, oldest first; whether they are intact is not looked at."""
-    return sorted(int(m[1]) for p in Path(directory).glob("complete_*.json") if (m := re.fullmatch(r"complete_(\d+)\.json", p.name)))
+    return sorted(int(m[1]) for p in Path(directory).glob("complete_*.json")
+                  if (m := re.fullmatch(r"complete_(\d+)\.json", p.name)))
 
 
 def damage(directory: str | Path, step: int) -> str | None:
@@ -196,13 +201,16 @@ def find_step(directory: str | Path, step: int | str = "latest") -> int:
         if whole_number(str(step)) is None:
             raise UserError(f"checkpoint step {step!r} is neither a number nor 'latest'")
         if reason := damage(directory, int(step)):
-            raise UserError(f"checkpoint of step {step} in {directory} cannot be used: {reason}; {_choices(directory, int(step))}")
+            raise UserError(f"checkpoint of step {step} in {directory} cannot be used: {reason}; "
+                            f"{_choices(directory, int(step))}")
         return int(step)
-    begun = {int(m[1]) for p in directory.iterdir() if (m := re.fullmatch(r"(?:model|complete)_(\d+)\.(?:pt|json)", p.name))}
+    begun = {int(m[1]) for p in directory.iterdir()
+             if (m := re.fullmatch(r"(?:model|complete)_(\d+)\.(?:pt|json)", p.name))}
     for candidate in sorted(begun, reverse=True):
         if (reason := damage(directory, candidate)) is None:
             return candidate
-        print(f"warning: skipping the checkpoint of step {candidate} in {directory}: {reason}", file=sys.stderr, flush=True)
+        print(f"warning: skipping the checkpoint of step {candidate} in {directory}: {reason}", file=sys.stderr,
+              flush=True)
     raise UserError(f"no intact checkpoint in {directory}")
 
 
@@ -232,7 +240,8 @@ def load_checkpoint(
             saved_by = parse_json((directory / f"complete_{found:06d}.json").read_bytes()).get("world_size")
             if saved_by != world_size:
                 found = (
-                    f"checkpoint of step {found} in {directory} was saved by {saved_by} rank(s) and cannot resume on {world_size}: "
+                    f"checkpoint of step {found} in {directory} was saved by {saved_by} rank(s) and cannot resume on "
+                    f"{world_size}: "
                     f"run with {saved_by}, or start anew from the model weights"
                 )
         except UserError as e:
@@ -244,14 +253,16 @@ def load_checkpoint(
     mc_path = directory / f"mc_{found:06d}.pt"
     mine = read_tensors(directory / f"optim_{found:06d}_rank{rank}.pt", "cpu")
     return Checkpoint(
-        found, model, meta, read_tensors(mc_path, device) if mc_path.exists() else None, mine["optimizer"], mine["loader"], mine["rng"]
+        found, model, meta, read_tensors(mc_path, device) if mc_path.exists() else None, mine["optimizer"],
+        mine["loader"], mine["rng"]
     )
 
 
 def load_model_state(
     directory: str | Path, step: int | str = "latest", device: torch.device | str = "cpu"
 ) -> tuple[dict[str, Tensor], dict]:
-    """(state dict, meta) of one step, for scripts that do not resume; saved by any number of ranks. Raises UserError as `find_step`."""
+    """(state dict, meta) of one step, for scripts that do not resume; saved by any number of ranks.
+    Raises UserError as `find_step`."""
     return _read_model(Path(directory), find_step(directory, step), device)
 
 
@@ -268,7 +279,8 @@ def _read_model(directory: Path, step: int, device: torch.device | str) -> tuple
 
 
 def read_meta(path: Path, step: int) -> dict:
-    """What describes a step. UserError for anything but a mapping that names it, and where a part is no mapping or number as it is read."""
+    """What describes a step. UserError for anything but a mapping that names it, and where a part is no
+    mapping or number as it is read."""
     try:
         meta = parse_json(path.read_bytes())
     except (OSError, ValueError) as e:
@@ -281,7 +293,8 @@ def read_meta(path: Path, step: int) -> dict:
     return meta
 
 
-META_TYPES = {"flags": dict, "mc": (dict, type(None)), "tokenizer": str, "num_iterations": int, "flops": (int, float), "tokens": int, "trained_s": (int, float)}
+META_TYPES = {"flags": dict, "mc": (dict, type(None)), "tokenizer": str, "num_iterations": int, "flops": (int, float),
+              "tokens": int, "trained_s": (int, float)}
 
 
 def read_tensors(path: Path, device: torch.device | str) -> dict:
@@ -292,14 +305,17 @@ def read_tensors(path: Path, device: torch.device | str) -> dict:
             raise ValueError(f"a {type(found).__name__}")
     except OSError as e:
         raise UserError(f"{path} cannot be read: {one_line(e)}") from None
-    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as e:
-        raise UserError(f"{path} holds no tensors that can be loaded ({type(e).__name__}: {one_line(e)}); restore it from a copy, or use another step") from None
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError,
+            pickle.UnpicklingError) as e:
+        raise UserError(f"{path} holds no tensors that can be loaded ({type(e).__name__}: {one_line(e)}); restore it "
+                        "from a copy, or use another step") from None
     return found
 
 
 def load_weights(module: torch.nn.Module, state: dict, where: str) -> None:
     """Strictly. UserError for what is missing, unknown, of another shape or no tensor."""
-    wrong = [one_line(name) for name, x in state.items() if not (isinstance(name, str) and isinstance(x, Tensor) and x.is_floating_point())]
+    wrong = [one_line(name) for name, x in state.items()
+             if not (isinstance(name, str) and isinstance(x, Tensor) and x.is_floating_point())]
     try:
         if wrong:
             raise RuntimeError(f"{wrong[0]} is no tensor of floating-point numbers")
@@ -309,7 +325,8 @@ def load_weights(module: torch.nn.Module, state: dict, where: str) -> None:
 
 
 def _prune(directory: Path, step: int, keep_last: int) -> None:
-    """Remove all but the newest `keep_last` complete steps up to `step`, steps before it that never completed, and leftovers.
+    """Remove all but the newest `keep_last` complete steps up to `step`, steps before it that
+    never completed, and leftovers.
 
     Steps after this one (of a run resumed from an earlier step) are not touched. A file that cannot be removed stays.
     """
@@ -375,4 +392,5 @@ def _assert_loadable(value: object, where: str) -> None:
         for i, v in enumerate(value):
             _assert_loadable(v, f"{where}[{i}]")
     elif not (isinstance(value, Tensor) or type(value) in (bool, int, float, str, bytes, type(None))):
-        raise TypeError(f"{where} is a {type(value).__name__}: a checkpoint holds tensors, numbers, strings and containers of them")
+        raise TypeError(f"{where} is a {type(value).__name__}: a checkpoint holds tensors, numbers, strings and "
+                        "containers of them")

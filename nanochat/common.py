@@ -26,7 +26,8 @@ from nanochat.streams import INTERRUPTED, READER_LEFT, StreamLost, flushed_strea
 
 T = TypeVar("T")
 
-MEDIUM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # full, or not to be written: nothing that a program did wrong
+# full, or not to be written: nothing that a program did wrong
+MEDIUM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -45,7 +46,8 @@ def base_dir() -> Path:
 
 
 def parse_json(text: str | bytes) -> object:
-    """`json.loads`, whose every refusal is a ValueError of one line, also of bytes that are no UTF-8 and of what is nested too deeply."""
+    """`json.loads`, whose every refusal is a ValueError of one line, also of bytes that are no UTF-8 and
+    of what is nested too deeply."""
     try:
         return json.loads(text)
     except UnicodeDecodeError as e:
@@ -55,7 +57,8 @@ def parse_json(text: str | bytes) -> object:
 
 
 def from_plain(kind: type[T], values: object, where: str) -> T:
-    """A dataclass of plain values from what was stored of it; a field may be left out that has a default, an int may stand for a float.
+    """A dataclass of plain values from what was stored of it; a field may be left out that has a
+    default, an int may stand for a float.
 
     UserError for anything but a mapping of its fields to values of their types, and what `kind` itself refuses.
     """
@@ -69,7 +72,8 @@ def from_plain(kind: type[T], values: object, where: str) -> T:
     for name, value in values.items():
         wanted = get_origin(types[name]) or types[name]
         if type(value) not in {float: (int, float), bool: (bool, int)}.get(wanted, (wanted,)):
-            raise UserError(f"{where}: {name} is {one_line(value)}, not of type {wanted.__name__}; it was written by another version, or damaged")
+            raise UserError(f"{where}: {name} is {one_line(value)}, not of type {wanted.__name__}; it was written by "
+                            "another version, or damaged")
         if type(value) is int and not -(2**63) <= value < 2**63:
             raise UserError(f"{where}: {name} is {one_line(value)}, beyond 64 bits")
     return kind(**values)
@@ -77,7 +81,8 @@ def from_plain(kind: type[T], values: object, where: str) -> T:
 
 def one_line(value: object, most: int = 80) -> str:
     """A foreign value, or an error's text, as it can stand in an error of ours: one printable line that is not long."""
-    text = " ".join((value if isinstance(value, str) else str(value) if isinstance(value, Exception) else repr(value))[:4 * most].split())
+    text = " ".join((value if isinstance(value, str) else str(value) if isinstance(value, Exception)
+                     else repr(value))[:4 * most].split())
     text = "".join(c if c.isprintable() else "\ufffd" for c in text)
     return text if len(text) <= most else text[:most - 1] + "…"
 
@@ -87,11 +92,16 @@ def whole_number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
-def switch(text: str) -> bool:
-    """The value of a flag that is 0 or 1."""
+def boolean(text: str) -> bool:
+    """What a flag that is 0 or 1 stands for; see `FlagParser.add_switch`."""
     if text not in ("0", "1"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
     return text == "1"
+
+
+def flag_type(default: object) -> Callable[[str], object]:
+    """What reads a flag that has this default: `bool("0")` would be true."""
+    return boolean if isinstance(default, bool) else type(default)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -103,7 +113,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def add_switch(self, name: str, default: bool, help: str) -> None:
         """A flag that is 0 or 1 on the command line, and a bool from there on."""
-        self.add_argument(name, type=switch, default=default, metavar="{0,1}", help=help)
+        self.add_argument(name, type=boolean, default=default, metavar="{0,1}", help=help)
 
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
@@ -114,7 +124,8 @@ class FlagParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _get_value(self, action, arg_string: str):
-        """Refuses what no flag can mean: an empty path, a whole number that 64 bits do not hold. What is finite a command asks itself."""
+        """Refuses what no flag can mean: an empty path, a whole number that 64 bits do not hold. What is
+        finite a command asks itself."""
         value = super()._get_value(action, arg_string)
         if action.type is Path and not arg_string:
             raise argparse.ArgumentError(action, "an empty path")
@@ -126,29 +137,26 @@ class FlagParser(argparse.ArgumentParser):
         self.exit(2, f"error: {one_line(message, 1500)} (see --help)\n")
 
 
-def boolean(text: str) -> bool:
-    """The type of a flag that is 0 or 1."""
-    if text not in ("0", "1"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
-    return text == "1"
-
-
 def import_optional(package: str, name: str):
-    """A module of a package that `--<package>_enabled=1` has switched on, and that is imported only then. UserError without it."""
+    """A module of a package that `--<package>_enabled=1` has switched on, and that is imported only
+    then. UserError without it."""
     try:
         return importlib.import_module(f"{package}.{name}")
     except ModuleNotFoundError as e:
         if (e.name or "").partition(".")[0] != package:
             raise
-        raise UserError(f"--{package}_enabled=1 needs the package {e.name}, which is not installed: put the folder {package} back, "
+        raise UserError(f"--{package}_enabled=1 needs the package {e.name}, which is not installed: put the folder "
+                        f"{package} back, "
                         f"or use --{package}_enabled=0") from None
 
 
 def parse_optional(make_parser: Callable[[bool], FlagParser], package: str) -> tuple[FlagParser, argparse.Namespace]:
-    """The parser and the flags of this process's command line, those of an optional package only where it is switched on.
+    """The parser and the flags of this process's command line, those of an optional
+    package only where it is switched on.
 
-    make_parser(with_package): with_package when `--<package>_enabled=1` is given (the last mention counts), or all help is asked
-    for and the package is there. Exits like argparse for unknown flags, and for the package's flags while it is off.
+    make_parser(with_package): with_package when `--<package>_enabled=1` is given (the last mention counts), or all help
+    is asked for and the package is there. Exits like argparse for unknown flags, and for the
+    package's flags while it is off.
     """
     argv = " ".join(sys.argv[1:]).replace("-", "_").replace("=", " ")
     on = re.findall(rf"(?:^| )__{package}_enabled (\S+)", argv)[-1:] == ["1"]
@@ -164,9 +172,9 @@ def parse_optional(make_parser: Callable[[bool], FlagParser], package: str) -> t
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call `main`. A UserError becomes one line on stderr and exit code 2, as does an output that cannot be written, a full or read-only disk and
-    a lack of memory; Ctrl-C one line and 130; an output that nobody reads any more ends the command with 141, silently. No line, and no
-    traceback, shows a secret of the environment."""
+    """Call `main`. A UserError becomes one line on stderr and exit code 2, as does an output that cannot be written, a
+    full or read-only disk and a lack of memory; Ctrl-C one line and 130; an output that nobody reads any more ends the
+    command with 141, silently. No line, and no traceback, shows a secret of the environment."""
     prepare_streams()
     on_interrupt(signal.default_int_handler)
     try:
@@ -191,7 +199,9 @@ def beyond_this_machine(e: Exception) -> str:
     """The words of an exception that says the disk or the memory is not enough; "" for any other."""
     if isinstance(e, OSError) and e.errno in MEDIUM:
         return f"{f'cannot write {e.filename}: ' if e.filename else ''}{e.strerror}"
-    if isinstance(e, MemoryError | torch.OutOfMemoryError) or (isinstance(e, RuntimeError) and "allocate memory" in str(e)):  # torch's on the CPU
+    # torch's on the CPU
+    if isinstance(e, MemoryError | torch.OutOfMemoryError) or (isinstance(e, RuntimeError)
+                                                               and "allocate memory" in str(e)):
         return f"out of memory ({(str(e).splitlines() or ['this machine has no more'])[0]}); use smaller sizes"
     return ""
 
@@ -232,8 +242,9 @@ def init_distributed(device: str = "auto") -> Ranks:
 
 
 def leave_together() -> None:
-    """End this process when every rank is done, without tearing anything down: gloo's threads, destroyed at an exit while another rank
-    still talks, aborted finished runs now and then (1 of 13; with a barrier and an orderly exit still 1 in some thirty)."""
+    """End this process when every rank is done, without tearing anything down: gloo's threads, destroyed at an exit
+    while another rank still talks, aborted finished runs now and then (1 of 13; with a barrier and an orderly
+    exit still 1 in some thirty)."""
     dist.barrier()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -259,13 +270,15 @@ def seed_everything(seed: int) -> None:
 
 
 def key_seed(*key: int | str) -> int:
-    """A 63-bit seed that depends on `key` alone, e.g. (seed, "cuts", step, row): the same whatever the number of ranks."""
+    """A 63-bit seed that depends on `key` alone, e.g. (seed, "cuts", step, row): the same
+    whatever the number of ranks."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def whole_characters(text: str) -> str:
-    """`text` with U+FFFD for every half of a surrogate pair: json and command lines can hold one, UTF-8 cannot. Halves side by side are a pair."""
+    """`text` with U+FFFD for every half of a surrogate pair: json and command lines can hold one, UTF-8 cannot.
+    Halves side by side are a pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -274,5 +287,6 @@ def whole_characters(text: str) -> str:
 
 
 def shown(name: str | os.PathLike) -> str:
-    """The name of a file or a field as one printable line: bytes that are no UTF-8, line ends and other unprintable characters are escaped."""
+    """The name of a file or a field as one printable line: bytes that are no UTF-8, line ends and other
+    unprintable characters are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fspath(name))

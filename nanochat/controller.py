@@ -15,7 +15,8 @@ Metrics = dict[str, Tensor | Reading]
 
 
 class StepResult(NamedTuple):
-    """What one micro-batch produced. With MegaContext the embeddings [B, T, D] and the entries of each row's best variant (C14, C15)."""
+    """What one micro-batch produced. With MegaContext the embeddings [B, T, D] and the entries of each
+    row's best variant (C14, C15)."""
 
     loss: Tensor
     metrics: Metrics
@@ -34,7 +35,8 @@ class NullController:
         return StepResult(loss, {"train.loss": loss.detach()})
 
     def after_backward(self, accumulation: int = 1, trace: Trace | None = None) -> tuple[Tensor | float, Metrics]:
-        """What is learned from the gradients of the pass whose backward has just run: its loss, 0 for none, and metrics."""
+        """What is learned from the gradients of the pass whose backward has just run: its
+        loss, 0 for none, and metrics."""
         return 0.0, {}
 
     def active(self, step: int) -> bool:

@@ -1,8 +1,8 @@
 """Batches as a pure function of the global row number.
 
-Optimizer step i covers the global rows [i G, (i + 1) G), G = `rows_per_step` over all ranks and micro-steps. Micro-step m of
-rank r takes its own slice of `micro_batch` rows, so any number of ranks and micro-steps sees the same rows in a step,
-and the state of a loader is one number. A *source* turns row numbers into tokens:
+Optimizer step i covers the global rows [i G, (i + 1) G), G = `rows_per_step` over all ranks and micro-steps. Micro-step
+m of rank r takes its own slice of `micro_batch` rows, so any number of ranks and micro-steps sees the same rows in a
+step, and the state of a loader is one number. A *source* turns row numbers into tokens:
 
   LongRows     each row is a piece of one long document, whose pieces follow one another: long context stays whole
   PackedRows   rows start with bos, short documents packed to fill them (nanochat's manner)
@@ -44,13 +44,14 @@ class Batch(NamedTuple):
     num_targets: int  # the most targets that any row has: the head need not run on more positions of a row
 
 
-class Source(Protocol):
+class RowSource(Protocol):
     T: int  # tokens per row, not counting the last target
     fingerprint: str  # two sources with the same one give the same rows
     summary: str  # one line for the log
 
     def row_tokens(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """rows int64 [B] -> tokens int64 [B, T + 1] in fresh memory, and bool [B, T + 1]: tokens that count as targets (None: all)."""
+        """rows int64 [B] -> tokens int64 [B, T + 1] in fresh memory, and bool [B, T + 1]: tokens that
+        count as targets (None: all)."""
 
     def count_rows(self, limit: int) -> int:
         """Different rows of the first epoch, counted up to `limit`."""
@@ -84,7 +85,8 @@ class LongRows:
         )
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the windows, int64 [num_rows], and each document's phase, int64 [documents]; the last two epochs are kept."""
+        """The order of the windows, int64 [num_rows], and each document's phase, int64 [documents];
+        the last two epochs are kept."""
         if epoch not in self._epochs:
             rng = np.random.default_rng((self._seed, epoch))
             self._epochs = dict(list(self._epochs.items())[-1:])
@@ -110,12 +112,13 @@ class LongRows:
 
 
 class PackedRows:
-    """Rows of T + 1 tokens that start with bos, packed best-fit from documents; a document is cropped only to fill a row.
+    """Rows of T + 1 tokens that start with bos, packed best-fit from documents; a document
+    is cropped only to fill a row.
 
-    A document longer than a row is first cut into pieces of T tokens, each behind a bos. The order of documents is drawn
-    per epoch; every `CHUNK` of them are packed together: the longest piece that fits goes in, and when none does, the
-    shortest is cropped. A chunk's rows depend on (seed, epoch, chunk) only; where they begin among all rows is found by
-    packing the chunks before it once.
+    A document longer than a row is first cut into pieces of T tokens, each behind a bos. The order of documents is
+    drawn per epoch; every `CHUNK` of them are packed together: the longest piece that fits goes in, and when none does,
+    the shortest is cropped. A chunk's rows depend on (seed, epoch, chunk) only; where they begin among all rows is
+    found by packing the chunks before it once.
     """
 
     CHUNK = 1024  # documents
@@ -127,9 +130,11 @@ class PackedRows:
         self._plans: dict[int, list[list[tuple[int, int]]]] = {}
         self._order = -1, np.empty(0, dtype=np.int64)  # (epoch, its order of documents)
         self.fingerprint = f"packed-{cache.fingerprint}-{T}-{seed}"
-        self.summary = f"{split}: rows of {T} tokens packed from {len(cache.lengths):,} documents, {len(cache.tokens):,} tokens"
+        self.summary = (f"{split}: rows of {T} tokens packed from {len(cache.lengths):,} documents, "
+                        f"{len(cache.tokens):,} tokens")
         if not self.count_rows(1):
-            raise UserError(f"the {split} split has {len(cache.tokens)} tokens, a row needs {T + 1}; use shorter rows or more data")
+            raise UserError(f"the {split} split has {len(cache.tokens)} tokens, a row needs {T + 1}; use shorter rows "
+                            "or more data")
 
     def _pieces(self, chunk: int) -> list[tuple[int, int]]:
         """(length with its bos, place of the first token after it) of each piece of a chunk's documents."""
@@ -187,17 +192,19 @@ class PackedRows:
 
 
 class RecallSource:
-    """Recall rows; only the values asked for count as targets. With `total_rows` (all rows of the training run) the number
-    of stored blocks follows `schedule`, without it every row stores task.blocks."""
+    """Recall rows; only the values asked for count as targets. With `total_rows` (all rows of the training run) the
+    number of stored blocks follows `schedule`, without it every row stores task.blocks."""
 
-    def __init__(self, task: RecallTask, T: int, split: str, schedule: CurriculumSchedule | None = None, total_rows: int | None = None):
+    def __init__(self, task: RecallTask, T: int, split: str, schedule: CurriculumSchedule | None = None,
+                 total_rows: int | None = None):
         self.T, self.task, self._split, self._schedule, self._total = T, task, split, schedule, total_rows
         if (schedule is None) != (total_rows is None):
             raise ValueError("a curriculum needs the number of rows of the run, and the reverse")
         blocks = schedule.blocks if schedule else task.blocks
         task.rows(split, np.zeros(1), blocks, T)  # refuses a T that is too short
         if schedule and schedule.start < task.episode_blocks:
-            raise UserError(f"the recall curriculum starts at {schedule.start} blocks, an episode needs {task.episode_blocks}")
+            raise UserError(f"the recall curriculum starts at {schedule.start} blocks, an episode needs "
+                            f"{task.episode_blocks}")
         self.fingerprint = f"recall-{key_seed(repr(task), T, split, repr(schedule), total_rows):016x}"
         self.summary = f"{split}: recall rows of {T} tokens, up to {blocks} stored blocks of {task.block}"
 
@@ -220,11 +227,14 @@ class NeedleSource:
 
     def __init__(self, task: RecallTask, filler: np.ndarray, T: int, split: str, needles: int):
         self.T, self.task, self._filler, self._split, self._needles = T, task, filler, split, needles
-        questions = 2 * min(task.announce // 2 + task.ask // 2, min(needles, task.episode_blocks) * task.pairs_per_block)
+        questions = 2 * min(task.announce // 2 + task.ask // 2,
+                            min(needles, task.episode_blocks) * task.pairs_per_block)
         self._history = T - questions
-        task.needle_rows(split, np.zeros(1), filler, self._history, needles)  # refuses a T or a number of needles that does not fit
+        # refuses a T or a number of needles that does not fit
+        task.needle_rows(split, np.zeros(1), filler, self._history, needles)
         self.fingerprint = f"needle-{key_seed(repr(task), T, split, needles, len(filler)):016x}"
-        self.summary = f"{split}: {needles} needle(s) of {task.pairs_per_block} facts in {self._history} tokens of text, rows of {T} tokens"
+        self.summary = (f"{split}: {needles} needle(s) of {task.pairs_per_block} facts in {self._history} tokens of "
+                        f"text, rows of {T} tokens")
 
     def row_tokens(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         made = self.task.needle_rows(self._split, rows, self._filler, self._history, self._needles)
@@ -263,10 +273,12 @@ def make_source(
     schedule: CurriculumSchedule | None = None,
     total_rows: int | None = None,
     needles: int = 4,
-) -> Source:
-    """The source that the flags name. data: "stdlib", "recall", "hops", "needle", "random", "tasks[:mix]", or a directory; rows: "long" or "packed".
+) -> RowSource:
+    """The source that the flags name. data: "stdlib", "recall", "hops", "needle", "random", "tasks[:mix]", or a
+    directory; rows: "long" or "packed".
 
-    recall_task, recall_blocks (without a task) are for "recall" and "hops": by default the tokenizer's ids; schedule and total_rows for
+    recall_task, recall_blocks (without a task) are for "recall" and "hops": by default the tokenizer's
+    ids; schedule and total_rows for
     those and for tasks: by default no curriculum.
     """
     if data in ("recall", "hops"):
@@ -287,8 +299,10 @@ def make_source(
     return (LongRows if rows == "long" else PackedRows)(cache, T, seed, split)
 
 
-def source_of(meta: dict, split: str, *, tokenizer: Tokenizer, data: str = "", T: int = 0, seed: int | None = None, **options) -> Source:
-    """The rows that a checkpoint's training read, or others read alike. UserError if its `meta` names no flags of base_train.
+def source_of(meta: dict, split: str, *, tokenizer: Tokenizer, data: str = "", T: int = 0, seed: int | None = None,
+              **options) -> RowSource:
+    """The rows that a checkpoint's training read, or others read alike. UserError if its
+    `meta` names no flags of base_train.
 
     data, T, seed: other than the training's; options: of `make_source`, instead of the training's or beside them.
     """
@@ -298,18 +312,20 @@ def source_of(meta: dict, split: str, *, tokenizer: Tokenizer, data: str = "", T
         data, seed = data or flags["data"], flags["seed"] if seed is None else seed
     except KeyError as e:
         raise UserError(f"the checkpoint names no --{e.args[0]}: it is not one of base_train") from None
-    return make_source(data, split, T=T or meta["model_config"]["sequence_len"], seed=seed, tokenizer=tokenizer, **own, **options)
+    return make_source(data, split, T=T or meta["model_config"]["sequence_len"], seed=seed, tokenizer=tokenizer, **own,
+                       **options)
 
 
-def judged_rows(source: Source, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def judged_rows(source: RowSource, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Of rows int64 [B]: tokens int64 [B, T], and the token after each, −1 where none is judged."""
     tokens, mask = source.row_tokens(rows)
     targets = tokens[:, 1:] if mask is None else np.where(mask[:, 1:], tokens[:, 1:], -1)
     return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets.copy())
 
 
-def eval_rows(source: Source, tokens: int, multiple: int = 1) -> int:
-    """How many rows, a multiple of `multiple`, cover `tokens` eval tokens. UserError if the source has fewer different rows."""
+def eval_rows(source: RowSource, tokens: int, multiple: int = 1) -> int:
+    """How many rows, a multiple of `multiple`, cover `tokens` eval tokens. UserError if the
+    source has fewer different rows."""
     if tokens < 1:
         raise UserError(f"{tokens} eval tokens: at least 1")
     wanted = -(-tokens // (source.T * multiple)) * multiple
@@ -322,11 +338,12 @@ def eval_rows(source: Source, tokens: int, multiple: int = 1) -> int:
 
 
 class Loader:
-    """Endless batches of one rank. UserError if the rows do not divide among ranks and micro-steps, or an epoch is too short."""
+    """Endless batches of one rank. UserError if the rows do not divide among ranks and
+    micro-steps, or an epoch is too short."""
 
     def __init__(
         self,
-        source: Source,
+        source: RowSource,
         rows_per_step: int,
         micro_batch: int,
         T: int,
@@ -338,11 +355,14 @@ class Loader:
             raise ValueError(f"source of rows of {source.T} tokens, loader of {T}")
         if min(rows_per_step, micro_batch) < 1 or rows_per_step % (micro_batch * world_size):
             raise UserError(
-                f"{rows_per_step} rows per step do not divide into {world_size} ranks x micro-batches of {micro_batch}; "
-                f"make the total batch a multiple of {micro_batch * world_size} rows ({micro_batch * world_size * T} tokens)"
+                f"{rows_per_step} rows per step do not divide into {world_size} ranks x micro-batches of "
+                f"{micro_batch}; "
+                f"make the total batch a multiple of {micro_batch * world_size} rows ({micro_batch * world_size * T} "
+                "tokens)"
             )
         if (have := source.count_rows(rows_per_step)) < rows_per_step:
-            raise UserError(f"a step takes {rows_per_step} rows, the data has {have} rows of {T} tokens; shorter rows or more data")
+            raise UserError(f"a step takes {rows_per_step} rows, the data has {have} rows of {T} tokens; shorter rows "
+                            "or more data")
         self.source, self.rows_per_step, self.micro_batch, self.T = source, rows_per_step, micro_batch, T
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.micro_steps = rows_per_step // (micro_batch * world_size)
@@ -369,17 +389,20 @@ class Loader:
 
     def state_dict(self) -> dict:
         """Position and what it is a position in; independent of ranks and micro-batches at a step's end."""
-        return {"next_row": self._next_row, "rows_per_step": self.rows_per_step, "T": self.T, "source": self.source.fingerprint}
+        return {"next_row": self._next_row, "rows_per_step": self.rows_per_step, "T": self.T,
+                "source": self.source.fingerprint}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state` was taken. UserError if it was taken from other data or another batch size."""
         own = self.state_dict()
         for name in ("rows_per_step", "T", "source"):
             if state.get(name) != own[name]:
-                raise UserError(f"cannot resume: the checkpoint's data has {name}={state.get(name)}, this run {own[name]}; use the same flags")
+                raise UserError(f"cannot resume: the checkpoint's data has {name}={state.get(name)}, this run "
+                                f"{own[name]}; use the same flags")
         if state["next_row"] % self.rows_per_step % (self.micro_batch * self.world_size):
             raise UserError(
-                f"cannot resume: row {state['next_row']} lies inside a step that {self.world_size} ranks x micro-batches of "
+                f"cannot resume: row {state['next_row']} lies inside a step that {self.world_size} ranks x "
+                "micro-batches of "
                 f"{self.micro_batch} cut elsewhere; use the ranks and micro-batch of the checkpoint"
             )
         self._next_row = state["next_row"]

@@ -1,8 +1,9 @@
-"""Text: an embedded corpus that needs no network, corpora from a directory, a downloader, and the cache of their tokens.
+"""Text: an embedded corpus that needs no network, corpora from a directory, a downloader,
+and the cache of their tokens.
 
 The embedded corpus is the source code of the running Python's standard library: a module is a document, a package is
-one long document. `python -m nanochat.dataset --num_shards 8 --dir DIR` fetches nanochat's public pretraining shards; any
-directory of parquet, jsonl or text files is a corpus as well.
+one long document. `python -m nanochat.dataset --num_shards 8 --dir DIR` fetches nanochat's public pretraining shards;
+any directory of parquet, jsonl or text files is a corpus as well.
 """
 
 import hashlib
@@ -60,11 +61,13 @@ MAX_HELD_OUT_CHARS = 250_000  # a longer one would be most of the held-out text,
 
 
 def _stdlib_documents(stdlib: Path) -> list[Document]:
-    """One document per top-level module, one per package (its files in sorted order, each after a line with its name)."""
+    """One document per top-level module, one per package (its files in sorted order, each
+    after a line with its name)."""
     parts: dict[str, list[str]] = {}
     for path in sorted(stdlib.rglob("*.py")):
         inside = path.relative_to(stdlib)
-        if SKIPPED & set(inside.parts) or inside.name.startswith("_sysconfigdata") or inside.parts[0].startswith("config-"):
+        if SKIPPED & set(inside.parts) or inside.name.startswith("_sysconfigdata") or inside.parts[0].startswith(
+            "config-"):
             continue
         try:
             with tokenize.open(path) as f:  # honours the coding line
@@ -82,7 +85,8 @@ def _order(source: str) -> int:
 
 
 def _held_out(documents: list[Document]) -> set[str]:
-    """Sources held out: by hash, so that the choice does not depend on the Python version, and several long ones always."""
+    """Sources held out: by hash, so that the choice does not depend on the Python version,
+    and several long ones always."""
     documents = [d for d in documents if len(d.text) <= MAX_HELD_OUT_CHARS]
     chosen = {d.source for d in documents if _order(d.source) % 100 < HELD_OUT_PERCENT}
     long = sorted((d.source not in chosen, _order(d.source), d.source) for d in documents if len(d.text) > LONG_CHARS)
@@ -90,7 +94,8 @@ def _held_out(documents: list[Document]) -> set[str]:
 
 
 def build_stdlib(stdlib: Path | None = None) -> Path:
-    """Write the embedded corpus under `base_dir()/corpus/stdlib` unless it is there for this Python; return that path."""
+    """Write the embedded corpus under `base_dir()/corpus/stdlib` unless it is there for
+    this Python; return that path."""
     root = base_dir() / "corpus" / "stdlib"
     manifest, shards = root / "manifest.json", {split: root / f"{split}-00000.parquet" for split in SPLITS}
     python = f"{platform.python_implementation()} {platform.python_version()}"
@@ -114,9 +119,11 @@ def build_stdlib(stdlib: Path | None = None) -> Path:
             os.replace(tmp, path)
         chars = sum(len(d.text) for d in documents)
         tmp = manifest.with_suffix(".tmp")
-        tmp.write_text(json.dumps({"python": python, "documents": len(documents), "held_out": len(held_out), "chars": chars}))
+        tmp.write_text(json.dumps({"python": python, "documents": len(documents), "held_out": len(held_out),
+                                   "chars": chars}))
         os.replace(tmp, manifest)
-        print0(f"embedded corpus: {len(documents)} documents ({len(held_out)} held out), {chars / 1e6:.1f} M characters in {root}")
+        print0(f"embedded corpus: {len(documents)} documents ({len(held_out)} held out), {chars / 1e6:.1f} M "
+               f"characters in {root}")
     return root
 
 
@@ -127,8 +134,9 @@ SETTLED_NS = 2_000_000_000  # a file that changed less than this ago can change 
 
 
 def digests(root: Path, files: Iterable[Path]) -> dict[Path, str]:
-    """sha256 of each file's content. A large file's is remembered under `base_dir()` by what else changes with it (`file_key`), so that it
-    is read once; a filesystem whose clock runs seconds behind, or that writes no change times, defeats that."""
+    """sha256 of each file's content. A large file's is remembered under `base_dir()` by what else changes with it
+    (`file_key`), so that it is read once; a filesystem whose clock runs seconds behind, or that writes no
+    change times, defeats that."""
     status = {path: _stat(path) for path in files}
     memory = base_dir() / "digests" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.json"
     large = {path for path in status if status[path].st_size >= REMEMBERED_BYTES}
@@ -143,7 +151,8 @@ def digests(root: Path, files: Iterable[Path]) -> dict[Path, str]:
             progress.update(done := done + status[path].st_size)
         found |= {path: known[_name(status[path])] for path in status if path not in found}
         settled = time.time_ns() - SETTLED_NS
-        if keep := {_name(status[path]): found[path] for path in large if max(status[path].st_mtime_ns, status[path].st_ctime_ns) < settled}:
+        if keep := {_name(status[path]): found[path]
+                    for path in large if max(status[path].st_mtime_ns, status[path].st_ctime_ns) < settled}:
             tmp = memory.with_suffix(".tmp")
             tmp.write_text(json.dumps(keep))
             os.replace(tmp, memory)
@@ -210,7 +219,8 @@ class Corpus:
     @cached_property
     def _held_out_rows(self) -> set[tuple[Path, int]]:
         order = sorted(
-            (_order(f"{os.fspath(path.relative_to(self.root))}#{row}"), path, row) for path, n in self._rows.items() for row in range(n)
+            (_order(f"{os.fspath(path.relative_to(self.root))}#{row}"), path, row) for path, n in self._rows.items()
+            for row in range(n)
         )
         if len(order) < 2:
             raise UserError(f"corpus {self.root} holds {len(order)} documents: at least two, as one is held out")
@@ -227,7 +237,8 @@ class Corpus:
         return held_out if split == "val" else sum(self._rows.values()) - held_out
 
     def documents(self, split: str) -> Iterator[Document]:
-        """Documents of "train" or "val" in the files' order, blank ones left out. UserError on a damaged file, or if none is left."""
+        """Documents of "train" or "val" in the files' order, blank ones left out. UserError on a
+        damaged file, or if none is left."""
         found = False
         for path in self.files:
             if self._last_shard and not self._in_split(path, 0, split):
@@ -241,13 +252,15 @@ class Corpus:
 
 
 def open_corpus(spec: str, text_column: str = "text") -> Corpus:
-    """The corpus "stdlib" (built on first use), or the one in directory `spec`. UserError if there is nothing to read."""
+    """The corpus "stdlib" (built on first use), or the one in directory `spec`. UserError
+    if there is nothing to read."""
     if spec == "stdlib":
         root, text_column = build_stdlib(), "text"
     else:
         root = Path(spec).expanduser()
     if not root.is_dir():
-        raise UserError(f"--data={spec}: no such directory; give 'stdlib' or a directory of {' '.join(SHARDS + TEXTS)} files")
+        raise UserError(
+            f"--data={spec}: no such directory; give 'stdlib' or a directory of {' '.join(SHARDS + TEXTS)} files")
     files = files_below(root, SHARDS + TEXTS)
     if not files:
         raise UserError(f"--data={spec}: no {' '.join(SHARDS + TEXTS)} files in it")
@@ -268,7 +281,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 def _remote_facts(url: str, timeout_s: float) -> tuple[int, str | None]:
     """Size in bytes and sha256 (None if the server gives none) of a remote file.
 
-    The hub answers with a redirect whose own headers carry both (X-Linked-Size, X-Linked-ETag: the sha256 of an LFS file).
+    The hub answers with a redirect whose own headers carry both (X-Linked-Size,
+    X-Linked-ETag: the sha256 of an LFS file).
     """
     opener = urllib.request.build_opener(_NoRedirect)
     for _ in range(5):
@@ -307,7 +321,8 @@ def _fetch(url: str, part: Path, size: int, timeout_s: float) -> None:
 def download(url: str, path: Path, attempts: int = 5, wait_s: float = 1.0, timeout_s: float = 30.0) -> None:
     """Fetch `url` to `path`, which appears only once its size and sha256 are right. Nothing is done if it exists.
 
-    An interrupted download goes on from `path`.part; attempts wait wait_s, 2 wait_s, 4 wait_s, … UserError when none succeeds.
+    An interrupted download goes on from `path`.part; attempts wait wait_s, 2 wait_s, 4 wait_s,
+    … UserError when none succeeds.
     """
     if path.exists():
         return
@@ -353,8 +368,10 @@ def download_shards(num_shards: int, directory: Path, base_url: str = BASE_URL, 
 
 def make_parser() -> FlagParser:
     parser = FlagParser(prog="python -m nanochat.dataset", description="Download nanochat's public pretraining shards.")
-    parser.add_argument("--num_shards", type=int, required=True, help="training shards of about 100 MB; one more is held out")
-    parser.add_argument("--dir", type=Path, default=base_dir() / "fineweb-edu", help="where to; then train with --data=DIR")
+    parser.add_argument("--num_shards", type=int, required=True,
+                        help="training shards of about 100 MB; one more is held out")
+    parser.add_argument("--dir", type=Path, default=base_dir() / "fineweb-edu",
+                        help="where to; then train with --data=DIR")
     parser.add_argument("--base_url", default=BASE_URL, help="folder that serves shard_00000.parquet and so on")
     return parser
 

@@ -1,9 +1,10 @@
 """Documents out of files: one reader for every command, so that a file means the same to each.
 
-Text is UTF-8 and kept character by character: line ends, NULs and control characters as they are, names of special tokens as plain text.
-Only a byte order mark at the beginning goes, and half of a surrogate pair, which jsonl can escape and UTF-8 cannot hold, becomes U+FFFD.
-A row without text (null, or an empty line) is a blank document. What cannot be read is refused in one line that names file and row: bytes
-that are no UTF-8, a column or field that holds no text, a damaged file, a file that changes while it is read.
+Text is UTF-8 and kept character by character: line ends, NULs and control characters as they are, names of special
+tokens as plain text. Only a byte order mark at the beginning goes, and half of a surrogate pair, which jsonl can escape
+and UTF-8 cannot hold, becomes U+FFFD. A row without text (null, or an empty line) is a blank document. What cannot be
+read is refused in one line that names file and row: bytes that are no UTF-8, a column or field that holds no text, a
+damaged file, a file that changes while it is read.
 """
 
 import codecs
@@ -44,9 +45,11 @@ def is_shard(path: Path) -> bool:
 
 
 def files_below(folder: Path, suffixes: tuple[str, ...] = ("",)) -> list[Path]:
-    """All files whose names end so below a folder, in order; linked files and folders too, hidden ones not, no folder twice.
+    """All files whose names end so below a folder, in order; linked files and folders too,
+    hidden ones not, no folder twice.
 
-    UserError for a folder that cannot be read, a link to nowhere, and a file that would be wanted if it were not compressed.
+    UserError for a folder that cannot be read, a link to nowhere, and a file that would be
+    wanted if it were not compressed.
     """
     found, seen = [], set()
     for place, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
@@ -56,7 +59,8 @@ def files_below(folder: Path, suffixes: tuple[str, ...] = ("",)) -> list[Path]:
             continue
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [path for name in names if not name.startswith(".") and _is_wanted(path := Path(place, name), suffixes)]
+        found += [path for name in names if not name.startswith(".")
+                  and _is_wanted(path := Path(place, name), suffixes)]
     return sorted(found)
 
 
@@ -71,18 +75,21 @@ def _is_wanted(path: Path, suffixes: tuple[str, ...]) -> bool:
     if not path.name.endswith(suffixes):
         return False
     if os.path.islink(path) and not os.path.exists(path):
-        raise UserError(f"{shown(path)} is a link to {shown(os.readlink(path))}, which is not there; mend or remove the link")
+        raise UserError(f"{shown(path)} is a link to {shown(os.readlink(path))}, which is not there; mend or remove "
+                        "the link")
     return os.path.isfile(path)
 
 
 def file_key(status: os.stat_result) -> tuple[int, ...]:
-    """What changes with a file's content: device, inode, size [bytes], and the times [ns] of its last change, also one that put mtime back."""
+    """What changes with a file's content: device, inode, size [bytes], and the times [ns] of its last change,
+    also one that put mtime back."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @contextmanager
 def opened(path: Path, name: str = "") -> Iterator[BinaryIO]:
-    """A file open for reading. UserError, in which it is called `name`, where it cannot be read, and at the end where it has changed meanwhile."""
+    """A file open for reading. UserError, in which it is called `name`, where it cannot be read, and at the end
+    where it has changed meanwhile."""
     name = name or shown(path)
     try:
         with open(path, "rb") as f:
@@ -99,9 +106,11 @@ def opened(path: Path, name: str = "") -> Iterator[BinaryIO]:
 
 def _without_mark(head: bytes, name: str) -> bytes:
     """The beginning of a file without the byte order mark of UTF-8. UserError for that of UTF-16 or UTF-32."""
-    for mark, encoding in ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"), (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16")):
+    for mark, encoding in ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
+                           (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16")):
         if head.startswith(mark):
-            raise UserError(f"{name} is not UTF-8 text (line 1 has the byte order mark of {encoding}); convert it: iconv -f {encoding} -t UTF-8")
+            raise UserError(f"{name} is not UTF-8 text (line 1 has the byte order mark of {encoding}); convert it: "
+                            f"iconv -f {encoding} -t UTF-8")
     return head.removeprefix(codecs.BOM_UTF8)
 
 
@@ -124,7 +133,8 @@ def decoded(f: BinaryIO, name: str) -> Iterator[str]:
             piece = decoder.decode(data, final=not data)
         except UnicodeDecodeError as e:
             line += e.object.count(b"\n", 0, e.start)
-            raise UserError(f"{name} is not UTF-8 text ({e.reason} at byte {done - waiting + e.start}, line {line}); convert or remove it") from None
+            raise UserError(f"{name} is not UTF-8 text ({e.reason} at byte {done - waiting + e.start}, line {line}); "
+                            "convert or remove it") from None
         yield piece
         if not data:
             return
@@ -170,11 +180,13 @@ def _lines(path: Path) -> Iterator[bytes]:
             own = open(os.dup(f.fileno()), "rb") if codec else f  # the decompressor closes what it reads
             yield from io.BufferedReader(pa.CompressedInputStream(own, codec), READ_BYTES) if codec else f
         except (OSError, pa.ArrowException) as e:
-            raise UserError(f"damaged file {shown(path)} ({shown(str(e))[:100]}); delete it or fetch it again") from None
+            raise UserError(
+                f"damaged file {shown(path)} ({shown(str(e))[:100]}); delete it or fetch it again") from None
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """(number from 1, value) of every line of a jsonl file, None for an empty one. UserError for a line that is no JSON, or null."""
+    """(number from 1, value) of every line of a jsonl file, None for an empty one. UserError for a
+    line that is no JSON, or null."""
     for number, line in enumerate(_lines(path), 1):
         where = f"{shown(path)} line {number}"
         line = line if number > 1 else _without_mark(line, shown(path))
@@ -223,7 +235,8 @@ def _damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, ValueError, OverflowError) as e:
-        raise UserError(f"damaged parquet file {shown(path)} ({shown(str(e))[:100]}); delete it or fetch it again") from None
+        raise UserError(
+            f"damaged parquet file {shown(path)} ({shown(str(e))[:100]}); delete it or fetch it again") from None
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
@@ -235,8 +248,10 @@ def _plain(kind: pa.DataType) -> pa.DataType:
 
 def _is_text(kind: pa.DataType) -> bool:
     """Strings of every layout, bytes (which may be text), and a column of nothing but null."""
-    views = (getattr(pa.types, name, lambda kind: False) for name in ("is_string_view", "is_binary_view"))  # pyarrow 16 on
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_null, *views)
+    # pyarrow 16 on
+    views = (getattr(pa.types, name, lambda kind: False) for name in ("is_string_view", "is_binary_view"))
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary,
+             pa.types.is_fixed_size_binary, pa.types.is_null, *views)
     return any(test(_plain(kind)) for test in tests)
 
 
@@ -249,7 +264,8 @@ def _column_texts(column: pa.ChunkedArray, path: Path, row: int) -> list[str | N
         try:
             texts.append(value if value is None else value.decode())
         except UnicodeDecodeError as e:
-            raise UserError(f"{shown(path)} row {row + len(texts)}: not UTF-8 text ({e.reason} at byte {e.start} of it); convert or remove it") from None
+            raise UserError(f"{shown(path)} row {row + len(texts)}: not UTF-8 text ({e.reason} at byte {e.start} of "
+                            "it); convert or remove it") from None
     return texts
 
 
@@ -283,8 +299,8 @@ def count_rows(path: Path) -> int:
 
 
 def read_documents(path: Path, root: Path, column: str) -> Iterator[Document]:
-    """The documents of a file of a corpus, one per row of a shard; `column` holds their text, `source` and `kind`, where they are there,
-    say more about them. UserError for what cannot be read."""
+    """The documents of a file of a corpus, one per row of a shard; `column` holds their text, `source` and `kind`,
+    where they are there, say more about them. UserError for what cannot be read."""
     name, kind = shown(path.relative_to(root).as_posix()), "code" if path.suffix == ".py" else "text"
     if not is_shard(path):
         yield Document(read_text(path), name, kind)
@@ -301,17 +317,22 @@ def _parquet_texts(path: Path, column: str) -> Iterator[tuple]:
             schema = file.schema_arrow
         names = schema.names
         if column not in names:
-            raise UserError(f"{shown(path)} has no text column {column!r}, its columns: {', '.join(map(shown, names))}; set --text_column")
+            raise UserError(f"{shown(path)} has no text column {column!r}, its columns: "
+                            f"{', '.join(map(shown, names))}; set --text_column")
         if names.count(column) > 1 or not _is_text(schema.field(column).type):
-            what = "there twice" if names.count(column) > 1 else f"{shown(str(schema.field(column).type))[:80]}, not text"
-            raise UserError(f"{shown(path)}: its column {column!r} is {what}; set --text_column, or write that column as text")
-        more = [name for name in ("source", "kind") if names.count(name) == 1 and (_is_text(schema.field(name).type) or pa.types.is_integer(schema.field(name).type))]
+            what = ("there twice" if names.count(column) > 1
+                    else f"{shown(str(schema.field(column).type))[:80]}, not text")
+            raise UserError(f"{shown(path)}: its column {column!r} is {what}; set --text_column, or write that column "
+                            "as text")
+        more = [name for name in ("source", "kind") if names.count(name) == 1
+                and (_is_text(schema.field(name).type) or pa.types.is_integer(schema.field(name).type))]
         row = 0
         for group in range(file.num_row_groups):
             with _damage(path):
                 table = file.read_row_group(group, columns=list(dict.fromkeys([column, *more])))
                 texts = _column_texts(table[column], path, row + 1)
-                own = [_column_texts(table[name], path, row + 1) if _is_text(table[name].type) else table[name].to_pylist() for name in more]
+                own = [_column_texts(table[name], path, row + 1) if _is_text(table[name].type)
+                       else table[name].to_pylist() for name in more]
             by_name = dict(zip(more, own))
             nothing = [None] * len(texts)
             yield from zip(texts, by_name.get("source", nothing), by_name.get("kind", nothing))
@@ -329,5 +350,6 @@ def _json_texts(path: Path, column: str) -> Iterator[tuple]:
         if column not in record:
             raise UserError(f"{where}: no field {column!r}; mend the line, or set --text_column")
         if not isinstance(record[column], str | None):
-            raise UserError(f"{where}: {column!r} is {type(record[column]).__name__}, not text; mend the line, or set --text_column")
+            raise UserError(f"{where}: {column!r} is {type(record[column]).__name__}, not text; mend the line, or set "
+                            "--text_column")
         yield record[column], record.get("source"), record.get("kind")

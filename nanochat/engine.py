@@ -1,8 +1,9 @@
 """Text out of a GPT: batched prompts of different lengths, chunked prefill, one token a row a step.
 
-Prompts are padded on the right and read in chunks of `prefill_chunk` through the KV cache, whose per-row lengths make padding
-invisible; a row's result depends neither on the chunk size nor on the rows beside it. The cache holds the longest prompt and
-what is generated, so memory grows with both; how far back attention looks is the model's own bound (`Engine.reach`).
+Prompts are padded on the right and read in chunks of `prefill_chunk` through the KV cache, whose per-row lengths make
+padding invisible; a row's result depends neither on the chunk size nor on the rows beside it. The cache holds the
+longest prompt and what is generated, so memory grows with both; how far back attention looks is the
+model's own bound (`Engine.reach`).
 
 Shapes: B rows, S entries, D width, V vocabulary.
 """
@@ -39,7 +40,8 @@ def check_sampling(
 ) -> None:
     """UserError for settings of generation that make no sense, or an id outside the vocabulary."""
     if bad := [t for t in ids if not 0 <= t < vocab_size]:
-        raise UserError(f"token id {bad[0]} is outside the vocabulary of {vocab_size}: tokenize with the model's own tokenizer")
+        raise UserError(f"token id {bad[0]} is outside the vocabulary of {vocab_size}: tokenize with the model's own "
+                        "tokenizer")
     if max_tokens < 1:
         raise UserError(f"max_tokens {max_tokens}: at least 1")
     if not 0 <= temperature < float("inf"):
@@ -57,20 +59,24 @@ class Engine:
         if prefill_chunk < 1:
             raise UserError(f"prefill_chunk {prefill_chunk}: at least 1 token")
         if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
-            raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: they do not belong together")
+            raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: they "
+                            "do not belong together")
         self.model, self.tokenizer, self.prefill_chunk = model, tokenizer, prefill_chunk
         self.device, self.dtype = model.lm_head.weight.device, model.lm_head.weight.dtype
 
     @property
     def reach(self) -> int:
-        """Tokens before the current one that a layer sees at most; what lies further back acts only through later tokens."""
+        """Tokens before the current one that a layer sees at most; what lies further back
+        acts only through later tokens."""
         return self.model.config.sequence_len
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, *, temperature: float = 1.0,
+                 top_k: int | None = None,
                  top_p: float = 1.0, seed: int = 0, stop_ids: Sequence[int] = ()) -> Iterator[list[int | None]]:
         """Yields, per step, each row's new token; None in rows that have stopped. A stop token is still yielded.
 
-        Ends after `max_tokens` steps or when every row has stopped. Draws come from an own generator seeded with `seed`.
+        Ends after `max_tokens` steps or when every row has stopped. Draws come from an
+        own generator seeded with `seed`.
         UserError, before anything runs: no or empty prompts, ids outside the vocabulary, negative temperature, top_k <
         1, top_p outside (0, 1].
         """
@@ -114,7 +120,8 @@ class Engine:
                  seed: int = 0) -> Iterator[str]:
         """Pieces of text that continue `prompt`, whole characters only; ends at bos. UserError as `generate`."""
         bos = self.tokenizer.bos_id
-        steps = self.generate([[bos, *self.tokenizer.encode(prompt)]], max_tokens, temperature=temperature, top_k=top_k, seed=seed,
+        steps = self.generate([[bos, *self.tokenizer.encode(prompt)]], max_tokens, temperature=temperature,
+                              top_k=top_k, seed=seed,
                               stop_ids=[bos])
         return decode_stream(self.tokenizer, (token for (token,) in steps if token != bos))
 

@@ -2,8 +2,8 @@
 
     bits per byte = sum of nats over targets that stand for bytes / (ln 2 · sum of those bytes)
 
-Targets that stand for no bytes (special tokens) count in the loss but on neither side of bits per byte. Sums run over all
-ranks before the division, so the numbers do not depend on how rows were spread.
+Targets that stand for no bytes (special tokens) count in the loss but on neither side of bits per byte. Sums run over
+all ranks before the division, so the numbers do not depend on how rows were spread.
 """
 
 import math
@@ -27,7 +27,8 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: GPT, batches: Iterable[Batch], steps: int, token_bytes: Tensor | np.ndarray | None = None) -> Evaluation:
+def evaluate(model: GPT, batches: Iterable[Batch], steps: int,
+             token_bytes: Tensor | np.ndarray | None = None) -> Evaluation:
     """Means over `steps` batches of this rank and of all others. token_bytes int [V]: bytes that each id stands for.
 
     Every rank must call it. UserError, with the numbers, when there are fewer batches or nothing to divide by.
@@ -37,7 +38,8 @@ def evaluate(model: GPT, batches: Iterable[Batch], steps: int, token_bytes: Tens
     device = model.lm_head.weight.device
     sizes_V = None if token_bytes is None else torch.as_tensor(token_bytes, device=device)
     if sizes_V is not None and len(sizes_V) != model.config.vocab_size:
-        raise UserError(f"bytes of {len(sizes_V)} ids for a model of {model.config.vocab_size}: tokenizer and model do not belong together")
+        raise UserError(f"bytes of {len(sizes_V)} ids for a model of {model.config.vocab_size}: tokenizer and model do "
+                        "not belong together")
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # nats, targets, nats of bytes, bytes, batches missing
     batches = iter(batches)
     for done in range(steps):
@@ -54,10 +56,12 @@ def evaluate(model: GPT, batches: Iterable[Batch], steps: int, token_bytes: Tens
         dist.all_reduce(sums)
     nats, targets, byte_nats, num_bytes, missing = sums.tolist()
     if missing:
-        raise UserError(f"evaluation asks for {steps} batches a rank, {int(missing)} were missing: ask for fewer eval tokens")
+        raise UserError(
+            f"evaluation asks for {steps} batches a rank, {int(missing)} were missing: ask for fewer eval tokens")
     if not targets:
         raise UserError(f"no target among the {steps} evaluation batches: nothing to take a mean of")
     if sizes_V is not None and not num_bytes:
-        raise UserError(f"the {int(targets)} evaluation targets stand for 0 bytes of text: bits per byte does not exist here")
+        raise UserError(f"the {int(targets)} evaluation targets stand for 0 bytes of text: bits per byte does not "
+                        "exist here")
     bpb = None if sizes_V is None else byte_nats / (math.log(2) * num_bytes)
     return Evaluation(nats / targets, bpb, int(targets), int(num_bytes))

@@ -1,13 +1,13 @@
 """The GPT of nanochat (mid-2026), every feature switchable, with what MegaContext needs from a base model.
 
-Untied embeddings, parameter-free RMS norm, RoPE, QK-norm, ReLU², value embeddings, smear, residual and x0 scalars, backout,
-logit softcap, sliding-window pattern. Parameter names and arithmetic are nanochat's, so its checkpoints load
-(`GPT.from_nanochat`). q and k are normed *before* they are rotated: rotation keeps norms, so this equals rotate-then-norm to
-rounding, and a table that also damps (mc.gaussian_rope) is not undone by the norm.
+Untied embeddings, parameter-free RMS norm, RoPE, QK-norm, ReLU², value embeddings, smear, residual and x0 scalars,
+backout, logit softcap, sliding-window pattern. Parameter names and arithmetic are nanochat's, so its checkpoints load
+(`GPT.from_nanochat`). q and k are normed *before* they are rotated: rotation keeps norms, so this equals
+rotate-then-norm to rounding, and a table that also damps (mc.gaussian_rope) is not undone by the norm.
 
-Additions: `inputs_embeds` (enter after the embedding norm, before smear), explicit per-row positions or ready rotary tables,
-`linked` (which entries continue the one before them: smear and key shift act only there), a logit bias per key, a KV cache with
-per-row lengths, key shift, tied query/key start, partial RoPE.
+Additions: `inputs_embeds` (enter after the embedding norm, before smear), explicit per-row positions or ready rotary
+tables, `linked` (which entries continue the one before them: smear and key shift act only there), a logit bias per key,
+a KV cache with per-row lengths, key shift, tied query/key start, partial RoPE.
 
 Shapes: B rows, S entries, D width, H heads, G kv heads, E head width, V vocabulary (padded: P).
 """
@@ -53,7 +53,8 @@ class GPTConfig:
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} {getattr(self, name)} must be positive")
         if self.n_embd < (needed := max(SMEAR_DIMS * self.smear, VALUE_GATE_DIMS * self.value_embeds)):
-            raise UserError(f"width {self.n_embd}: smear and value embeddings read {needed} dimensions; widen the model or switch them off")
+            raise UserError(f"width {self.n_embd}: smear and value embeddings read {needed} dimensions; widen the "
+                            "model or switch them off")
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
             raise UserError(f"width {self.n_embd} does not divide into {self.n_head} heads of even width")
         if self.n_head % self.n_kv_head:
@@ -93,11 +94,12 @@ class Captured(NamedTuple):
     y: Tensor
 
 
-Select = Callable[[int, Tensor, Tensor], Tensor]  # (layer, q [B,H,S,E], k [B,G,M,E]) -> bool [B, 1 or H, S, M]: keys that each query may see
+# (layer, q [B,H,S,E], k [B,G,M,E]) -> bool [B, 1 or H, S, M]: keys that each query may see
+Select = Callable[[int, Tensor, Tensor], Tensor]
 
 
 @dataclass
-class Context:
+class ForwardContext:
     """What every layer of one pass shares."""
 
     cos: Tensor  # [1 or B, S, 1, E/2]
@@ -123,7 +125,7 @@ def rotate(x_BSHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos + b * sin, b * cos - a * sin], -1)
 
 
-def predecessors(x_BSx: Tensor, kept: Tensor, ctx: Context) -> Tensor:
+def predecessors(x_BSx: Tensor, kept: Tensor, ctx: ForwardContext) -> Tensor:
     """The x of the entry before each, from the cache's buffer `kept`, into which x goes first."""
     ctx.cache.put(kept, ctx.slots, x_BSx)
     return ctx.cache.at(kept, ctx.before).to(x_BSx.dtype)
@@ -141,7 +143,7 @@ class Attention(nn.Module):
         self.ve_gate = nn.Linear(VALUE_GATE_DIMS, self.n_kv_head, bias=False) if config.has_value_embed(layer) else None
         self.key_shift = nn.Parameter(torch.full((self.n_kv_head,), 0.9)) if config.key_shift else None
 
-    def _shift_keys(self, k_BSGE: Tensor, ctx: Context) -> Tensor:
+    def _shift_keys(self, k_BSGE: Tensor, ctx: ForwardContext) -> Tensor:
         if ctx.cache is None:
             before = torch.cat([k_BSGE[:, :1], k_BSGE[:, :-1]], 1)
         else:
@@ -151,7 +153,7 @@ class Attention(nn.Module):
             amount = amount * ctx.linked[:, :, None, None]
         return torch.lerp(k_BSGE, before, amount.expand_as(k_BSGE))
 
-    def forward(self, x_BSD: Tensor, ve_BSG: Tensor | None, window: int, ctx: Context) -> Tensor:
+    def forward(self, x_BSD: Tensor, ve_BSG: Tensor | None, window: int, ctx: ForwardContext) -> Tensor:
         B, S, D = x_BSD.shape
         q = self.c_q(x_BSD).view(B, S, self.n_head, self.head_dim)
         k = self.c_k(x_BSD).view(B, S, self.n_kv_head, self.head_dim)
@@ -174,7 +176,7 @@ class Attention(nn.Module):
             ctx.capture.append(Captured(q, k, v, y))
         return self.c_proj(y.transpose(1, 2).reshape(B, S, D))
 
-    def _through_cache(self, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    def _through_cache(self, k: Tensor, v: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         cache, buffers = ctx.cache, (ctx.cache.k[self.layer], ctx.cache.v[self.layer])
         for buffer, new in zip(buffers, (k, v)):
             cache.put(buffer, ctx.slots, new)
@@ -182,10 +184,11 @@ class Attention(nn.Module):
 
 
 def attend(q_BHSE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, key_bias: Tensor | None) -> Tensor:
-    """Scaled dot-product attention; mask (bool, or float to add to the logits) None means causal; a single query sees every key.
+    """Scaled dot-product attention; mask (bool, or float to add to the logits) None means causal;
+    a single query sees every key.
 
-    A bias per key enters as one more dimension of q (1) and k (bias·√E), so the fast causal kernels still apply and the bias
-    gets its gradient. Widths stay multiples of 8.
+    A bias per key enters as one more dimension of q (1) and k (bias·√E), so the fast causal kernels still apply and the
+    bias gets its gradient. Widths stay multiples of 8.
     """
     E = q_BHSE.shape[-1]
     if key_bias is not None:
@@ -193,7 +196,8 @@ def attend(q_BHSE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, 
         bias = (bias * math.sqrt(E)).to(q_BHSE.dtype)[..., None].expand(*k_BGSE.shape[:-1], 1)
         q_BHSE = F.pad(torch.cat([q_BHSE, torch.ones_like(q_BHSE[..., :1])], -1), (0, 7))
         k_BGSE, v_BGSE = F.pad(torch.cat([k_BGSE, bias], -1), (0, 7)), F.pad(v_BGSE, (0, 8))
-    y = F.scaled_dot_product_attention(q_BHSE, k_BGSE, v_BGSE, attn_mask=mask, is_causal=mask is None and q_BHSE.shape[2] > 1, scale=1 / math.sqrt(E),
+    y = F.scaled_dot_product_attention(q_BHSE, k_BGSE, v_BGSE, attn_mask=mask,
+                                       is_causal=mask is None and q_BHSE.shape[2] > 1, scale=1 / math.sqrt(E),
                                        enable_gqa=k_BGSE.shape[1] != q_BHSE.shape[1])
     return y if key_bias is None else y[..., :E]
 
@@ -213,7 +217,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn, self.mlp = Attention(config, layer), MLP(config)
 
-    def forward(self, x: Tensor, ve: Tensor | None, window: int, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ve: Tensor | None, window: int, ctx: ForwardContext) -> Tensor:
         x = x + self.attn(norm(x), ve, window, ctx)
         return x + self.mlp(norm(x))
 
@@ -229,7 +233,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab, bias=False)
         kv_width = config.n_kv_head * config.head_dim
         self.value_embeds = nn.ModuleDict({
-            str(i): nn.Embedding(config.padded_vocab, kv_width) for i in range(config.n_layer) if config.has_value_embed(i)})
+            str(i): nn.Embedding(config.padded_vocab, kv_width) for i in range(config.n_layer)
+            if config.has_value_embed(i)})
         if config.resid_scalars:
             self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
             self.x0_lambdas = nn.Parameter(torch.full((config.n_layer,), 0.1))
@@ -264,8 +269,8 @@ class GPT(nn.Module):
     def from_nanochat(cls, config: dict, state_dict: dict[str, Tensor]) -> "GPT":
         """A karpathy/nanochat checkpoint (its `model_config` and model state) as a GPT in float32, in evaluation mode.
 
-        Features that the checkpoint has no weights for are switched off; without `window_pattern` every layer is L; without
-        the residual scalars they are 1 and 0. UserError when keys are missing, unknown or of the wrong shape.
+        Features that the checkpoint has no weights for are switched off; without `window_pattern` every layer is L;
+        without the residual scalars they are 1 and 0. UserError when keys are missing, unknown or of the wrong shape.
         """
         if wrong := [name for name, t in state_dict.items() if not (isinstance(name, str) and isinstance(t, Tensor))]:
             raise UserError(f"not a checkpoint of nanochat: {one_line(wrong[0])} is no tensor")
@@ -273,11 +278,14 @@ class GPT(nn.Module):
         names = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
         if missing := [name for name in (*names, ) if name not in config]:
             raise UserError(f"not a nanochat model config: {', '.join(missing)} missing")
-        known = config_from_dict({**{name: config[name] for name in names}, "window_pattern": config.get("window_pattern") or "L",
+        known = config_from_dict({**{name: config[name] for name in names},
+                                  "window_pattern": config.get("window_pattern") or "L",
                                   "value_embeds": any(name.startswith("value_embeds.") for name in state),
                                   "smear": "smear_lambda" in state, "backout": "backout_lambda" in state})
-        if (embedding := state.get("transformer.wte.weight")) is None or embedding.shape != (known.padded_vocab, known.n_embd) or known.n_layer > len(state):
-            raise UserError("not a checkpoint of this model config: other width, vocabulary or number of layers")  # before memory is taken
+        if (embedding := state.get("transformer.wte.weight")) is None or embedding.shape != (known.padded_vocab,
+                                                                                             known.n_embd) or known.n_layer > len(state):
+            # before memory is taken
+            raise UserError("not a checkpoint of this model config: other width, vocabulary or number of layers")
         model = cls(known)
         state.setdefault("resid_lambdas", torch.ones(known.n_layer))
         state.setdefault("x0_lambdas", torch.zeros(known.n_layer))
@@ -305,7 +313,8 @@ class GPT(nn.Module):
         cos, sin = angle.cos().to(dtype).unsqueeze(-2), angle.sin().to(dtype).unsqueeze(-2)
         return (cos[None], sin[None]) if positions.ndim == 1 else (cos, sin)
 
-    def _masks(self, S: int, cache: KVCache | None, slots: Tensor | None, lift_windows: bool, device) -> dict[int, Tensor | None]:
+    def _masks(self, S: int, cache: KVCache | None, slots: Tensor | None, lift_windows: bool,
+               device) -> dict[int, Tensor | None]:
         """A mask per window size, [S, S] or with a cache what `KVCache.mask` says; None where plain causal serves."""
         masks: dict[int, Tensor | None] = {}
         for window in set(self.config.windows()):
@@ -320,18 +329,20 @@ class GPT(nn.Module):
         return masks
 
     def hidden(self, idx: Tensor | None, *, inputs_embeds: Tensor | None = None, positions: Tensor | None = None,
-               rotary: tuple[Tensor, Tensor] | None = None, linked: Tensor | None = None, key_bias: Tensor | None = None,
+               rotary: tuple[Tensor, Tensor] | None = None, linked: Tensor | None = None,
+               key_bias: Tensor | None = None,
                cache: KVCache | None = None, counts: Tensor | None = None, capture: list[Captured] | None = None,
                lift_windows: bool = False, select: Select | None = None, middle: list[Tensor] | None = None) -> Tensor:
         """Final normed hidden states [B, S, D].
 
-        idx [B, S] int64, −1 on entries that are not tokens; may be None when `inputs_embeds` [B, S, D] is given and the model
-        has no value embeddings. positions [S] or [B, S] in global tokens (default: 0… or what the cache holds onward), or
-        `rotary` = (cos, sin) [B, S, 1, E/2] ready made. linked [B, S] bool: the entry continues the one before it (default: all
-        but a row's first). key_bias [B, S] or [B, G, S] logits. cache: read and extended, by `counts` [B] entries a row (default S).
-        capture: gets one `Captured` a layer. lift_windows: L layers see everything however long. select: which keys each query may
-        see, per layer and head, itself causal where the pass is (with a cache or a window its own mask holds too). middle: gets
-        the normed hidden states [B, S, D] behind the middle layer.
+        idx [B, S] int64, −1 on entries that are not tokens; may be None when `inputs_embeds` [B, S, D] is given and the
+        model has no value embeddings. positions [S] or [B, S] in global tokens (default: 0… or what the cache holds
+        onward), or `rotary` = (cos, sin) [B, S, 1, E/2] ready made. linked [B, S] bool: the entry continues the one
+        before it (default: all but a row's first). key_bias [B, S] or [B, G, S] logits. cache: read and extended, by
+        `counts` [B] entries a row (default S).
+        capture: gets one `Captured` a layer. lift_windows: L layers see everything however long. select: which keys
+        each query may see, per layer and head, itself causal where the pass is (with a cache or a window its own mask
+        holds too). middle: gets the normed hidden states [B, S, D] behind the middle layer.
         """
         cfg = self.config
         if idx is None and (inputs_embeds is None or cfg.value_embeds):
@@ -350,7 +361,8 @@ class GPT(nn.Module):
             slots, before = cache.slots_for(S)
             follows = before >= 0
             linked, before = follows if linked is None else linked & follows, before.clamp_min(0)
-        ctx = Context(*rotary, linked, key_bias, self._masks(S, cache, slots, lift_windows, x.device), cache, slots, capture, before, select)
+        ctx = ForwardContext(*rotary, linked, key_bias, self._masks(S, cache, slots, lift_windows, x.device), cache,
+                             slots, capture, before, select)
         if cfg.smear:
             x = self._smear(x, ctx)
         tokens = None if idx is None else idx.clamp_min(0)
@@ -374,7 +386,7 @@ class GPT(nn.Module):
             cache.advance(S, counts)
         return norm(x)
 
-    def _smear(self, x_BSD: Tensor, ctx: Context) -> Tensor:
+    def _smear(self, x_BSD: Tensor, ctx: ForwardContext) -> Tensor:
         if ctx.cache is None:
             before = F.pad(x_BSD, (0, 0, 1, 0))[:, :-1]
         else:
@@ -396,8 +408,8 @@ class GPT(nn.Module):
         return self.logits(hidden) if targets is None else self.loss(hidden, targets)
 
     def loss(self, hidden_BSD: Tensor, targets_BS: Tensor, num_targets: int | None = None) -> Tensor:
-        """Mean next-token loss. num_targets: the most targets (≥ 0) any row has, known on the host: the head runs on that many
-        positions of each row instead of all, to the same result."""
+        """Mean next-token loss. num_targets: the most targets (≥ 0) any row has, known on the host: the head runs on
+        that many positions of each row instead of all, to the same result."""
         if num_targets is not None and num_targets < targets_BS.shape[1]:
             first = (targets_BS >= 0).to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :num_targets]
             hidden_BSD = hidden_BSD.gather(1, first[..., None].expand(-1, -1, hidden_BSD.shape[-1]))
@@ -408,14 +420,17 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, S: int, num_targets: int | None = None) -> float:
-        """Training FLOPs per token of a row of S, from shapes: 6 per weight of every matrix product, 12·D per visible key.
+        """Training FLOPs per token of a row of S, from shapes: 6 per weight of every matrix
+        product, 12·D per visible key.
 
         num_targets: positions of a row that the head runs on (default: all).
         """
         head = self.lm_head.weight.numel()
         inner = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear)) - head
-        visible = sum(short * (short + 1) / 2 + (S - short) * (w + 1) for w in self.config.windows() for short in [min(S, w + 1)]) / S
-        return 6.0 * (inner + head * (S if num_targets is None else num_targets) / S) + 12.0 * self.config.n_embd * visible
+        visible = sum(short * (short + 1) / 2 + (S - short) * (w + 1) for w in self.config.windows()
+                      for short in [min(S, w + 1)]) / S
+        return 6.0 * (inner + head * (S if num_targets is None
+                                      else num_targets) / S) + 12.0 * self.config.n_embd * visible
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -425,7 +440,8 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def mean_loss(losses_BS: Tensor, targets_BS: Tensor) -> Tensor:
-    """Mean over rows of each row's mean over its targets: the same however rows are spread over ranks and micro-steps."""
+    """Mean over rows of each row's mean over its targets: the same however rows are spread
+    over ranks and micro-steps."""
     counts = (targets_BS >= 0).sum(1)
     return (losses_BS.sum(1) / counts.clamp_min(1)).mean()
 

@@ -1,8 +1,8 @@
 """KV cache with a length per row, truncation and splice.
 
 Shapes: L layers, B rows, M slots, G kv heads, E head width, D model width. Besides keys and values it keeps, per slot,
-what the *next* entry needs: the embedding before smear, and the key before key shift. So a prompt may be fed in chunks of
-any size, and a cache may be cut anywhere and continued exactly.
+what the *next* entry needs: the embedding before smear, and the key before key shift. So a prompt may be fed in chunks
+of any size, and a cache may be cut anywhere and continued exactly.
 """
 
 import torch
@@ -16,7 +16,8 @@ class KVCache:
         shape = (config.n_layer, batch, slots, config.n_kv_head, config.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.k_unshifted = torch.zeros_like(self.k) if config.key_shift else None
-        self.x_unsmeared = torch.zeros(batch, slots, config.n_embd, device=device, dtype=dtype) if config.smear else None
+        self.x_unsmeared = torch.zeros(batch, slots, config.n_embd, device=device,
+                                       dtype=dtype) if config.smear else None
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.rows = torch.arange(batch, device=device)
         self.ragged = False  # whether rows may differ in length
@@ -30,7 +31,8 @@ class KVCache:
         return sum(t.nbytes for t in (self.k, self.v, self.k_unshifted, self.x_unsmeared) if t is not None)
 
     def slots_for(self, count: int) -> tuple[Tensor, Tensor]:
-        """[B, count] slots that the next `count` entries of each row go to, and of the entries before them (−1: none)."""
+        """[B, count] slots that the next `count` entries of each row go to, and of the
+        entries before them (−1: none)."""
         if self.used + count > self.slots:
             raise ValueError(f"KV cache holds {self.slots} entries, {self.used} are used, {count} more do not fit")
         slots = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
@@ -63,18 +65,21 @@ class KVCache:
 
     def truncate(self, lengths_B: Tensor | int) -> None:
         """Forget all but the first `lengths_B` entries of each row. Never lengthens."""
-        self.lengths = torch.minimum(self.lengths, torch.as_tensor(lengths_B, device=self.lengths.device).expand_as(self.lengths))
+        self.lengths = torch.minimum(self.lengths,
+                                     torch.as_tensor(lengths_B, device=self.lengths.device).expand_as(self.lengths))
         self.used = int(self.lengths.max()) if self.lengths.numel() else 0
         self.ragged |= isinstance(lengths_B, Tensor)
 
     def splice(self, start: int, stop: int, other: "KVCache", other_start: int, other_stop: int) -> None:
-        """Replace entries [start, stop) of every row by entries [other_start, other_stop) of `other` (same model, same batch).
+        """Replace entries [start, stop) of every row by entries [other_start, other_stop) of
+        `other` (same model, same batch).
 
-        What follows is shifted, its keys and values kept as they are. Rows must all be at least `stop` long; ValueError when
-        the result would not fit, or the ranges do not exist.
+        What follows is shifted, its keys and values kept as they are. Rows must all be at least `stop` long; ValueError
+        when the result would not fit, or the ranges do not exist.
         """
         grow = (other_stop - other_start) - (stop - start)
-        if not (0 <= start <= stop <= int(self.lengths.min()) and 0 <= other_start <= other_stop <= int(other.lengths.min())):
+        if not (0 <= start <= stop <= int(self.lengths.min())
+                and 0 <= other_start <= other_stop <= int(other.lengths.min())):
             raise ValueError(f"splice [{start}, {stop}) <- [{other_start}, {other_stop}): no such entries")
         if self.used + grow > self.slots:
             raise ValueError(f"KV cache holds {self.slots} entries, the splice needs {self.used + grow}")

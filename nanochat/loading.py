@@ -17,24 +17,28 @@ from nanochat.tokenizer import Reserved, Tokenizer
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 
-def load_model(checkpoint_dir: Path | str, step: int | str = "latest", device: torch.device | str = "cpu") -> tuple[GPT, dict]:
+def load_model(checkpoint_dir: Path | str, step: int | str = "latest",
+               device: torch.device | str = "cpu") -> tuple[GPT, dict]:
     """(model in evaluation mode, meta) of one step; the model is built from meta["model_config"] and loaded strictly.
 
     UserError when there is no intact step (`nanochat.checkpoint.find_step`) or weights and configuration disagree.
     """
     state, meta = load_model_state(checkpoint_dir, step, device)
     if not isinstance(meta.get("model_config"), dict):
-        raise UserError(f"the checkpoint in {checkpoint_dir} names no model_config; a reference checkpoint? use --nanochat_checkpoint")
-    config, state = config_from_dict(meta["model_config"]), {str(name).removeprefix("_orig_mod."): t for name, t in state.items()}
+        raise UserError(f"the checkpoint in {checkpoint_dir} names no model_config; a reference checkpoint? use "
+                        "--nanochat_checkpoint")
+    config, state = config_from_dict(meta["model_config"]), {str(name).removeprefix("_orig_mod."): t
+                                                             for name, t in state.items()}
     where = f"{checkpoint_dir} do not fit its model_config"
     if config.n_layer > len(state):  # before a layer after the other is built
         raise UserError(f"weights in {where}: {len(state)} tensors, {config.n_layer} layers")
     return build(lambda: GPT(config), state, where, device, (config.padded_vocab * config.n_embd,)), meta
 
 
-def build(make: Callable[[], Module], state: dict, where: str, device: torch.device | str, sizes: Iterable[int]) -> Module:
-    """The module that `make` makes, with these weights, in evaluation mode. sizes: numbers of elements that it needs at least, which are
-    compared with what is there before memory is taken. UserError where the weights are not its own."""
+def build(make: Callable[[], Module], state: dict, where: str, device: torch.device | str,
+          sizes: Iterable[int]) -> Module:
+    """The module that `make` makes, with these weights, in evaluation mode. sizes: numbers of elements that it needs at
+    least, which are compared with what is there before memory is taken. UserError where the weights are not its own."""
     elements = sum(x.numel() for x in state.values() if isinstance(x, torch.Tensor))
     if (most := max(sizes)) > elements:
         raise UserError(f"weights in {where}: {elements} numbers, where one part needs {most}")
@@ -47,7 +51,8 @@ def build(make: Callable[[], Module], state: dict, where: str, device: torch.dev
 
 
 def load_nanochat_dir(directory: Path | str, step: int | str = "latest") -> GPT:
-    """A karpathy/nanochat checkpoint directory (`model_{step:06d}.pt`, `meta_{step:06d}.json`) as a float32 GPT on the CPU.
+    """A karpathy/nanochat checkpoint directory (`model_{step:06d}.pt`,
+    `meta_{step:06d}.json`) as a float32 GPT on the CPU.
 
     UserError when files are missing or unreadable, or hold something else.
     """
@@ -67,7 +72,8 @@ def load_nanochat_dir(directory: Path | str, step: int | str = "latest") -> GPT:
     except OSError as e:
         raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
     except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{weights.name} and {meta} are no nanochat checkpoint ({type(e).__name__}: {one_line(e)})") from None
+        raise UserError(
+            f"{weights.name} and {meta} are no nanochat checkpoint ({type(e).__name__}: {one_line(e)})") from None
     try:
         state = read_tensors(weights, "cpu")
     except UserError as e:
@@ -87,7 +93,8 @@ def load_nanochat_tokenizer(path: Path | str) -> Tokenizer:
             encoding = pickle.load(f)
         ranks, specials = encoding._mergeable_ranks, encoding._special_tokens
         tokens = sorted(ranks, key=ranks.__getitem__)
-        if specials["<|bos|>"] != len(tokens) or sorted(specials.values()) != list(range(len(tokens), len(tokens) + len(specials))):
+        if specials["<|bos|>"] != len(tokens) or sorted(specials.values()) != list(range(len(tokens),
+                                                                                         len(tokens) + len(specials))):
             raise ValueError("special ids do not follow the others, bos first")
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
@@ -101,8 +108,10 @@ def add_model_flags(parser: FlagParser) -> None:
     parser.add_argument("--checkpoint_dir", help="checkpoint directory of a training run")
     parser.add_argument("--step", default="latest", help="training step to load, or 'latest' (the newest intact one)")
     parser.add_argument("--nanochat_checkpoint", help="instead: checkpoint directory of karpathy/nanochat")
-    parser.add_argument("--nanochat_tokenizer", help="its tokenizer.pkl; loading it runs code of that file, so only if you trust it")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto (CUDA when there is one), cpu or cuda")
+    parser.add_argument("--nanochat_tokenizer",
+                        help="its tokenizer.pkl; loading it runs code of that file, so only if you trust it")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
+                        help="auto (CUDA when there is one), cpu or cuda")
 
 
 def model_from_flags(args: Namespace, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
@@ -117,7 +126,8 @@ def model_from_flags(args: Namespace, device: torch.device) -> tuple[GPT, Tokeni
         model, meta = load_model(args.checkpoint_dir, args.step, device)
     tokenizer = load_nanochat_tokenizer(args.nanochat_tokenizer) if args.nanochat_tokenizer else Tokenizer.load()
     if tokenizer.vocab_size != model.config.vocab_size:
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: they do not belong together; "
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: they do "
+                        "not belong together; "
                         "a reference checkpoint needs --nanochat_tokenizer, ours the tokenizer it was trained with")
     if "tokenizer" in meta:
         check_tokenizer(meta, tokenizer)
@@ -127,4 +137,5 @@ def model_from_flags(args: Namespace, device: torch.device) -> tuple[GPT, Tokeni
 def check_tokenizer(meta: dict, tokenizer: Tokenizer, what: Path | str = "the model") -> None:
     """UserError unless the checkpoint of that `meta` was trained with this tokenizer."""
     if meta.get("tokenizer") != tokenizer.fingerprint:
-        raise UserError(f"{what} was trained with tokenizer {meta.get('tokenizer')}, here is {tokenizer.fingerprint}; restore that one")
+        raise UserError(f"{what} was trained with tokenizer {meta.get('tokenizer')}, here is {tokenizer.fingerprint}; "
+                        "restore that one")

@@ -27,7 +27,8 @@ from nanochat.common import UserError
 
 SHARD_MIN = 65_536  # [elements] below this, AdamW state is cheaper to repeat than a collective of its own
 
-# Odd quintics a·x + b·x³ + c·x⁵, each (nearly) the best one on the interval of singular values that the one before leaves,
+# Odd quintics a·x + b·x³ + c·x⁵, each (nearly) the best one on the interval of singular
+# values that the one before leaves,
 # starting from [1e-3, 1]: Amsel et al., "The Polar Express", arXiv 2505.16932, Algorithm 1.
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -52,7 +53,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT  # the Gram matrix is then the smaller of the two
-    elongated = x.size(-1) >= 2 * x.size(-2) and not x.is_cuda  # squaring the spectrum is safe in float32, not in bfloat16
+    # squaring the spectrum is safe in float32, not in bfloat16
+    elongated = x.size(-1) >= 2 * x.size(-2) and not x.is_cuda
     x = _iterate_gram(x) if elongated else _iterate(x)
     return x.mT if tall else x
 
@@ -65,8 +67,9 @@ def _iterate(x: Tensor) -> Tensor:
 
 
 def _iterate_gram(x: Tensor) -> Tensor:
-    """The same polynomials, multiplied up on the Gram matrix [rows, rows] and applied to x once: measured 1.7 times faster at
-    rows:cols 1:4 on one CPU thread (1.3 times slower for a square), rounding in float32 1e-5 to 4e-5 either way."""
+    """The same polynomials, multiplied up on the Gram matrix [rows, rows] and applied to x once: measured 1.7 times
+    faster at rows:cols 1:4 on one CPU thread (1.3 times slower for a square), rounding in
+    float32 1e-5 to 4e-5 either way."""
     gram, product = x @ x.mT, None
     for i, (a, b, c) in enumerate(STEPS):
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -121,7 +124,8 @@ class _MuonBucket:
             self.work.wait()
         lr, decay = self.group["lr"], self.group["weight_decay"]
         updates = list(self.updates[: len(self.params)].to(self.params[0].dtype).unbind(0))
-        if decay:  # cautious: only where the update and the decay pull the same way (Cautious Weight Decay, arXiv 2510.12402)
+        # cautious: only where the update and the decay pull the same way (Cautious Weight Decay, arXiv 2510.12402)
+        if decay:
             agree = torch._foreach_mul(updates, self.params)
             torch._foreach_sign_(agree)
             torch._foreach_clamp_min_(agree, 0)
@@ -164,8 +168,10 @@ class _AdamWBucket:
         beta1, beta2 = self.group["betas"]
         self.state["step"] += 1
         torch._fused_adamw_(
-            self.targets, self._mean_grads(), self.exp_avgs, self.exp_avg_sqs, [], [self.state["step"]] * len(self.targets),
-            lr=self.group["lr"], beta1=beta1, beta2=beta2, weight_decay=self.group["weight_decay"], eps=self.group["eps"],
+            self.targets, self._mean_grads(), self.exp_avgs, self.exp_avg_sqs, [],
+            [self.state["step"]] * len(self.targets),
+            lr=self.group["lr"], beta1=beta1, beta2=beta2, weight_decay=self.group["weight_decay"],
+            eps=self.group["eps"],
             amsgrad=False, maximize=False,
         )  # fmt: skip
 
@@ -205,7 +211,8 @@ def _make_buckets(group: dict, rank: int, world_size: int) -> list[_MuonBucket |
     for p in group["params"]:
         if group["kind"] == "muon":
             if p.ndim != 2:
-                raise ValueError(f"group {group['name']!r}: Muon takes matrices, got a parameter of shape {tuple(p.shape)}")
+                raise ValueError(f"group {group['name']!r}: Muon takes matrices, got a parameter of shape "
+                                 f"{tuple(p.shape)}")
             alike[p.dtype, p.shape].append(p)
         elif world_size > 1 and p.numel() >= SHARD_MIN and p.size(0) % world_size == 0:
             buckets.append(_ShardedAdamWBucket(group, [p], rank, world_size))
@@ -216,10 +223,10 @@ def _make_buckets(group: dict, rank: int, world_size: int) -> list[_MuonBucket |
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Param groups are dicts with `params`, `kind` ("muon" or "adamw"), `name` and `lr`; optional `betas`, `eps` (AdamW),
-    `momentum` (Muon) and `weight_decay` (decoupled; cautious for Muon). All may change between steps; `initial_lr`
-    keeps the first `lr` for schedules. Joins the default process group if there is one: build it the same way on every
-    rank, from equal parameters. Gradients are averaged over ranks inside `step`.
+    """Param groups are dicts with `params`, `kind` ("muon" or "adamw"), `name` and `lr`; optional `betas`, `eps`
+    (AdamW), `momentum` (Muon) and `weight_decay` (decoupled; cautious for Muon). All may change between steps;
+    `initial_lr` keeps the first `lr` for schedules. Joins the default process group if there is one: build it the same
+    way on every rank, from equal parameters. Gradients are averaged over ranks inside `step`.
 
     Raises ValueError for a group without kind or name, or a Muon parameter that is not a matrix.
     """
@@ -251,7 +258,8 @@ class MuonAdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         """This rank's shard: plain containers and tensors, so that it loads with `weights_only=True`."""
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
-        return {"rank": self.rank, "world_size": self.world_size, "groups": groups, "buckets": [dict(b.state) for b in self._buckets]}
+        return {"rank": self.rank, "world_size": self.world_size, "groups": groups,
+                "buckets": [dict(b.state) for b in self._buckets]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
@@ -268,10 +276,13 @@ class MuonAdamW(torch.optim.Optimizer):
         mine = self.state_dict()
         names, saved_names = ([g["name"] for g in d["groups"]] for d in (mine, state_dict))
         if names != saved_names:
-            raise UserError(f"optimizer groups in the checkpoint are {saved_names}, this run has {names}: use the flags it was saved with")
-        shapes, saved_shapes = ([{k: tuple(t.shape) for k, t in b.items()} for b in d["buckets"]] for d in (mine, state_dict))
+            raise UserError(f"optimizer groups in the checkpoint are {saved_names}, this run has {names}: use the "
+                            "flags it was saved with")
+        shapes, saved_shapes = ([{k: tuple(t.shape) for k, t in b.items()} for b in d["buckets"]]
+                                for d in (mine, state_dict))
         if shapes != saved_shapes:
-            raise UserError("optimizer state in the checkpoint has other shapes than this model: use the flags it was saved with")
+            raise UserError("optimizer state in the checkpoint has other shapes than this model: use the flags it was "
+                            "saved with")
         for group, saved in zip(self.param_groups, state_dict["groups"]):
             group.update(saved)
         for bucket, saved in zip(self._buckets, state_dict["buckets"]):
@@ -291,9 +302,9 @@ def gpt_param_groups(
 ) -> list[dict]:
     """Groups for nanochat's GPT by parameter name; empty ones are left out, parameters without gradient too.
 
-    Learning rates are given for width 768; those of embeddings and head are scaled by (n_embd / 768)^-1/2. Muon needs no such
-    scaling and scalars have no width. weight_decay is for the matrices alone. The residual scalars act on the whole stream,
-    hence a hundredth of scalar_lr; those of x0 get a longer memory (beta1 0.96).
+    Learning rates are given for width 768; those of embeddings and head are scaled by (n_embd / 768)^-1/2. Muon needs
+    no such scaling and scalars have no width. weight_decay is for the matrices alone. The residual scalars act on the
+    whole stream, hence a hundredth of scalar_lr; those of x0 get a longer memory (beta1 0.96).
     """
     width = (n_embd / 768) ** -0.5
     options = {
@@ -322,12 +333,14 @@ def _gpt_group(name: str, p: Tensor) -> str:
 
 
 def check_groups(modules: Mapping[str, nn.Module], groups: Iterable[dict]) -> None:
-    """AssertionError, with names, unless every trainable parameter of the modules is in exactly one group, and no other is."""
+    """AssertionError, with names, unless every trainable parameter of the modules is in exactly
+    one group, and no other is."""
     counts: dict[int, int] = defaultdict(int)
     for group in groups:
         for p in group["params"]:
             counts[id(p)] += 1
-    names = {id(p): f"{module}.{name}" for module, m in modules.items() for name, p in m.named_parameters() if p.requires_grad}
+    names = {id(p): f"{module}.{name}" for module, m in modules.items() for name, p in m.named_parameters()
+             if p.requires_grad}
     wrong = [f"{name} (in {counts[key]} groups)" for key, name in names.items() if counts[key] != 1]
     assert not wrong, f"every trainable parameter must be in exactly one optimizer group: {', '.join(wrong)}"
     strangers = sum(key not in names for key in counts)
@@ -336,7 +349,8 @@ def check_groups(modules: Mapping[str, nn.Module], groups: Iterable[dict]) -> No
 
 @torch.no_grad()
 def global_grad_norm(params: Iterable[Tensor], world_size: int = 1, max_norm: float | None = None) -> Tensor:
-    """L2 norm, float32 [], of all gradients together, averaged over ranks; with max_norm, scales them down to it in place.
+    """L2 norm, float32 [], of all gradients together, averaged over ranks; with max_norm,
+    scales them down to it in place.
 
     With several ranks it averages a copy of each gradient, one at a time: as much traffic as a step, so call it on
     logging steps. Call it on every rank, before `MuonAdamW.step`.
@@ -360,8 +374,10 @@ def global_grad_norm(params: Iterable[Tensor], world_size: int = 1, max_norm: fl
 
 @torch.no_grad()
 def relative_change(params: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
-    """L2 norm, float32 [], of what has changed in the parameters together since `before`, over the norm that they had."""
-    changed, had = (torch.stack([x.float() for x in torch._foreach_norm(list(xs))]).norm() for xs in (torch._foreach_sub(list(params), list(before)), before))
+    """L2 norm, float32 [], of what has changed in the parameters together since `before`,
+    over the norm that they had."""
+    changed, had = (torch.stack([x.float() for x in torch._foreach_norm(list(xs))]).norm()
+                    for xs in (torch._foreach_sub(list(params), list(before)), before))
     return changed / had.clamp_min(1e-30)
 
 
@@ -369,4 +385,5 @@ def assert_finite(loss: Tensor | float, step: int) -> None:
     """UserError unless the loss is finite; call before `step`, so that a bad batch does not reach the weights."""
     value = float(loss.detach() if isinstance(loss, Tensor) else loss)
     if value != value or value in (float("inf"), float("-inf")):
-        raise UserError(f"loss is not finite at step {step} ({value}): lower the learning rates or look at the data of that step")
+        raise UserError(f"loss is not finite at step {step} ({value}): lower the learning rates or look at the data of "
+                        "that step")

@@ -1,16 +1,19 @@
-"""Where results go: looked at before the work, written whole or not at all, one run to a directory, and a run that ends when it is asked to.
+"""Where results go: looked at before the work, written whole or not at all, one run to a directory, and a run
+that ends when it is asked to.
 
-    out = output_folder(args.out, "report.json")   # before the work: parents can be made, a byte really written, nothing in the way
+    out = output_folder(args.out, "report.json")   # before the work: parents can be made, a byte
+                                                   really written, nothing in the way
     with replacing(out / "report.json") as part:   # after it: the old file or the new one, never a half
         part.write_text(text)
 
     with holding(directory), StopRequest(ranks) as stop:
         while …:
-            if stop.agreed():                      # SIGTERM came, here or at another rank: all ranks see it at the same step
+            if stop.agreed():                      # SIGTERM came, here or at another rank:
+                                                   all ranks see it at the same step
                 save()
 
-Locks are the system's (`flock`): one that a killed process held is free at once, and a file left behind locks nothing. A file
-system that has no locks is named on stderr once, and used without.
+Locks are the system's (`flock`): one that a killed process held is free at once, and a file left behind locks nothing.
+A file system that has no locks is named on stderr once, and used without.
 """
 
 import contextlib
@@ -45,8 +48,8 @@ NAME_BYTES = 200  # of a folder that a tag names: file systems take 255, and suf
 def output_folder(path: Path | str, *files: str, flag: str = "--out") -> Path:
     """A folder that will take `files`. flag: what named it, for the message.
 
-    It is made with its parents, written to, and what was made is taken away again: work that fails leaves no empty folders.
-    UserError when that does not go, or when a folder is in the place of a file.
+    It is made with its parents, written to, and what was made is taken away again: work that fails leaves no empty
+    folders. UserError when that does not go, or when a folder is in the place of a file.
     """
     path = Path(path)
     missing: list[Path] = []
@@ -70,7 +73,8 @@ def output_folder(path: Path | str, *files: str, flag: str = "--out") -> Path:
 
 
 def output_file(path: Path | str, flag: str = "--out") -> Path:
-    """A file to be written later, in a folder as `output_folder` wants it. UserError too where it is a folder itself."""
+    """A file to be written later, in a folder as `output_folder` wants it. UserError too
+    where it is a folder itself."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{flag}={path} is a folder; name a file")
@@ -90,14 +94,16 @@ def reason(e: Exception) -> str:
 
 
 def check_tag(tag: str, flag: str = "--model_tag") -> str:
-    """A run's name, `d6` or in folders `small/seed1`: its place below checkpoints/ and runs/. UserError for one that leads elsewhere."""
+    """A run's name, `d6` or in folders `small/seed1`: its place below checkpoints/ and runs/. UserError
+    for one that leads elsewhere."""
     parts = tag.split("/")
     if why := (
         "is empty" if not tag.strip()
         else "leads out of the folder of checkpoints" if tag.startswith("/") or ".." in parts
         else "has a part without a name" if any(not part.strip(" .") for part in parts)
         else "holds characters that cannot be printed" if not tag.isprintable()
-        else f"has a part of more than {NAME_BYTES} bytes" if any(len(part.encode(errors="replace")) > NAME_BYTES for part in parts)
+        else f"has a part of more than {NAME_BYTES} bytes" if any(len(part.encode(errors="replace")) > NAME_BYTES
+                                                                  for part in parts)
         else "is in more than 8 folders" if len(parts) > 9
         else ""
     ):  # fmt: skip
@@ -111,10 +117,11 @@ def check_tag(tag: str, flag: str = "--model_tag") -> str:
 
 @contextmanager
 def replacing(path: Path | str, *failures: type[Exception]) -> Iterator[Path]:
-    """A path beside `path` to write to. After a clean end it is flushed to the medium and is `path`; else it is gone and `path` is as before.
+    """A path beside `path` to write to. After a clean end it is flushed to the medium and is `path`; else it
+    is gone and `path` is as before.
 
-    Parents are made. A link stays a link; a device or a pipe is written itself. failures: what a library raises besides OSError when it cannot
-    write. UserError for these.
+    Parents are made. A link stays a link; a device or a pipe is written itself. failures: what a library raises besides
+    OSError when it cannot write. UserError for these.
     """
     path = Path(path)
     if _is_stream(path):
@@ -169,7 +176,8 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path`, waiting for it: of several processes one builds, and the others then find it built."""
+    """Hold an exclusive lock on `path`, waiting for it: of several processes one builds, and
+    the others then find it built."""
     with _open_lock(path) as lock:
         _lock(lock, fcntl.LOCK_EX)
         yield
@@ -177,7 +185,8 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def holding(directory: Path) -> Iterator[None]:
-    """Be the one run that writes to a directory. UserError, naming the process, while another is; nothing is written there for it."""
+    """Be the one run that writes to a directory. UserError, naming the process, while another is;
+    nothing is written there for it."""
     name = hashlib.sha256(os.path.realpath(directory).encode(errors="surrogateescape")).hexdigest()[:12]
     with _open_lock(base_dir() / ".locks" / f"run-{name}") as lock:
         try:
@@ -212,7 +221,8 @@ def _lock(lock, operation: int) -> None:
         folder = str(Path(lock.name).parent)
         if folder not in _said:
             _said.add(folder)
-            print0(f"warning: {folder} is on a file system without locks ({reason(e)}): nothing hinders a second run from writing to the "
+            print0(f"warning: {folder} is on a file system without locks ({reason(e)}): nothing hinders a second run "
+                   "from writing to the "
                    "same place; see to it that there is none", file=sys.stderr)
 
 
@@ -221,10 +231,11 @@ def _lock(lock, operation: int) -> None:
 
 
 class StopRequest:
-    """Notes SIGTERM, SIGINT, SIGHUP and SIGUSR1 instead of dying of them, so that a run can save and end; use as a context manager.
+    """Notes SIGTERM, SIGINT, SIGHUP and SIGUSR1 instead of dying of them, so that a run can save and
+    end; use as a context manager.
 
-    What job schedulers send minutes before the end, and Ctrl-C. A second Ctrl-C, a second or more after the first, interrupts at
-    once. A signal that the process was started to ignore (nohup) stays ignored.
+    What job schedulers send minutes before the end, and Ctrl-C. A second Ctrl-C, a second or more after the first,
+    interrupts at once. A signal that the process was started to ignore (nohup) stays ignored.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -259,7 +270,8 @@ class StopRequest:
     def agreed(self) -> bool:
         """Whether to stop here: the same answer on all ranks, which call it equally often.
 
-        One rank: at once. Several: what was true at the call before, so that nobody waits: a number goes around while the step runs.
+        One rank: at once. Several: what was true at the call before, so that nobody waits: a number
+        goes around while the step runs.
         """
         if self.ranks.world_size == 1:
             return bool(self.signal)

@@ -1,7 +1,8 @@
-"""What is secret is not printed and not recorded: an address's user, password and query, and the keys and tokens of the environment.
+"""What is secret is not printed and not recorded: an address's user, password and query, and the keys
+and tokens of the environment.
 
-Two ways, because neither is enough: by form, wherever the text looks like an address or a header with credentials, and by value, for what the
-environment names as secret and a library's message repeats in a form of its own.
+Two ways, because neither is enough: by form, wherever the text looks like an address or a header with credentials, and
+by value, for what the environment names as secret and a library's message repeats in a form of its own.
 """
 
 import os
@@ -18,8 +19,10 @@ LEAST = 4  # characters of a value that is hidden wherever it occurs; shorter on
 
 
 def redacted(url: str) -> str:
-    """An address to be shown: without user, password, query and fragment. One without a scheme, `user:password@host:4317`, counts as one."""
-    url = re.sub(rf"^({SCHEME})?.*@", rf"\g<1>{HIDDEN}@", url, flags=re.DOTALL)  # up to the last @: passwords are not always escaped
+    """An address to be shown: without user, password, query and fragment. One without a scheme,
+    `user:password@host:4317`, counts as one."""
+    # up to the last @: passwords are not always escaped
+    url = re.sub(rf"^({SCHEME})?.*@", rf"\g<1>{HIDDEN}@", url, flags=re.DOTALL)
     return re.sub(r"[?#].*", f"?{HIDDEN}", url, flags=re.DOTALL)
 
 
@@ -29,7 +32,8 @@ def scrubbed(text: str) -> str:
         text = text.replace(secret, HIDDEN)
     text = re.sub(rf"{SCHEME}[^\s'\"<>]+", lambda found: redacted(found[0]), text)
     text = re.sub(r"([?&][\w.-]+=)[^\s&'\"<>)]+", rf"\g<1>{HIDDEN}", text)
-    return re.sub(r"(authorization\W{1,5}(?:(?:basic|bearer)\s+)?)[^\s'\",}]+", rf"\g<1>{HIDDEN}", text, flags=re.IGNORECASE)
+    return re.sub(r"(authorization\W{1,5}(?:(?:basic|bearer)\s+)?)[^\s'\",}]+", rf"\g<1>{HIDDEN}", text,
+                  flags=re.IGNORECASE)
 
 
 def userinfo(url: str) -> tuple[str, str]:
@@ -57,5 +61,6 @@ def _of_variable(name: str, value: str) -> Iterator[str]:
     if "://" in value or ADDRESS_NAME.search(name):
         login = re.sub(SCHEME, "", value).rpartition("@")[0]
         password = login.partition(":")[2]
-        yield from (password, *re.split("[/?#]", password), *re.split("[/?#]", login)[:1] * bool(password))  # as libraries cut one that is not escaped
+        # as libraries cut one that is not escaped
+        yield from (password, *re.split("[/?#]", password), *re.split("[/?#]", login)[:1] * bool(password))
         yield from re.findall(r"[?&][\w.-]+=([^&#\s]+)", value)

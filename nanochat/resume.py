@@ -18,7 +18,8 @@ from nanochat.plan import Plan, run_tag
 from nanochat.tokenizer import Tokenizer
 
 MAY_CHANGE = {
-    "data", "device_batch_size", "stop_at", "eval_every", "eval_tokens", "probe_every", "save_every", "keep_last", "log_every", "trace_every",
+    "data", "device_batch_size", "stop_at", "eval_every", "eval_tokens", "probe_every", "save_every", "keep_last",
+    "log_every", "trace_every",
     "resume", "model_tag", "run", "device", "compile", "vocab_size",
 }  # fmt: skip  # flags of a resumed run; the loader compares the data itself, not its path
 
@@ -40,7 +41,8 @@ class RunProgress:
 
 @contextmanager
 def own_directory(args) -> Iterator[Path]:
-    """The directory of a run's checkpoints, held against any other run until the end. UserError while another has it."""
+    """The directory of a run's checkpoints, held against any other run until the end.
+    UserError while another has it."""
     directory = base_dir() / "checkpoints" / run_tag(args)
     output_folder(directory, flag=BASE_DIR)
     with holding(directory) if int(os.environ.get("RANK", 0)) == 0 else contextlib.nullcontext():
@@ -63,13 +65,15 @@ class Checkpoints:
     progress: RunProgress = field(default_factory=RunProgress)
 
     def resume(self) -> RunProgress:
-        """Where the newest intact checkpoint stands, everything put back; the beginning where there is none. UserError where there is one
-        that is not to be gone on with."""
+        """Where the newest intact checkpoint stands, everything put back; the beginning where there is none. UserError
+        where there is one that is not to be gone on with."""
         if not (steps := complete_steps(self.directory)):
             return self.progress
         if not self.args.resume:
-            raise UserError(f"{self.directory} holds checkpoints of another run, up to step {steps[-1]}; use --resume=1, another --model_tag, or remove it")
-        saved = load_checkpoint(self.directory, device=self.ranks.device, rank=self.ranks.rank, world_size=self.ranks.world_size)
+            raise UserError(f"{self.directory} holds checkpoints of another run, up to step {steps[-1]}; use "
+                            "--resume=1, another --model_tag, or remove it")
+        saved = load_checkpoint(self.directory, device=self.ranks.device, rank=self.ranks.rank,
+                                world_size=self.ranks.world_size)
         check_resumable(saved.meta, self.args, self.plan, self.tokenizer, self.directory, self.controller)
         self.model.load_state_dict(saved.model)
         self.controller.load_state_dict(saved.mc)
@@ -77,20 +81,25 @@ class Checkpoints:
         self.loader.load_state_dict(saved.loader)
         set_rng_state(saved.rng)
         print0(f"resumed {self.directory} at step {saved.step} of {self.plan.num_iterations}")
-        self.progress = RunProgress(saved.step, saved.meta["flops"], saved.meta.get("trained_s", 0.0), saved.meta["val"], saved.step)
+        self.progress = RunProgress(saved.step, saved.meta["flops"], saved.meta.get("trained_s", 0.0),
+                                    saved.meta["val"], saved.step)
         return self.progress
 
     def save(self) -> None:
         """Where the run stands. Every rank calls it."""
         progress = self.progress
         meta = {
-            "model_config": asdict(self.plan.model), "num_iterations": self.plan.num_iterations, "tokenizer": self.tokenizer.fingerprint,
-            "flops": progress.flops, "tokens": self.plan.tokens_per_step * progress.step, "trained_s": progress.trained_s,
+            "model_config": asdict(self.plan.model), "num_iterations": self.plan.num_iterations,
+            "tokenizer": self.tokenizer.fingerprint,
+            "flops": progress.flops, "tokens": self.plan.tokens_per_step * progress.step,
+            "trained_s": progress.trained_s,
             "val": progress.val, "flags": vars(self.args), "mc": self.controller.meta(),
         }  # fmt: skip
         save_checkpoint(
-            self.directory, progress.step, model=self.model.state_dict(), optimizer_shard=self.optimizer.state_dict(), meta=meta,
-            mc=self.controller.state_dict(), loader=self.loader.state_dict(), rank=self.ranks.rank, world_size=self.ranks.world_size,
+            self.directory, progress.step, model=self.model.state_dict(), optimizer_shard=self.optimizer.state_dict(),
+            meta=meta,
+            mc=self.controller.state_dict(), loader=self.loader.state_dict(), rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
             keep_last=self.args.keep_last,
         )  # fmt: skip
         progress.saved_step = progress.step
@@ -103,12 +112,16 @@ class Checkpoints:
             annotate(self.directory, progress.step, val=progress.val)
 
 
-def check_resumable(meta: dict, args, plan: Plan, tokenizer: Tokenizer, directory: Path, controller: NullController) -> None:
-    """UserError when a run would go on with other flags than it began with: state that is restored would silently win over them."""
+def check_resumable(meta: dict, args, plan: Plan, tokenizer: Tokenizer, directory: Path,
+                    controller: NullController) -> None:
+    """UserError when a run would go on with other flags than it began with: state that is restored
+    would silently win over them."""
     now, saved = as_flags(vars(args)), as_flags(meta["flags"])
-    if meta.get("mc") and controller.modules:  # as this version reads it: settings that came or went since make no difference
+    # as this version reads it: settings that came or went since make no difference
+    if meta.get("mc") and controller.modules:
         now, saved = ({name: v for name, v in flags.items() if not name.startswith("mc_")} for flags in (now, saved))
-        now, saved = (flags | as_flags(settings, "mc_") for flags, settings in ((now, controller.settings()), (saved, controller.settings(meta["mc"]))))
+        now, saved = (flags | as_flags(settings, "mc_")
+                      for flags, settings in ((now, controller.settings()), (saved, controller.settings(meta["mc"]))))
     changed = [f"--{k}={v} (was {saved.get(k, 'not there')})" for k, v in now.items() if saved.get(k) != v]
     changed += [f"--{k} (was {v})" for k, v in saved.items() if k not in now]
     if meta["tokenizer"] != tokenizer.fingerprint:
@@ -116,7 +129,8 @@ def check_resumable(meta: dict, args, plan: Plan, tokenizer: Tokenizer, director
     if not changed and (meta["model_config"] != asdict(plan.model) or meta["num_iterations"] != plan.num_iterations):
         changed.append(f"model or horizon (was {meta['model_config']}, {meta['num_iterations']} steps)")
     if changed:
-        raise UserError(f"cannot resume {directory} with other settings: {', '.join(changed)}; use its flags, another --model_tag, or --resume=0")
+        raise UserError(f"cannot resume {directory} with other settings: {', '.join(changed)}; use its flags, another "
+                        "--model_tag, or --resume=0")
 
 
 def as_flags(values: dict, prefix: str = "") -> dict:
@@ -125,10 +139,12 @@ def as_flags(values: dict, prefix: str = "") -> dict:
 
 
 def start_from(directory: str, plan: Plan, model: GPT, controller: NullController, tokenizer: Tokenizer) -> None:
-    """The newest weights of another run of the same shape; MegaContext's where both runs have a tensor of that name and shape."""
+    """The newest weights of another run of the same shape; MegaContext's where both runs have a
+    tensor of that name and shape."""
     state, meta = load_model_state(directory, device=model.lm_head.weight.device)
     here, there = asdict(plan.model), meta["model_config"]
-    different = [f"{name} {there.get(name)} there, {value} here" for name, value in here.items() if name != "sequence_len" and there.get(name) != value]
+    different = [f"{name} {there.get(name)} there, {value} here" for name, value in here.items()
+                 if name != "sequence_len" and there.get(name) != value]
     if meta["tokenizer"] != tokenizer.fingerprint:
         different.append(f"tokenizer {meta['tokenizer']} there, {tokenizer.fingerprint} here")
     if different:
@@ -139,4 +155,6 @@ def start_from(directory: str, plan: Plan, model: GPT, controller: NullControlle
     if own and theirs:
         taken = {name: tensor for name, tensor in theirs.items() if name in own and own[name].shape == tensor.shape}
         controller.load_state_dict(own | taken)
-        print0(f"{len(taken)} of {len(own)} tensors of MegaContext as well" + "".join(f", not {name}" for name in own if name not in taken))
+        print0(f"{len(taken)} of {len(own)} tensors of MegaContext as well" + "".join(f", not {name}"
+                                                                                      for name in own
+                                                                                      if name not in taken))

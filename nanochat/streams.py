@@ -1,8 +1,10 @@
-"""Standard streams as they come, and Ctrl-C: pipes whose reader has left, closed streams, full disks, encodings that lack a character.
+"""Standard streams as they come, and Ctrl-C: pipes whose reader has left, closed streams, full disks,
+encodings that lack a character.
 
-Python answers most of these with a traceback. Here a stream that takes no more raises `StreamLost` once and is silent from then on, so that what
-is to be closed on the way out is closed; what an encoding lacks is written as an escape; what it cannot read stays in the text as a surrogate, for
-whoever reads the line to refuse it. Imports nothing heavy: `scripts` prepares the streams before torch is imported.
+Python answers most of these with a traceback. Here a stream that takes no more raises `StreamLost` once and is silent
+from then on, so that what is to be closed on the way out is closed; what an encoding lacks is written as an escape;
+what it cannot read stays in the text as a surrogate, for whoever reads the line to refuse it. Imports nothing heavy:
+`scripts` prepares the streams before torch is imported.
 """
 
 import errno
@@ -14,7 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-INTERRUPTED, READER_LEFT = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # exit codes, as of a process that such a signal has ended
+# exit codes, as of a process that such a signal has ended
+INTERRUPTED, READER_LEFT = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 
 
 class StreamLost(OSError):
@@ -33,7 +36,8 @@ class _Output(io.FileIO):
 
 
 def prepare_streams() -> None:
-    """Make stdin, stdout and stderr behave as the module says. A second call does nothing; streams that somebody has replaced stay."""
+    """Make stdin, stdout and stderr behave as the module says. A second call does nothing; streams that
+    somebody has replaced stay."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -50,13 +54,15 @@ def prepare_streams() -> None:
             stream.flush()
             raw = _Output(number, "wb", closefd=False)
             setattr(sys, name, io.TextIOWrapper(
-                raw if stream.write_through else io.BufferedWriter(raw), stream.encoding, "backslashreplace", "\n", stream.line_buffering,
+                raw if stream.write_through else io.BufferedWriter(raw), stream.encoding, "backslashreplace", "\n",
+                stream.line_buffering,
                 stream.write_through))
 
 
 @contextmanager
 def flushed_streams() -> Iterator[None]:
-    """All that was printed within is out at the end, or StreamLost is raised: not by the interpreter, when nobody can catch it any more."""
+    """All that was printed within is out at the end, or StreamLost is raised: not by the interpreter, when
+    nobody can catch it any more."""
     try:
         yield
     finally:
@@ -83,8 +89,8 @@ def on_interrupt(handler: Callable) -> None:
 
 @contextmanager
 def interrupt_noted() -> Iterator[Callable[[], bool]]:
-    """Within, a first Ctrl-C raises nothing: the function that is given out says whether there was one, for a loop to stop between two steps and
-    leave nothing half done. A second one raises KeyboardInterrupt wherever it comes."""
+    """Within, a first Ctrl-C raises nothing: the function that is given out says whether there was one, for a loop to
+    stop between two steps and leave nothing half done. A second one raises KeyboardInterrupt wherever it comes."""
     noted, before = [], signal.getsignal(signal.SIGINT)
 
     def note(signum: int, frame: FrameType | None) -> None:

@@ -1,7 +1,8 @@
-"""A corpus split as token ids on disk: tokenized once, memory-mapped afterwards, and once more when a file's content has changed.
+"""A corpus split as token ids on disk: tokenized once, memory-mapped afterwards, and once more
+when a file's content has changed.
 
-`tokens-{split}-{corpus}-{tokenizer}/` holds tokens.bin (uint16, or uint32 for vocabularies from 65,536 on), docs.npy (int64
-[documents + 1], where each document begins, and the end) and meta.json. Every document starts with bos.
+`tokens-{split}-{corpus}-{tokenizer}/` holds tokens.bin (uint16, or uint32 for vocabularies from 65,536 on), docs.npy
+(int64 [documents + 1], where each document begins, and the end) and meta.json. Every document starts with bos.
 """
 
 import json
@@ -76,7 +77,8 @@ def _build(path: Path, corpus: Corpus, split: str, tokenizer: Tokenizer) -> None
         shutil.rmtree(tmp, ignore_errors=True)  # a damaged corpus, or a full disk, leaves nothing behind
         if isinstance(e, UserError):
             raise
-        raise UserError(f"cannot write the tokens of {corpus.name} to {path} ({reason(e)}); free some space, or set {BASE_DIR} to another folder") from None
+        raise UserError(f"cannot write the tokens of {corpus.name} to {path} ({reason(e)}); free some space, or set "
+                        f"{BASE_DIR} to another folder") from None
 
 
 def _open(path: Path, fingerprint: str) -> TokenCache:
@@ -101,7 +103,8 @@ def _open(path: Path, fingerprint: str) -> TokenCache:
 
 
 def open_token_cache(corpus: Corpus, split: str, tokenizer: Tokenizer) -> TokenCache:
-    """The tokens of a corpus split ("train" or "val"), made on first use. UserError on an empty corpus or a damaged cache."""
+    """The tokens of a corpus split ("train" or "val"), made on first use. UserError on an
+    empty corpus or a damaged cache."""
     fingerprint = f"{split}-{corpus.fingerprint}-{tokenizer.fingerprint}"
     path = base_dir() / f"tokens-{fingerprint}"
     with locked(base_dir() / ".locks" / path.name):

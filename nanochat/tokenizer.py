@@ -31,13 +31,15 @@ MAX_PIECE = 1 << 24  # characters that are tokenized together at most, where a t
 LONG_RUN = 1 << 17  # blanks; the pattern engines' stacks overflow between 500,000 and 1,000,000
 ENGINE_RUN = 1 << 20  # blanks that no engine takes at once, so that they may come apart: merging 10 million took 43 s
 _PLACE = re.compile(r"\n(?=\S)")
-BLANKS = "\t\v\f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"  # the pattern's \\s without CR, LF
+# the pattern's \\s without CR, LF
+BLANKS = "\t\v\f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
 _BLANKS = re.compile(f"[{BLANKS}]+")
 
 
 def cut(pieces: Iterable[str]) -> Iterator[str]:
-    """The same text in other pieces, which have the tokens of the whole: cut after a newline that no white space follows, where no token
-    of the pattern reaches across. Where a text offers no such place for MAX_PIECE characters it is cut there, however it comes."""
+    """The same text in other pieces, which have the tokens of the whole: cut after a newline that no white space
+    follows, where no token of the pattern reaches across. Where a text offers no such place for MAX_PIECE characters it
+    is cut there, however it comes."""
     rest = ""
     for piece in pieces:
         seen, rest = max(len(rest) - 1, 0), rest + piece
@@ -62,7 +64,8 @@ def cut(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def long_runs(text: str) -> Iterator[range]:
-    """The runs of LONG_RUN and more blanks that no line end follows. Looks at one character in LONG_RUN of other text."""
+    """The runs of LONG_RUN and more blanks that no line end follows. Looks at one
+    character in LONG_RUN of other text."""
     begin, at = 0, LONG_RUN - 1
     while at < len(text):
         blanks = _BLANKS.match(text, at)
@@ -126,17 +129,20 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int = 2048, reserved: Reserved = Reserved()) -> "Tokenizer":
-        """Learn `vocab_size` BPE tokens (256 bytes included, special ids not). UserError if `texts` are too few for that."""
+        """Learn `vocab_size` BPE tokens (256 bytes included, special ids not). UserError if
+        `texts` are too few for that."""
         if vocab_size < 257:
             raise UserError(f"--vocab_size={vocab_size}: at least 257 (the 256 bytes and one merge)")
         import rustbpe  # needed here only: a trained tokenizer runs without it
 
         bpe = rustbpe.Tokenizer()
-        bpe.train_from_iterator((piece for text in texts for piece in trainable(text)), vocab_size, pattern=SPLIT_PATTERN)
+        bpe.train_from_iterator((piece for text in texts for piece in trainable(text)), vocab_size,
+                                pattern=SPLIT_PATTERN)
         tokens = [bytes(token) for token, _ in sorted(bpe.get_mergeable_ranks(), key=lambda item: item[1])]
         if len(tokens) != vocab_size:
             raise UserError(
-                f"the text yields {len(tokens)} tokens, --vocab_size={vocab_size} asks for more; give more text or fewer tokens"
+                f"the text yields {len(tokens)} tokens, --vocab_size={vocab_size} asks for more; give more text or "
+                "fewer tokens"
             )
         return cls(tokens, SPLIT_PATTERN, reserved)
 
@@ -156,7 +162,8 @@ class Tokenizer:
     def save(self, directory: Path | str | None = None) -> Path:
         """Write `tokenizer.json` atomically into `directory` (default: `tokenizer_dir()`) and return its path."""
         path = Path(directory or tokenizer_dir()) / "tokenizer.json"
-        write_file(output_file(path, flag=BASE_DIR), json.dumps(self._payload() | {"fingerprint": self.fingerprint}, indent=0))
+        write_file(output_file(path, flag=BASE_DIR), json.dumps(self._payload() | {"fingerprint": self.fingerprint},
+                                                                indent=0))
         return path
 
     @classmethod
@@ -168,8 +175,10 @@ class Tokenizer:
             if payload["format"] != FORMAT:
                 raise ValueError(f"format {payload['format']!r}, expected {FORMAT!r}")
             tokens = [base64.b64decode(token, validate=True) for token in payload["tokens"]]
-            if len({*tokens}) < len(tokens) or not {*tokens} >= {bytes([i]) for i in range(256)} or not (isinstance(payload["pattern"], str) and payload["pattern"]):
-                raise ValueError("its tokens are not different strings of bytes with every byte among them")  # tiktoken would panic
+            if len({*tokens}) < len(tokens) or not {*tokens} >= {bytes([i])
+                                                                 for i in range(256)} or not (isinstance(payload["pattern"], str) and payload["pattern"]):
+                # tiktoken would panic
+                raise ValueError("its tokens are not different strings of bytes with every byte among them")
             tokenizer = cls(tokens, payload["pattern"], from_plain(Reserved, payload["reserved"], "reserved"))
             if tokenizer.fingerprint != payload["fingerprint"]:
                 raise ValueError("contents do not match the fingerprint")
@@ -182,19 +191,21 @@ class Tokenizer:
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of `text`, without bos. Names of special ids inside the text are plain text unless `special`.
 
-        They are those of tiktoken, of a text that it can take (a run of some 500,000 blanks is too much for its pattern engine), and do not
-        depend on how `cut` cut a text before; half of a surrogate pair is read as U+FFFD.
+        They are those of tiktoken, of a text that it can take (a run of some 500,000 blanks is too much for its pattern
+        engine), and do not depend on how `cut` cut a text before; half of a surrogate pair is read as U+FFFD.
         """
         ids, pieces = [], [text := whole_characters(text)] if len(text) <= MAX_PIECE else cut([text])
         for piece in pieces:
             start = 0
             for run in long_runs(piece):
-                # The pattern leaves a run's last blank to what follows, unless the text, or what lies before a special name, ends there.
+                # The pattern leaves a run's last blank to what follows, unless the text, or what lies
+                # before a special name, ends there.
                 last = run.stop == len(piece) or special and piece.startswith(self._special_names, run.stop)
                 ids += self._encode(piece[start : run.start], special)
                 start = run.stop if last else run.stop - 1
                 size = LONG_RUN if len(run) > ENGINE_RUN else len(run)
-                ids += [i for at in range(run.start, start, size) for i in self._one_piece.encode_ordinary(piece[at : min(at + size, start)])]
+                ids += [i for at in range(run.start, start, size)
+                        for i in self._one_piece.encode_ordinary(piece[at : min(at + size, start)])]
             ids += self._encode(piece[start:], special)
         return ids
 
@@ -208,7 +219,8 @@ class Tokenizer:
     @cached_property
     def _one_piece(self) -> tiktoken.Encoding:
         """The same tokens with a pattern that cuts nothing."""
-        return tiktoken.Encoding(f"whole-{self.bos_id}", pat_str="(?s:.+)", mergeable_ranks={token: i for i, token in enumerate(self._tokens)}, special_tokens={})
+        return tiktoken.Encoding(f"whole-{self.bos_id}", pat_str="(?s:.+)",
+                                 mergeable_ranks={token: i for i, token in enumerate(self._tokens)}, special_tokens={})
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 2) -> list[list[int]]:
         with ThreadPoolExecutor(num_threads) as threads:  # tiktoken lets go of the interpreter's lock
@@ -223,7 +235,8 @@ class Tokenizer:
         return self._encoding.decode_bytes(list(ids))
 
     def token_bytes(self) -> np.ndarray:
-        """int32 [vocab_size]: UTF-8 bytes each id stands for, 0 for special ids (bits per byte = nats / ln 2 / bytes)."""
+        """int32 [vocab_size]: UTF-8 bytes each id stands for, 0 for special ids (bits per
+        byte = nats / ln 2 / bytes)."""
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
         sizes[: self.bos_id] = [len(token) for token in self._tokens]
         return sizes

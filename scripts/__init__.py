@@ -2,7 +2,8 @@
 
 import sys
 
-if sys.argv[0] == "-m":  # as Python has it while it looks for the command to start: nothing is imported, nothing opened yet
+# as Python has it while it looks for the command to start: nothing is imported, nothing opened yet
+if sys.argv[0] == "-m":
     from nanochat.streams import leave_at_once, on_interrupt, prepare_streams
 
     prepare_streams()

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 scripts/base_train.py --depth=20 …   a node
     … --mc_enabled=1                                             gists, lens and working contexts trained along
 
-One dial, `--depth`, sets width, heads, batch size, learning rates and horizon; any other flag overrides. The same seed and total
-batch give the same losses on any number of ranks. With `--mc_enabled=0` nothing of `mc` is imported.
+One dial, `--depth`, sets width, heads, batch size, learning rates and horizon; any other flag overrides. The same seed
+and total batch give the same losses on any number of ranks. With `--mc_enabled=0` nothing of `mc` is imported.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # torchrun scri
 
 from nanochat.common import FlagParser, Ranks, UserError, import_optional, init_distributed, parse_optional, print0, run_main, seed_everything
 from nanochat.controller import NullController
-from nanochat.dataloader import Batch, Loader, Source, eval_rows, is_synthetic, is_tasks, make_source
+from nanochat.dataloader import Batch, Loader, RowSource, eval_rows, is_synthetic, is_tasks, make_source
 from nanochat.evaluation import evaluate
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW, check_groups, gpt_param_groups
@@ -61,7 +61,8 @@ def main() -> None:
         data = open_data(args, plan, tokenizer, ranks)
         checkpoints = Checkpoints(directory, args, plan, ranks, tokenizer, model, controller, optimizer, data.loader)
         progress = checkpoints.resume()
-        print0("{parameters:,} parameters, {iterations} steps of {tokens_per_step:,} tokens, {flops:.3g} FLOPs, {ranks} rank(s)".format(**facts)
+        print0("{parameters:,} parameters, {iterations} steps of {tokens_per_step:,} tokens, {flops:.3g} FLOPs, "
+               "{ranks} rank(s)".format(**facts)
                + f" on {ranks.device}")
         say_what_sessions_show(controller)
         last = min(args.stop_at or plan.num_iterations, plan.num_iterations)
@@ -78,7 +79,8 @@ def main() -> None:
                         result = controller.training_step(model, batch, progress.step, meter.trace)
                     with meter.span("train.backward"):
                         (result.loss / plan.accumulation).backward()
-                    meter.micro_step(result, controller.after_backward(plan.accumulation, meter.trace), batch.num_targets)
+                    meter.micro_step(result, controller.after_backward(plan.accumulation, meter.trace),
+                                     batch.num_targets)
                 stopping = stop.agreed()
                 due = what_is_due(args, progress.step + 1, last, stopping, controller.active(progress.step))
                 if due.log:
@@ -101,7 +103,8 @@ def main() -> None:
 
 
 def make_parser(with_mc: bool = True, argv: Sequence[str] | None = None) -> FlagParser:
-    """argv: the command line that may name arms of MegaContext, whose settings are flags then; by default this process's."""
+    """argv: the command line that may name arms of MegaContext, whose settings are flags
+    then; by default this process's."""
     parser = FlagParser(description=__doc__.split("\n\n")[0])
     add_flags(parser)
     parser.add_switch("--mc_enabled", False, "1: train MegaContext beside the model")
@@ -114,7 +117,8 @@ def parse_flags():
     parser, args = parse_optional(make_parser, "mc")
     check_flags(args, {name: parser.get_default(name) for name in vars(args)})
     if args.mc_enabled and args.rows == "packed":
-        raise UserError("--rows=packed mixes documents in a row, which a working context must not cross; use --rows=long with --mc_enabled=1")
+        raise UserError("--rows=packed mixes documents in a row, which a working context must not cross; use "
+                        "--rows=long with --mc_enabled=1")
     if args.mc_enabled and args.compile:
         raise UserError("--compile=1 hides the attention that teaches the lens; use --compile=0 with --mc_enabled=1")
     return args
@@ -131,7 +135,8 @@ def load_tokenizer(args) -> Tokenizer | None:
         return None
     tokenizer = Tokenizer.load()
     if args.vocab_size not in (0, tokenizer.vocab_size):
-        raise UserError(f"--vocab_size={args.vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids; leave the flag out, or train another")
+        raise UserError(f"--vocab_size={args.vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids; leave the "
+                        "flag out, or train another")
     return tokenizer
 
 
@@ -140,17 +145,21 @@ def build_controller(args, plan: Plan, model: GPT) -> NullController:
     if not args.mc_enabled:
         return NullController()
     settings, runtime = import_optional("mc", "config").from_flags(args), import_optional("mc", "runtime")
-    return runtime.MCController(settings, model, T=plan.T, micro_batch=plan.micro_batch, num_iterations=plan.num_iterations, seed=args.seed)
+    return runtime.MCController(settings, model, T=plan.T, micro_batch=plan.micro_batch,
+                                num_iterations=plan.num_iterations, seed=args.seed)
 
 
 def say_what_sessions_show(controller: NullController) -> None:
     for mc in controller.modules.values():
-        print0(import_optional("mc", "session.refocus").session_note(mc.focus_config(), controller.meta()["trained_lods"]))
+        print0(import_optional("mc", "session.refocus").session_note(mc.focus_config(),
+                                                                     controller.meta()["trained_lods"]))
 
 
 def build_optimizer(args, plan: Plan, model: GPT, controller: NullController) -> MuonAdamW:
-    rates = {name: getattr(args, name) * plan.lr_scale for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")}
-    base = [] if args.freeze_base else gpt_param_groups(model.named_parameters(), plan.model.n_embd, weight_decay=args.weight_decay, **rates)
+    rates = {name: getattr(args, name) * plan.lr_scale
+             for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")}
+    base = [] if args.freeze_base else gpt_param_groups(model.named_parameters(), plan.model.n_embd,
+                                                        weight_decay=args.weight_decay, **rates)
     optimizer = MuonAdamW(base + controller.param_groups(plan.lr_scale))
     check_groups({"gpt": model} | controller.modules, optimizer.param_groups)
     if args.compile:
@@ -160,7 +169,8 @@ def build_optimizer(args, plan: Plan, model: GPT, controller: NullController) ->
 
 def set_rates(optimizer: MuonAdamW, args, step: int, num_iterations: int) -> float:
     """Learning rates, momentum and weight decay of a step; the multiplier of all rates."""
-    multiplier = lr_multiplier(step, num_iterations, warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio, final_lr_frac=args.final_lr_frac)
+    multiplier = lr_multiplier(step, num_iterations, warmup_steps=args.warmup_steps,
+                               warmdown_ratio=args.warmdown_ratio, final_lr_frac=args.final_lr_frac)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * multiplier
         if group["kind"] == "muon":
@@ -176,13 +186,14 @@ def half_precision(args, device: torch.device) -> contextlib.AbstractContextMana
 
 class Data(NamedTuple):
     loader: Loader
-    held_out: Source
+    held_out: RowSource
     eval_steps: int  # batches of a rank in an evaluation
     token_bytes: torch.Tensor | None  # of each id; None where there is no text
 
 
 def open_data(args, plan: Plan, tokenizer: Tokenizer, ranks: Ranks) -> Data:
-    make = dict(T=plan.T, seed=args.seed, tokenizer=tokenizer, rows=args.rows, text_column=args.text_column, needles=args.needles,
+    make = dict(T=plan.T, seed=args.seed, tokenizer=tokenizer, rows=args.rows, text_column=args.text_column,
+                needles=args.needles,
                 recall_blocks=args.recall_blocks)
     curriculum = {}
     if args.data in ("recall", "hops") or is_tasks(args.data):
@@ -194,7 +205,8 @@ def open_data(args, plan: Plan, tokenizer: Tokenizer, ranks: Ranks) -> Data:
     held_out = make_source(args.data, "val", **make)
     per_batch = plan.micro_batch * ranks.world_size
     print0(source.summary)
-    return Data(loader, held_out, eval_rows(held_out, args.eval_tokens, per_batch) // per_batch, None if is_synthetic(args.data) else tokenizer.token_bytes())
+    return Data(loader, held_out, eval_rows(held_out, args.eval_tokens, per_batch) // per_batch,
+                None if is_synthetic(args.data) else tokenizer.token_bytes())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +225,8 @@ class Due(NamedTuple):
 
 
 def what_is_due(args, step: int, last: int, stopping: bool, active: bool) -> Due:
-    """At the end of the step that makes it `step` steps. A saved step's loss was looked at; a run that stops does no more than save."""
+    """At the end of the step that makes it `step` steps. A saved step's loss was looked at; a run that
+    stops does no more than save."""
     evaluate, save = (step == last or bool(every and step % every == 0) for every in (args.eval_every, args.save_every))
     probe = active and (evaluate or bool(args.probe_every and step % args.probe_every == 0))
     log = step % args.log_every == 0 or evaluate or probe or save or stopping
@@ -227,9 +240,11 @@ class Stopped(Exception):
 class HeldOut:
     """Looks at held-out rows in the course of a run: the base's loss, and what MegaContext shows and costs there."""
 
-    def __init__(self, args, model: GPT, controller: NullController, data: Data, checkpoints: Checkpoints, meter: TrainingMeter, stop: StopRequest):
+    def __init__(self, args, model: GPT, controller: NullController, data: Data, checkpoints: Checkpoints,
+                 meter: TrainingMeter, stop: StopRequest):
         self.model, self.controller, self.data, self.checkpoints, self.meter, self.stop = model, controller, data, checkpoints, meter, stop
-        self.plan, self.ranks, self.autocast = checkpoints.plan, checkpoints.ranks, half_precision(args, checkpoints.ranks.device)
+        self.plan, self.ranks, self.autocast = checkpoints.plan, checkpoints.ranks, half_precision(args,
+                                                                                                   checkpoints.ranks.device)
 
     def look(self, evaluate: bool, probe: bool) -> bool:
         """Whether it came to the end without being asked to stop."""
@@ -252,14 +267,18 @@ class HeldOut:
         self.checkpoints.judged(found._asdict())
 
     def probe(self) -> None:
+        from scripts.eval import probe  # imports mc
+
         with self.meter.timed("mc.time.probe"), self.autocast:
-            found = import_optional("mc", "diagnostics").probe_batch(self.controller, self.model, next(self.batches()))
+            found = probe.probe_batch(self.controller, self.model, next(self.batches()))
             self.meter.record(mean_over_ranks([found], self.ranks)[0])
 
     def batches(self) -> Iterator[Batch]:
-        """Held-out batches, from the first row on. Stopped, on all ranks at the same batch, where the run is to stop."""
+        """Held-out batches, from the first row on. Stopped, on all ranks at the same
+        batch, where the run is to stop."""
         plan, ranks = self.plan, self.ranks
-        loader = Loader(self.data.held_out, plan.micro_batch * ranks.world_size, plan.micro_batch, plan.T, ranks.rank, ranks.world_size, ranks.device)
+        loader = Loader(self.data.held_out, plan.micro_batch * ranks.world_size, plan.micro_batch, plan.T, ranks.rank,
+                        ranks.world_size, ranks.device)
         while not self.stop.agreed():
             yield loader.next()
         raise Stopped
@@ -285,10 +304,12 @@ def report(progress: RunProgress, plan: Plan, stopping: bool, stop: StopRequest,
     """The last lines: for people, and as JSON. KeyboardInterrupt where Ctrl-C ended the run."""
     val = progress.val or {}
     summary = {"step": progress.step, "stopped": stopping, "val_loss": val.get("loss"), "val_bpb": val.get("bpb"),
-               "tokens": progress.step * plan.tokens_per_step, "flops": progress.flops, "seconds": round(time.time() - begin, 1),
+               "tokens": progress.step * plan.tokens_per_step, "flops": progress.flops,
+               "seconds": round(time.time() - begin, 1),
                "checkpoint": str(directory)}
     if stopping:
-        print0(f"stopped by {stop.signal or 'a signal to another rank'} at step {progress.step} of {plan.num_iterations}, saved in {directory}; "
+        print0(f"stopped by {stop.signal or 'a signal to another rank'} at step {progress.step} of "
+               f"{plan.num_iterations}, saved in {directory}; "
                "--resume=1 goes on")
     else:
         print0(f"done: {progress.step} steps, checkpoint in {directory}")

@@ -1,9 +1,12 @@
-"""Continue a text: `python -m scripts.chat_cli --checkpoint_dir=DIR --prompt="def main("`; without --prompt, line after line.
+"""Continue a text: `python -m scripts.chat_cli --checkpoint_dir=DIR --prompt="def main("`;
+without --prompt, line after line.
 
-    … --mc_enabled=1 --history=FILE        a conversation that never ends: reads a file of any length first, and forgets nothing
+    … --mc_enabled=1 --history=FILE        a conversation that never ends: reads a file of any
+                                           length first, and forgets nothing
 
-With MegaContext all prompts and answers are one history, and a status line follows each answer; without it every prompt stands alone.
-Ctrl-C ends an answer, what there is of it being history; at the prompt, or pressed again, it ends the command.
+With MegaContext all prompts and answers are one history, and a status line follows each answer; without it every prompt
+stands alone. Ctrl-C ends an answer, what there is of it being history; at the prompt, or
+pressed again, it ends the command.
 """
 
 import os
@@ -44,7 +47,8 @@ def checked(text: str, what: str, encoding: str = "UTF-8") -> str:
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise UserError(f"{what} is not {encoding} text (byte 0x{ord(text[e.start]) & 0xff:02x} after {e.start} characters); convert it") from None
+        raise UserError(f"{what} is not {encoding} text (byte 0x{ord(text[e.start]) & 0xff:02x} after {e.start} "
+                        "characters); convert it") from None
     return text
 
 
@@ -53,28 +57,32 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     add_model_flags(parser)
     parser.add_argument("--prompt", help="text to continue; without it, each line of stdin, until an empty one")
     parser.add_argument("--max_tokens", type=int, default=128, help="tokens to generate per prompt")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token; 1 draws as the model predicts")
+    parser.add_argument("--temperature", type=float, default=0.8,
+                        help="0 takes the likeliest token; 1 draws as the model predicts")
     parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--mc_enabled", type=int, choices=(0, 1), default=0, help="1: a session with MegaContext, whose context never ends")
+    parser.add_switch("--mc_enabled", False, "1: a session with MegaContext, whose context never ends")
     parser.add_argument("--history", type=Path, help="text file of any length that is read before the first prompt (needs --mc_enabled=1)")
     if with_mc:
-        parser.add_argument("--mc_tree", choices=("ram", "disk"), default="ram", help="where the history is kept: gone at the end, or in --mc_store")
+        parser.add_argument("--mc_tree", choices=("ram", "disk"), default="ram",
+                            help="where the history is kept: gone at the end, or in --mc_store")
         parser.add_argument("--mc_store", type=Path, help="folder of --mc_tree=disk; a history that is there goes on")
         parser.add_argument("--log_dir", type=Path, help="folder of metrics.jsonl; by OTLP too, where OTEL_EXPORTER_OTLP_ENDPOINT is set")
-        parser.add_argument("--mc_explain", type=int, choices=(0, 1), default=0, help="1: after each answer, what the working context shows and why")
+        parser.add_switch("--mc_explain", False, "1: after each answer, what the working context shows and why")
         import_optional("mc", "session.config").add_flags(parser)
     return parser
 
 
 def open_text(path: Path, prompted: bool) -> BinaryIO:
-    """The file of --history at its beginning, all of it seen to be text. What can be read only once, a pipe, is kept in a file meanwhile.
+    """The file of --history at its beginning, all of it seen to be text. What can be read only once, a
+    pipe, is kept in a file meanwhile.
 
     prompted: a prompt is given, none is to come from stdin.
     """
     try:
         if not prompted and os.path.samestat(os.stat(path), os.fstat(0)):
-            raise UserError(f"--history={shown(path)} takes all of standard input, from where the prompts would come: give one with --prompt")
+            raise UserError(f"--history={shown(path)} takes all of standard input, from where the prompts would come: "
+                            "give one with --prompt")
         f = open(path, "rb")
         if not f.seekable():
             pipe, f = f, tempfile.TemporaryFile()
@@ -120,10 +128,12 @@ def chat_plain(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: T
     for prompt in prompts:
         length = 1 + len(tokenizer.encode(prompt))
         if length + args.max_tokens > engine.reach:
-            print(f"note: {length} prompt tokens and {args.max_tokens} new ones exceed the model's window of {engine.reach}: "
+            print(f"note: {length} prompt tokens and {args.max_tokens} new ones exceed the model's window of "
+                  f"{engine.reach}: "
                   "it no longer sees the beginning; --mc_enabled=1 does", file=sys.stderr, flush=True)
         with interrupt_noted() as interrupted:
-            answer = engine.complete(prompt, args.max_tokens, temperature=args.temperature, top_k=args.top_k or None, seed=args.seed)
+            answer = engine.complete(prompt, args.max_tokens, temperature=args.temperature, top_k=args.top_k or None,
+                                     seed=args.seed)
             say(prompt, until(interrupted, answer))
         go_on(args, interrupted)
 
@@ -133,12 +143,16 @@ def chat_mc(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: Toke
         raise UserError("--mc_enabled=1 needs a checkpoint that was trained with --mc_enabled=1")
     sessions = import_optional("mc", "session.session")
     text = open_text(args.history, args.prompt is not None) if args.history else None
-    recorder = open_recorder(args.log_dir, config=vars(args), total_steps=0, labels={"mc.stage": "session", "mc.variant": "mc"}) if args.log_dir else None
+    recorder = open_recorder(args.log_dir, config=vars(args), total_steps=0,
+                             labels={"mc.stage": "session", "mc.variant": "mc"}) if args.log_dir else None
     with text or nullcontext(), recorder or nullcontext():
-        pool = sessions.open_pool(model, meta, args.checkpoint_dir, import_optional("mc", "session.config").from_flags(args), recorder=recorder)
+        pool = sessions.open_pool(model, meta, args.checkpoint_dir,
+                                  import_optional("mc", "session.config").from_flags(args), recorder=recorder)
         if pool.untrained:
-            print(f"note: gists of LOD {', '.join(map(str, pool.untrained))} were not trained (--mc_untrained={args.mc_untrained})", file=sys.stderr, flush=True)
-        history, catalog = import_optional("mc", "store.catalog").open_history(model, pool.mc, args.mc_tree, args.mc_store)
+            print(f"note: gists of LOD {', '.join(map(str, pool.untrained))} were not trained "
+                  f"(--mc_untrained={args.mc_untrained})", file=sys.stderr, flush=True)
+        history, catalog = import_optional("mc", "store.catalog").open_history(model, pool.mc, args.mc_tree,
+                                                                               args.mc_store)
         for note in catalog.notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
         with catalog, closing(history.store):
@@ -146,7 +160,8 @@ def chat_mc(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: Toke
             try:
                 converse(args, prompts, session, tokenizer, text)
             finally:
-                if not isinstance(sys.exception(), KeyboardInterrupt):  # a second one may come in the middle of a step; at a prompt nothing waits
+                # a second one may come in the middle of a step; at a prompt nothing waits
+                if not isinstance(sys.exception(), KeyboardInterrupt):
                     session.flush()
 
 
@@ -166,8 +181,10 @@ def converse(args: Namespace, prompts: Iterator[str], session, tokenizer: Tokeni
                 session.append(tokenizer.encode(piece))
                 if (now := time.monotonic()) - told > 5:
                     told = now
-                    print(f"read {session.n_tokens - before:,} tokens, {(session.n_tokens - before) / (now - begin):,.0f} tokens/s", file=sys.stderr, flush=True)
-        print(f"read {session.n_tokens - before:,} tokens of {args.history} in {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
+                    print(f"read {session.n_tokens - before:,} tokens, "
+                          f"{(session.n_tokens - before) / (now - begin):,.0f} tokens/s", file=sys.stderr, flush=True)
+        print(f"read {session.n_tokens - before:,} tokens of {args.history} in {time.monotonic() - begin:.1f} s",
+              file=sys.stderr, flush=True)
         if interrupted():
             raise KeyboardInterrupt
     else:
@@ -176,8 +193,10 @@ def converse(args: Namespace, prompts: Iterator[str], session, tokenizer: Tokeni
         with interrupt_noted() as interrupted:
             session.append(tokenizer.encode(prompt))
             begin, before = time.monotonic(), session.n_tokens
-            tokens = session.generate(args.max_tokens, temperature=args.temperature, top_k=args.top_k or None, stop_ids=[tokenizer.bos_id])
-            say(prompt, decode_stream(tokenizer, (token for token in until(interrupted, tokens) if token != tokenizer.bos_id)))
+            tokens = session.generate(args.max_tokens, temperature=args.temperature, top_k=args.top_k or None,
+                                      stop_ids=[tokenizer.bos_id])
+            say(prompt,
+                decode_stream(tokenizer, (token for token in until(interrupted, tokens) if token != tokenizer.bos_id)))
             seconds = time.monotonic() - begin
             session.flush()
         print(status_line(session.status(), (session.n_tokens - before) / seconds), file=sys.stderr, flush=True)
@@ -185,14 +204,16 @@ def converse(args: Namespace, prompts: Iterator[str], session, tokenizer: Tokeni
             for line in session.explain():
                 score = "" if line.score is None else f"{line.score:+.2f}"
                 level = "left out" if line.lod is None else f"LOD{line.lod}"
-                print(f"  {line.start:>10,} + {line.tokens:<8,} {level:<8} {line.entries:>4} entries {score:>6}  {line.why}", file=sys.stderr)
+                print(f"  {line.start:>10,} + {line.tokens:<8,} {level:<8} {line.entries:>4} entries {score:>6}  "
+                      f"{line.why}", file=sys.stderr)
         go_on(args, interrupted)
 
 
 def status_line(status, rate: float) -> str:
     entries = ", ".join(f"{count} LOD{lod}" for lod, count in status.entries_by_lod.items())
     edits, omitted = status.last_edits, f" | {status.omitted_tokens:,} tokens left out" if status.omitted_tokens else ""
-    return (f"[history {status.history_tokens:,} tokens | entries {sum(status.entries_by_lod.values())}: {entries}{omitted} | last refocus at {status.refocused_at:,}: "
+    return (f"[history {status.history_tokens:,} tokens | entries {sum(status.entries_by_lod.values())}: "
+            f"{entries}{omitted} | last refocus at {status.refocused_at:,}: "
             f"{edits.expands} expanded, {edits.collapses} collapsed, {edits.forced} forced | {rate:,.0f} tokens/s]")
 
 
@@ -202,7 +223,8 @@ def main() -> None:
         parser.error(f"--history={args.history}: a history of any length needs --mc_enabled=1")
     ranks = init_distributed(args.device)
     model, tokenizer, meta = model_from_flags(args, ranks.device)
-    prompts = typed_prompts() if args.prompt is None else iter([checked(args.prompt, "--prompt", sys.getfilesystemencoding())])
+    prompts = typed_prompts() if args.prompt is None else iter([checked(args.prompt, "--prompt",
+                                                                        sys.getfilesystemencoding())])
     if args.mc_enabled:
         chat_mc(args, prompts, model, tokenizer, meta)
     else:

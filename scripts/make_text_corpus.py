@@ -1,9 +1,10 @@
-"""Code and prose as three corpora that hold out the same documents: DIR/code, DIR/prose and DIR/mix, each a train and a val shard.
+"""Code and prose as three corpora that hold out the same documents: DIR/code, DIR/prose and
+DIR/mix, each a train and a val shard.
 
     python -m scripts.make_text_corpus --prose=NOVELS --held_out=persuasion.txt --out=DIR
 
-Code is the embedded corpus (the standard library); prose is a folder of .txt files, one document each. A model trained on DIR/mix can
-be judged on code and prose apart without having seen either's held-out documents.
+Code is the embedded corpus (the standard library); prose is a folder of .txt files, one document each. A model trained
+on DIR/mix can be judged on code and prose apart without having seen either's held-out documents.
 """
 
 import json
@@ -22,10 +23,12 @@ def prose_documents(folder: Path, held_out: str) -> dict[str, list[dict]]:
     """Rows of text, source and kind per split. UserError unless `held_out` is one of at least two .txt files."""
     files = [path for path in files_below(folder, (".txt",)) if path.parent == folder]
     if held_out not in {path.name for path in files} or len(files) < 2:
-        raise UserError(f"--held_out={held_out} with --prose={folder}: needs that file and at least one more .txt, found {', '.join(p.name for p in files) or 'none'}")
+        raise UserError(f"--held_out={held_out} with --prose={folder}: needs that file and at least one more .txt, "
+                        f"found {', '.join(p.name for p in files) or 'none'}")
     rows = {split: [] for split in SPLITS}
     for path in files:
-        rows["val" if path.name == held_out else "train"].append({"text": read_text(path), "source": shown(path.name), "kind": "prose"})
+        rows["val" if path.name == held_out else "train"].append({"text": read_text(path), "source": shown(path.name),
+                                                                  "kind": "prose"})
     return rows
 
 

@@ -1,6 +1,8 @@
-"""A run's dashboards without Grafana: `python -m scripts.mc_dash RUN_DIR [RUN_DIR …]` writes one HTML page from metrics.jsonl.
+"""A run's dashboards without Grafana: `python -m scripts.mc_dash RUN_DIR [RUN_DIR …]` writes
+one HTML page from metrics.jsonl.
 
-The panels and alerts are those of Grafana (`mc/observe/dashboards.py`). Several runs, vanilla and MegaContext say, are drawn over each other.
+The panels and alerts are those of Grafana (`mc/observe/dashboards.py`). Several runs, vanilla and MegaContext
+say, are drawn over each other.
 """
 
 import json
@@ -25,7 +27,8 @@ def load_run(path: Path) -> Run:
     try:
         rows = read_metrics(file)
     except OSError as e:
-        raise UserError(f"no metrics in {file}: {e.strerror or e}; give the folder of a run, $NANOCHAT_BASE_DIR/runs/TAG") from None
+        raise UserError(f"no metrics in {file}: {e.strerror or e}; give the folder of a run, "
+                        "$NANOCHAT_BASE_DIR/runs/TAG") from None
     if not rows:
         raise UserError(f"{file} is empty: the run has logged nothing yet")
     return Run(file.parent.name if file.name == "metrics.jsonl" else file.stem, rows)

@@ -25,7 +25,7 @@ from mc.store.export import export
 from mc.store.history import History
 from mc.store.ingest import Ingest, find_files, texts_of
 from mc.store.networks import Networks, default_checkpoint, load_networks, untrained_networks
-from mc.store.pruning import choose, prune, restore
+from mc.store.pruning import least_useful, prune, restore
 from mc.store.ram import DROPPED, ERASED, VOID, Store
 from mc.store.rebuild import regist
 from mc.store.sensitivity import measure_sensitivity
@@ -33,6 +33,7 @@ from nanochat.common import FlagParser, UserError, init_distributed, run_main, s
 from nanochat.dataset import Progress
 from nanochat.documents import is_shard, read_text
 from nanochat.outputs import output_folder
+from nanochat.redact import scrubbed
 from nanochat.tokenizer import Tokenizer
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int8")}
@@ -63,24 +64,27 @@ def progress(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]
 
 
 def networks_of(args: Namespace) -> Networks:
-    """Those of --checkpoint_dir, else those that made the store, else those of the quickstart or any checkpoint, else untrained ones."""
+    """Those of --checkpoint_dir, else those that made the store, else those of the quickstart or any
+    checkpoint, else untrained ones."""
     device = init_distributed(args.device).device
     checkpoint, step = args.checkpoint_dir, args.step
     if not checkpoint and (args.store / "manifest").exists():
-        with DiskStore.open(args.store, "r", check=False) as store, Catalog(args.store, store.format.block_size, read_only=True) as catalog:
+        with DiskStore.open(args.store, "r", check=False) as store, Catalog(args.store, store.format.block_size,
+                                                                            read_only=True) as catalog:
             made = catalog.origins(store.format.model)
         if made and not made[-1]:
             return untrained_networks(device)
         if made:
             checkpoint, step = str(made[-1].get("checkpoint_dir")), str(made[-1].get("step"))
             if not Path(checkpoint).is_dir():
-                raise UserError(f"the history was made with {checkpoint}, which is gone; name a copy with --checkpoint_dir, or regist it")
+                raise UserError(f"the history was made with {checkpoint}, which is gone; name a copy with "
+                                "--checkpoint_dir, or regist it")
     checkpoint = checkpoint or default_checkpoint()
     return load_networks(checkpoint, step, device) if checkpoint else untrained_networks(device)
 
 
 @contextmanager
-def opened(args: Namespace, networks: Networks, **options) -> Iterator[tuple[History, Catalog]]:
+def stored_history(args: Namespace, networks: Networks, **options) -> Iterator[tuple[History, Catalog]]:
     """The history of --store, open for writing."""
     history, catalog = open_history(networks.gpt, networks.mc, "disk", args.store, **options)
     for note in catalog.notes:
@@ -92,7 +96,8 @@ def opened(args: Namespace, networks: Networks, **options) -> Iterator[tuple[His
 @contextmanager
 def reading(args: Namespace) -> Iterator[tuple[DiskStore, Catalog]]:
     """The store of --store without networks, open for reading beside a writer."""
-    with DiskStore.open(args.store, "r") as store, Catalog(args.store, store.format.block_size, read_only=True) as catalog:
+    with DiskStore.open(args.store, "r") as store, Catalog(args.store, store.format.block_size,
+                                                           read_only=True) as catalog:
         yield store, catalog
 
 
@@ -122,11 +127,13 @@ def ingest_command(args: Namespace) -> None:
     begin = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as scratch,
-        opened(args, networks, dtype=DTYPES.get(args.dtype), durability=args.durability) as (history, catalog),
+        stored_history(args, networks, dtype=DTYPES.get(args.dtype), durability=args.durability) as (history, catalog),
     ):
         stdin = not args.paths or args.paths == [Path("-")]
         paths = [_spool_stdin(Path(scratch))] if stdin else args.paths
-        name = shown(args.uri) if stdin else ""
+        name = scrubbed(shown(args.uri)) if stdin else ""
+        if stdin and name != shown(args.uri):
+            print(f"note: --uri holds a user, password or query, which are not recorded: the source is called {name}")
         files = find_files(paths)
         done, skipped, total = 0, 0, sum(path.stat().st_size for path in files)
         catalog.add_version(networks.fingerprint, networks.origin)
@@ -154,11 +161,13 @@ def ingest_command(args: Namespace) -> None:
         history.store.sync()
         seconds = time.perf_counter() - begin
         print(
-            f"{report.sources} sources, {report.tokens:,} tokens in {seconds:.1f} s ({report.tokens / seconds:,.0f} tokens/s); "
+            f"{report.sources} sources, {report.tokens:,} tokens in {seconds:.1f} s ({report.tokens / seconds:,.0f} "
+            "tokens/s); "
             f"{report.known} were there already, {skipped} files without text passed over"
         )
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
-        finish(**asdict(report), skipped=skipped, seconds=round(seconds, 3), slots=history.n_tokens, resident_bytes=resident)
+        finish(**asdict(report), skipped=skipped, seconds=round(seconds, 3), slots=history.n_tokens,
+               resident_bytes=resident)
 
 
 def _spool_stdin(folder: Path) -> Path:
@@ -194,7 +203,7 @@ def state(store: DiskStore, catalog: Catalog) -> dict:
     )
 
 
-def describe(values: dict, catalog: Catalog) -> None:
+def print_summary(values: dict, catalog: Catalog) -> None:
     slots = max(values["slots"], 1)
     print(
         f"{values['tokens']:,} tokens of {values['sources']:,} sources in {values['slots']:,} slots "
@@ -219,14 +228,15 @@ def describe(values: dict, catalog: Catalog) -> None:
 def info_command(args: Namespace) -> None:
     with reading(args) as (store, catalog):
         values = state(store, catalog)
-        describe(values, catalog)
+        print_summary(values, catalog)
         finish(**values, ok=True, dropped={})
 
 
 def verify_command(args: Namespace) -> None:
     if args.repair:
         networks = networks_of(args)
-    with DiskStore.open(args.store, "rw", check=False) as store, Catalog(args.store, store.format.block_size) as catalog:
+    with DiskStore.open(args.store, "rw", check=False) as store, Catalog(args.store,
+                                                                         store.format.block_size) as catalog:
         notes = [*store.repairs, *catalog.check()]
         total = sum(level.n * level.bytes for level in store.levels.values())
         with progress("verify", total, "bytes") as update:
@@ -246,7 +256,7 @@ def verify_command(args: Namespace) -> None:
         for note in notes:
             print(f"note: {note}")
         values = state(store, catalog)
-        describe(values, catalog)
+        print_summary(values, catalog)
         finish(**values, ok=not damage, dropped=store.dropped, damage=[asdict(fault) for fault in damage])
     if damage:
         sys.exit(1)
@@ -254,14 +264,16 @@ def verify_command(args: Namespace) -> None:
 
 def query_command(args: Namespace) -> None:
     if args.measure:
-        with opened(args, networks_of(args)) as (history, catalog):
-            print(f"gist variance of {measure_variance(history, catalog)} nodes measured, sensitivity of {measure_sensitivity(history, catalog)} blocks")
+        with stored_history(args, networks_of(args)) as (history, catalog):
+            print(f"gist variance of {measure_variance(history, catalog)} nodes measured, sensitivity of "
+                  f"{measure_sensitivity(history, catalog)} blocks")
     with reading(args) as (store, catalog):
         if args.top_nodes:
             nodes = catalog.statistics(limit=args.top_nodes)
             for node in nodes:
                 print(
-                    f"{'detail of block' if node.lod == 0 else f'gist LOD{node.lod}'} {node.index}: {node.accesses} accesses, "
+                    f"{'detail of block' if node.lod == 0 else f'gist LOD{node.lod}'} {node.index}: {node.accesses} "
+                    "accesses, "
                     f"sensitivity {_number(node.sensitivity)} nats, variance {_number(node.variance)}"
                 )
             return finish(nodes=[asdict(node) for node in nodes])
@@ -283,7 +295,8 @@ def query_command(args: Namespace) -> None:
         for s in found:
             when = datetime.fromtimestamp(s.time).isoformat(" ", "seconds")
             print(
-                f"{s.id:6d}  slots {s.start}–{s.start + s.tokens}  {s.tokens:9,d} tokens  {when}  {s.kind or '-'}  {s.uri}"
+                f"{s.id:6d}  slots {s.start}–{s.start + s.tokens}  {s.tokens:9,d} tokens  {when}  {s.kind or '-'}  "
+                f"{s.uri}"
                 + ("" if s.complete else "  (growing, or cut off)")
                 + (f"  ({s.edits} edits)" if s.edits else "")
             )
@@ -319,7 +332,7 @@ def source_text(store: Store, tokenizer: Tokenizer, source: Source) -> tuple[str
     ids_N = store.tokens(torch.arange(source.start, source.start + source.tokens))
     if gone := int((ids_N == VOID).sum()):
         raise UserError(f"{gone} tokens of source {source.id} were pruned and compacted away")
-    return tokenizer.decode(ids_N[int(ids_N[0] == tokenizer.bos_id) :].tolist()), ids_N
+    return tokenizer.decode(ids_N[int((ids_N[:1] == tokenizer.bos_id).sum()) :].tolist()), ids_N
 
 
 def edit_command(args: Namespace) -> None:
@@ -329,13 +342,14 @@ def edit_command(args: Namespace) -> None:
     if args.text is not None and args.text_file is not None:
         raise UserError("--text and --text_file: give one of them")
     text = read_text(args.text_file) if args.text_file is not None else whole_characters(args.text or "")
-    with opened(args, networks, durability=args.durability) as (history, catalog):
+    with stored_history(args, networks, durability=args.durability) as (history, catalog):
         source = catalog.source(args.source)
         if args.find is not None:
             start, removed, text = locate(history.store, networks.tokenizer, source, args.find, text)
         else:
             start, removed = args.start, args.remove
-        report = edit_source(history, catalog, source.id, start, removed, torch.tensor(networks.tokenizer.encode(text), dtype=torch.long))
+        report = edit_source(history, catalog, source.id, start, removed,
+                             torch.tensor(networks.tokenizer.encode(text), dtype=torch.long))
         made = ", ".join(f"{count} of LOD{lod}" for lod, count in report.recomputed.items() if count) or "none"
         print(
             f"tokens {start}–{start + removed} replaced; nodes made: {made}; blocks moved: {report.moved}; "
@@ -349,19 +363,23 @@ MOST_PLACES = 5  # that an error names
 
 
 def find_places(data: bytes, wanted: bytes) -> list[int]:
-    """Where `wanted` begins in `data`, overlapping occurrences too: `aa` is twice in `aaa`, and none of them is the one."""
+    """Where `wanted` begins in `data`, overlapping occurrences too: `aa` is twice in `aaa`,
+    and none of them is the one."""
     return [m.start() for m in re.finditer(b"(?=" + re.escape(wanted) + b")", data)] if wanted else []
 
 
 def locate(store: Store, tokenizer: Tokenizer, source: Source, find: str, text: str) -> tuple[int, int, str]:
-    """The tokens that hold a text that occurs once in a source, and what they become when it is replaced: start, how many, new text."""
+    """The tokens that hold a text that occurs once in a source, and what they become when it is
+    replaced: start, how many, new text."""
     whole, ids_N = source_text(store, tokenizer, source)
     data, wanted = whole.encode(), whole_characters(find).encode()
     places = find_places(data, wanted)
     if len(places) != 1:
         lines = [data[:at].count(b"\n") + 1 for at in places[:MOST_PLACES]]
-        seen = "; ".join(f"line {line}, byte {at}" for line, at in zip(lines, places)) + "; …" * (len(places) > MOST_PLACES)
-        raise UserError(f"--find={find!r} occurs {len(places)} times in source {source.id}{seen and f' ({seen})'}; give a text that occurs once")
+        seen = "; ".join(f"line {line}, byte {at}"
+                         for line, at in zip(lines, places)) + "; …" * (len(places) > MOST_PLACES)
+        raise UserError(f"--find={find!r} occurs {len(places)} times in source {source.id}{seen and f' ({seen})'}; "
+                        "give a text that occurs once")
     ends = np.cumsum(tokenizer.token_bytes()[ids_N.numpy()])
     if ends[-1] != len(data):
         raise UserError(f"source {source.id} holds bytes that are no UTF-8; edit it with --start and --remove")
@@ -383,9 +401,11 @@ def regist_command(args: Namespace) -> None:
     with DiskStore.open(args.store) as store, Catalog(args.store, store.format.block_size) as catalog:
         catalog.reconcile(store)
         with progress("regist", store.n_tokens, "slots") as update:
-            resumed = regist(store, catalog, networks, dtype=DTYPES.get(args.dtype), progress=lambda done, _: update(done))
+            resumed = regist(store, catalog, networks, dtype=DTYPES.get(args.dtype),
+                             progress=lambda done, _: update(done))
         print(
-            f"version {store.version}: gists of {networks.description}" + (f"; {resumed:,} slots had been done before" if resumed else "")
+            f"version {store.version}: gists of {networks.description}" + (f"; {resumed:,} slots had been done before"
+                                                                           if resumed else "")
         )
         finish(
             version=store.version,
@@ -398,7 +418,8 @@ def regist_command(args: Namespace) -> None:
 
 def prune_command(args: Namespace) -> None:
     with writing(args) as (store, catalog):
-        blocks_N = choose(store, catalog, share=args.share, max_utility=args.max_utility, keep_last=args.keep_last, source=args.source)
+        blocks_N = least_useful(store, catalog, share=args.share, max_utility=args.max_utility,
+                                keep_last=args.keep_last, source=args.source)
         if not catalog.count("nodes"):
             print("note: no access was ever counted, so all blocks are worth the same: the oldest go first")
         if args.dry_run:
@@ -406,7 +427,8 @@ def prune_command(args: Namespace) -> None:
             return finish(blocks=len(blocks_N), dry_run=True)
         report = prune(store, catalog, blocks_N)
         print(
-            f"pruned {report.blocks:,} blocks ({report.slots:,} slots); {report.detailed:,} keep their detail. `restore` undoes it, "
+            f"pruned {report.blocks:,} blocks ({report.slots:,} slots); {report.detailed:,} keep their detail. "
+            "`restore` undoes it, "
             "`compact` gives the room back for good"
         )
         finish(**asdict(report))
@@ -444,7 +466,8 @@ def export_command(args: Namespace) -> None:
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 COMMANDS = {
-    "ingest": (ingest_command, "add files, folders, parquet, jsonl or standard input; what is there already is passed over"),
+    "ingest": (ingest_command,
+               "add files, folders, parquet, jsonl or standard input; what is there already is passed over"),
     "info": (info_command, "what the store holds"),
     "verify": (verify_command, "read everything and compare checksums; exit code 1 where there is damage"),
     "query": (query_command, "where spans come from; sources by address, kind, tag, time; what is used most"),
@@ -466,18 +489,20 @@ def make_parser() -> FlagParser:
     for name in ("ingest", "verify", "query", "edit", "regist"):
         p = sub[name]
         p.add_argument(
-            "--checkpoint_dir", help="of a run with --mc_enabled=1; default: what made the store, the quickstart's, or untrained networks"
+            "--checkpoint_dir", help="of a run with --mc_enabled=1; default: what made the store, the quickstart's, or "
+                                     "untrained networks"
         )
         p.add_argument("--step", default="latest", help="training step to load, or 'latest'")
         p.add_argument("--device", default="cpu", choices=("auto", "cpu", "cuda"), help="where gists are made")
     p = sub["ingest"]
     p.add_argument("paths", type=Path, nargs="*", default=[], help="files and folders; none, or -: standard input")
     p.add_argument("--text_column", default="text", help="column of parquet and jsonl files that holds the text")
-    p.add_argument("--uri", default="stdin", help="what standard input is called")
+    p.add_argument("--uri", default="stdin", help="what standard input is called; of an address without user, password and query")
     p.add_argument("--kind", help="kind of all these sources; default: code for .py, what the corpus says, or text")
     p.add_argument("--retrieval_score", type=float, help="score of the retriever that chose these sources")
     p.add_argument(
-        "--dtype", choices=tuple(DTYPES), help="of gists and keys of a new store; default: the model's; int8 has one scale per vector"
+        "--dtype", choices=tuple(DTYPES),
+        help="of gists and keys of a new store; default: the model's; int8 has one scale per vector"
     )
     for name in ("ingest", "edit"):
         sub[name].add_argument(
@@ -486,9 +511,7 @@ def make_parser() -> FlagParser:
             choices=DURABILITY,
             help="what a power cut may take: nothing, the last 2 s, or all since the start",
         )
-    sub["verify"].add_argument(
-        "--repair", type=int, default=0, choices=(0, 1), help="1: remake damaged gists and keys from what is below them"
-    )
+    sub["verify"].add_switch("--repair", False, "1: remake damaged gists and keys from what is below them")
     p = sub["query"]
     p.add_argument("--uri", help="sources whose address matches this pattern, * and ? as in a shell")
     p.add_argument("--kind", help="sources of this kind")
@@ -499,14 +522,12 @@ def make_parser() -> FlagParser:
     p.add_argument("--limit", type=int, default=20, help="at most so many sources; -1: all")
     p.add_argument("--source", type=int, help="the source with this id")
     p.add_argument("--span", help="where these slots come from: START:STOP")
-    p.add_argument("--text", type=int, default=0, choices=(0, 1), help="1: print the text of what was found")
+    p.add_switch("--text", False, "1: print the text of what was found")
     p.add_argument("--top_nodes", type=int, default=0, help="instead: the nodes shown most often, so many")
-    p.add_argument(
+    p.add_switch(
         "--measure",
-        type=int,
-        default=0,
-        choices=(0, 1),
-        help="1: first measure, and keep, the gist variance of counted nodes and the ΔNLL sensitivity of counted blocks (as a writer)",
+        False,
+        "1: first measure, and keep, the gist variance of counted nodes and the ΔNLL sensitivity of counted blocks (as a writer)",
     )
     p = sub["edit"]
     p.add_argument("--source", type=int, required=True, help="id of the source, see query")
@@ -517,15 +538,18 @@ def make_parser() -> FlagParser:
     p.add_argument("--text_file", type=Path, help="instead: a UTF-8 file that holds it")
     sub["regist"].add_argument("--dtype", choices=tuple(DTYPES), help="of the new gists and keys; default: as they are")
     p = sub["prune"]
-    p.add_argument("--share", type=float, help="share of all blocks to be without raw tokens afterwards, 0 to 1; those of least utility")
-    p.add_argument("--max_utility", type=float, help="only blocks worth at most this: accesses × mean sensitivity [nats]")
+    p.add_argument("--share", type=float,
+                   help="share of all blocks to be without raw tokens afterwards, 0 to 1; those of least utility")
+    p.add_argument("--max_utility", type=float,
+                   help="only blocks worth at most this: accesses × mean sensitivity [nats]")
     p.add_argument("--keep_last", type=int, default=0, help="tokens at the end that keep their detail")
     p.add_argument("--source", type=int, help="only blocks of this source")
-    p.add_argument("--dry_run", type=int, default=0, choices=(0, 1), help="1: only say how many")
+    p.add_switch("--dry_run", False, "1: only say how many")
     sub["restore"].add_argument("--source", type=int, help="only blocks of this source")
     p = sub["export"]
     p.add_argument("--out", type=Path, required=True, help="folder to write, not there yet or empty")
-    p.add_argument("--format", default="arrow", choices=("arrow", "safetensors"), help="Arrow IPC files, or one safetensors file")
+    p.add_argument("--format", default="arrow", choices=("arrow", "safetensors"),
+                   help="Arrow IPC files, or one safetensors file")
     return parser
 
 

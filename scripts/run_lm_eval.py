@@ -21,10 +21,12 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     add_model_flags(parser)
     parser.add_argument("--tasks", required=True, help="names of tasks or groups, with commas between")
     parser.add_argument(
-        "--include_path", type=Path, help="folder of further tasks in YAML; their relative data files are found from the current folder"
+        "--include_path", type=Path, help="folder of further tasks in YAML; their relative data files are found from "
+                                          "the current folder"
     )
     parser.add_argument("--limit", type=int, default=0, help="documents per task; 0: all")
-    parser.add_argument("--num_fewshot", type=int, default=-1, help="examples before each question; -1: as the task says")
+    parser.add_argument("--num_fewshot", type=int, default=-1,
+                        help="examples before each question; -1: as the task says")
     parser.add_argument(
         "--max_length",
         type=int,
@@ -32,9 +34,7 @@ def make_parser(with_mc: bool = True) -> FlagParser:
         help="window in tokens, behind which a longer context is cut; 0: the training length; without MegaContext only",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of few-shot examples and of sampling, where a task samples")
-    parser.add_argument(
-        "--mc_enabled", type=int, choices=(0, 1), default=0, help="1: sessions with MegaContext, whose context is never cut"
-    )
+    parser.add_switch("--mc_enabled", False, "1: sessions with MegaContext, whose context is never cut")
     parser.add_argument("--out", type=Path, default=None, help="JSON file of the results; default $NANOCHAT_BASE_DIR/evals/lm_eval.json")
     if with_mc:
         import_optional("mc", "session.config").add_flags(parser)
@@ -47,7 +47,8 @@ def import_harness():
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as e:
         raise UserError(
-            f'scripts.run_lm_eval needs the package {e.name}, which is not installed; run: pip install "megacontext[lm-eval]"'
+            f'scripts.run_lm_eval needs the package {e.name}, which is not installed; run: pip install '
+            '"megacontext[lm-eval]"'
         ) from None
     return lm_eval.simple_evaluate, TaskManager
 
@@ -61,11 +62,15 @@ def build_lm(args):
 
         return PlainLM(model, tokenizer, args.max_length, args.seed)
     if args.max_length:
-        raise UserError(f"--max_length={args.max_length} has no effect with --mc_enabled=1: a session's context is never cut")
+        raise UserError(f"--max_length={args.max_length} has no effect with --mc_enabled=1: a session's context is "
+                        "never cut")
     if not meta.get("mc"):
         raise UserError("--mc_enabled=1 needs a checkpoint that was trained with --mc_enabled=1")
-    sessions, harness = import_optional("mc", "session.session"), import_optional("mc", "harness")
-    return harness.SessionLM(sessions.open_pool(model, meta, args.checkpoint_dir, import_optional("mc", "session.config").from_flags(args)), tokenizer, args.seed)
+    from scripts.eval.lm_eval_sessions import SessionLM  # imports mc
+
+    sessions, config = import_optional("mc", "session.session"), import_optional("mc",
+                                                                                 "session.config").from_flags(args)
+    return SessionLM(sessions.open_pool(model, meta, args.checkpoint_dir, config), tokenizer, args.seed)
 
 
 def check_generation(lm, tasks: dict) -> None:
@@ -139,13 +144,15 @@ def main() -> None:
     cut = getattr(lm, "cut", 0)
     if cut:
         print(
-            f"note: {cut} requests were longer than the window of {lm.max_length} tokens and lost their beginning; --mc_enabled=1 keeps it"
+            f"note: {cut} requests were longer than the window of {lm.max_length} tokens and lost their beginning; "
+            "--mc_enabled=1 keeps it"
         )
     if lm.apart:
         print(f"note: {lm.apart} continuations only complete the last token of their context; they were encoded apart")
     left_out = getattr(lm, "left_out", 0)
     if left_out:
-        print(f"note: of {left_out} requests a part of the context had no entry in the working context at last; a larger --mc_budget shows more")
+        print(f"note: of {left_out} requests a part of the context had no entry in the working context at last; a "
+              "larger --mc_budget shows more")
     results = {
         task: {key: value for key, value in scores.items() if key != "sample_len" and isinstance(value, (int, float))}
         for task, scores in found["results"].items()
@@ -163,7 +170,7 @@ def main() -> None:
                 "apart": lm.apart,
                 "left_out": left_out,
                 "checkpoint": str(args.checkpoint_dir or args.nanochat_checkpoint),
-                "mc": bool(args.mc_enabled),
+                "mc": args.mc_enabled,
                 "flags": {k: str(v) for k, v in vars(args).items()},
             },
             indent=1,

@@ -21,10 +21,13 @@ def training_texts(data: str, text_column: str, max_chars: int) -> Iterator[str]
 
 def make_parser() -> FlagParser:
     parser = FlagParser(prog="python -m scripts.tok_train", description=__doc__)
-    parser.add_argument("--data", default="stdlib", help="'stdlib' (embedded corpus) or a directory of parquet, jsonl or text files")
+    parser.add_argument("--data", default="stdlib",
+                        help="'stdlib' (embedded corpus) or a directory of parquet, jsonl or text files")
     parser.add_argument("--text_column", default="text", help="column of parquet and jsonl files that holds the text")
-    parser.add_argument("--vocab_size", type=int, default=2048, help="BPE tokens, the 256 bytes included; special ids come on top")
-    parser.add_argument("--max_chars", type=int, default=2_000_000_000, help="characters of the corpus to train on, at most")
+    parser.add_argument("--vocab_size", type=int, default=2048,
+                        help="BPE tokens, the 256 bytes included; special ids come on top")
+    parser.add_argument("--max_chars", type=int, default=2_000_000_000,
+                        help="characters of the corpus to train on, at most")
     return parser
 
 
@@ -38,7 +41,8 @@ def main() -> None:
     path = tokenizer.save()
     seconds = time.monotonic() - start
     print(f"tokenizer of {args.vocab_size} BPE tokens ({tokenizer.vocab_size} ids) in {seconds:.1f} s: {path}")
-    print(json.dumps({"path": str(path), "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint, "seconds": seconds}))
+    print(json.dumps({"path": str(path), "vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint,
+                      "seconds": seconds}))
 
 
 if __name__ == "__main__":

@@ -23,14 +23,17 @@ from nanochat.tokenizer import Tokenizer
 def make_parser() -> FlagParser:
     parser = FlagParser(prog="python -m scripts.write_tasks", description=__doc__.split("\n\n")[0])
     parser.add_argument("--tasks", default="", help=f"names with commas between; default all: {', '.join(TASKS)}")
-    parser.add_argument("--length", type=int, default=1056, help="tokens of each history, question included; a multiple of --block_size")
+    parser.add_argument("--length", type=int, default=1056,
+                        help="tokens of each history, question included; a multiple of --block_size")
     parser.add_argument("--count", type=int, default=100, help="examples per task")
-    parser.add_argument("--depth", type=float, default=-1.0, help="where in the context the answer lies, 0 to 1; -1: anywhere")
+    parser.add_argument("--depth", type=float, default=-1.0,
+                        help="where in the context the answer lies, 0 to 1; -1: anywhere")
     parser.add_argument("--block_size", type=int, default=32, help="tokens of a block, over which answers are spread")
     parser.add_argument("--split", default="val", choices=("train", "val"), help="rows and text of which split")
     parser.add_argument("--seed", type=int, default=0, help="of the rows")
     parser.add_argument(
-        "--data", default="stdlib", help="text that facts are hidden in: stdlib, or a directory of parquet, jsonl or text files"
+        "--data", default="stdlib", help="text that facts are hidden in: stdlib, or a directory of parquet, jsonl or "
+                                         "text files"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the files")
     return parser
@@ -40,7 +43,8 @@ def main() -> None:
     args = make_parser().parse_args()
     names = [name for name in args.tasks.split(",") if name] or list(TASKS)
     if args.count < 1 or args.seed < 0 or args.block_size < 2:
-        raise UserError(f"--count={args.count}, --seed={args.seed}, --block_size={args.block_size}: at least 1, 0 and 2")
+        raise UserError(
+            f"--count={args.count}, --seed={args.seed}, --block_size={args.block_size}: at least 1, 0 and 2")
     output_folder(args.out, *(f"{name}_{args.length}.jsonl" for name in names))
     tokenizer = Tokenizer.load()
     words = Words.of(tokenizer, open_token_cache(open_corpus(args.data), args.split, tokenizer).tokens)
@@ -58,7 +62,8 @@ def main() -> None:
         for name in names
     }
     for name, examples in made.items():
-        write_file(args.out / f"{name}_{args.length}.jsonl", "".join(json.dumps(example.kvpress()) + "\n" for example in examples))
+        write_file(args.out / f"{name}_{args.length}.jsonl",
+                   "".join(json.dumps(example.kvpress()) + "\n" for example in examples))
     print(f"{len(made)} tasks of {args.count} examples in {args.out}")
     print(json.dumps({"out": str(args.out), "tasks": names, "examples": args.count * len(made)}))
 

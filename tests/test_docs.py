@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from nanochat.common import boolean
 from scripts.make_docs import commands, flags_of, parser_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,7 +19,8 @@ VAULT = ROOT / "obsidian"
 README = ROOT / "README.md"
 CODE = ("nanochat", "mc", "scripts", "runs")  # the file tree names every .py and .sh file below these
 PAGES = [README, *sorted(VAULT.rglob("*.md"))]
-DATED = [p for p in PAGES if re.match(r"\d{4}-\d\d-\d\d ", p.name)]  # of the log: what they say held at the commit they name
+# of the log: what they say held at the commit they name
+DATED = [p for p in PAGES if re.match(r"\d{4}-\d\d-\d\d ", p.name)]
 CURRENT = [p for p in PAGES if p not in DATED]
 
 
@@ -31,11 +33,13 @@ pages, current, dated = on(PAGES), on(CURRENT), on(DATED)
 
 
 def test_generated_tables_are_current(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "scripts.make_docs", f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "scripts.make_docs", f"--out={tmp_path}"], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in ("Flags.md", "Telemetry.md"):
         committed = VAULT / "ops" / name
-        assert committed.read_text() == (tmp_path / name).read_text(), f"{committed} is out of date: run python -m scripts.make_docs"
+        assert committed.read_text() == (tmp_path
+                                         / name).read_text(), f"{committed} is out of date: run python -m scripts.make_docs"
 
 
 @pytest.mark.parametrize("command", commands())
@@ -47,13 +51,23 @@ def test_every_flag_has_help(command):
             assert action.help and action.help.strip(), f"{command} {action.option_strings or action.dest}"
 
 
+@pytest.mark.parametrize("command", commands())
+def test_a_flag_of_0_and_1_is_a_switch(command):
+    for _, actions in flags_of(parser_of(command)):
+        for action in actions:
+            name = f"{command} {action.option_strings or action.dest}"
+            assert tuple(action.choices or ()) != (0, 1) and action.type is not bool, f"{name}: use add_switch"
+            assert (action.type is boolean) == isinstance(action.default, bool), name
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # README
 
 
 def tracked(*folders: str) -> set[str]:
     """Files of the repository below `folders`: tracked, or about to be."""
-    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *folders], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *folders],
+                            cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:  # a copy without its history
         return {str(p.relative_to(ROOT)) for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file()}
     return {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
@@ -89,10 +103,12 @@ def test_readme_names_the_two_commands(script):
 
 def test_flags_in_examples_exist():
     """Every `--flag` that the README or an undated page names belongs to a command, or to torchrun."""
-    known = {name for c in commands() for _, actions in flags_of(parser_of(c)) for a in actions for name in a.option_strings}
+    known = {name for c in commands() for _, actions in flags_of(parser_of(c)) for a in actions
+             for name in a.option_strings}
     known |= {"--help", "--standalone", "--nproc_per_node"}
     for page in CURRENT:
-        used = {flag.rstrip("_") for flag in re.findall(r"(?<![\w-])--[a-z]\w*", page.read_text())}  # `--mc_…` stands for all of them
+        # `--mc_…` stands for all of them
+        used = {flag.rstrip("_") for flag in re.findall(r"(?<![\w-])--[a-z]\w*", page.read_text())}
         assert sorted(used - known - {"--mc"}) == [], page
 
 
@@ -105,7 +121,7 @@ def shell_commands() -> list[str]:
 @pytest.mark.parametrize("line", shell_commands())
 def test_commands_are_understood(line, monkeypatch, capsys):
     """Recipes exist, flags parse, and what is to be trained has a plan."""
-    words = [w for w in shlex.split(line) if not re.match(r"[A-Z_]+=", w)]
+    words = [w for w in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", w)]
     if words[0] == "bash":
         assert (ROOT / words[1]).is_file()
         return
@@ -114,6 +130,9 @@ def test_commands_are_understood(line, monkeypatch, capsys):
         monkeypatch.setenv("WORLD_SIZE", words[2].removeprefix("--nproc_per_node="))
         words = ["python", "-m", "scripts.base_train", *words[4:]]
     assert words[:2] == ["python", "-m"]
+    if words[2] == "pytest":
+        assert all((ROOT / word).exists() for word in words[3:] if not word.startswith("-"))
+        return
     module = import_module(words[2])
     monkeypatch.setattr(sys, "argv", words[2:])  # which arms it names
     module.make_parser().parse_args(words[3:])
@@ -126,10 +145,12 @@ def test_commands_are_understood(line, monkeypatch, capsys):
 @dated
 def test_dated_pages_name_their_commit(page):
     """A flag, file or command of such a page may be gone: whoever wants to run it again checks that commit out."""
-    named = [word for word in re.findall(r"\b[0-9a-f]{7,40}\b", page.read_text()) if re.search("[a-f]", word) and re.search("[0-9]", word)]
+    named = [word for word in re.findall(r"\b[0-9a-f]{7,40}\b", page.read_text()) if re.search("[a-f]", word)
+             and re.search("[0-9]", word)]
     if (ROOT / ".git").exists():
         git = ["git", "-C", str(ROOT), "cat-file", "-e"]
-        named = [word for word in named if subprocess.run([*git, f"{word}^{{commit}}"], capture_output=True).returncode == 0]
+        named = [word for word in named if subprocess.run([*git, f"{word}^{{commit}}"], capture_output=True).returncode
+                 == 0]
     assert named, f"{page.name} names no commit of this repository"
 
 
@@ -173,7 +194,8 @@ def test_every_page_is_reachable_from_home():
             continue
         seen.add(page)
         text = without_code(page.read_text())
-        linked = [(page.parent / unquote(t.partition("#")[0])).resolve() for t in re.findall(r"\]\(([^)\s]+\.md[^)\s]*)\)", text)]
+        linked = [(page.parent / unquote(t.partition("#")[0])).resolve()
+                  for t in re.findall(r"\]\(([^)\s]+\.md[^)\s]*)\)", text)]
         linked += [p for t in re.findall(r"\[\[([^\]|#]+)", text) for p in VAULT.rglob(f"{t.strip()}.md")]
         todo += [p for p in linked if p.suffix == ".md" and p.is_relative_to(VAULT)]
     assert sorted(str(p.relative_to(VAULT)) for p in set(VAULT.rglob("*.md")) - seen) == []
@@ -188,7 +210,8 @@ def test_pages_name_files_that_exist(page):
 
 def test_pages_name_tests_that_exist():
     """Every test in code font is there."""
-    tests = set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in (ROOT / "tests").rglob("test_*.py")), re.M))
+    tests = set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in (ROOT / "tests").rglob("test_*.py")),
+                           re.M))
     for page in CURRENT:
         named = set(re.findall(r"`(test_\w+)`", page.read_text()))
         assert named <= tests, f"{page.name}: {sorted(named - tests)}"

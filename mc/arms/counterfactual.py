@@ -1,14 +1,16 @@
-"""What the detail of a block is worth, measured: the loss with its raw tokens and with its gist, many blocks of a row in one pass.
+"""What the detail of a block is worth, measured: the loss with its raw tokens and with its gist,
+many blocks of a row in one pass.
 
-A cut of the row is drawn, and in it blocks whose ancestors are open. Each edit flips one of them, raw to gist or gist to raw, all else
-unchanged. Either way
+A cut of the row is drawn, and in it blocks whose ancestors are open. Each edit flips one of them, raw to gist or gist
+to raw, all else unchanged. Either way
 
     utility = NLL(the block as its gist) − NLL(the same cut with the block raw), nats per token of the continuation
 
-so positive means that detail helps. (An edit that opens the block's ancestors too would mix in what they are worth: on recall, with one
-LOD2 node above the whole history, opening it was worth 1 to 2 nats whichever block was shown.)
+so positive means that detail helps. (An edit that opens the block's ancestors too would mix in what they are worth: on
+recall, with one LOD2 node above the whole history, opening it was worth 1 to 2 nats whichever block was shown.)
 
-The R rows and the 1 + E cuts of each go through the base as R · (1 + E) rows of one batch; they share the row's tokens, embeddings and tree.
+The R rows and the 1 + E cuts of each go through the base as R · (1 + E) rows of one batch; they share the
+row's tokens, embeddings and tree.
 
 Shapes: R rows, T tokens, N blocks, N_l nodes at level l, E edits of a row, C = 1 + E cuts.
 """
@@ -34,14 +36,18 @@ from mc.working_context import from_expanded
 from nanochat.gpt import GPT, token_losses
 
 
-def draw_cut(allocator: GreedyAllocator, editable_RN: Tensor, n_R: Tensor, rows_R: Tensor, *key: int | str) -> list[Tensor]:
-    """Which nodes a random cut expands, as `GreedyAllocator.allocate` says it, with room for one more of the blocks that `can_flip`.
+def draw_cut(allocator: GreedyAllocator, editable_RN: Tensor, n_R: Tensor, rows_R: Tensor,
+             *key: int | str) -> list[Tensor]:
+    """Which nodes a random cut expands, as `GreedyAllocator.allocate` says it, with room for one more
+    of the blocks that `can_flip`.
 
-    Shows up to as many of the editable blocks as the budget holds, then closes the one that was opened last: its ancestors stay open.
+    Shows up to as many of the editable blocks as the budget holds, then closes the one that was opened
+    last: its ancestors stay open.
     """
     cfg, n_blocks = allocator.cfg, editable_RN.shape[1]
     most = max(cfg.budget // cfg.block_size, 1)
-    rank_RN = gumbel(rows_R, n_blocks, "cut to edit", *key).masked_fill(~editable_RN, -torch.inf).argsort(1, descending=True).argsort(1)
+    rank_RN = gumbel(rows_R, n_blocks, "cut to edit", *key).masked_fill(~editable_RN,
+                                                                        -torch.inf).argsort(1, descending=True).argsort(1)
     wanted_RN = editable_RN & (rank_RN <= (uniform(rows_R, 1, "size of the cut", *key) * most).long())
     expanded = list(allocator.allocate(torch.where(wanted_RN, -rank_RN.float(), -torch.inf), n_R).expanded)
     last_R1 = rank_RN.masked_fill(~(expanded[0] & editable_RN), -1).argmax(1, keepdim=True)
@@ -60,8 +66,10 @@ def can_flip(expanded: Sequence[Tensor], editable_RN: Tensor, n_R: Tensor, block
     return open_RN
 
 
-def draw_edits(logits_RN: Tensor, editable_RN: Tensor, count: int, rows_R: Tensor, *key: int | str) -> tuple[Tensor, Tensor]:
-    """Blocks to flip, drawn by global row number and key: half of them, rounded up, by logits + Gumbel noise, the others anyhow, none twice.
+def draw_edits(logits_RN: Tensor, editable_RN: Tensor, count: int, rows_R: Tensor,
+               *key: int | str) -> tuple[Tensor, Tensor]:
+    """Blocks to flip, drawn by global row number and key: half of them, rounded up, by logits + Gumbel noise,
+    the others anyhow, none twice.
 
     Returns block [R, E] int64 and valid [R, E] bool: False where there are fewer editable blocks. E = min(count, N).
     """
@@ -74,11 +82,14 @@ def draw_edits(logits_RN: Tensor, editable_RN: Tensor, count: int, rows_R: Tenso
 
 
 @torch.no_grad()
-def edit_utilities(gpt: GPT, mc: MegaContext, tree: Tree, tokens_RT: Tensor, targets_RT: Tensor, n_R: Tensor, expanded: Sequence[Tensor],
+def edit_utilities(gpt: GPT, mc: MegaContext, tree: Tree, tokens_RT: Tensor, targets_RT: Tensor, n_R: Tensor,
+                   expanded: Sequence[Tensor],
                    block_RE: Tensor) -> tuple[Tensor, Tensor]:
-    """Utility [R, E] of the detail of each block, and NLL [R] of the cut itself; NaN where an edit does not fit the budget.
+    """Utility [R, E] of the detail of each block, and NLL [R] of the cut itself; NaN where
+    an edit does not fit the budget.
 
-    targets: next tokens, −1 where none counts. expanded: the cut, one bool [R, N_l] per level; block: of those that `can_flip`.
+    targets: next tokens, −1 where none counts. expanded: the cut, one bool [R, N_l] per level;
+    block: of those that `can_flip`.
     """
     c, (R, E), N = mc.config, block_RE.shape, expanded[0].shape[1]
     flip_REN = torch.zeros(R, E, N, dtype=torch.bool, device=n_R.device).scatter(2, block_RE[..., None], True)
@@ -103,7 +114,7 @@ def edit_utilities(gpt: GPT, mc: MegaContext, tree: Tree, tokens_RT: Tensor, tar
 # What the lens learns from them
 
 
-class Edits(NamedTuple):
+class MeasuredEdits(NamedTuple):
     """Path edits at the end of histories of n_B tokens, and what they are worth."""
 
     n_B: Tensor
@@ -113,7 +124,8 @@ class Edits(NamedTuple):
 
 
 def standardized(x_BQN: Tensor, visible_BQN: Tensor) -> Tensor:
-    """Deviation from the mean of the visible, in standard deviations of theirs; 0 where they are all alike. For what only compares."""
+    """Deviation from the mean of the visible, in standard deviations of theirs; 0 where they are all
+    alike. For what only compares."""
     x_BQN = beyond_average(x_BQN, visible_BQN) * visible_BQN
     square = x_BQN.square().sum(-1, keepdim=True) / visible_BQN.sum(-1, keepdim=True).clamp_min(1)
     return x_BQN / square.sqrt().clamp_min(1e-12)
@@ -131,39 +143,43 @@ def utility_order(logits_BE: Tensor, utility_BE: Tensor, valid_BE: Tensor) -> Te
     return (gain_BEE * F.softplus(-lead_BEE) * pair_BEE).sum((1, 2)) / pairs_B.clamp_min(1)
 
 
-def edit_loss(model: MegaContext, tree: Tree, edits: Edits, normalize: bool) -> Tensor:
-    """[B] `utility_order` of the lens's logits at the end of each row's history, and the mean of that of each tail token's own vote:
-    the evidence that adds up to a logit is taught one by one too."""
+def edit_loss(model: MegaContext, tree: Tree, edits: MeasuredEdits, normalize: bool) -> Tensor:
+    """[B] `utility_order` of the lens's logits at the end of each row's history, and the mean of that of each tail
+    token's own vote: the evidence that adds up to a logit is taught one by one too."""
     n_B, block_BE, utility_BE, valid_BE = edits
     utility_BE = standardized(utility_BE, valid_BE) if normalize else utility_BE
     loss_B = sum(utility_order(x.gather(1, block_BE), utility_BE, valid_BE) for x in cursor_logits(model, tree, n_B))
     own_BTN = model.tail_votes(tree.levels[0], n_B)
     each = own_BTN.shape[1]
     own_BTE = own_BTN.gather(2, block_BE[:, None].expand(-1, each, -1))
-    own_BT = utility_order(own_BTE.flatten(0, 1), *(x.repeat_interleave(each, 0) for x in (utility_BE, valid_BE))).view(-1, each)
+    own_BT = utility_order(own_BTE.flatten(0, 1),
+                           *(x.repeat_interleave(each, 0) for x in (utility_BE, valid_BE))).view(-1, each)
     return loss_B + own_BT.mean(1)
 
 
 class Counterfactual(Arm):
-    """`--mc_teacher=counterfactual`: edits of a cut of every row that has a working context, measured; of any two, the more useful comes
-    first, with as much weight as the difference is worth."""
+    """`--mc_teacher=counterfactual`: edits of a cut of every row that has a working context, measured; of any two, the
+    more useful comes first, with as much weight as the difference is worth."""
 
-    SETTINGS = {"lens_edits": Setting(8, "edits measured in every row that has a working context, for --mc_teacher=counterfactual", low=2)}
+    SETTINGS = {"lens_edits": Setting(8, "edits measured in every row that has a working context, for "
+                                         "--mc_teacher=counterfactual", low=2)}
 
     @torch.no_grad()
-    def watch(self, controller: MCController, seen: Seen) -> Edits:
+    def watch(self, controller: MCController, seen: Seen) -> MeasuredEdits:
         c, model, n = self.config, controller.model, seen.n_R
         logits = model.lens_logits(seen.tree.levels[0], n, tree=seen.tree)
         editable = visible_blocks(n, logits.shape[1], c.block_size, c.protected)
         expanded = draw_cut(model.allocator, editable, n, seen.rows_R, *seen.key)
-        block, drawn = draw_edits(logits, can_flip(expanded, editable, n, c.block_size), c.of("lens_edits"), seen.rows_R, *seen.key)
+        block, drawn = draw_edits(logits, can_flip(expanded, editable, n, c.block_size), c.of("lens_edits"),
+                                  seen.rows_R, *seen.key)
         utility, _ = edit_utilities(seen.gpt, model, seen.tree, seen.tokens_RT, seen.targets_RT, n, expanded, block)
-        return Edits(n, block, utility.masked_fill(~drawn, 0), drawn)
+        return MeasuredEdits(n, block, utility.masked_fill(~drawn, 0), drawn)
 
     def lens_parts(self, model: MegaContext, lesson: Lesson, asked: Asked | None) -> list[Part]:
         if (edits := lesson.watched.get("counterfactual")) is None:
             return []
-        return [("counterfactual", self.config.teacher_weights()["counterfactual"], edit_loss(model, lesson.tree, edits, False).mean())]
+        return [("counterfactual", self.config.teacher_weights()["counterfactual"],
+                 edit_loss(model, lesson.tree, edits, False).mean())]
 
     def more_passes(self) -> float:
         return (1 + self.config.of("lens_edits")) / 3  # forward only

@@ -1,19 +1,21 @@
 """Networks that read the candidates of a refocus together, on top of the bilinear lens (`--mc_lens`).
 
-The bilinear lens scores each block by itself. A reader sees what it has to choose from: the blocks with their bilinear logits and
-gists, the nodes above them, and the last tokens, all in both directions. It adds to each block's logit:
+The bilinear lens scores each block by itself. A reader sees what it has to choose from: the blocks with their bilinear
+logits and gists, the nodes above them, and the last tokens, all in both directions. It adds to each block's logit:
 
-    logit' = logit + reader(…),   the reader's last layer starting at zero: training starts exactly from the bilinear lens
+    logit' = logit + reader(…),   the reader's last layer starting at zero: training starts
+                                  exactly from the bilinear lens
 
 Its body is an arm: `mc.arms.lens_transformer`, `lens_perceiver` or `lens_slots`.
 
-Rows are told apart by their LOD, span width, distance to the cursor and content alone: a permutation of the nodes permutes the scores.
-All inputs are detached, the bilinear logits too: the bilinear part learns as it does alone.
+Rows are told apart by their LOD, span width, distance to the cursor and content alone: a permutation of the nodes
+permutes the scores. All inputs are detached, the bilinear logits too: the bilinear part learns as it does alone.
 
-It runs on few cursors (CURSORS a row in training, one per refocus in use) and on few blocks (RERANKED of a long history).
+It runs on few cursors (CURSORS a row in training, one per refocus in use) and on few
+blocks (RERANKED of a long history).
 
-Shapes: B rows, Q cursors of a row, N blocks, E nodes (the blocks first), T tail tokens, D width of the base, C width inside, S rows read
-(nodes, then tail tokens), M latents or slots, X = B · Q.
+Shapes: B rows, Q cursors of a row, N blocks, E nodes (the blocks first), T tail tokens, D width of the base, C width
+inside, S rows read (nodes, then tail tokens), M latents or slots, X = B · Q.
 """
 
 import math
@@ -69,12 +71,13 @@ class Reader(nn.Module):
         self.level_LC = nn.Parameter(QUERY_STD * torch.randn(max_lod + 1, WIDTH))
         self.body = body()
 
-    def forward(self, logits_BQN: Tensor, tail_BQTD: Tensor, cursor_BQ: Tensor, gists_BED: Tensor, lod_E: Tensor, index_E: Tensor) -> Tensor:
+    def forward(self, logits_BQN: Tensor, tail_BQTD: Tensor, cursor_BQ: Tensor, gists_BED: Tensor, lod_E: Tensor,
+                index_E: Tensor) -> Tensor:
         """[B, Q, N] unbounded logits, like those it is given.
 
-        logits_BQN: of the first N of the E nodes, blocks (LOD1). cursor_BQ: tokens of history. gists_BED, lod_E, index_E (int64): nodes
-        in any order; those that the cursor has not passed are not read. tail_BQTD: embeddings of the last tokens before the cursor,
-        zeros where there is none.
+        logits_BQN: of the first N of the E nodes, blocks (LOD1). cursor_BQ: tokens of history. gists_BED, lod_E,
+        index_E (int64): nodes in any order; those that the cursor has not passed are not read. tail_BQTD: embeddings of
+        the last tokens before the cursor, zeros where there is none.
         """
         logits_BQN, tail_BQTD, gists_BED = logits_BQN.detach(), tail_BQTD.detach(), gists_BED.detach()
         N, T, dtype = logits_BQN.shape[-1], tail_BQTD.shape[2], logits_BQN.dtype
@@ -88,9 +91,11 @@ class Reader(nn.Module):
         gap_BQE = F.pad(gap_BQN.masked_fill(~rated_BQN, 0).log1p(), pad)
         h_BQEC = self._row(ratio_BQE, gap_BQE, ahead_BQE, width_E.to(dtype), lod_E) + self.gist(gists_BED)[:, None]
         before_BQTD = F.pad(tail_BQTD, (0, 0, 1, 0))[:, :, :-1]
-        age_T, one_T = torch.arange(T - 1, -1, -1, device=cursor_BQ.device), torch.ones(T, dtype=dtype, device=cursor_BQ.device)
+        age_T, one_T = torch.arange(T - 1, -1, -1, device=cursor_BQ.device), torch.ones(T, dtype=dtype,
+                                                                                        device=cursor_BQ.device)
         none_T = torch.zeros_like(one_T)
-        h_BQTC = self._row(none_T, none_T, age_T, one_T, none_T.long()) + self.token(torch.cat([tail_BQTD, before_BQTD], -1))
+        h_BQTC = self._row(none_T, none_T, age_T, one_T,
+                           none_T.long()) + self.token(torch.cat([tail_BQTD, before_BQTD], -1))
         seen_BQS = torch.cat([ahead_BQE >= 0, tail_BQTD.any(-1)], -1)
         h_XSC, seen_XS = torch.cat([h_BQEC, h_BQTC], 2).flatten(0, 1), seen_BQS.flatten(0, 1)
         return logits_BQN + self.body(h_XSC, seen_XS, N).view_as(logits_BQN).to(dtype)
@@ -117,7 +122,8 @@ class ReaderArm(Arm):
     @classmethod
     def check(cls, config: MCConfig) -> None:
         if config.gists_per_block > 1:
-            raise UserError(f"--mc_lens={config.lens} reads one gist per node, and --mc_gists_per_block={config.gists_per_block}; use --mc_lens=bilinear")
+            raise UserError(f"--mc_lens={config.lens} reads one gist per node, and "
+                            f"--mc_gists_per_block={config.gists_per_block}; use --mc_lens=bilinear")
 
     @classmethod
     def reader(cls, d_model: int, block_size: int, max_lod: int, recent: int) -> Reader:

@@ -1,13 +1,17 @@
-"""Measured utilities of path edits, kept in a folder: what a lens alone is trained on (`scripts.mc_study labels`, `scripts.mc_study train_lensnet`).
+"""Measured utilities of path edits, kept in a folder: what a lens alone is trained on (`scripts.mc_study labels`,
+`scripts.mc_study train_lensnet`).
 
-    manifest.json              what the labels are of: base and gists by fingerprint, data, how they were drawn; where they were made
-    labels_00000.npz, …        one per pass: contexts with their edits. A file is there whole or not at all, so an interrupted run goes on
+    manifest.json              what the labels are of: base and gists by fingerprint, data, how they
+                               were drawn; where they were made
+    labels_00000.npz, …        one per pass: contexts with their edits. A file is there whole or not at
+                               all, so an interrupted run goes on
 
-Arrays only, nothing is unpickled. The fingerprint leaves the lens out: a lens learns from labels that another lens's checkpoint gave.
+Arrays only, nothing is unpickled. The fingerprint leaves the lens out: a lens learns from labels that
+another lens's checkpoint gave.
 
-Per context the tokens are embedded, the tree is built and the full pass runs once, for all its cursors and edits; the full pass says
-which blocks are worth a try (gate gradients). The cuts of an edit share tokens and tree, but no KV: an edit may lie anywhere, and a working
-context is short.
+Per context the tokens are embedded, the tree is built and the full pass runs once, for all its cursors and edits; the
+full pass says which blocks are worth a try (gate gradients). The cuts of an edit share tokens and tree, but no KV: an
+edit may lie anywhere, and a working context is short.
 
 Shapes: C contexts, T tokens, Q cursors of a context, E edits of a cursor, N blocks.
 """
@@ -54,11 +58,13 @@ class Labels:
     def fit(self) -> bool:
         """Whether types and shapes are those of labels."""
         whole, real = torch.int64, torch.float32
-        types = dict(row_C=whole, tokens_CT=whole, n_CQ=whole, block_CQE=whole, utility_CQE=real, valid_CQE=torch.bool, nll_CQ=real)
+        types = dict(row_C=whole, tokens_CT=whole, n_CQ=whole, block_CQE=whole, utility_CQE=real, valid_CQE=torch.bool,
+                     nll_CQ=real)
         sizes: dict[str, int] = {}
         for name, dtype in types.items():
             x, letters = getattr(self, name), name.rpartition("_")[2]
-            if x.dtype != dtype or x.ndim != len(letters) or any(sizes.setdefault(letter, size) != size for letter, size in zip(letters, x.shape)):
+            if x.dtype != dtype or x.ndim != len(letters) or any(sizes.setdefault(letter, size) != size
+                                                                 for letter, size in zip(letters, x.shape)):
                 return False
         return True
 
@@ -67,12 +73,15 @@ class Labels:
         return Labels(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Labels)})
 
 
-def fingerprint(gpt: GPT, mc: MegaContext) -> str:
+def label_fingerprint(gpt: GPT, mc: MegaContext) -> str:
     """Of all that a label depends on: base, gists, and the settings, those of the lens and of training left out."""
-    about_context = ("block_size", "max_lod", "budget", "recent", "horizon", "positions", "damping_floor", "lod_axis", "alibi")
-    settings = {name: value for name, value in complete(mc.config).items() if name.startswith("gist") or name in about_context}
+    about_context = ("block_size", "max_lod", "budget", "recent", "horizon", "positions", "damping_floor", "lod_axis",
+                     "alibi")
+    settings = {name: value for name, value in complete(mc.config).items() if name.startswith("gist")
+                or name in about_context}
     digest = hashlib.sha256(repr(sorted(settings.items())).encode())
-    state = gpt.state_dict() | {f"mc.{name}": x for name, x in mc.state_dict().items() if not name.startswith(("lensnet.", "earlier_lens."))}
+    state = gpt.state_dict() | {f"mc.{name}": x for name, x in mc.state_dict().items()
+                                if not name.startswith(("lensnet.", "earlier_lens."))}
     for name, tensor in sorted(state.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -80,17 +89,19 @@ def fingerprint(gpt: GPT, mc: MegaContext) -> str:
 
 
 def cursors(mc: MegaContext, T: int, count: int) -> list[int]:
-    """Ends of history at block boundaries: the last that leaves room for a continuation, the others spread evenly over the second half
-    of what does not fit the budget. UserError when there are fewer."""
+    """Ends of history at block boundaries: the last that leaves room for a continuation, the others spread evenly over
+    the second half of what does not fit the budget. UserError when there are fewer."""
     K = mc.config.block_size
     last = (T - mc.config.horizon) // K
     first = max(last // 2, mc.config.budget // K + 1)
     if count > last - first + 1:
-        raise UserError(f"--cursors={count}: rows of {T} tokens with a budget of {mc.config.budget} have {max(last - first + 1, 0)} ends of history")
+        raise UserError(f"--cursors={count}: rows of {T} tokens with a budget of {mc.config.budget} have "
+                        f"{max(last - first + 1, 0)} ends of history")
     return [K * round(last - i * (last - first) / max(count - 1, 1)) for i in range(count)]
 
 
-def measure(gpt: GPT, mc: MegaContext, tokens_CT: Tensor, targets_CT: Tensor, rows_C: Tensor, at: Sequence[int], edits: int, seed: int) -> Labels:
+def measure(gpt: GPT, mc: MegaContext, tokens_CT: Tensor, targets_CT: Tensor, rows_C: Tensor, at: Sequence[int],
+            edits: int, seed: int) -> Labels:
     """Labels of one batch of contexts at the ends of history `at`. targets: next tokens, −1 where none counts."""
     c, N = mc.config, tokens_CT.shape[1] // mc.config.block_size
     gates = _gate_utilities(gpt, tokens_CT, targets_CT, at, c.block_size, c.horizon)
@@ -113,11 +124,14 @@ def measure(gpt: GPT, mc: MegaContext, tokens_CT: Tensor, targets_CT: Tensor, ro
     trees = tree.with_table(each(tree.table_BND))
     utility, nll = edit_utilities(gpt, mc, trees, each(tokens_CT), each(targets_CT), n_CQ.flatten(), expanded, block)
     shape = (len(tokens_CT), len(at))
-    return Labels(rows_C, tokens_CT, n_CQ.contiguous(), *(x.unflatten(0, shape) for x in (block, utility.float().masked_fill(~valid, 0), valid, nll.float())))
+    return Labels(rows_C, tokens_CT, n_CQ.contiguous(),
+                  *(x.unflatten(0, shape) for x in (block, utility.float().masked_fill(~valid, 0), valid, nll.float())))
 
 
-def _gate_utilities(gpt: GPT, tokens_CT: Tensor, targets_CT: Tensor, at: Sequence[int], block_size: int, horizon: int) -> list[Tensor]:
-    """[C, n / K] for each end of history: gate utilities of the continuation's queries, from one full pass and its backward."""
+def _gate_utilities(gpt: GPT, tokens_CT: Tensor, targets_CT: Tensor, at: Sequence[int], block_size: int,
+                    horizon: int) -> list[Tensor]:
+    """[C, n / K] for each end of history: gate utilities of the continuation's queries, from one
+    full pass and its backward."""
     captured, found = continuation_pass(gpt, tokens_CT, targets_CT, min(at)), []
     for n in at:
         queries = slice(n - 1, n + horizon - 1)
@@ -131,7 +145,8 @@ def _gate_utilities(gpt: GPT, tokens_CT: Tensor, targets_CT: Tensor, at: Sequenc
 
 
 class LabelFolder:
-    """A folder of labels. settings: what must agree for labels to belong together; the manifest holds more that is only said."""
+    """A folder of labels. settings: what must agree for labels to belong together; the manifest
+    holds more that is only said."""
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -144,7 +159,8 @@ class LabelFolder:
             if found["format"] != FORMAT or not isinstance(found["settings"], dict):
                 raise ValueError
         except OSError as e:
-            raise UserError(f"no labels in {self.folder}: {path.name}: {e.strerror}; make some with: python -m scripts.mc_study labels") from None
+            raise UserError(f"no labels in {self.folder}: {path.name}: {e.strerror}; make some with: python -m "
+                            "scripts.mc_study labels") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is not the manifest of labels of format {FORMAT}") from None
         return found
@@ -153,10 +169,12 @@ class LabelFolder:
         """Write the manifest, or find that of an earlier run; UserError if that run's labels are of something else."""
         if not (self.folder / MANIFEST).exists():
             output_folder(self.folder, MANIFEST)
-            write_file(self.folder / MANIFEST, json.dumps({"format": FORMAT, "settings": settings, "about": about}, indent=1))
+            write_file(self.folder / MANIFEST, json.dumps({"format": FORMAT, "settings": settings, "about": about},
+                                                          indent=1))
             return
         there = self.manifest()["settings"]
-        different = [f"{name} {there.get(name)} there, {settings.get(name)} here" for name in settings | there if settings.get(name) != there.get(name)]
+        different = [f"{name} {there.get(name)} there, {settings.get(name)} here" for name in settings | there
+                     if settings.get(name) != there.get(name)]
         if different:
             raise UserError(f"{self.folder} holds other labels: {'; '.join(different)}; name another --out")
 
@@ -174,10 +192,13 @@ class LabelFolder:
             try:
                 with np.load(path, allow_pickle=False) as arrays:
                     parts.append(Labels(**{f.name: torch.from_numpy(arrays[f.name]) for f in fields(Labels)}))
-                if not parts[-1].fit() or any(x.shape[1:] != y.shape[1:] for x, y in zip(vars(parts[0]).values(), vars(parts[-1]).values())):
+                if not parts[-1].fit() or any(x.shape[1:] != y.shape[1:]
+                                              for x, y in zip(vars(parts[0]).values(), vars(parts[-1]).values())):
                     raise ValueError("arrays that do not fit each other")
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-                raise UserError(f"{path} is damaged ({type(e).__name__}); remove it and label again, the others are kept") from None
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError, RuntimeError,
+                    EOFError, zipfile.BadZipFile, zlib.error) as e:
+                raise UserError(
+                    f"{path} is damaged ({type(e).__name__}); remove it and label again, the others are kept") from None
         if not parts:
             raise UserError(f"no labels in {self.folder} yet: make some with: python -m scripts.mc_study labels")
         return Labels.cat(parts)

@@ -1,7 +1,9 @@
-"""A run's metrics as one HTML page that needs nothing else: the panels of `mc/observe/dashboards.py` as inline SVG, and which alerts hold.
+"""A run's metrics as one HTML page that needs nothing else: the panels of `mc/observe/dashboards.py` as
+inline SVG, and which alerts hold.
 
-Lines are told apart by colour and mark, runs by dashes, so that nothing depends on colour alone; most colours are Okabe and Ito's. The page
-follows the reader's light or dark setting. Hovering a point shows its value (an SVG title: no script is needed).
+Lines are told apart by colour and mark, runs by dashes, so that nothing depends on colour alone; most colours are Okabe
+and Ito's. The page follows the reader's light or dark setting. Hovering a point shows its value (an
+SVG title: no script is needed).
 """
 
 import html
@@ -14,8 +16,10 @@ from mc.observe.dashboards import ALERTS, DASHBOARDS, Alert, Panel, Rows, Value
 WIDTH, HEIGHT = 460, 250  # of a panel's drawing, in pixels
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 10, 34  # of what surrounds the plot
 DASHES = ("", "6 3", "2 3", "8 3 2 3")  # one per run
-MARK_SHAPES = ("M-2.4 0a2.4 2.4 0 1 0 4.8 0a2.4 2.4 0 1 0-4.8 0", "M-2.2-2.2h4.4v4.4h-4.4z", "M0-3L3 2.4H-3z", "M0-3.2L3.2 0L0 3.2L-3.2 0z",
-               "M0 3L3-2.4H-3z", "M-3-.9h6v1.8h-6zM-.9-3h1.8v6h-1.8z", "M-1-3.2h2v6.4h-2z")  # one per colour: round, square, triangle, diamond, …
+MARK_SHAPES = ("M-2.4 0a2.4 2.4 0 1 0 4.8 0a2.4 2.4 0 1 0-4.8 0", "M-2.2-2.2h4.4v4.4h-4.4z", "M0-3L3 2.4H-3z",
+               "M0-3.2L3.2 0L0 3.2L-3.2 0z",
+               # one per colour: round, square, triangle, diamond, …
+               "M0 3L3-2.4H-3z", "M-3-.9h6v1.8h-6zM-.9-3h1.8v6h-1.8z", "M-1-3.2h2v6.4h-2z")
 COLOURS = len(MARK_SHAPES)  # classes c0 … c6 of the style sheet
 MARKS = 60  # of a line, at most
 FAR = 1e300  # what lies beyond is drawn beyond the edge
@@ -68,7 +72,8 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
         return points
     size = -(-2 * len(points) // (MOST - 3))
     stretches = [points[i:i + size] for i in range(0, len(points) - 1, size)]
-    kept = [p for stretch in stretches for p in sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})]
+    kept = [p for stretch in stretches
+            for p in sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})]
     return [*kept, points[-1]]
 
 
@@ -85,7 +90,8 @@ def span(values: Iterable[float], zero: bool = False, limit: float | None = None
     """The least and the greatest, a little apart if they are one; so far within float64 that their distance is too."""
     values = [*values, *([0.0] if zero else []), *([limit] if limit is not None else [])]
     low, high = max(min(values), -FAR), min(max(values), FAR)
-    return (low, high) if high - low > max(1e-12 * max(abs(low), abs(high)), 1 / FAR) else (low - abs(low) / 2 - 0.5, high + abs(high) / 2 + 0.5)
+    return (low, high) if high - low > max(1e-12 * max(abs(low), abs(high)), 1 / FAR) else (low - abs(low) / 2 - 0.5,
+                                                                                            high + abs(high) / 2 + 0.5)
 
 
 def figure(x: float) -> str:
@@ -111,21 +117,27 @@ def plot(panel: Panel, series: Sequence[Series]) -> str:
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(panel.title)}">']
     for y in y_ticks:
         _, v = at(x0, y)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{v}" y2="{v}"/><text class="tick" x="{LEFT - 6}" y="{v + 4}" text-anchor="end">{figure(y)}</text>')
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{v}" y2="{v}"/><text class="tick" '
+                     f'x="{LEFT - 6}" y="{v + 4}" text-anchor="end">{figure(y)}</text>')
     for x in (x for x in x_ticks if x0 <= x <= x1):
         h, _ = at(x, y0)
-        parts.append(f'<line class="grid" x1="{h}" x2="{h}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/><text class="tick" x="{h}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{figure(x)}</text>')
-    axis = {"": "step", "train.tokens": "tokens", "train.flops": "FLOPs", "train.elapsed": "seconds of training"}[panel.x]
+        parts.append(f'<line class="grid" x1="{h}" x2="{h}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/><text class="tick" '
+                     f'x="{h}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{figure(x)}</text>')
+    axis = {"": "step", "train.tokens": "tokens", "train.flops": "FLOPs",
+            "train.elapsed": "seconds of training"}[panel.x]
     parts.append(f'<text class="tick" x="{LEFT + across / 2}" y="{HEIGHT - 3}" text-anchor="middle">{axis}</text>')
     if panel.limit is not None:
         _, v = at(x0, panel.limit)
-        parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{v}" y2="{v}"><title>limit {figure(panel.limit)}</title></line>')
+        parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{v}" y2="{v}"><title>limit '
+                     f'{figure(panel.limit)}</title></line>')
     for s in series:
         points = [at(*p) for p in s.points]
-        parts.append(f'<polyline class="line c{s.colour}" stroke-dasharray="{DASHES[s.run % len(DASHES)]}" points="{" ".join(f"{h},{v}" for h, v in points)}"/>')
+        parts.append(f'<polyline class="line c{s.colour}" stroke-dasharray="{DASHES[s.run % len(DASHES)]}" '
+                     f'points="{" ".join(f"{h},{v}" for h, v in points)}"/>')
         every = -(-len(points) // MARKS)
         for (x, y), (h, v) in list(zip(s.points, points))[::every]:
-            parts.append(f'<path class="dot c{s.colour}" d="{MARK_SHAPES[s.colour]}" transform="translate({h} {v})"><title>{html.escape(s.name)}\n{axis} {figure(x)}: {y:.5g}</title></path>')
+            parts.append(f'<path class="dot c{s.colour}" d="{MARK_SHAPES[s.colour]}" transform="translate({h} '
+                         f'{v})"><title>{html.escape(s.name)}\n{axis} {figure(x)}: {y:.5g}</title></path>')
     return "".join([*parts, "</svg>"])
 
 
@@ -133,7 +145,8 @@ def key(series: Sequence[Series]) -> str:
     """What each line is, and its last value."""
     items = []
     for s in series:
-        sample = f'<svg class="sample" viewBox="0 0 26 8"><line class="line c{s.colour}" stroke-dasharray="{DASHES[s.run % len(DASHES)]}" x1="0" x2="26" y1="4" y2="4"/>'
+        sample = (f'<svg class="sample" viewBox="0 0 26 8"><line class="line c{s.colour}" '
+                  f'stroke-dasharray="{DASHES[s.run % len(DASHES)]}" x1="0" x2="26" y1="4" y2="4"/>')
         sample += f'<path class="dot c{s.colour}" d="{MARK_SHAPES[s.colour]}" transform="translate(13 4)"/></svg>'
         items.append(f"<li>{sample}<span>{html.escape(s.name)}</span> <b>{figure(s.points[-1][1])}</b></li>")
     return f'<ul class="key">{"".join(items)}</ul>'
@@ -142,7 +155,8 @@ def key(series: Sequence[Series]) -> str:
 def figure_of(panel: Panel, runs: Sequence[Run]) -> str:
     series = series_of(panel, runs)
     body = plot(panel, series) + key(series) if series else '<p class="none">no data in this run</p>'
-    return f'<figure><figcaption>{html.escape(panel.title)}</figcaption>{body}<p class="about">{html.escape(panel.description)}</p></figure>'
+    return (f'<figure><figcaption>{html.escape(panel.title)}</figcaption>{body}<p '
+            f'class="about">{html.escape(panel.description)}</p></figure>')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +165,8 @@ def figure_of(panel: Panel, runs: Sequence[Run]) -> str:
 
 @dataclass(frozen=True)
 class Standing:
-    """How an alert stands at the end of a run. state: "holds", "did hold", "never", or "unknown" where nothing was recorded."""
+    """How an alert stands at the end of a run. state: "holds", "did hold", "never", or "unknown"
+    where nothing was recorded."""
 
     alert: Alert
     state: str
@@ -176,9 +191,11 @@ def alert_table(runs: Sequence[Run]) -> str:
     head = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
     lines = []
     for alert, *stands in zip(ALERTS, *columns):
-        cells = "".join(f'<td class="{s.state.replace(" ", "-")}">{SIGNS[s.state]}{f" ({len(s.steps)} lines, last at step {s.steps[-1]})" if s.steps else ""}</td>' for s in stands)
+        cells = "".join(
+            f'<td class="{s.state.replace(" ", "-")}">{SIGNS[s.state]}{f" ({len(s.steps)} lines, last at step {s.steps[-1]})" if s.steps else ""}</td>' for s in stands)
         remedy = f"Cause: {alert.cause} Remedy: {alert.remedy}"
-        lines.append(f'<tr><th title="{html.escape(remedy)}">{alert.name}<br><small>{html.escape(alert.summary)}</small></th>{cells}</tr>')
+        lines.append(
+            f'<tr><th title="{html.escape(remedy)}">{alert.name}<br><small>{html.escape(alert.summary)}</small></th>{cells}</tr>')
     return f'<table><tr><th>Signal</th>{head}</tr>{"".join(lines)}</table>'
 
 
@@ -212,8 +229,11 @@ def page(runs: Sequence[Run]) -> str:
 def _parts(runs: Sequence[Run]) -> Iterator[str]:
     names = ", ".join(run.name for run in runs)
     yield f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(names)}</title><style>{STYLE}</style>'
-    yield f"<h1>{html.escape(names)}</h1><p class='about'>" + "; ".join(f"{html.escape(r.name)}: {len(r.rows)} lines, up to step {r.rows[-1]['step']}" for r in runs) + "</p>"
-    yield "<nav>" + "".join(f'<a href="#{board.uid}">{board.title}</a>' for board in DASHBOARDS) + '<a href="#signals">Signals</a></nav>'
+    yield f"<h1>{html.escape(names)}</h1><p class='about'>" + "; ".join(f"{html.escape(r.name)}: {len(r.rows)} lines, "
+                                                                        f"up to step {r.rows[-1]['step']}"
+                                                                        for r in runs) + "</p>"
+    yield "<nav>" + "".join(f'<a href="#{board.uid}">{board.title}</a>'
+                            for board in DASHBOARDS) + '<a href="#signals">Signals</a></nav>'
     yield '<h2 id="signals">Signals</h2><p class="about">Conditions of the alert rules, line by line of the run. Hover a name for cause and remedy.</p>' + alert_table(runs)
     for board in DASHBOARDS:
         yield f'<h2 id="{board.uid}">{html.escape(board.title)}</h2><p class="about">{html.escape(board.description)}</p>'

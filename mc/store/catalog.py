@@ -1,13 +1,16 @@
-"""What a history is made of and how it is used: a SQLite database beside the store's files (or in memory, for a history in RAM).
+"""What a history is made of and how it is used: a SQLite database beside the store's files (or in
+memory, for a history in RAM).
 
-Sources (where each span of slots comes from), layout tags, statistics of nodes, pruned detail, edits, versions of the gists. The
-store holds the records and is always right: `reconcile` brings the catalog to what the store has committed, and says what it changed.
+Sources (where each span of slots comes from), layout tags, statistics of nodes, pruned detail, edits, versions of the
+gists. The store holds the records and is always right: `reconcile` brings the catalog to what the store has
+committed, and says what it changed.
 
-A source stands at `[start, start + tokens)`, `start` a multiple of the block size; the void slots of its last block follow. The
-catalog writes what will be true *before* the store commits it: after a crash in between, `reconcile` cuts it back.
+A source stands at `[start, start + tokens)`, `start` a multiple of the block size; the void slots of its last block
+follow. The catalog writes what will be true *before* the store commits it: after a crash in
+between, `reconcile` cuts it back.
 
-Statistics are counted in memory (`count_access`, `count_sensitivity`: a list append) and written in batches by `flush`: call that when
-the user is waiting for nothing. What a crash loses of them is what was counted since.
+Statistics are counted in memory (`count_access`, `count_sensitivity`: a list append) and written in batches by `flush`:
+call that when the user is waiting for nothing. What a crash loses of them is what was counted since.
 
 Shapes: N entries of a working context.
 """
@@ -148,7 +151,8 @@ def _errors(where: str) -> Iterator[None]:
 
 
 class Catalog:
-    """One connection. `path`: the store's folder, None for a catalog in memory; `read_only` for readers beside a writer.
+    """One connection. `path`: the store's folder, None for a catalog in memory;
+    `read_only` for readers beside a writer.
 
     UserError for a file that is no catalog, one of a newer version, or one that cannot be written.
     """
@@ -173,7 +177,8 @@ class Catalog:
                 raise UserError(f"{self._where} is a database of something else; move it away")
             elif version != VERSION:
                 raise UserError(
-                    f"catalog {self._where} has version {version}, this program reads version {VERSION}; use the program that wrote it"
+                    f"catalog {self._where} has version {version}, this program reads version {VERSION}; use the "
+                    "program that wrote it"
                 )
 
     def _connect(self) -> sqlite3.Connection:
@@ -210,7 +215,8 @@ class Catalog:
             return self.db.execute(sql, values).fetchall()
 
     def _checked(self, table: str, rows: list[tuple], *kinds: type | tuple) -> list[tuple]:
-        """rows, whose cells are of these types: SQLite keeps in a column whatever it is given. UserError for another program's."""
+        """rows, whose cells are of these types: SQLite keeps in a column whatever it is given.
+        UserError for another program's."""
         for row in rows:
             for cell, kind in zip(row, kinds):
                 if not isinstance(cell, kind):
@@ -259,11 +265,13 @@ class Catalog:
 
     def versions(self) -> list[dict]:
         """Versions of the gists, the present one last."""
-        rows = self._checked("versions", self._rows("SELECT id, model, time, origin FROM versions ORDER BY id"), int, str, NUMBER, str)
+        rows = self._checked("versions", self._rows("SELECT id, model, time, origin FROM versions ORDER BY id"), int,
+                             str, NUMBER, str)
         return [dict(zip(("id", "model", "time", "origin"), row)) for row in rows]
 
     def origins(self, model: str) -> list[dict]:
-        """Where the networks of `model` came from, as `mc.store.networks.Networks.origin` says, each time that the gists became theirs."""
+        """Where the networks of `model` came from, as `mc.store.networks.Networks.origin` says, each time
+        that the gists became theirs."""
         return [self._json("versions", v["origin"]) for v in self.versions() if v["model"] == model]
 
     # --- sources -----------------------------------------------------------------------------------------------------
@@ -279,8 +287,10 @@ class Catalog:
         tokens: int = 0,
         complete: bool = False,
     ) -> int:
-        """A source that begins at slot `start`, and grows to the end of the store unless it is complete. Returns its id."""
-        return self.write_sources([Source(0, uri, hash, kind, time.time(), retrieval_score, start, tokens, complete)])[0]
+        """A source that begins at slot `start`, and grows to the end of the store unless it
+        is complete. Returns its id."""
+        return self.write_sources([Source(0, uri, hash, kind, time.time(), retrieval_score, start, tokens,
+                                          complete)])[0]
 
     def write_sources(self, sources: Iterable[Source]) -> list[int]:
         """Insert (id 0) or overwrite sources, in one transaction. Returns their ids."""
@@ -288,7 +298,8 @@ class Catalog:
         with self._transaction() as db:
             for source in sources:
                 if source.start % self.block_size:
-                    raise ValueError(f"source {source.uri} starts at slot {source.start}, not at a block of {self.block_size}")
+                    raise ValueError(f"source {source.uri} starts at slot {source.start}, not at a block of "
+                                     f"{self.block_size}")
                 values = [*asdict(source).values()][1:]
                 if source.id:
                     columns = ", ".join(f"{name} = ?" for name in [*asdict(source)][1:])
@@ -296,7 +307,8 @@ class Catalog:
                     ids.append(source.id)
                 else:
                     names = ", ".join([*asdict(source)][1:])
-                    ids.append(db.execute(f"INSERT INTO sources ({names}) VALUES ({', '.join('?' * len(values))})", values).lastrowid)
+                    ids.append(db.execute(f"INSERT INTO sources ({names}) VALUES ({', '.join('?' * len(values))})",
+                                          values).lastrowid)
         return ids
 
     def source(self, id: int) -> Source:
@@ -334,7 +346,8 @@ class Catalog:
         """Where the slots [start, stop) come from, in order: the sources that have a token there."""
         before = self._rows("SELECT max(start) FROM sources WHERE start <= ?", start)[0][0]
         return self._sources(
-            "WHERE start >= ? AND start < ? AND (start + tokens > ? OR NOT complete) ORDER BY start, id", before or 0, stop, start
+            "WHERE start >= ? AND start < ? AND (start + tokens > ? OR NOT complete) ORDER BY start, id", before or 0,
+            stop, start
         )
 
     def complete_source(self, hash: str) -> Source | None:
@@ -367,7 +380,8 @@ class Catalog:
     def _sources(self, condition: str, *values) -> list[Source]:
         names = "id, uri, hash, kind, time, retrieval_score, start, tokens, complete, edits"
         rows = self._rows(f"SELECT {names} FROM sources {condition}", *values)
-        for row in self._checked("sources", rows, int, str, str, str | None, NUMBER, float | int | None, int, int, int, int):
+        for row in self._checked("sources", rows, int, str, str, str | None, NUMBER, float | int | None, int, int, int,
+                                 int):
             if not (0 <= row[4] < FAR_FUTURE and min(row[6], row[7]) >= 0 and row[6] % self.block_size == 0):
                 self._refuse(f"source {row[0]} begins at {row[6]}, has {row[7]} tokens, and was added at {row[4]}")
         return [Source(*row[:8], bool(row[8]), row[9]) for row in rows]
@@ -377,7 +391,8 @@ class Catalog:
     def add_tags(self, source: int, tags: Iterable[tuple[int, int, str]]) -> None:
         """Layout of a source: (start, stop, tag) in its tokens, e.g. (40, 72, "heading")."""
         with self._transaction() as db:
-            db.executemany("INSERT INTO tags VALUES (?, ?, ?, ?)", [(source, start, stop, tag) for start, stop, tag in tags])
+            db.executemany("INSERT INTO tags VALUES (?, ?, ?, ?)",
+                           [(source, start, stop, tag) for start, stop, tag in tags])
 
     def tags(self, source: int) -> list[tuple[int, int, str]]:
         return self._rows("SELECT start, stop, tag FROM tags WHERE source = ? ORDER BY start, stop", source)
@@ -421,30 +436,36 @@ class Catalog:
         rows = ((lod, index, variance) for index, variance in zip(index_N.tolist(), variance_N.tolist()))
         with self._transaction() as db:
             db.executemany(
-                "INSERT INTO nodes (lod, idx, variance) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET variance = excluded.variance", rows
+                "INSERT INTO nodes (lod, idx, variance) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET variance = "
+                "excluded.variance", rows
             )
 
     def without_variance(self, lod: int) -> Tensor:
         """Counted nodes of a level whose variance was not measured: int64 [N]."""
-        return torch.tensor([i for (i,) in self._rows("SELECT idx FROM nodes WHERE lod = ? AND variance IS NULL", lod)], dtype=torch.int64)
+        return torch.tensor([i for (i,) in self._rows("SELECT idx FROM nodes WHERE lod = ? AND variance IS NULL",
+                                                      lod)], dtype=torch.int64)
 
     def without_sensitivity(self) -> Tensor:
         """Blocks whose raw tokens were counted, and not measured: int64 [N]."""
-        return torch.tensor([i for (i,) in self._rows("SELECT idx FROM nodes WHERE lod = 0 AND accesses > 0 AND measured = 0")], dtype=torch.int64)
+        return torch.tensor([i for (i,) in self._rows("SELECT idx FROM nodes WHERE lod = 0 AND accesses > 0 AND "
+                                                      "measured = 0")], dtype=torch.int64)
 
     def statistics(self, *, lod: int | None = None, limit: int = -1) -> list[NodeStatistics]:
         """Nodes by falling number of accesses."""
         where, values = ("", []) if lod is None else ("WHERE lod = ? ", [lod])
         sql = "SELECT lod, idx, accesses, CASE WHEN measured THEN sensitivity / measured END, variance FROM nodes "
         rows = self._rows(f"{sql}{where}ORDER BY accesses DESC, lod, idx LIMIT ?", *values, limit)
-        return [NodeStatistics(*row) for row in self._checked("nodes", rows, int, int, int, float | int | None, float | int | None)]
+        return [NodeStatistics(*row) for row in self._checked("nodes", rows, int, int, int, float | int | None,
+                                                              float | int | None)]
 
     def detail_utility(self, n_blocks: int) -> np.ndarray:
-        """float64 [n_blocks]: what the raw detail of each block is worth: accesses × mean sensitivity [nats], at least 0.
+        """float64 [n_blocks]: what the raw detail of each block is worth: accesses × mean
+        sensitivity [nats], at least 0.
 
         A block whose sensitivity was never measured counts with the mean of the measured ones, 1 where there are none.
         """
-        found = self._rows("SELECT idx, accesses, CASE WHEN measured THEN sensitivity / measured END FROM nodes WHERE lod = 0")
+        found = self._rows("SELECT idx, accesses, CASE WHEN measured THEN sensitivity / measured END FROM nodes WHERE "
+                           "lod = 0")
         rows = np.array(self._checked("nodes", found, int, int, float | int | None), dtype=np.float64).reshape(-1, 3)
         rows = rows[(rows[:, 0] >= 0) & (rows[:, 0] < n_blocks)]
         measured = ~np.isnan(rows[:, 2])
@@ -457,7 +478,8 @@ class Catalog:
 
     def tombstones(self) -> list[tuple[int, int, float]]:
         """(first block, number of blocks, when) of pruned runs."""
-        runs = self._checked("tombstones", self._rows("SELECT first, count, time FROM tombstones ORDER BY first"), int, int, NUMBER)
+        runs = self._checked("tombstones", self._rows("SELECT first, count, time FROM tombstones ORDER BY first"), int,
+                             int, NUMBER)
         if bad := [run for run in runs if min(run[:2]) < 0]:
             self._refuse(f"tombstones hold {bad[0]}")
         return runs
@@ -471,11 +493,13 @@ class Catalog:
         first = np.array([s.start // self.block_size for s in self._sources("WHERE tokens > 0")], dtype=np.int64)
         starts[first[first < len(pruned_N)]] = True
         blocks = np.flatnonzero(pruned_N)
-        cut = np.flatnonzero((np.diff(blocks) != 1) | (np.diff(times[blocks]) != 0) | starts[blocks[1:]]) + 1 if len(blocks) else []
+        cut = (np.flatnonzero((np.diff(blocks) != 1) | (np.diff(times[blocks]) != 0) | starts[blocks[1:]]) + 1
+               if len(blocks) else [])
         runs = np.split(blocks, cut) if len(blocks) else []
         with self._transaction() as db:
             db.execute("DELETE FROM tombstones")
-            db.executemany("INSERT INTO tombstones VALUES (?, ?, ?)", [(int(run[0]), len(run), float(times[run[0]])) for run in runs])
+            db.executemany("INSERT INTO tombstones VALUES (?, ?, ?)",
+                           [(int(run[0]), len(run), float(times[run[0]])) for run in runs])
 
     # --- edits -------------------------------------------------------------------------------------------------------
 
@@ -506,12 +530,14 @@ class Catalog:
                     (edit.start + edit.inserted, edit.source, edit.start, edit.start + edit.removed),
                 )
             db.execute("DELETE FROM tags WHERE source = ? AND start >= stop", (edit.source,))
-            last = edit.stop_block if grown or edit.shift else first_block + (edit.start % K + edit.inserted + K - 1) // K
+            last = edit.stop_block if grown or edit.shift else first_block + (edit.start % K + edit.inserted + K
+                                                                              - 1) // K
             for lod in (0, 1):  # what was counted about the old content says nothing about the new one
                 db.execute("DELETE FROM nodes WHERE lod = ? AND idx >= ? AND idx < ?", (lod, first_block, last))
             if edit.shift:
                 db.execute(
-                    "UPDATE sources SET start = start + ? WHERE id != ? AND (start, id) > (SELECT start, id FROM sources WHERE id = ?)",
+                    "UPDATE sources SET start = start + ? WHERE id != ? AND (start, id) > (SELECT start, id FROM "
+                    "sources WHERE id = ?)",
                     (edit.shift * K, edit.source, edit.source),
                 )
                 _move(db, "nodes", "idx", edit.shift, "lod <= 1 AND", edit.stop_block)
@@ -526,8 +552,10 @@ class Catalog:
     def edits(self, source: int | None = None) -> list[dict]:
         """The log of edits, oldest first."""
         names = ("id", "source", "time", "start", "removed", "inserted", "report")
-        rows = self._rows(f"SELECT {', '.join(names)} FROM edits WHERE ? IS NULL OR source = ? ORDER BY id", source, source)
-        return [dict(zip(names, row)) | {"report": self._json("edits", row[-1])} for row in self._checked("edits", rows, int, int, NUMBER, int, int, int, str)]
+        rows = self._rows(f"SELECT {', '.join(names)} FROM edits WHERE ? IS NULL OR source = ? ORDER BY id", source,
+                          source)
+        return [dict(zip(names, row)) | {"report": self._json("edits", row[-1])}
+                for row in self._checked("edits", rows, int, int, NUMBER, int, int, int, str)]
 
     # --- agreement with the store ------------------------------------------------------------------------------------
 
@@ -548,7 +576,8 @@ class Catalog:
                 self.write_sources([Source(**asdict(source) | {"tokens": tokens, "complete": False})])
                 if source in cut:
                     notes.append(
-                        f"source {source.id} ({source.uri}) was cut off at {tokens} of {source.tokens} tokens: ingest it again to go on"
+                        f"source {source.id} ({source.uri}) was cut off at {tokens} of {source.tokens} tokens: ingest "
+                        "it again to go on"
                     )
         last = self.last_source()
         if (end := min(last.stop(K), n) if last else 0) < n:
@@ -572,10 +601,13 @@ class Catalog:
         return f"an edit of source {edit.source} was interrupted after its commit: finished"
 
     def _intended(self) -> Edit:
-        return from_plain(Edit, self._json("intents", self._checked("intents", self._rows("SELECT edit FROM intent"), str)[0][0]), f"catalog {self._where}: the intent")
+        return from_plain(Edit,
+                          self._json("intents", self._checked("intents", self._rows("SELECT edit FROM intent"),
+                                                              str)[0][0]), f"catalog {self._where}: the intent")
 
     def _tokens_in(self, store: Store, source: Source) -> int:
-        """Tokens of a source by what the store holds: up to the next source or the end, void slots of its last block left out."""
+        """Tokens of a source by what the store holds: up to the next source or the end, void slots
+        of its last block left out."""
         after = self._rows("SELECT min(start) FROM sources WHERE (start, id) > (?, ?)", source.start, source.id)[0][0]
         stop = store.n_tokens if after is None else min(after, store.n_tokens)
         tail = torch.arange(max(stop - self.block_size, source.start), stop)
@@ -592,7 +624,8 @@ def _move(db: sqlite3.Connection, table: str, column: str, by: int, condition: s
 def measure_variance(history: History, catalog: Catalog) -> int:
     """Measure the gist variance of every counted node that has none; returns how many.
 
-    That of a node's children (token embeddings, or gists) around their mean, averaged over dimensions: how much one vector stands for.
+    That of a node's children (token embeddings, or gists) around their mean, averaged over dimensions:
+    how much one vector stands for.
     """
     store, K, count = history.store, history.block_size, 0
     for lod in range(1, history.max_lod + 1):
@@ -628,13 +661,14 @@ def open_history(
         history, catalog = open_history(gpt, mc, args.mc_tree, args.mc_store)
         print(*catalog.notes, sep="\\n")                       # what had to be mended, usually nothing
         session = pool.open(history.store)
-        source = catalog.add_source("chat", history.n_tokens)  # what is appended now has a source; `history.end_source` first, if need be
+        source = catalog.add_source("chat", history.n_tokens)  # what is appended now has a source;
+                                                               `history.end_source` first, if need be
         catalog.count_access(lod_W, index_W)                   # at each refocus, if its statistics are wanted
         history.store.close(), catalog.close()                 # in this order
 
-    tree: "ram", gone with the process, or "disk" in the folder store_dir, made if it is not there. dtype: of gists and keys of a new
-    one; durability: as `DiskStore` says; mode "r": for reading, beside a writer. UserError for a folder that holds something else, another
-    model's history, or one that another process writes.
+    tree: "ram", gone with the process, or "disk" in the folder store_dir, made if it is not there. dtype: of gists and
+    keys of a new one; durability: as `DiskStore` says; mode "r": for reading, beside a writer. UserError for a folder
+    that holds something else, another model's history, or one that another process writes.
     """
     if tree == "ram":
         if store_dir is not None:
@@ -650,7 +684,8 @@ def open_history(
             store = DiskStore.open(folder, mode, durability=durability)
             if dtype not in (None, store.format.dtype):
                 store.close()
-                raise UserError(f"{folder} keeps its vectors as {store.format.dtype}, not {dtype}: leave the dtype to it, or regist")
+                raise UserError(f"{folder} keeps its vectors as {store.format.dtype}, not {dtype}: leave the dtype to "
+                                "it, or regist")
         else:
             store = DiskStore.create(folder, store_format(gpt, mc, dtype), durability=durability)
     else:

@@ -1,6 +1,7 @@
 """A history for other tools: Arrow files or one safetensors file, written in pieces.
 
-    arrow         tokens.arrow (slot, token, source), sources.arrow, nodes_1.arrow … (index, start, tokens, gist, keys of LOD1)
+    arrow         tokens.arrow (slot, token, source), sources.arrow, nodes_1.arrow … (index,
+                  start, tokens, gist, keys of LOD1)
     safetensors   history.safetensors: tokens [slots] int32 (−1: void), L1 [n, D], L2, …, K1 [n, P, C]
 
 Vectors are as the store gives them back; bfloat16 becomes float32 in Arrow, which has no such type.
@@ -24,11 +25,14 @@ from nanochat.common import UserError
 from nanochat.outputs import replacing
 
 PIECE = 1 << 16  # records
-SAFE_DTYPES = {torch.int32: "I32", torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+SAFE_DTYPES = {torch.int32: "I32", torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16",
+               torch.float16: "F16"}
 
 
-def export(store: Store, catalog: Catalog, folder: Path, format: str, progress: Callable[[int], None] = lambda done: None) -> list[Path]:
-    """Write into a folder that is not there or empty; returns the files. progress: called with tokens and nodes written."""
+def export(store: Store, catalog: Catalog, folder: Path, format: str,
+           progress: Callable[[int], None] = lambda done: None) -> list[Path]:
+    """Write into a folder that is not there or empty; returns the files. progress: called
+    with tokens and nodes written."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--out={folder} is there already and not an empty folder; name another")
     lods = [lod for lod in range(1, 64) if store.n_nodes(lod)]
@@ -60,7 +64,8 @@ def _arrow(store: Store, catalog: Catalog, folder: Path, lods: list[int], count:
         at = (np.searchsorted(starts, slot, "right") - 1).clip(0)
         known = (slot >= starts[at]) & (slot < stops[at])
         return pa.record_batch(
-            {"slot": slot, "token": pa.array(token.astype(np.int32), mask=token < 0), "source": pa.array(ids[at], mask=~known)}
+            {"slot": slot, "token": pa.array(token.astype(np.int32), mask=token < 0),
+             "source": pa.array(ids[at], mask=~known)}
         )
 
     def node_rows(lod: int) -> Callable[[Tensor], pa.RecordBatch]:
@@ -97,17 +102,21 @@ def _vectors(x_ND: Tensor) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(pa.array(x_ND.numpy().reshape(-1)), x_ND.shape[1])
 
 
-def _safetensors(store: Store, catalog: Catalog, folder: Path, lods: list[int], count: Callable[[int], None]) -> list[Path]:
-    """The format is a length (8 bytes), that much JSON, then the tensors: written piece by piece, as a library would hold it all."""
+def _safetensors(store: Store, catalog: Catalog, folder: Path, lods: list[int],
+                 count: Callable[[int], None]) -> list[Path]:
+    """The format is a length (8 bytes), that much JSON, then the tensors: written piece by piece, as
+    a library would hold it all."""
     f = store.format
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[Tensor], Tensor]]] = {
         "tokens": (torch.int32, (store.n_tokens,), lambda index_N: store.tokens(index_N).int())
     }
     for lod in lods:
-        tensors[f"L{lod}"] = (f.read_dtype, (store.n_nodes(lod), f.d_model), lambda index_N, lod=lod: store.gists(lod, index_N))
+        tensors[f"L{lod}"] = (f.read_dtype,
+                              (store.n_nodes(lod), f.d_model), lambda index_N, lod=lod: store.gists(lod, index_N))
     if lods:
         tensors["K1"] = (f.read_dtype, (store.n_nodes(1), f.n_keys, f.key_dim), store.keys)
-    about = {"block_size": f.block_size, "model": f.model, "sources": json.dumps([asdict(s) for s in catalog.sources()])}
+    about = {"block_size": f.block_size, "model": f.model,
+             "sources": json.dumps([asdict(s) for s in catalog.sources()])}
     header, offset = {"__metadata__": {name: str(value) for name, value in about.items()}}, 0
     for name, (dtype, shape, _) in tensors.items():
         end = offset + dtype.itemsize * int(np.prod(shape))

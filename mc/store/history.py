@@ -1,9 +1,10 @@
 """The tree of one history, growing at its end: tokens go in, and every node that they complete is made and stored.
 
-Nodes are made bottom-up from what the store holds, the new blocks of a level together, so the result depends neither on the
-pieces in which the tokens came nor on the store. A level begins when the one below it has a whole block.
+Nodes are made bottom-up from what the store holds, the new blocks of a level together, so the result depends neither on
+the pieces in which the tokens came nor on the store. A level begins when the one below it has a whole block.
 
-A source starts at a block boundary (`end_source`): the void slots of its last block are masked out of the gist and the keys.
+A source starts at a block boundary (`end_source`): the void slots of its last block are
+masked out of the gist and the keys.
 
 Shapes: N tokens or blocks, K block size, D width, P lens keys per block, C their width.
 """
@@ -17,21 +18,25 @@ from mc.store.ram import VOID, Store, StoreFormat
 from nanochat.common import UserError
 from nanochat.gpt import GPT
 
-MAX_BLOCKS = 512  # blocks that are handed to GistNet at a time: 350 MB at the quickstart's sizes where 4,096 take 800, and faster
+# blocks that are handed to GistNet at a time: 350 MB at the quickstart's sizes where 4,096 take 800, and faster
+MAX_BLOCKS = 512
 BATCH_BLOCKS = 4096  # blocks of a commit, where a long history is filled
 
 
 def check_sessions(mc: MegaContext) -> None:
     """UserError for a model that only training and evaluation can show: a stored node is one vector."""
     if mc.config.gist_source == "hidden":
-        raise UserError("the model was trained with --mc_arms=hidden, and a history is stored without a pass through the base; use one trained with embeddings")
+        raise UserError("the model was trained with --mc_arms=hidden, and a history is stored without a pass through "
+                        "the base; use one trained with embeddings")
     if mc.config.gists_per_block > 1:
-        raise UserError(f"the model was trained with --mc_gists_per_block={mc.config.gists_per_block}, and a stored history has one gist per node; "
+        raise UserError(f"the model was trained with --mc_gists_per_block={mc.config.gists_per_block}, and a stored "
+                        "history has one gist per node; "
                         "use one trained with 1, or evaluate it with full rows")
 
 
 def store_format(gpt: GPT, mc: MegaContext, dtype: torch.dtype | None = None) -> StoreFormat:
-    """What a store must be to hold the nodes of these networks; dtype: of gists and keys, default the model's. UserError where none can."""
+    """What a store must be to hold the nodes of these networks; dtype: of gists and keys, default the
+    model's. UserError where none can."""
     check_sessions(mc)
     c = mc.config
     return StoreFormat(c.block_size, gpt.config.n_embd, c.lens_keys, c.lens_key_dim, dtype or gpt.lm_head.weight.dtype,
@@ -45,7 +50,8 @@ class History:
         if store.format != (expected := store_format(gpt, mc, store.format.dtype)):
             different = [name for name in ("block_size", "d_model", "n_keys", "key_dim", "model")
                          if getattr(store.format, name) != getattr(expected, name)]
-            raise UserError(f"the history was made by another model: {', '.join(different)} differ; open it with that model, or regist it")
+            raise UserError(f"the history was made by another model: {', '.join(different)} differ; open it with that "
+                            "model, or regist it")
         self.gpt, self.mc, self.store = gpt, mc, store
         self.block_size, self.max_lod = mc.config.block_size, mc.config.max_lod
         self.device = gpt.lm_head.weight.device
@@ -73,7 +79,8 @@ class History:
         vocab = self.gpt.config.vocab_size
         if len(ids_N) and not (0 <= int(ids_N.min()) and int(ids_N.max()) < vocab):
             bad = int(ids_N[(ids_N < 0) | (ids_N >= vocab)][0])
-            raise UserError(f"token id {bad} is outside the vocabulary of {vocab}: tokenize with the model's own tokenizer")
+            raise UserError(f"token id {bad} is outside the vocabulary of {vocab}: tokenize with the model's own "
+                            "tokenizer")
 
     @torch.no_grad()
     def end_source(self) -> None:
@@ -83,7 +90,8 @@ class History:
 
     @torch.no_grad()
     def fill(self, ids_N: Tensor) -> None:
-        """As `append`, of slots that may be VOID. What fails half-way is undone, with all that was appended since the last commit."""
+        """As `append`, of slots that may be VOID. What fails half-way is undone, with all that was
+        appended since the last commit."""
         try:
             self.store.append_tokens(ids_N)
             self.grow()
@@ -102,7 +110,8 @@ class History:
 
     @torch.no_grad()
     def nodes(self, lod: int, index_N: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gists [N, D] of nodes of a level, computed from their children in the store, and the lens keys [N, P, C] of blocks."""
+        """Gists [N, D] of nodes of a level, computed from their children in the store, and the
+        lens keys [N, P, C] of blocks."""
         child_NK = index_N[:, None] * self.block_size + torch.arange(self.block_size)
         if lod > 1:
             children = self.store.gists(lod - 1, child_NK.flatten()).to(self.device, self.gpt.lm_head.weight.dtype)

@@ -1,7 +1,8 @@
-"""Text into a history: files, folders, parquet and jsonl, one source per document, found again by the hash of its content.
+"""Text into a history: files, folders, parquet and jsonl, one source per document, found
+again by the hash of its content.
 
-Memory is bounded whatever the size of a file: text is read, tokenized and stored in pieces. A run that was cut off goes on where the
-store's last commit is, also inside a document; documents that are there already are passed over.
+Memory is bounded whatever the size of a file: text is read, tokenized and stored in pieces. A run that was cut off goes
+on where the store's last commit is, also inside a document; documents that are there already are passed over.
 
 Shapes: N tokens.
 """
@@ -36,7 +37,8 @@ class Text:
 
 
 def find_files(paths: list[Path]) -> list[Path]:
-    """The files that paths name: themselves, and all below folders but hidden ones, in order. UserError for one that is not there."""
+    """The files that paths name: themselves, and all below folders but hidden ones, in order.
+    UserError for one that is not there."""
     found = []
     for path in paths:
         if path.is_dir():
@@ -44,7 +46,8 @@ def find_files(paths: list[Path]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         elif path.exists():
-            raise UserError(f"{path} is a pipe or a device; hand over what it holds on standard input, with - for the path")
+            raise UserError(
+                f"{path} is a pipe or a device; hand over what it holds on standard input, with - for the path")
         else:
             raise UserError(f"{shown(path)}: no such file or folder")
     return found
@@ -53,8 +56,9 @@ def find_files(paths: list[Path]) -> list[Path]:
 def texts_of(path: Path, text_column: str = "text", named: bool = False, name: str = "") -> Iterator[Text]:
     """The documents of a file, blank ones left out.
 
-    named: the file was named itself, so it must be text. Of what was found in a folder that holds only for files that corpora read
-    (`nanochat.documents`); another that is not UTF-8, or holds NULs, gives none. name: what the file is called in a UserError.
+    named: the file was named itself, so it must be text. Of what was found in a folder that holds only for files that
+    corpora read (`nanochat.documents`); another that is not UTF-8, or holds NULs, gives none. name: what the
+    file is called in a UserError.
     """
     path = path.resolve()
     if is_shard(path):
@@ -80,7 +84,8 @@ def texts_of(path: Path, text_column: str = "text", named: bool = False, name: s
         blank = blank and not piece.strip()
     if not blank:
         known = digest.hexdigest()
-        yield Text(shown(path), "code" if path.suffix == ".py" else "text", known, size, lambda: cut(_unchanged(path, known)))
+        yield Text(shown(path), "code" if path.suffix == ".py" else "text", known,
+                   size, lambda: cut(_unchanged(path, known)))
 
 
 def _is_binary(path: Path) -> bool:
@@ -120,8 +125,8 @@ class IngestReport:
 class Ingest:
     """Appends documents to a history in batches of `batch` blocks, each with one commit; `finish` writes the last one.
 
-    progress: called with the characters of the present document that were read. A source is announced in the catalog before the commit
-    that holds it, so what a crash leaves is found again.
+    progress: called with the characters of the present document that were read. A source is announced in the catalog
+    before the commit that holds it, so what a crash leaves is found again.
     """
 
     def __init__(
@@ -159,7 +164,8 @@ class Ingest:
         else:
             self._pad()
             skip = 0
-            source = Source(0, text.uri, text.hash, self.kind or text.kind, time.time(), self.retrieval_score, self._end, 0, False)
+            source = Source(0, text.uri, text.hash, self.kind or text.kind, time.time(), self.retrieval_score,
+                            self._end, 0, False)
         self._planned.append(source)
         self._hashes.add(text.hash)
         self.report.sources += 1

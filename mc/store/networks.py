@@ -21,7 +21,8 @@ UNTRAINED_WIDTH = 128
 
 @dataclass(frozen=True)
 class Networks:
-    """A base with its MegaContext, the tokenizer, and where they come from, in words and as `load_networks` takes it."""
+    """A base with its MegaContext, the tokenizer, and where they come from, in words and
+    as `load_networks` takes it."""
 
     gpt: GPT
     mc: MegaContext
@@ -38,13 +39,15 @@ class Networks:
         if origin := json.loads(self.origin):
             return f"step {origin['step']} of {origin['checkpoint_dir']}"
         return (
-            f"no checkpoint: gists are means of random embeddings of width {UNTRAINED_WIDTH}. Good for trying the store, no model can read "
+            f"no checkpoint: gists are means of random embeddings of width {UNTRAINED_WIDTH}. Good for trying the "
+            "store, no model can read "
             "them; train one, then: regist"
         )
 
 
 def default_checkpoint() -> Path | None:
-    """The quickstart's text model, or else the MegaContext checkpoint that was written last; None where there is none."""
+    """The quickstart's text model, or else the MegaContext checkpoint that was written
+    last; None where there is none."""
     folder = base_dir() / "checkpoints"
     if any((quickstart := folder / "quickstart_text_mc_42").glob("complete_*.json")):
         return quickstart
@@ -52,7 +55,8 @@ def default_checkpoint() -> Path | None:
     return found[-1].parent if found else None
 
 
-def load_networks(checkpoint_dir: Path | str, step: int | str = "latest", device: torch.device | str = "cpu") -> Networks:
+def load_networks(checkpoint_dir: Path | str, step: int | str = "latest",
+                  device: torch.device | str = "cpu") -> Networks:
     """UserError where the checkpoint has no MegaContext, or the tokenizer is not the one it was trained with."""
     gpt, meta = load_model(checkpoint_dir, step, device)
     mc = load_mega_context(checkpoint_dir, meta["step"], meta, gpt.config.n_embd, device)
@@ -63,11 +67,14 @@ def load_networks(checkpoint_dir: Path | str, step: int | str = "latest", device
 
 
 def untrained_networks(device: torch.device | str = "cpu") -> Networks:
-    """Random embeddings (always the same) and the masked mean as GistNet; the tokenizer that is there, or single bytes."""
+    """Random embeddings (always the same) and the masked mean as GistNet; the tokenizer
+    that is there, or single bytes."""
     there = (tokenizer_dir() / "tokenizer.json").exists()
     tokenizer = Tokenizer.load() if there else Tokenizer([bytes([i]) for i in range(256)])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        gpt = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=4, n_kv_head=4, n_embd=UNTRAINED_WIDTH, value_embeds=False))
-        mc = MegaContext(MCConfig(gist="mean", max_lod=2), UNTRAINED_WIDTH)  # written out: stores that these made must stay readable
+        gpt = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=4, n_kv_head=4, n_embd=UNTRAINED_WIDTH,
+                            value_embeds=False))
+        # written out: stores that these made must stay readable
+        mc = MegaContext(MCConfig(gist="mean", max_lod=2), UNTRAINED_WIDTH)
     return Networks(gpt.to(device).eval(), mc.to(device).eval(), tokenizer, "{}")

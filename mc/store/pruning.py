@@ -25,7 +25,7 @@ class PruneReport:
     erased: int  # blocks asked for whose raw tokens are gone for good
 
 
-def choose(
+def least_useful(
     store: Store,
     catalog: Catalog,
     *,

@@ -1,7 +1,8 @@
 """What the raw tokens of a block are worth: ΔNLL sensitivity, measured with the model on the history itself.
 
-Sensitivity of block b = NLL of the tokens of block b+1 with b shown as its gist − the same with b shown raw [nats per token], both after
-the gists of the CONTEXT blocks before. A measure of what stands nearby, and cheap: two short passes for many blocks at once.
+Sensitivity of block b = NLL of the tokens of block b+1 with b shown as its gist − the same with b shown raw [nats per
+token], both after the gists of the CONTEXT blocks before. A measure of what stands nearby, and cheap: two short
+passes for many blocks at once.
 
 Shapes: N blocks, K block size, D width, C gists in front, S entries of a pass.
 """
@@ -21,14 +22,15 @@ TOGETHER = 128  # blocks per pass
 
 @torch.no_grad()
 def following_nll(history: History, block_N: Tensor, raw: bool) -> Tensor:
-    """[N] NLL of the block after each, in nats per token, with the block itself raw or as its gist. The blocks, and the CONTEXT before
-    and the one after each, are there and have no void slots."""
+    """[N] NLL of the block after each, in nats per token, with the block itself raw or as its gist. The blocks, and the
+    CONTEXT before and the one after each, are there and have no void slots."""
     gpt, mc, K, c = history.gpt, history.mc, history.block_size, history.mc.config
     before_NC = block_N[:, None] + torch.arange(-CONTEXT, 0)
     after_NK = (block_N[:, None] + 1) * K + torch.arange(K)
     middle = (block_N[:, None] * K + torch.arange(K), 0) if raw else (block_N[:, None], 1)
     index_NS = torch.cat([before_NC, middle[0], after_NK], 1)
-    lod_NS = torch.cat([torch.ones_like(before_NC), torch.full_like(middle[0], middle[1]), torch.zeros_like(after_NK)], 1)
+    lod_NS = torch.cat([torch.ones_like(before_NC), torch.full_like(middle[0], middle[1]), torch.zeros_like(after_NK)],
+                       1)
     is_gist_NS = lod_NS == 1
     ids_NS = torch.full_like(index_NS, VOID)
     ids_NS[~is_gist_NS] = history.store.tokens(index_NS[~is_gist_NS])
@@ -39,13 +41,16 @@ def following_nll(history: History, block_N: Tensor, raw: bool) -> Tensor:
     length_NS = K ** lod_NS
     rotary = entry_rotary(gpt, index_NS * length_NS, length_NS, scheme=c.positions, floor=c.damping_floor)
     linked_NS = F.pad(~is_gist_NS[:, 1:] & ~is_gist_NS[:, :-1], (1, 0))
-    hidden_NSD = gpt.hidden(ids_NS, inputs_embeds=embeds_NSD, rotary=rotary, linked=linked_NS, key_bias=mc.key_bias(lod_NS), lift_windows=True)
+    hidden_NSD = gpt.hidden(ids_NS, inputs_embeds=embeds_NSD, rotary=rotary, linked=linked_NS,
+                            key_bias=mc.key_bias(lod_NS), lift_windows=True)
     logits_NKV = gpt.logits(hidden_NSD[:, -K - 1:-1])
-    return F.cross_entropy(logits_NKV.flatten(0, 1), ids_NS[:, -K:].flatten(), reduction="none").view(-1, K).mean(1).cpu()
+    return F.cross_entropy(logits_NKV.flatten(0, 1), ids_NS[:, -K:].flatten(),
+                           reduction="none").view(-1, K).mean(1).cpu()
 
 
 def measure_sensitivity(history: History, catalog: Catalog) -> int:
-    """Measure every counted block that has not been: one with whole blocks around it, and raw tokens in it and after it. Returns how many."""
+    """Measure every counted block that has not been: one with whole blocks around it, and raw tokens in it and
+    after it. Returns how many."""
     store, K = history.store, history.block_size
     block_N = catalog.without_sensitivity()
     block_N = block_N[(block_N >= CONTEXT) & (block_N + 1 < store.n_nodes(1))]

@@ -11,7 +11,8 @@ EPISODE = 12  # questions in a row that are about the same blocks
 
 
 class Context(NamedTuple):
-    """A context of m tokens and A questions about it, all int64 but where noted; a task's questions are equally long."""
+    """A context of m tokens and A questions about it, all int64 but where noted; a task's
+    questions are equally long."""
 
     tokens: np.ndarray  # [m]
     asked: np.ndarray  # [A, q] question
@@ -34,19 +35,24 @@ class Task(Protocol):
     @property
     def answer_tokens(self) -> int: ...
 
-    def make(self, rng: np.random.Generator, words: Words, m: int, asks: int, block_size: int, depth: float | None = None) -> Context:
-        """A context of m tokens that begins with bos, and `asks` different questions about it, the last one the one to keep.
+    def make(self, rng: np.random.Generator, words: Words, m: int, asks: int, block_size: int,
+             depth: float | None = None) -> Context:
+        """A context of m tokens that begins with bos, and `asks` different questions about
+        it, the last one the one to keep.
 
-        depth in [0, 1]: where in the context the answer to the last question lies (of several facts: one), as nearly as the task's layout
-        allows. UserError when they do not fit, or the task knows no such place.
+        depth in [0, 1]: where in the context the answer to the last question lies (of several facts: one), as nearly as
+        the task's layout allows. UserError when they do not fit, or the task knows no such place.
         """
 
     def for_training(self, rng: np.random.Generator, words: Words, m: int) -> tuple["Task", int]:
-        """A variant of the task for a training row with a context of about m tokens, and how many questions it can be asked at most."""
+        """A variant of the task for a training row with a context of about m tokens, and how many
+        questions it can be asked at most."""
 
 
-def place(rng: np.random.Generator, m: int, count: int, size: int, block_size: int, depth: float | None, edge: int | None) -> np.ndarray:
-    """int64 [count]: where `count` statements of `size` tokens begin in a context of m tokens, without overlap, behind bos.
+def place_statements(rng: np.random.Generator, m: int, count: int, size: int, block_size: int, depth: float | None,
+                     edge: int | None) -> np.ndarray:
+    """int64 [count]: where `count` statements of `size` tokens begin in a context of m
+    tokens, without overlap, behind bos.
 
     depth: place of the first one; the others are random. edge: each statement's token `edge` is the first of a block.
     UserError when they do not fit.
@@ -55,7 +61,8 @@ def place(rng: np.random.Generator, m: int, count: int, size: int, block_size: i
         first, stride = -(-(1 + edge) // block_size), -(-size // block_size)
         edges = np.arange(first, (m - size + edge) // block_size + 1)[int(rng.integers(stride)) :: stride] * block_size
         if len(edges) < count:
-            raise UserError(f"{count} statements of {size} tokens that straddle edges of blocks of {block_size} do not fit {m} tokens")
+            raise UserError(f"{count} statements of {size} tokens that straddle edges of blocks of {block_size} do not "
+                            f"fit {m} tokens")
         order = rng.permutation(len(edges))
         if depth is not None:
             nearest = int(np.abs(edges - depth * m).argmin())
@@ -63,7 +70,8 @@ def place(rng: np.random.Generator, m: int, count: int, size: int, block_size: i
         return edges[order[:count]] - edge
     free = m - 1 - count * size
     if free < 0:
-        raise UserError(f"{count} statements of {size} tokens do not fit a context of {m}; ask for fewer or for longer rows")
+        raise UserError(
+            f"{count} statements of {size} tokens do not fit a context of {m}; ask for fewer or for longer rows")
     cuts = rng.integers(0, free + 1, count)
     if depth is not None:
         cuts[0] = round(depth * free)
@@ -72,27 +80,31 @@ def place(rng: np.random.Generator, m: int, count: int, size: int, block_size: i
     return 1 + cuts + rank * size
 
 
-def choose(
-    rng: np.random.Generator, places: np.ndarray, block_size: int, asks: int, queries: int, spread: int | None, depth: float | None, m: int
+def draw_questions(
+    rng: np.random.Generator, places: np.ndarray, block_size: int, asks: int, queries: int, spread: int | None,
+    depth: float | None, m: int
 ) -> np.ndarray:
-    """int64 [asks, queries]: which facts each question is about; fact f stands at places[f]. None is asked for twice before each was once.
+    """int64 [asks, queries]: which facts each question is about; fact f stands at places[f]. None is asked
+    for twice before each was once.
 
-    `spread`: the facts of EPISODE questions in a row lie in at most so many blocks (None: anywhere). depth: the last question is about
-    the facts nearest to that place. UserError when not even one question can be asked.
+    `spread`: the facts of EPISODE questions in a row lie in at most so many blocks (None: anywhere). depth: the last
+    question is about the facts nearest to that place. UserError when not even one question can be asked.
     """
     rounds, total = [], 0
     while total < asks:
         rounds.append(_round(rng, places, block_size, queries, spread, None if rounds else depth, m))
         total += len(rounds[-1])
         if not len(rounds[-1]):
-            raise UserError(f"{len(places)} facts in a context of {m} tokens allow no question about {queries} of them in {spread} blocks")
+            raise UserError(f"{len(places)} facts in a context of {m} tokens allow no question about {queries} of them "
+                            f"in {spread} blocks")
     return np.concatenate(rounds)[:asks][::-1]
 
 
 def _round(
-    rng: np.random.Generator, places: np.ndarray, block_size: int, queries: int, spread: int | None, depth: float | None, m: int
+    rng: np.random.Generator, places: np.ndarray, block_size: int, queries: int, spread: int | None,
+    depth: float | None, m: int
 ) -> np.ndarray:
-    """int64 [most questions, queries]: every fact at most once, the first question first; see `choose`."""
+    """int64 [most questions, queries]: every fact at most once, the first question first; see `draw_questions`."""
     facts = len(places)
     far = np.abs(places - depth * m) if depth is not None else rng.random(facts)
     key_of_block = np.full(int(places.max()) // block_size + 1, np.inf)

@@ -1,12 +1,13 @@
-"""Examples from files that the user has: question answering, long-context suites, code, in the layouts they are published in.
+"""Examples from files that the user has: question answering, long-context suites, code, in the
+layouts they are published in.
 
 `kvpress`: the columns of the sets that kvpress is evaluated on, which are also ours; its answer is a text or a list of
 them. `ruler`: jsonl of the RULER harness (input, outputs). `longbench`: input, context, answers. Whether a right
 answer contains every reference or any of them is the row's `any_reference`, else what the suites score that task by;
 one without text is left out.
-`nq`: Natural Questions, simplified as published (question_text, document_text, annotations) or as question, answers, context(s).
-`triviaqa`: the reading-comprehension rows (question, answer, entity_pages, search_results). `humaneval`: prompt, canonical_solution.
-A path is a parquet, jsonl or json file, or a folder of such files. Nothing is downloaded.
+`nq`: Natural Questions, simplified as published (question_text, document_text, annotations) or as question, answers,
+context(s). `triviaqa`: the reading-comprehension rows (question, answer, entity_pages, search_results). `humaneval`:
+prompt, canonical_solution. A path is a parquet, jsonl or json file, or a folder of such files. Nothing is downloaded.
 """
 
 import ast
@@ -62,14 +63,16 @@ class _Unfit(Exception):
 def load_examples(path: Path | str, format: str, limit: int = 0) -> list[Example]:
     """Examples of a file, or of a folder's files in order; limit: at most so many (0: all).
 
-    UserError for an unknown format, a path without such files, and, with file and line, a row that is not of the format.
+    UserError for an unknown format, a path without such files, and, with file and line, a
+    row that is not of the format.
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r} of external examples: use one of {', '.join(FORMATS)}")
     path = Path(path).expanduser()
     files = files_below(path, SUFFIXES) if path.is_dir() else [path]
     if not files or not files[0].is_file() or not files[0].name.endswith(SUFFIXES):
-        raise UserError(f"{shown(path)}: no {', '.join(SUFFIXES)} file there; name a file of {format} examples or a folder of them")
+        raise UserError(f"{shown(path)}: no {', '.join(SUFFIXES)} file there; name a file of {format} examples or a "
+                        "folder of them")
     examples: list[Example] = []
     for file in files:
         for place, row in _rows(file):
@@ -251,7 +254,9 @@ def _passages(value: object) -> str:
     parts = []
     for passage in value if isinstance(value, list) else [value]:
         if isinstance(passage, dict):
-            passage = "\n".join(filter(None, (_text(passage, "title", default=""), _text(passage, "text", "passage", "context"))))
+            passage = "\n".join(filter(None,
+                                       (_text(passage, "title", default=""),
+                                        _text(passage, "text", "passage", "context"))))
         if not isinstance(passage, str):
             raise _Unfit(f"a passage is {type(passage).__name__}, not text")
         parts.append(passage)
@@ -273,10 +278,13 @@ def _question(context: str, question: str, references: tuple[str, ...], row: dic
 
 def _nq(row: dict, name: str) -> Example:
     if "annotations" not in row:
-        found = next((row[field] for field in ("context", "contexts", "ctxs", "document_text") if row.get(field) is not None), None)
+        found = next((row[field] for field in ("context", "contexts", "ctxs", "document_text")
+                      if row.get(field) is not None), None)
         if found is None:
-            raise _Unfit(f"it lacks 'context', 'contexts', 'ctxs' or 'document_text'; it has {', '.join(map(shown, row))}")
-        return _question(_passages(found), _text(row, "question", "question_text"), _texts(row, "answers", "answer"), row, "nq")
+            raise _Unfit("it lacks 'context', 'contexts', 'ctxs' or 'document_text'; it has "
+                         f"{', '.join(map(shown, row))}")
+        return _question(_passages(found), _text(row, "question", "question_text"), _texts(row, "answers", "answer"),
+                         row, "nq")
     document = _text(row, "document_text").split(" ")
     references = []
     try:
@@ -286,7 +294,8 @@ def _nq(row: dict, name: str) -> Example:
             if note.get("yes_no_answer", "NONE") != "NONE":
                 references.append(note["yes_no_answer"].lower())
     except (KeyError, TypeError, AttributeError) as e:
-        raise _Unfit(f"its annotations are not those of simplified Natural Questions ({type(e).__name__}: {e})") from None
+        raise _Unfit(
+            f"its annotations are not those of simplified Natural Questions ({type(e).__name__}: {e})") from None
     if not any(reference.strip() for reference in references):
         raise _Unfit("it has no short answer; leave out rows without one")
     found = tuple(dict.fromkeys(_texts({"answers": references}, "answers")))

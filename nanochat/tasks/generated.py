@@ -35,7 +35,8 @@ TASKS: dict[str, Task] = {
 
 
 def task_named(name: str, **options) -> Task:
-    """A task of the catalogue, with other values for some of its fields. UserError for a name or field that is not there."""
+    """A task of the catalogue, with other values for some of its fields. UserError for a name
+    or field that is not there."""
     if name not in TASKS:
         raise UserError(f"no task {name!r}; there are {', '.join(TASKS)}")
     task = TASKS[name]
@@ -45,7 +46,8 @@ def task_named(name: str, **options) -> Task:
 
 
 def make_context(
-    task: Task, name: str, words: Words, split: str, row: int, m: int, asks: int, seed: int, block_size: int, depth: float | None = None
+    task: Task, name: str, words: Words, split: str, row: int, m: int, asks: int, seed: int, block_size: int,
+    depth: float | None = None
 ) -> Context:
     rng = np.random.default_rng(key_seed(seed, "tasks", name, split, int(row)))
     return task.make(rng, words, m, asks, block_size, depth)
@@ -66,14 +68,15 @@ def task_rows(
 ) -> TaskBatch:
     """Rows of one task with a history of exactly n tokens, one question each; `rows` are row numbers.
 
-    depth in [0, 1] where the answer lies (None: anywhere); horizon: tokens after n, at least the answer's (0: as many); options: fields
-    of the task. What is behind the answer is bos and never counts. UserError for what does not fit.
+    depth in [0, 1] where the answer lies (None: anywhere); horizon: tokens after n, at least the answer's (0: as many);
+    options: fields of the task. What is behind the answer is bos and never counts. UserError for what does not fit.
     """
     task = task_named(name, **options)
     horizon = horizon or task.answer_tokens
     if n % block_size or horizon < task.answer_tokens or (depth is not None and not 0 <= depth <= 1):
         raise UserError(
-            f"rows of {name} with n={n}, horizon={horizon}, depth={depth}: n is a multiple of the block ({block_size}), the answer takes "
+            f"rows of {name} with n={n}, horizon={horizon}, depth={depth}: n is a multiple of the block "
+            f"({block_size}), the answer takes "
             f"{task.answer_tokens} tokens, depth is in [0, 1]"
         )
     m = n - task.question_tokens

@@ -1,12 +1,13 @@
 """Synthetic long-range recall: key-value blocks, then questions that call each key by another name.
 
-A row is `[stored blocks][episode]...[episode][one more alias]`. A stored block holds block/2 pairs (key, value); all keys of a
-row are different. An episode is about a few stored blocks: its *announce* part and its *ask* part are pairs
+A row is `[stored blocks][episode]...[episode][one more alias]`. A stored block holds block/2 pairs (key, value); all
+keys of a row are different. An episode is about a few stored blocks: its *announce* part and its *ask* part are pairs
 (alias, value) of those blocks, no pair twice, so that what is announced tells where the answers to what is asked lie.
-The map from alias to key is drawn once from the seed and must be learned by the model: no lexical search finds the block.
+The map from alias to key is drawn once from the seed and must be learned by the model: no
+lexical search finds the block.
 
-Every row is a function of (seed, split, row number) alone. Draws come from a counter-based generator (splitmix64), so that
-a whole batch is made of array operations.
+Every row is a function of (seed, split, row number) alone. Draws come from a counter-based generator (splitmix64), so
+that a whole batch is made of array operations.
 """
 
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ class RecallTask:
     def __post_init__(self):
         if len(self.keys) != len(self.aliases) or not self.values:
             raise UserError(
-                f"recall needs as many aliases as keys, and values: {len(self.keys)} keys, {len(self.aliases)} aliases, {len(self.values)} values"
+                f"recall needs as many aliases as keys, and values: {len(self.keys)} keys, {len(self.aliases)} "
+                f"aliases, {len(self.values)} values"
             )
         for name in ("block", "announce", "ask"):
             size = getattr(self, name)
@@ -79,7 +81,8 @@ class RecallTask:
                 raise UserError(f"recall {name}={size}: it holds pairs, so an even number of tokens")
         if self.blocks * self.pairs_per_block > len(self.keys):
             raise UserError(
-                f"recall with {self.blocks} blocks of {self.pairs_per_block} pairs needs {self.blocks * self.pairs_per_block} "
+                f"recall with {self.blocks} blocks of {self.pairs_per_block} pairs needs "
+                f"{self.blocks * self.pairs_per_block} "
                 f"different keys, there are {len(self.keys)}; fewer blocks, or needle rows for longer histories"
             )
         if not 1 <= self.episode_blocks <= self.blocks:
@@ -125,7 +128,8 @@ class RecallTask:
         return np.stack([self.keys.start + keys, values], axis=-1).reshape(*keys.shape[:2], self.block)
 
     def _episodes(self, split, indices, keys, values, num_blocks, episodes, width, announced, asked):
-        """Query tokens int64 [B, episodes, 2 (announced + asked)] and the blocks int64 [B, episodes, width] they are about.
+        """Query tokens int64 [B, episodes, 2 (announced + asked)] and the blocks int64 [B,
+        episodes, width] they are about.
 
         Episode 0 is the *last* of the row, so that its draws do not depend on how many come before it.
         """
@@ -135,7 +139,8 @@ class RecallTask:
         return self._questions(split, indices, keys, values, chosen, announced, asked), chosen
 
     def _questions(self, split, indices, keys, values, chosen, announced, asked):
-        """int64 [B, episodes, 2 (announced + asked)]: pairs spread evenly over the blocks `chosen` [B, episodes, width] of each episode."""
+        """int64 [B, episodes, 2 (announced + asked)]: pairs spread evenly over the blocks `chosen` [B,
+        episodes, width] of each episode."""
         B, episodes, width = chosen.shape
         rows = np.arange(B)[:, None, None]
         order = np.argsort(self._bits(split, "pairs", indices, episodes, width, self.pairs_per_block), axis=3)
@@ -162,7 +167,8 @@ class RecallTask:
         num_blocks = np.broadcast_to(np.asarray(num_blocks, dtype=np.int64), indices.shape)
         if num_blocks.min() < self.episode_blocks or num_blocks.max() > self.blocks:
             raise UserError(
-                f"recall rows store {self.episode_blocks} to {self.blocks} blocks, asked for {num_blocks.min()} to {num_blocks.max()}"
+                f"recall rows store {self.episode_blocks} to {self.blocks} blocks, asked for {num_blocks.min()} to "
+                f"{num_blocks.max()}"
             )
         most = int(num_blocks.max())
         if T % 2 or T < most * self.block + self.episode:
@@ -189,15 +195,18 @@ class RecallTask:
         """Histories of any length: `needles` blocks of pairs hidden in text, then one episode about some of them.
 
         filler: 1-D text token ids, cut at a random place for each row and repeated when shorter than n; n: history in
-        tokens, a multiple of the block. A needle is a whole block of pairs, as in `rows`, at a random block of the history;
-        the episode is about min(needles, episode_blocks) of them, and as much shorter as they hold fewer pairs (one needle
-        of 16 pairs: 8 announced, 8 asked). Rows are n + episode + 1 tokens; `episode_blocks` are block numbers in the history.
+        tokens, a multiple of the block. A needle is a whole block of pairs, as in `rows`, at a random block of the
+        history; the episode is about min(needles, episode_blocks) of them, and as much shorter as
+        they hold fewer pairs (one needle
+        of 16 pairs: 8 announced, 8 asked). Rows are n + episode + 1 tokens; `episode_blocks`
+        are block numbers in the history.
         """
         indices, filler = np.asarray(indices, dtype=np.int64), np.asarray(filler)
         if not 1 <= needles <= self.blocks:
             raise UserError(f"{needles} needles: between 1 and the {self.blocks} that {len(self.keys)} keys allow")
         if n % self.block or n < needles * self.block:
-            raise UserError(f"needle history n={n}: a multiple of the block ({self.block}) with room for {needles} needles")
+            raise UserError(f"needle history n={n}: a multiple of the block ({self.block}) with room for {needles} "
+                            "needles")
         if not len(filler):
             raise UserError("needle rows need filler text, got no tokens")
         width = min(needles, self.episode_blocks)
@@ -206,45 +215,55 @@ class RecallTask:
         keys, values = self._pairs(split, indices, needles)
         count = np.full(len(indices), needles)
         queries, chosen = self._episodes(split, indices, keys, values, count, 1, width, announced, asked)
-        places = np.sort(np.argsort(self._bits(split, "needles", indices, n // self.block), axis=1)[:, :needles], axis=1)
+        places = np.sort(np.argsort(self._bits(split, "needles", indices, n // self.block), axis=1)[:, :needles],
+                         axis=1)
         start = (self._bits(split, "filler", indices, 1) % np.uint64(len(filler))).astype(np.int64)
         history = filler[(start + np.arange(n)) % len(filler)].astype(np.int64).reshape(len(indices), -1, self.block)
         history[np.arange(len(indices))[:, None], places] = self._store(keys, values)
-        tokens = np.concatenate([history.reshape(len(indices), n), queries[:, 0], self._extra_alias(split, indices)], axis=1)
+        tokens = np.concatenate([history.reshape(len(indices), n), queries[:, 0], self._extra_alias(split, indices)],
+                                axis=1)
         place = np.arange(tokens.shape[1])
         mask = np.broadcast_to((place >= n) & ((place - n) % 2 == 1), tokens.shape).copy()
         return RecallRows(tokens, mask, count, np.take_along_axis(places, chosen[:, 0], axis=1))
 
-    def stream_rows(self, split: str, indices: np.ndarray, n: int, places: np.ndarray, filler: np.ndarray | None = None) -> StreamRows:
+    def stream_rows(self, split: str, indices: np.ndarray, n: int, places: np.ndarray,
+                    filler: np.ndarray | None = None) -> StreamRows:
         """Histories of n tokens with facts in chosen blocks, and one episode about each group of facts.
 
-        places int64 [B, Q, episode_blocks]: the block numbers of the facts of each question; all facts of a row have different keys.
-        The rest is text as in `needle_rows`, or without filler blocks of the same kind: pairs of the keys that no question is
-        about, each occurring again and again with other values. UserError when facts or history do not fit.
+        places int64 [B, Q, episode_blocks]: the block numbers of the facts of each question; all facts of a row have
+        different keys. The rest is text as in `needle_rows`, or without filler blocks of the same kind: pairs of the
+        keys that no question is about, each occurring again and again with other values. UserError
+        when facts or history do not fit.
         """
         indices, places = np.asarray(indices, dtype=np.int64), np.asarray(places, dtype=np.int64)
         B, Q, width = places.shape
         facts, blocks = Q * width, n // self.block
         if n % self.block or n < facts * self.block or places.min() < 0 or places.max() >= blocks:
-            raise UserError(f"stream of n={n} tokens: a multiple of the block ({self.block}) that holds the blocks {places.min()} to {places.max()}")
+            raise UserError(f"stream of n={n} tokens: a multiple of the block ({self.block}) that holds the blocks "
+                            f"{places.min()} to {places.max()}")
         if width != self.episode_blocks or len(self.keys) - facts * self.pairs_per_block < self.pairs_per_block:
-            raise UserError(f"a stream of {Q} questions about {width} blocks each, of {self.pairs_per_block} facts: episodes are about "
-                            f"{self.episode_blocks} blocks, and {len(self.keys)} keys must leave {self.pairs_per_block} that are not asked for")
+            raise UserError(f"a stream of {Q} questions about {width} blocks each, of {self.pairs_per_block} facts: "
+                            "episodes are about "
+                            f"{self.episode_blocks} blocks, and {len(self.keys)} keys must leave "
+                            f"{self.pairs_per_block} that are not asked for")
         if any(len(set(row)) < facts for row in places.reshape(B, -1).tolist()):
             raise UserError("two facts of a stream stand in one block; give each its own place")
         keys, values = self._pairs(split, indices, facts)
         if filler is None:
-            history = np.stack([self._distractors(split, index, blocks, row) for index, row in zip(indices, keys.reshape(B, -1))])
+            history = np.stack([self._distractors(split, index, blocks, row)
+                                for index, row in zip(indices, keys.reshape(B, -1))])
         else:
             start = (self._bits(split, "filler", indices, 1) % np.uint64(len(filler))).astype(np.int64)
-            history = np.asarray(filler)[(start + np.arange(n)) % len(filler)].astype(np.int64).reshape(B, blocks, self.block)
+            history = np.asarray(filler)[(start + np.arange(n)) % len(filler)].astype(np.int64).reshape(B, blocks,
+                                                                                                        self.block)
         history[np.arange(B)[:, None], places.reshape(B, -1)] = self._store(keys, values)
         chosen = np.broadcast_to(np.arange(facts).reshape(Q, width), places.shape)
         questions = self._questions(split, indices, keys, values, chosen, self.announce // 2, self.ask // 2)
         return StreamRows(history.reshape(B, n), questions)
 
     def _distractors(self, split: str, index: int, blocks: int, taken: np.ndarray) -> np.ndarray:
-        """int64 [blocks, block]: pairs of random keys other than `taken`, different within a block, and random values."""
+        """int64 [blocks, block]: pairs of random keys other than `taken`, different within
+        a block, and random values."""
         free, made = np.setdiff1d(np.arange(len(self.keys)), taken), []
         for first in range(0, blocks, 4096):  # in pieces: a sort of all keys per block
             place = int(index) * 2**24 + np.arange(first, min(first + 4096, blocks))
@@ -258,8 +277,8 @@ class RecallTask:
 class CurriculumSchedule:
     """How many blocks a training row stores: few at first, for recall forms sooner on short rows.
 
-    In the first `grow` share of training the number doubles in equal stages from `start` to `blocks`; afterwards half of
-    the rows have `blocks`, a quarter each blocks/2 and blocks/4 (never fewer than `start`), drawn per row.
+    In the first `grow` share of training the number doubles in equal stages from `start` to `blocks`; afterwards half
+    of the rows have `blocks`, a quarter each blocks/2 and blocks/4 (never fewer than `start`), drawn per row.
     """
 
     blocks: int = 32

@@ -1,7 +1,8 @@
-"""One question about one context, as text (the schema of kvpress), and as the rows of tokens on which systems are judged.
+"""One question about one context, as text (the schema of kvpress), and as the rows of
+tokens on which systems are judged.
 
-A row is `[context | question | answer_prefix]`, a history of exactly n tokens, and then the answer. The question stands at the
-end of the history, where focus reads it and where every working context is raw.
+A row is `[context | question | answer_prefix]`, a history of exactly n tokens, and then the answer. The question stands
+at the end of the history, where focus reads it and where every working context is raw.
 """
 
 import unicodedata
@@ -16,7 +17,8 @@ from nanochat.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Example:
-    """`references`: what a right answer contains, each worth the same; with `any_reference` one of them suffices (RULER's `part`)."""
+    """`references`: what a right answer contains, each worth the same; with `any_reference` one of
+    them suffices (RULER's `part`)."""
 
     context: str
     question: str
@@ -25,9 +27,11 @@ class Example:
     max_new_tokens: int
     task: str
     length: int | None = None  # tokens of the history
-    depth: float | None = None  # where in the context the first token that is needed stands, in [0, 1); None: no such place
+    # where in the context the first token that is needed stands, in [0, 1); None: no such place
+    depth: float | None = None
     references: tuple[str, ...] = ()
-    evidence: tuple[int, ...] = ()  # places in the history of the tokens that the answer depends on; none: on all of it, or not known
+    # places in the history of the tokens that the answer depends on; none: on all of it, or not known
+    evidence: tuple[int, ...] = ()
     any_reference: bool = False
     tags: tuple[str, ...] = ()  # what else is known of it, e.g. the kind of document
 
@@ -59,22 +63,25 @@ class TaskBatch(NamedTuple):
 
 
 def history_of(example: Example, tokenizer: Tokenizer, most: int = 0) -> list[int]:
-    """Tokens of context, question and answer prefix. most: of a longer history the middle of the context is left out, as LongBench does.
-    UserError where question and prefix alone are too long."""
+    """Tokens of context, question and answer prefix. most: of a longer history the middle of the context is left out,
+    as LongBench does. UserError where question and prefix alone are too long."""
     whole = tokenizer.encode(example.context + example.question + example.answer_prefix, special=True)
     if not most or len(whole) <= most:
         return whole
-    context, asked = (tokenizer.encode(text, special=True) for text in (example.context, example.question + example.answer_prefix))
+    context, asked = (tokenizer.encode(text, special=True)
+                      for text in (example.context, example.question + example.answer_prefix))
     room = most - len(asked)
     if room < 2:
-        raise UserError(f"an example of {example.task} asks in {len(asked)} tokens, which leaves no context in a history of {most}")
+        raise UserError(f"an example of {example.task} asks in {len(asked)} tokens, which leaves no context in a "
+                        f"history of {most}")
     return context[: room // 2] + context[-(room - room // 2) :] + asked
 
 
 def batch_of(examples: Sequence[Example], tokenizer: Tokenizer, block_size: int, most: int = 0) -> TaskBatch:
-    """Examples as one batch: encoded with special tokens, padded on the left with bos to a common multiple of `block_size`, on the
-    right (where nothing counts) to the longest answer. Every token of an answer counts. Examples whose lengths differ much are
-    better batched apart. most: see `history_of`. UserError without examples or for an empty answer."""
+    """Examples as one batch: encoded with special tokens, padded on the left with bos to a common multiple of
+    `block_size`, on the right (where nothing counts) to the longest answer. Every token of an answer counts. Examples
+    whose lengths differ much are better batched apart. most: see `history_of`. UserError without
+    examples or for an empty answer."""
     histories = [history_of(e, tokenizer, most) for e in examples]
     answers = [tokenizer.encode(e.answer, special=True) for e in examples]
     for example, answer in zip(examples, answers):

@@ -1,8 +1,9 @@
 """Training rows of the tasks: one context, then one question and answer after another to the end of the row.
 
-Recall forms only where a row has many answers, and sooner on short contexts: the length of the context follows a curriculum,
-what it leaves is filled with questions, which repeat themselves only behind short contexts. Answers count as targets (not the names
-that they repeat from their question); of contexts whose words are distributed in a way that is the row's own, a share of the words as well.
+Recall forms only where a row has many answers, and sooner on short contexts: the length of the context follows a
+curriculum, what it leaves is filled with questions, which repeat themselves only behind short contexts. Answers count
+as targets (not the names that they repeat from their question); of contexts whose words are distributed in a way that
+is the row's own, a share of the words as well.
 """
 
 import numpy as np
@@ -14,11 +15,13 @@ from nanochat.tasks.words import Words
 
 BLOCK = 32  # tokens in which the curriculum counts, and across which questions are grouped
 TAIL = 64  # tokens of a row that every context leaves for questions
-ALONE = 0.5  # share of the rows with long contexts that end with one question, as in use: what was asked before it misleads a lens
+# share of the rows with long contexts that end with one question, as in use: what was asked before it misleads a lens
+ALONE = 0.5
 
 
 def parse_mix(text: str) -> dict[str, float]:
-    """ "" (all tasks alike) or "mqar,alias=2,…": task -> its share of the rows. UserError for an unknown task or a share that is none."""
+    """ "" (all tasks alike) or "mqar,alias=2,…": task -> its share of the rows. UserError for an unknown
+    task or a share that is none."""
     mix: dict[str, float] = {}
     for part in filter(None, text.split(",")):
         name, _, share = part.partition("=")
@@ -38,7 +41,8 @@ def most_blocks(T: int) -> int:
 
 
 class TaskSource:
-    """Rows of T + 1 tokens of a mix of tasks. With `total_rows` (all rows of the run) contexts grow by `schedule`, else all are full."""
+    """Rows of T + 1 tokens of a mix of tasks. With `total_rows` (all rows of the run) contexts grow by
+    `schedule`, else all are full."""
 
     def __init__(
         self,
@@ -59,7 +63,8 @@ class TaskSource:
         tasks = repr([(name, TASKS[name], share) for name, share in mix.items()])
         self.fingerprint = f"tasks-{key_seed(tasks, T, split, seed, len(words.text), repr(schedule), total_rows):016x}"
         self.summary = (
-            f"{split}: rows of {T} tokens of {len(mix)} tasks ({', '.join(mix)}), contexts of up to {most_blocks(T)} blocks of {BLOCK}"
+            f"{split}: rows of {T} tokens of {len(mix)} tasks ({', '.join(mix)}), contexts of up to {most_blocks(T)} "
+            f"blocks of {BLOCK}"
         )
 
     def task_of(self, row: int) -> str:
@@ -75,11 +80,13 @@ class TaskSource:
         task, most = task_named(name).for_training(rng, self._words, blocks * BLOCK)
         each = task.question_tokens + task.answer_tokens
         asks = (self.T + 1 - blocks * BLOCK) // each
-        if 2 * blocks > most_blocks(self.T) or task.one_question:  # asked again, a question is easy: good for a beginning only
+        # asked again, a question is easy: good for a beginning only
+        if 2 * blocks > most_blocks(self.T) or task.one_question:
             asks = 1 if rng.random() < ALONE else min(asks, most)
         if asks < 1:
             raise UserError(
-                f"rows of {self.T} tokens: a context of {blocks * BLOCK} and one question of {name}, {each}, do not fit; use longer rows"
+                f"rows of {self.T} tokens: a context of {blocks * BLOCK} and one question of {name}, {each}, do not "
+                "fit; use longer rows"
             )
         made = task.make(rng, self._words, self.T + 1 - asks * each, asks, BLOCK)
         questions = np.concatenate([made.asked, made.prefix, made.answers], axis=1)

@@ -1,8 +1,9 @@
 """Held-out real text as rows: a history of n tokens of one document, and the next H, all judged.
 
-What a token is worth depends on where it was seen before: `repeat_distance` says how far back in its row, `bucket_of` in which class
-of distances. Examples are tagged with the kind of their document (what the corpus says in its column `kind`; "code" or "text" without),
-and `layout` tells headings, lists, tables, code, quotes and speech from running text, line by line.
+What a token is worth depends on where it was seen before: `repeat_distance` says how far back in its row, `bucket_of`
+in which class of distances. Examples are tagged with the kind of their document (what the corpus says in its column
+`kind`; "code" or "text" without), and `layout` tells headings, lists, tables, code, quotes and speech
+from running text, line by line.
 """
 
 import re
@@ -33,7 +34,8 @@ _TAGS = [(tag, re.compile(_LINES[tag])) for tag in LAYOUT if tag in _LINES]
 
 
 def repeat_distance(tokens: np.ndarray) -> np.ndarray:
-    """int64 [B, T]: how many tokens before it the same token last stood in its row; 0 where it is the first. tokens int [B, T]."""
+    """int64 [B, T]: how many tokens before it the same token last stood in its row; 0 where it is
+    the first. tokens int [B, T]."""
     order = np.argsort(tokens, axis=1, kind="stable")
     ordered = np.take_along_axis(tokens, order, axis=1)
     step = np.diff(order, axis=1, prepend=0)
@@ -56,7 +58,8 @@ def judged_buckets(batch: TaskBatch) -> np.ndarray:
 
 
 def layout(text: bytes) -> list[tuple[int, str]]:
-    """(byte at which it begins, what it is: one of LAYOUT) of every line of UTF-8 text. What stands between fences is code."""
+    """(byte at which it begins, what it is: one of LAYOUT) of every line of UTF-8 text. What
+    stands between fences is code."""
     found, place, fenced = [], 0, False
     for line in text.split(b"\n"):
         readable = line.decode("utf-8", errors="replace")
@@ -69,7 +72,8 @@ def layout(text: bytes) -> list[tuple[int, str]]:
 
 
 def layout_of_tokens(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """int64 [T]: index into LAYOUT of the line in which each token begins, of a row that begins anywhere in a document."""
+    """int64 [T]: index into LAYOUT of the line in which each token begins, of a row that
+    begins anywhere in a document."""
     pieces = [tokenizer.decode_bytes([int(t)]) for t in tokens]
     begins = np.cumsum([0] + [len(piece) for piece in pieces[:-1]])
     starts, tags = zip(*layout(b"".join(pieces)))
@@ -82,10 +86,12 @@ class TextRows:
     UserError when no document has n + horizon + 1 tokens.
     """
 
-    def __init__(self, data: str, split: str, tokenizer: Tokenizer, n: int, horizon: int, seed: int = 0, text_column: str = "text"):
+    def __init__(self, data: str, split: str, tokenizer: Tokenizer, n: int, horizon: int, seed: int = 0,
+                 text_column: str = "text"):
         corpus = open_corpus(data, text_column)
         cache = open_token_cache(corpus, split, tokenizer)
-        self._rows, self._docs, self._tokenizer, self.n = LongRows(cache, n + horizon, seed, split), cache.docs, tokenizer, n
+        self._rows, self._docs, self._tokenizer, self.n = LongRows(cache, n + horizon, seed,
+                                                                   split), cache.docs, tokenizer, n
         self._documents = [(document.source, document.kind) for document in corpus.documents(split)]
         self.name, self.num_rows = corpus.name, self._rows.num_rows
 

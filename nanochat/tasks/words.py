@@ -1,8 +1,9 @@
 """The vocabulary that generated tasks are written in.
 
-Names, their aliases and the values that are asked for are the tokenizer's reserved ids; marks are single punctuation bytes; text
-that facts are hidden in consists of words that are one token each. So any sequence of these tokens, written out as text and
-encoded again, gives the same tokens. Which alias means which key is part of the language: one map for all seeds, to be learned.
+Names, their aliases and the values that are asked for are the tokenizer's reserved ids; marks are single punctuation
+bytes; text that facts are hidden in consists of words that are one token each. So any sequence of these tokens, written
+out as text and encoded again, gives the same tokens. Which alias means which key is part of the language: one
+map for all seeds, to be learned.
 """
 
 import re
@@ -27,7 +28,8 @@ class Words:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, corpus: np.ndarray) -> "Words":
-        """corpus: int [N] ids of running text; only its whole words are used, in their order. UserError if there are too few."""
+        """corpus: int [N] ids of running text; only its whole words are used, in their order.
+        UserError if there are too few."""
         whole = np.zeros(tokenizer.vocab_size, dtype=bool)
         words = [i for i in range(tokenizer.bos_id) if WORD.fullmatch(tokenizer.decode_bytes([i]))]
         whole[words] = True
@@ -35,11 +37,14 @@ class Words:
         text = text[whole[text]]
         if len(words) < 8 or len(text) < 8:
             raise UserError(
-                f"tasks need text of whole words: the tokenizer has {len(words)} that are one token, the text {len(text)}; at least 8 each"
+                f"tasks need text of whole words: the tokenizer has {len(words)} that are one token, the text "
+                f"{len(text)}; at least 8 each"
             )
-        if not (len(tokenizer.key_ids) >= 64 and len(tokenizer.alias_ids) == len(tokenizer.key_ids) and len(tokenizer.value_ids) >= 16):
+        if not (len(tokenizer.key_ids) >= 64 and len(tokenizer.alias_ids) == len(tokenizer.key_ids)
+                and len(tokenizer.value_ids) >= 16):
             raise UserError(
-                f"tasks need at least 64 reserved keys, as many aliases, and 16 values; the tokenizer has {len(tokenizer.key_ids)}, "
+                "tasks need at least 64 reserved keys, as many aliases, and 16 values; the tokenizer has "
+                f"{len(tokenizer.key_ids)}, "
                 f"{len(tokenizer.alias_ids)} and {len(tokenizer.value_ids)}"
             )
         return cls(tokenizer, text, np.array(words[:16], dtype=np.int64))

@@ -379,7 +379,7 @@ def read_metrics(path: str | Path) -> list[dict]:
     if strange and not rows:
         raise UserError(f"{path} is no metrics file: {strange[0]}; name another file")
     if strange:
-        print(f"warning: {path}: {len(strange)} of {len(lines)} lines are no rows of metrics and are left out; {strange[0]}", file=sys.stderr, flush=True)
+        print(f"warning: {path}: {len(strange)} of {len(lines)} lines are no rows of metrics, the first is {strange[0]}; they are left out", file=sys.stderr, flush=True)
     return [rows[step] for step in sorted(rows)]
 
 

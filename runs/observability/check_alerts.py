@@ -1,6 +1,8 @@
-"""Which alerts a run sets off: `python runs/observability/check_alerts.py RUN.jsonl …`, by Prometheus's own evaluation of alerts.yaml.
+"""Which alerts a run sets off: `python runs/observability/check_alerts.py RUN.jsonl …`, by Prometheus's
+own evaluation of alerts.yaml.
 
-Each line of a run's metrics.jsonl is taken for one minute. Needs promtool (Debian package prometheus) and `pip install 'megacontext[dashboards]'`.
+Each line of a run's metrics.jsonl is taken for one minute. Needs promtool (Debian package prometheus) and `pip
+install 'megacontext[dashboards]'`.
 """
 
 import json
@@ -39,8 +41,10 @@ def input_series(rows: list[dict], run: str) -> dict[str, list[str]]:
             for key, attributes in keys_of(name, keys):
                 if row[key] is None:
                     continue
-                labels = ",".join(f'{k.replace(".", "_")}="{v}"' for k, v in {"mc_run_id": run, "mc_variant": "mc", **attributes}.items())
-                values = {prom: row[key]} if metric.kind == "gauge" else {prom: row[key]} if metric.kind == "counter" else {f"{prom}_sum": row[key], f"{prom}_count": 1.0}
+                labels = ",".join(f'{k.replace(".", "_")}="{v}"'
+                                  for k, v in {"mc_run_id": run, "mc_variant": "mc", **attributes}.items())
+                values = ({prom: row[key]} if metric.kind == "gauge" else {prom: row[key]}
+                          if metric.kind == "counter" else {f"{prom}_sum": row[key], f"{prom}_count": 1.0})
                 for suffixed, value in values.items():
                     full = f"{suffixed}{{{labels}}}"
                     if metric.kind != "gauge":
@@ -50,18 +54,22 @@ def input_series(rows: list[dict], run: str) -> dict[str, list[str]]:
 
 
 def fired(path: Path, folder: Path) -> set[str]:
-    """Names of the alerts that fire at any time while the run's lines come in, and five minutes after. UserError without promtool."""
+    """Names of the alerts that fire at any time while the run's lines come in, and five minutes after.
+    UserError without promtool."""
     if promtool() is None:
         raise UserError("promtool is not installed: apt-get install prometheus")
     rows = read_metrics(path)
     series = [{"series": name, "values": " ".join(values)} for name, values in input_series(rows, path.stem).items()]
-    ask = [{"expr": "count by (alertname) (ALERTS{alertstate=\"firing\"})", "eval_time": f"{minute}m", "exp_samples": []} for minute in range(len(rows) + 5)]
+    ask = [{"expr": "count by (alertname) (ALERTS{alertstate=\"firing\"})", "eval_time": f"{minute}m",
+            "exp_samples": []} for minute in range(len(rows) + 5)]
     shutil.copy(HERE / "alerts.yaml", folder / "alerts.yaml")
-    test = {"rule_files": ["alerts.yaml"], "evaluation_interval": "1m", "tests": [{"interval": "1m", "input_series": series, "promql_expr_test": ask}]}
+    test = {"rule_files": ["alerts.yaml"], "evaluation_interval": "1m",
+            "tests": [{"interval": "1m", "input_series": series, "promql_expr_test": ask}]}
     (folder / "test.yaml").write_text(yaml.safe_dump(test, width=10**9), encoding="utf-8")
     done = subprocess.run([promtool(), "test", "rules", "test.yaml"], cwd=folder, capture_output=True, text=True)
     told = done.stdout + done.stderr
-    names = set(re.findall(r'alertname="(\w+)"', told))  # nothing was expected, so what fires is reported as a difference
+    # nothing was expected, so what fires is reported as a difference
+    names = set(re.findall(r'alertname="(\w+)"', told))
     if (done.returncode == 0) != (not names):
         raise UserError(f"promtool cannot test {path}: {told.strip().splitlines()[0] if told.strip() else 'no output'}")
     return names

@@ -1,8 +1,9 @@
 """Does every panel show something? `python runs/observability/check_dashboards.py --url=http://127.0.0.1:8428`
 
-Asks a Prometheus-compatible store that holds real runs (one with MegaContext, one vanilla, one inference session) every query of every
-committed dashboard, over the time that the store has points of them, and every alert rule. A query without a point fails the check; so does
-a side of an alert's comparison without one (the alert itself being silent is what a healthy run looks like).
+Asks a Prometheus-compatible store that holds real runs (one with MegaContext, one vanilla, one inference session) every
+query of every committed dashboard, over the time that the store has points of them, and every alert rule. A query
+without a point fails the check; so does a side of an alert's comparison without one (the alert itself being silent is
+what a healthy run looks like).
 """
 
 import json
@@ -27,7 +28,8 @@ def ask(url: str, path: str, **parameters: str | float) -> list:
         with urllib.request.urlopen(f"{url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}", timeout=30) as answer:
             return json.load(answer)["data"]
     except urllib.error.HTTPError as e:
-        raise UserError(f"the store refuses {parameters.get('query', path)}: {e.read().decode(errors='replace')[:300]}") from None
+        raise UserError(f"the store refuses {parameters.get('query', path)}: "
+                        f"{e.read().decode(errors='replace')[:300]}") from None
     except (urllib.error.URLError, TimeoutError) as e:
         raise UserError(f"no store at {url}: {e}; start one (runs/observability/up.sh) and give its --url") from None
 
@@ -41,9 +43,11 @@ class Store:
         self.step = max((self.end - self.start) / 2000, 0.5)
         labels = {kind: self.label_values(f'train_tokens{{mc_variant="{kind}"}}') for kind in ("mc", "vanilla")}
         if not all(labels.values()):
-            raise UserError(f"the store at {url} holds no run of {' and '.join(k for k, v in labels.items() if not v)} in the last {minutes:g} minutes; "
+            raise UserError(f"the store at {url} holds no run of {' and '.join(k for k, v in labels.items() if not v)} "
+                            f"in the last {minutes:g} minutes; "
                             f"train one with OTLP on, or give more --minutes")  # fmt: skip
-        self.variables = {"run": ".*", "mc": labels["mc"][-1], "vanilla": labels["vanilla"][-1], "__rate_interval": f"{max(round(4 * self.step), 60)}s"}
+        self.variables = {"run": ".*", "mc": labels["mc"][-1], "vanilla": labels["vanilla"][-1],
+                          "__rate_interval": f"{max(round(4 * self.step), 60)}s"}
 
     def label_values(self, series: str) -> list[str]:
         return ask(self.url, "label/mc_run_id/values", **{"match[]": series, "start": self.start, "end": self.end})
@@ -90,7 +94,8 @@ def main() -> None:
     firing = [a.name for a in ALERTS if ask(store.url, "query", query=a.expression, time=store.end)["result"]]
     for line in empty:
         print(f"no points: {line}")
-    print(f"{len(asked) - len(empty)} of {len(asked)} queries of {len({b for b, *_ in queries()})} dashboards and {len(ALERTS)} alerts return points; "
+    print(f"{len(asked) - len(empty)} of {len(asked)} queries of {len({b for b, *_ in queries()})} dashboards and "
+          f"{len(ALERTS)} alerts return points; "
           f"conditions that hold now: {', '.join(firing) or 'none'}")  # fmt: skip
     print(json.dumps({"asked": len(asked), "empty": len(empty), "holding": firing}))
     if empty:

@@ -1,6 +1,8 @@
-"""Write Grafana's dashboards and the alert rules from `mc/observe/dashboards.py`: `python runs/observability/make_dashboards.py`.
+"""Write Grafana's dashboards and the alert rules from `mc/observe/dashboards.py`: `python
+runs/observability/make_dashboards.py`.
 
-    dashboards/mc-training.json, mc-focus.json, mc-runtime.json     provisioned by docker-compose.yaml, or imported by hand
+    dashboards/mc-training.json, mc-focus.json, mc-runtime.json     provisioned by
+                                                                    docker-compose.yaml, or imported by hand
     alerts.yaml                                                     for Prometheus, or vmalert beside VictoriaMetrics
 
 The files are committed; a test makes them again and compares. Needs `pip install 'megacontext[dashboards]'`.
@@ -45,7 +47,8 @@ def over_time(panel: Panel) -> timeseries.Panel:
         built.with_target(query(line.expr.promql(SCOPE), legend_of(line), chr(ord("A") + i)))
     built.line_width(2).fill_opacity(0).span_nulls(True)
     if panel.limit is not None:
-        steps = [dashboard.Threshold(value=None, color="transparent"), dashboard.Threshold(value=panel.limit, color="orange")]
+        steps = [dashboard.Threshold(value=None, color="transparent"),
+                 dashboard.Threshold(value=panel.limit, color="orange")]
         built.thresholds(builders.ThresholdsConfig().mode(dashboard.ThresholdsMode.ABSOLUTE).steps(steps))
         built.thresholds_style(common_builders.GraphThresholdsStyleConfig().mode(common.GraphThresholdsStyleMode.DASHED))
     return built
@@ -59,10 +62,12 @@ def over_x(panel: Panel) -> xychart.Panel:
         built.with_target(query(panel.lines[0].expr.promql(scope), name, f"{'BD'[i]}"))
         by_name = lambda field: xychart_models.MatcherConfig("byName", field)  # noqa: E731
         series.append(xychart.XYSeriesConfig().name(xychart.XychartXYSeriesConfigName().fixed(name))
-                      .frame(xychart.XychartXYSeriesConfigFrame().matcher(xychart.MatcherConfig().id("byIndex").options(0)))
+                      .frame(xychart.XychartXYSeriesConfigFrame().matcher(xychart.MatcherConfig().id(
+                          "byIndex").options(0)))
                       .x(xychart.XychartXYSeriesConfigX().matcher(matcher(by_name(f"x {name}"))))
                       .y(xychart.XychartXYSeriesConfigY().matcher(matcher(by_name(name)))))  # fmt: skip
-    built.transformations([dashboard.DataTransformerConfig(id_val="joinByField", options={"byField": "Time", "mode": "outer"})])
+    built.transformations([dashboard.DataTransformerConfig(id_val="joinByField",
+                                                           options={"byField": "Time", "mode": "outer"})])
     return built.mapping(xychart_models.SeriesMapping.MANUAL).series(series).show(xychart_models.XYShowMode.LINES)
 
 
@@ -92,7 +97,8 @@ def grafana_dashboard(board: Dashboard) -> str:
     built.with_variable(variable("run", "Run", "label_values(mc_run_id)", several=True))
     if any(panel.x for panel in board.panels):
         for name, label, kind in (("mc", "MegaContext run", "mc"), ("vanilla", "Vanilla run", "vanilla")):
-            built.with_variable(variable(name, label, f'label_values(train_tokens{{mc_variant="{kind}"}}, mc_run_id)', several=False))
+            built.with_variable(variable(name, label, f'label_values(train_tokens{{mc_variant="{kind}"}}, mc_run_id)',
+                                         several=False))
     panel_id, y = 1, 0
     for title, row in board.rows.items():
         built.with_row(builders.Row(title).id(panel_id).grid_pos(dashboard.GridPos(h=1, w=24, x=0, y=y)))
@@ -101,7 +107,8 @@ def grafana_dashboard(board: Dashboard) -> str:
             built.with_panel(grafana_panel(panel, panel_id, i % 3 * WIDTH, y + i // 3 * HEIGHT))
             panel_id += 1
         y += -(-len(row) // 3) * HEIGHT
-    return json.dumps(json.loads(JSONEncoder(sort_keys=True).encode(built.build())), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    return json.dumps(json.loads(JSONEncoder(sort_keys=True).encode(built.build())), indent=1, sort_keys=True,
+                      ensure_ascii=False) + "\n"
 
 
 def rule(alert: Alert) -> dict:
@@ -114,7 +121,8 @@ def rule(alert: Alert) -> dict:
 
 def alert_rules() -> str:
     made = "# Made by runs/observability/make_dashboards.py from mc/observe/dashboards.py; edit that.\n"
-    return made + yaml.safe_dump({"groups": [{"name": "megacontext", "rules": [rule(a) for a in ALERTS]}]}, sort_keys=False, width=1000, allow_unicode=True)
+    return made + yaml.safe_dump({"groups": [{"name": "megacontext", "rules": [rule(a) for a in ALERTS]}]},
+                                 sort_keys=False, width=1000, allow_unicode=True)
 
 
 def make_parser() -> FlagParser:
@@ -126,7 +134,8 @@ def make_parser() -> FlagParser:
 def main() -> None:
     args = make_parser().parse_args()
     (args.out / "dashboards").mkdir(parents=True, exist_ok=True)
-    files = {f"dashboards/{board.uid}.json": grafana_dashboard(board) for board in DASHBOARDS} | {"alerts.yaml": alert_rules()}
+    files = {f"dashboards/{board.uid}.json": grafana_dashboard(board)
+             for board in DASHBOARDS} | {"alerts.yaml": alert_rules()}
     for name, text in files.items():
         (args.out / name).write_text(text, encoding="utf-8")
     print(f"wrote {len(files)} files in {args.out}")

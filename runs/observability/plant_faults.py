@@ -1,4 +1,5 @@
-"""Train with a fault planted, for the alert rules to find: `python runs/observability/plant_faults.py thrashing --out=DIR`.
+"""Train with a fault planted, for the alert rules to find: `python
+runs/observability/plant_faults.py thrashing --out=DIR`.
 
     healthy        recall as in runs/quickstart.sh, with probes: minutes
     frozen_lens    LensNet's rate is nothing: it stays as it began
@@ -25,16 +26,21 @@ from nanochat.common import FlagParser, UserError, base_dir, run_main
 from nanochat.optim import MuonAdamW
 from scripts import base_train
 
-RECALL = ["--data=recall", "--depth=2", "--aspect_ratio=64", "--head_dim=32", "--max_seq_len=1088", "--value_embeds=0", "--smear=0", "--resid_scalars=0",
-          "--backout=0", "--key_shift=1", "--tie_qk=1", "--rope_fraction=0.5", "--recall_grow=0.75", "--device_batch_size=4", "--total_batch_size=4352",
-          "--grad_clip=1", "--eval_tokens=17408", "--eval_every=0", "--device=cpu", "--mc_enabled=1", "--mc_max_lod=2", "--mc_far_tokens=0",
-          "--mc_budget=128", "--mc_horizon=32", "--mc_gist=transformer", "--mc_lens_row_stride=2", "--mc_row_stride=4", "--mc_wc_weight=0.5", "--mc_teacher=attention",
+RECALL = ["--data=recall", "--depth=2", "--aspect_ratio=64", "--head_dim=32", "--max_seq_len=1088", "--value_embeds=0",
+          "--smear=0", "--resid_scalars=0",
+          "--backout=0", "--key_shift=1", "--tie_qk=1", "--rope_fraction=0.5", "--recall_grow=0.75",
+          "--device_batch_size=4", "--total_batch_size=4352",
+          "--grad_clip=1", "--eval_tokens=17408", "--eval_every=0", "--device=cpu", "--mc_enabled=1", "--mc_max_lod=2",
+          "--mc_far_tokens=0",
+          "--mc_budget=128", "--mc_horizon=32", "--mc_gist=transformer", "--mc_lens_row_stride=2", "--mc_row_stride=4",
+          "--mc_wc_weight=0.5", "--mc_teacher=attention",
           "--mc_lens_queries=384", "--mc_lens_horizon=2"]  # fmt: skip
 SHORT = ["--num_iterations=32", "--log_every=2", "--probe_every=4", "--mc_start=0"]
 FAULTS = {
     "healthy": ["--num_iterations=400", "--log_every=10", "--probe_every=20", "--mc_start=0.25"],
     "frozen_lens": [*SHORT, "--mc_lens_lr=1e-12"],
-    "thrashing": ["--num_iterations=160", "--log_every=4", "--probe_every=8", "--mc_start=0.5"],  # scores jump once recall has formed
+    # scores jump once recall has formed
+    "thrashing": ["--num_iterations=160", "--log_every=4", "--probe_every=8", "--mc_start=0.5"],
     "nan": ["--num_iterations=16", "--log_every=2", "--mc_start=0"],
 }
 

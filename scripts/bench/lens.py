@@ -1,8 +1,9 @@
 """Every kind of LensNet taught side by side on one base, and judged on held-out rows.
 
-The base stands still. Each micro-batch's LM pass and its backward run once, as a vanilla step runs them, and teach all lenses, which
-start alike but for what is theirs. Gists are those of an untrained GistNet, masked means. Times are ratios within the run: what teaching
-a lens takes, over the pass. Settings: those of the checkpoint's MegaContext, or the defaults where it has none.
+The base stands still. Each micro-batch's LM pass and its backward run once, as a vanilla step runs them, and teach all
+lenses, which start alike but for what is theirs. Gists are those of an untrained GistNet, masked means. Times are
+ratios within the run: what teaching a lens takes, over the pass. Settings: those of the checkpoint's MegaContext, or
+the defaults where it has none.
 """
 
 import argparse
@@ -37,7 +38,8 @@ KINDS = ("bilinear", *ARM_KINDS["lens"])
 def add_flags(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_flag(parser, "of the base")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
-    parser.add_argument("--teacher", default="gate", choices=("gate", "attention"), help="what teaches the lenses, as --mc_teacher")
+    parser.add_argument("--teacher", default="gate", choices=("gate", "attention"),
+                        help="what teaches the lenses, as --mc_teacher")
     parser.add_argument("--horizon", type=int, default=8,
                         help="tokens ahead whose need for a block is taught and judged, as --mc_lens_horizon")
     parser.add_argument("--contexts", type=int, default=64, help="held-out rows")
@@ -101,18 +103,22 @@ def run(args: argparse.Namespace) -> None:
     found = judge_lenses(gpt, {kind: pupil.model for kind, pupil in pupils.items()}, meta, args)
     report = {"steps": args.steps, "contexts": args.contexts, "lenses": {}}
     for kind, pupil in pupils.items():
-        row = {"of_the_pass": pupil.seconds / pass_seconds} | {name: float(np.mean(x)) for name, x in found[kind].items()}
+        row = {"of_the_pass": pupil.seconds / pass_seconds} | {name: float(np.mean(x))
+                                                               for name, x in found[kind].items()}
         for name in ("nats_lens", "hit_lens", "won_lens"):
             difference = np.array(found[kind][name]) - np.array(found["bilinear"][name])
-            row[f"{name}_gain"] = [float(difference.mean()), *bootstrap_interval(lambda i: difference[i].mean(), len(difference))]
+            row[f"{name}_gain"] = [float(difference.mean()),
+                                   *bootstrap_interval(lambda i: difference[i].mean(), len(difference))]
         report["lenses"][kind] = row
         print0(f"{kind:12s} {row['nats_lens']:.4f} nats (even {row['nats_even']:.4f}, least {row['nats_least']:.4f}), "
-               f"hit@1 {row['hit_lens']:.3f}, won {row['won_lens']:.4f} of {row['won_best']:.4f} nats (recency {row['won_recency']:.4f}); "
+               f"hit@1 {row['hit_lens']:.3f}, won {row['won_lens']:.4f} of {row['won_best']:.4f} nats (recency "
+               f"{row['won_recency']:.4f}); "
                f"teaching it takes {row['of_the_pass']:.1%} of the pass")
     print_json(report)
 
 
-def judge_lenses(gpt: GPT, models: dict[str, MegaContext], meta: dict, args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+def judge_lenses(gpt: GPT, models: dict[str, MegaContext], meta: dict,
+                 args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """kind -> measure -> one number per held-out row."""
     c, T = next(iter(models.values())).config, gpt.config.sequence_len
     cursor_Q = T - c.lens_queries + 1 + torch.linspace(0, c.lens_queries - args.horizon, 16).long()

@@ -2,8 +2,8 @@
 
 Same model, data, optimizer and batch, alternating blocks of steps in one process.
 
-Machines are shared and noisy, so only ratios are reported: of each pair of neighbouring blocks, with the median over pairs and an
-interval from a bootstrap over them.
+Machines are shared and noisy, so only ratios are reported: of each pair of neighbouring blocks, with the median over
+pairs and an interval from a bootstrap over them.
 """
 
 import argparse
@@ -39,13 +39,16 @@ class StepTimes(NamedTuple):
     parts: dict[str, float]  # seconds per step of MC's parts; "backward and optimizer" is what is left beyond vanilla's
 
 
-Step = Callable[[Callable[[dict], None], Trace], None]  # one optimizer step: hands every micro-step's metrics over, times its parts in the trace
+# one optimizer step: hands every micro-step's metrics over, times its parts in the trace
+Step = Callable[[Callable[[dict], None], Trace], None]
 
 
 def training_step(meta: dict, tokenizer: Tokenizer, *, with_mc: bool, device: str = "cpu") -> Step:
-    """A step at the settings of a MegaContext checkpoint's `meta`, on a model of its own, MegaContext active throughout if it is on.
+    """A step at the settings of a MegaContext checkpoint's `meta`, on a model of its own, MegaContext
+    active throughout if it is on.
 
-    Rows come from the last third of that run, so that a curriculum is where MegaContext trained. UserError without MegaContext or its tokenizer.
+    Rows come from the last third of that run, so that a curriculum is where MegaContext trained. UserError without
+    MegaContext or its tokenizer.
     """
     if not meta.get("mc"):
         raise UserError("the checkpoint was trained with --mc_enabled=0: it has no MegaContext settings to time")
@@ -55,7 +58,8 @@ def training_step(meta: dict, tokenizer: Tokenizer, *, with_mc: bool, device: st
     rows = total // T
     recall = {}
     if flags["data"] == "recall":
-        recall = dict(schedule=CurriculumSchedule(flags["recall_blocks"], grow=flags["recall_grow"], seed=flags["seed"]), total_rows=rows * meta["num_iterations"])
+        recall = dict(schedule=CurriculumSchedule(flags["recall_blocks"], grow=flags["recall_grow"],
+                                                  seed=flags["seed"]), total_rows=rows * meta["num_iterations"])
     source = source_of(meta, "train", tokenizer=tokenizer, **recall)
     scale = batch_lr_scale(total)
     half = flags["dtype"] == "bfloat16" or (flags["dtype"] == "auto" and device != "cpu")
@@ -64,7 +68,8 @@ def training_step(meta: dict, tokenizer: Tokenizer, *, with_mc: bool, device: st
     mc = None
     if with_mc:
         settings = replace(from_dict(meta["mc"]["config"]), start=0.0, ramp=0)
-        mc = MCController(settings, gpt, T=T, micro_batch=flags["device_batch_size"], num_iterations=1, seed=flags["seed"])
+        mc = MCController(settings, gpt, T=T, micro_batch=flags["device_batch_size"], num_iterations=1,
+                          seed=flags["seed"])
     rates = {name: flags[name] * scale for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")}
     groups = gpt_param_groups(gpt.named_parameters(), config.n_embd, weight_decay=flags["weight_decay"], **rates)
     optimizer = MuonAdamW(groups + (mc.param_groups(scale) if mc else []))
@@ -89,7 +94,8 @@ def training_step(meta: dict, tokenizer: Tokenizer, *, with_mc: bool, device: st
     return step
 
 
-def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, steps: int = 3, device: str = "cpu") -> StepTimes:
+def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, steps: int = 3,
+                        device: str = "cpu") -> StepTimes:
     """Both kinds of step, as `training_step` makes them."""
     vanilla, mega = (training_step(meta, tokenizer, with_mc=with_mc, device=device) for with_mc in (False, True))
     parts: dict[str, list] = defaultdict(list)
@@ -107,9 +113,11 @@ def training_step_times(meta: dict, tokenizer: Tokenizer, *, pairs: int = 8, ste
     return StepTimes(*ratio_of(seconds), float(vanilla_s), float(mc_s), shares)
 
 
-def alternate(first: Step, second: Step, pairs: int, steps: int, device: str, note: Callable[[dict], None] = lambda metrics: None,
+def alternate(first: Step, second: Step, pairs: int, steps: int, device: str,
+              note: Callable[[dict], None] = lambda metrics: None,
               warmed: Callable[[], None] = lambda: None) -> np.ndarray:
-    """Seconds per step, [pairs, 2], of blocks of steps in turn, after one block of each to warm up (then `warmed` is called)."""
+    """Seconds per step, [pairs, 2], of blocks of steps in turn, after one block of each to warm
+    up (then `warmed` is called)."""
     def timed(step: Step) -> float:
         synchronize(device)
         begin = time.perf_counter()
@@ -123,9 +131,11 @@ def alternate(first: Step, second: Step, pairs: int, steps: int, device: str, no
     return np.array([[timed(first), timed(second)] for _ in range(pairs)])
 
 
-def step_time_ratio(arm: dict, default: dict, tokenizer: Tokenizer, *, pairs: int = 6, steps: int = 2, device: str = "cpu") -> Ratio:
+def step_time_ratio(arm: dict, default: dict, tokenizer: Tokenizer, *, pairs: int = 6, steps: int = 2,
+                    device: str = "cpu") -> Ratio:
     """Step of one checkpoint's settings against another's; both are metas of MegaContext checkpoints."""
-    seconds = alternate(*(training_step(meta, tokenizer, with_mc=True, device=device) for meta in (default, arm)), pairs, steps, device)
+    seconds = alternate(*(training_step(meta, tokenizer, with_mc=True, device=device) for meta in (default, arm)),
+                        pairs, steps, device)
     return ratio_of(seconds)
 
 
@@ -136,7 +146,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     meta = timed_meta(args)
     times = training_step_times(meta, Tokenizer.load(), pairs=args.pairs, steps=args.steps, device=args.device)
-    print(f"step time MC / vanilla {times.ratio:.3f} [{times.low:.3f}, {times.high:.3f}]: {times.mc_s:.3f} s against {times.vanilla_s:.3f} s, "
+    print(f"step time MC / vanilla {times.ratio:.3f} [{times.low:.3f}, {times.high:.3f}]: {times.mc_s:.3f} s against "
+          f"{times.vanilla_s:.3f} s, "
           f"{args.pairs} pairs of {args.steps} steps")
     for name, seconds in times.parts.items():
         print(f"  {name:24s} {seconds / times.vanilla_s:6.1%} of a vanilla step")

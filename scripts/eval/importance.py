@@ -1,6 +1,7 @@
-"""Token-importance labels, distilled from the base itself (D6): what each token of a history does for what follows, read off the full
-pass as the gate utility (or the attention) of a block of one token (`mc.teachers`). Made once, stored as safetensors shards of whole
-batches, tokens and importance side by side, under a manifest that says of what; a run that was cut off goes on where it stopped.
+"""Token-importance labels, distilled from the base itself (D6): what each token of a history does for what follows,
+read off the full pass as the gate utility (or the attention) of a block of one token (`mc.teachers`). Made once, stored
+as safetensors shards of whole batches, tokens and importance side by side, under a manifest that says of what; a run
+that was cut off goes on where it stopped.
 
 Shapes: B rows, n tokens of history, T tokens of a row.
 """
@@ -23,7 +24,8 @@ TEACHERS = ("gate", "attention")
 
 
 def importance(gpt: GPT, tokens_BT: Tensor, targets_BT: Tensor, n: int, teacher: str = "gate") -> Tensor:
-    """float32 [B, n]: what each token of the history does for the continuation, to first order [nats], or the attention it gets."""
+    """float32 [B, n]: what each token of the history does for the continuation, to first order
+    [nats], or the attention it gets."""
     queries = slice(n - 1, tokens_BT.shape[1] - 1)
     captured = continuation_pass(gpt, tokens_BT, targets_BT, n)
     if teacher == "gate":
@@ -34,7 +36,8 @@ def importance(gpt: GPT, tokens_BT: Tensor, targets_BT: Tensor, n: int, teacher:
 
 def write_labels(directory: Path, facts: dict, batches: Callable[[int], tuple[Tensor, Tensor]], count: int,
                  progress: Callable[[int], None]) -> int:
-    """Make the shards 0 … count − 1 that are not there yet; returns how many were made. batches(i): tokens, importance [B, n] of shard i.
+    """Make the shards 0 … count − 1 that are not there yet; returns how many were made. batches(i):
+    tokens, importance [B, n] of shard i.
 
     A directory holds labels of one base and one source: UserError when `facts` differ from those of its manifest.
     """
@@ -71,7 +74,8 @@ def read_manifest(directory: Path) -> dict:
 
 
 def read_labels(directory: Path) -> list[tuple[Tensor, Tensor]]:
-    """Of each shard: tokens int64 [B, n], importance float32 [B, n]. UserError where there is none, or one is damaged."""
+    """Of each shard: tokens int64 [B, n], importance float32 [B, n]. UserError where there
+    is none, or one is damaged."""
     paths = sorted(directory.glob("labels_*.safetensors"))
     if not paths:
         raise UserError(f"no labels in {directory}; make them: python -m scripts.mc_study importance")
@@ -80,7 +84,8 @@ def read_labels(directory: Path) -> list[tuple[Tensor, Tensor]]:
         try:
             content = load_file(path)
             tokens, worth = content["tokens"], content["importance"]
-            if not (tokens.dtype == torch.int32 and worth.dtype == torch.float32 and tokens.shape == worth.shape and tokens.ndim == 2 and len(tokens) and worth.isfinite().all()):
+            if not (tokens.dtype == torch.int32 and worth.dtype == torch.float32 and tokens.shape == worth.shape
+                    and tokens.ndim == 2 and len(tokens) and worth.isfinite().all()):
                 raise ValueError("tokens and importance are not of one shape")
             shards.append((tokens.long(), worth))
         except (OSError, KeyError, ValueError, SafetensorError) as e:

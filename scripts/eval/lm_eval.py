@@ -204,7 +204,8 @@ class PlainLM(HarnessLM):
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, max_length: int = 0, seed: int = 0):
         super().__init__(tokenizer, seed)
-        self.model, self.engine, self.max_length, self.cut = model, Engine(model, tokenizer), max_length or model.config.sequence_len, 0
+        self.model, self.engine, self.max_length, self.cut = model, Engine(model,
+                                                                           tokenizer), max_length or model.config.sequence_len, 0
         self.shortened = False
         if self.max_length < 2:
             raise UserError(f"--max_length={max_length}: at least 2 tokens")
@@ -252,7 +253,8 @@ class PlainLM(HarnessLM):
         """Tokens of a prompt that an answer leaves place for. UserError for none."""
         if max_tokens >= self.max_length:
             raise UserError(
-                f"max_gen_toks={max_tokens} leaves nothing of the window of {self.max_length}; raise --max_length or use --mc_enabled=1"
+                f"max_gen_toks={max_tokens} leaves nothing of the window of {self.max_length}; raise --max_length or "
+                "use --mc_enabled=1"
             )
         return self.max_length - max_tokens
 

@@ -1,4 +1,5 @@
-"""A model with MegaContext under the lm-evaluation-harness: every request is a session, whose history has no limit and is not cut."""
+"""A model with MegaContext under the lm-evaluation-harness: every request is a session, whose history
+has no limit and is not cut."""
 
 from typing import Iterator, Sequence
 

@@ -1,4 +1,5 @@
-"""What a study's cells are judged by: functions from a checkpoint directory to measures, one number per held-out context each."""
+"""What a study's cells are judged by: functions from a checkpoint directory to measures, one
+number per held-out context each."""
 
 import os
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ def load_with_mc(checkpoint_dir: Path) -> tuple[GPT, MegaContext, dict]:
 
 
 def held_out(meta: dict, T: int, contexts: int, batch: int, data: str = "") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Batches of held-out rows: their numbers [B], tokens and targets (−1 where none counts) [B, T]. data: other than the training's."""
+    """Batches of held-out rows: their numbers [B], tokens and targets (−1 where none counts) [B, T].
+    data: other than the training's."""
     source = source_of(meta, "val", tokenizer=Tokenizer.load(), data=data, T=T)
     if (have := source.count_rows(contexts)) < contexts:
         raise UserError(f"contexts: {contexts}: the held-out split has {have} rows of {T} tokens")
@@ -39,11 +41,13 @@ def held_out(meta: dict, T: int, contexts: int, batch: int, data: str = "") -> I
         yield torch.from_numpy(rows), *judged_rows(source, rows)
 
 
-def focus(checkpoint_dir: Path, contexts: int = 64, batch: int = 32, oracle: int = 1, data: str = "") -> dict[str, list[float]]:
+def focus(checkpoint_dir: Path, contexts: int = 64, batch: int = 32, oracle: int = 1,
+          data: str = "") -> dict[str, list[float]]:
     """NLL and accuracy of every way to show a history, the last `horizon` tokens of held-out rows judged.
 
-    nll_, acc_ of full, window, random, recency, lens and gist (no block raw), of oracle if asked for (it tries every block), and hit: whether
-    the lens's first choice is the block that the continuation's gate gradient names. data: other text than the training's.
+    nll_, acc_ of full, window, random, recency, lens and gist (no block raw), of oracle if asked for (it tries every
+    block), and hit: whether the lens's first choice is the block that the continuation's gate gradient names. data:
+    other text than the training's.
     """
     gpt, mc, meta = load_with_mc(checkpoint_dir)
     c, T = mc.config, gpt.config.sequence_len
@@ -62,15 +66,20 @@ def focus(checkpoint_dir: Path, contexts: int = 64, batch: int = 32, oracle: int
             found.setdefault(f"acc_{name}", []).append(outcome.acc_B)
         choosable = slice(0, (n - c.protected) // c.block_size)
         first_choice = scores["lens"][:, choosable].argmax(1)
-        found.setdefault("hit", []).append((first_choice == comparison.teacher_scores()["gate"][:, choosable].argmax(1)).float())
+        found.setdefault("hit",
+                         []).append((first_choice
+                                     == comparison.teacher_scores()["gate"][:, choosable].argmax(1)).float())
     return {name: torch.cat(parts).double().tolist() for name, parts in found.items()}
 
 
-def compression(checkpoint_dir: Path, contexts: int = 48, batch: int = 16, ratios: tuple[int, ...] = (4, 8, 12), data: str = "") -> dict[str, list[float]]:
-    """NLL of the last `horizon` tokens of held-out rows, the farther the history the more compressed; the lens has no say.
+def compression(checkpoint_dir: Path, contexts: int = 48, batch: int = 16, ratios: tuple[int, ...] = (4, 8, 12),
+                data: str = "") -> dict[str, list[float]]:
+    """NLL of the last `horizon` tokens of held-out rows, the farther the history the more
+    compressed; the lens has no say.
 
-    nll_ full, window, recent (the protected tail alone), lod1 … (the whole history as gists of that level, as far as it has them, and the tail),
-    and ratio_4 …: n / 4 entries …, gists and the last blocks raw. data: other text than the training's.
+    nll_ full, window, recent (the protected tail alone), lod1 … (the whole history as gists of that level, as far as it
+    has them, and the tail), and ratio_4 …: n / 4 entries …, gists and the last blocks raw. data:
+    other text than the training's.
     """
     gpt, mc, meta = load_with_mc(checkpoint_dir)
     c, T = mc.config, gpt.config.sequence_len
@@ -79,7 +88,8 @@ def compression(checkpoint_dir: Path, contexts: int = 48, batch: int = 16, ratio
     for rows, tokens, targets in held_out(meta, n + c.horizon, contexts, batch, data):
         at = partial(FocusComparison, gpt, mc, tokens, targets, n, meta["flags"]["seed"], rows)  # budget ->
         usual = at(c.budget)
-        outcomes = plain_outcomes(gpt, tokens, targets, n, c.budget) | {"recent": plain_outcomes(gpt, tokens, targets, n, c.protected)["window"]}
+        outcomes = plain_outcomes(gpt, tokens, targets, n,
+                                  c.budget) | {"recent": plain_outcomes(gpt, tokens, targets, n, c.protected)["window"]}
         outcomes |= {f"lod{lod}": usual.at_lod(lod) for lod in range(1, c.max_lod + 1)}
         outcomes |= {f"ratio_{ratio}": (focus := at(n // ratio)).outcome(focus.scores("recency")) for ratio in ratios}
         for name, outcome in outcomes.items():
@@ -87,16 +97,19 @@ def compression(checkpoint_dir: Path, contexts: int = 48, batch: int = 16, ratio
     return {name: torch.cat(parts).double().tolist() for name, parts in found.items()}
 
 
-def intervals(checkpoint_dir: Path, texts: dict[str, str], every: list[int], contexts: int = 24, horizon: int = 64, batch: int = 12, budget: int = 0) -> dict[str, list[float]]:
-    """NLL of the last `horizon` tokens of held-out rows when the lens chooses anew every so many tokens, by name of the text.
+def intervals(checkpoint_dir: Path, texts: dict[str, str], every: list[int], contexts: int = 24, horizon: int = 64,
+              batch: int = 12, budget: int = 0) -> dict[str, list[float]]:
+    """NLL of the last `horizon` tokens of held-out rows when the lens chooses anew every so
+    many tokens, by name of the text.
 
-    nll_TEXT_full, _window, _recency (gists, the last blocks raw) and _every_1 …: gists and the blocks that the lens names. texts: name ->
-    data. budget: W in entries; 0: as trained.
+    nll_TEXT_full, _window, _recency (gists, the last blocks raw) and _every_1 …: gists and the blocks that the lens
+    names. texts: name -> data. budget: W in entries; 0: as trained.
     """
     gpt, mc, meta = load_with_mc(checkpoint_dir)
     T = gpt.config.sequence_len
     n, models = (T - horizon) // mc.config.block_size * mc.config.block_size, Models(gpt, mc)
-    kinds = {"full": FullContext, "window": SlidingWindow, "recency": RecencyGists} | {f"every_{interval}": again(LensGists, interval) for interval in every}
+    kinds = {"full": FullContext, "window": SlidingWindow,
+             "recency": RecencyGists} | {f"every_{interval}": again(LensGists, interval) for interval in every}
     systems = {name: kind(models, budget or mc.config.budget) for name, kind in kinds.items()}
     found: dict[str, list] = {}
     for text, data in texts.items():
@@ -106,8 +119,10 @@ def intervals(checkpoint_dir: Path, texts: dict[str, str], every: list[int], con
     return {name: torch.cat(parts).double().tolist() for name, parts in found.items()}
 
 
-def lens(checkpoint_dir: Path, contexts: int = 64, batch: int = 16, queries: int = 256, cursors: int = 16, horizon: int = 8, data: str = "") -> dict[str, list[float]]:
-    """`taught` on held-out rows: at `cursors` positions spread over their last `queries`. data: other text than the training's."""
+def lens(checkpoint_dir: Path, contexts: int = 64, batch: int = 16, queries: int = 256, cursors: int = 16,
+         horizon: int = 8, data: str = "") -> dict[str, list[float]]:
+    """`taught` on held-out rows: at `cursors` positions spread over their last `queries`. data:
+    other text than the training's."""
     gpt, mc, meta = load_with_mc(checkpoint_dir)
     T = gpt.config.sequence_len
     cursor_Q = T - queries + 1 + torch.linspace(0, queries - horizon, cursors).long()
@@ -118,9 +133,12 @@ def lens(checkpoint_dir: Path, contexts: int = 64, batch: int = 16, queries: int
     return {name: torch.cat(parts).double().tolist() for name, parts in found.items()}
 
 
-def taught(gpt: GPT, mc: MegaContext, tokens_BT: Tensor, targets_BT: Tensor, cursor_Q: Tensor, horizon: int) -> dict[str, Tensor]:
-    """`lens_measures` against the gate gradients of the `horizon` tokens that follow each cursor (tokens of history)."""
-    return lens_measures(gpt, mc, tokens_BT, cursor_Q, gate_utilities(gpt, mc.config, tokens_BT, targets_BT, cursor_Q, horizon))
+def taught(gpt: GPT, mc: MegaContext, tokens_BT: Tensor, targets_BT: Tensor, cursor_Q: Tensor,
+           horizon: int) -> dict[str, Tensor]:
+    """`lens_measures` against the gate gradients of the `horizon` tokens that follow each
+    cursor (tokens of history)."""
+    return lens_measures(gpt, mc, tokens_BT, cursor_Q, gate_utilities(gpt, mc.config, tokens_BT, targets_BT, cursor_Q,
+                                                                      horizon))
 
 
 def rated(c: MCConfig, T: int, cursor_Q: Tensor) -> Tensor:
@@ -128,27 +146,32 @@ def rated(c: MCConfig, T: int, cursor_Q: Tensor) -> Tensor:
     return (torch.arange((T - c.protected) // c.block_size) + 1) * c.block_size <= cursor_Q[:, None] - c.protected
 
 
-def gate_utilities(gpt: GPT, c: MCConfig, tokens_BT: Tensor, targets_BT: Tensor, cursor_Q: Tensor, horizon: int) -> Tensor:
-    """[B, Q, N] gate utility of blocks [nats] for the `horizon` tokens after each cursor; 0 for those it does not rate."""
+def gate_utilities(gpt: GPT, c: MCConfig, tokens_BT: Tensor, targets_BT: Tensor, cursor_Q: Tensor,
+                   horizon: int) -> Tensor:
+    """[B, Q, N] gate utility of blocks [nats] for the `horizon` tokens after each cursor; 0
+    for those it does not rate."""
     visible_QN = rated(c, tokens_BT.shape[1], cursor_Q)
     asked = slice(int(cursor_Q.min()) - 1, tokens_BT.shape[1])
     captured: list[Captured] = []
     embeds_BTD = gpt.embed(tokens_BT).detach().requires_grad_()
     hidden_BTD = gpt.hidden(tokens_BT, inputs_embeds=embeds_BTD, capture=captured, lift_windows=True)
     keep_gradients(captured)
-    torch.autograd.grad(token_losses(gpt.logits(hidden_BTD), targets_BT).sum(), embeds_BTD)  # leaves the gradient at every attention output
-    utility = gate_utility(captured, slice(None), asked, visible_QN.shape[1], c.block_size) * (targets_BT[:, asked] >= 0)[..., None]
+    # leaves the gradient at every attention output
+    torch.autograd.grad(token_losses(gpt.logits(hidden_BTD), targets_BT).sum(), embeds_BTD)
+    utility = gate_utility(captured, slice(None), asked, visible_QN.shape[1],
+                           c.block_size) * (targets_BT[:, asked] >= 0)[..., None]
     return over_horizon(utility, horizon)[:, cursor_Q - 1 - asked.start].masked_fill(~visible_QN, 0)
 
 
 @torch.no_grad()
-def lens_measures(gpt: GPT, mc: MegaContext, tokens_BT: Tensor, cursor_Q: Tensor, utility_BQN: Tensor) -> dict[str, Tensor]:
+def lens_measures(gpt: GPT, mc: MegaContext, tokens_BT: Tensor, cursor_Q: Tensor,
+                  utility_BQN: Tensor) -> dict[str, Tensor]:
     """Measures [B] of a lens at cursors, given what blocks are worth there.
 
-    nats_lens: cross-entropy of its distribution over the blocks to the share that each has of what there is to win, nats_even and
-    nats_least those of an even one and of the best possible; hit_lens: whether its first choice wins most. Means over cursors, weighted by
-    what there is to win. won_lens, _best, _recency, _even: first-order gain [nats in the horizon] of showing as many blocks as the
-    budget holds, chosen so; mean over cursors.
+    nats_lens: cross-entropy of its distribution over the blocks to the share that each has of what there is to win,
+    nats_even and nats_least those of an even one and of the best possible; hit_lens: whether its first choice wins
+    most. Means over cursors, weighted by what there is to win. won_lens, _best, _recency, _even: first-order gain [nats
+    in the horizon] of showing as many blocks as the budget holds, chosen so; mean over cursors.
     """
     c, count = mc.config, utility_BQN.shape[-1]
     most, visible_QN = (c.budget - c.protected) // c.block_size, rated(c, tokens_BT.shape[1], cursor_Q)
@@ -161,10 +184,13 @@ def lens_measures(gpt: GPT, mc: MegaContext, tokens_BT: Tensor, cursor_Q: Tensor
     even_BQN, recent_BQN = torch.zeros_like(logits_BQN), recency_scores(at[0], count)[:, None].expand_as(logits_BQN)
     seen_BQN, recent_BQN = (x.masked_fill(~visible_BQN, -torch.inf) for x in (logits_BQN, recent_BQN))
     of_cursors = {
-        "nats_lens": lens_loss(logits_BQN, target_BQN, visible_BQN), "nats_even": lens_loss(even_BQN, target_BQN, visible_BQN),
-        "nats_least": -(target_BQN * target_BQN.clamp_min(1e-12).log()).sum(-1), "hit_lens": (seen_BQN.argmax(-1) == target_BQN.argmax(-1)).float(),
+        "nats_lens": lens_loss(logits_BQN, target_BQN, visible_BQN),
+        "nats_even": lens_loss(even_BQN, target_BQN, visible_BQN),
+        "nats_least": -(target_BQN * target_BQN.clamp_min(1e-12).log()).sum(-1),
+        "hit_lens": (seen_BQN.argmax(-1) == target_BQN.argmax(-1)).float(),
     }  # fmt: skip
-    won = {name: utility_BQN.gather(-1, scores.topk(most, -1).indices) for name, scores in dict(lens=seen_BQN, best=utility_BQN, recency=recent_BQN).items()}
+    won = {name: utility_BQN.gather(-1, scores.topk(most, -1).indices)
+           for name, scores in dict(lens=seen_BQN, best=utility_BQN, recency=recent_BQN).items()}
     won["best"] = won["best"].clamp_min(0)
     even_B = (most * utility_BQN.sum(-1) / visible_QN.sum(-1)).mean(1)
     return ({name: row_mean(x_BQ, weight_BQ) for name, x_BQ in of_cursors.items()}

@@ -2,16 +2,19 @@
 
 What every step measures, from what it holds anyway, is in `mc.telemetry`.
 
-Now and then, on held-out rows (`probe`): the NLL of every way to show the history on the same tokens, the measured utility of
-blocks against the lens's opinion of them, and how the allocator behaves while a history grows.
+Now and then, on held-out rows (`probe`): the NLL of every way to show the history on the same tokens, the measured
+utility of blocks against the lens's opinion of them, and how the allocator behaves while a history grows.
 
     utility of a block   NLL(coarsest cut) − NLL(the same with that block shown raw), nats per token of the continuation
-    agreement            Spearman's rank correlation of lens logits with utilities, over sampled blocks; share of the k most useful
+    agreement            Spearman's rank correlation of lens logits with utilities, over sampled
+                         blocks; share of the k most useful
                          blocks among the k that the lens puts first, k being what the budget shows
     regret               NLL(lens focus) − the least NLL that any tried focus had, ≥ 0
     swap rate            (expands + collapses by edits) ÷ blocks shown raw or as LOD1, per refocus
-    residency            refocuses that blocks shown by an edit stayed shown, together ÷ times one of them was hidden again
-    thrash               share of the edits' flips of nodes that undo an edit's flip of at most 2 × cooldown refocuses ago (2 without)
+    residency            refocuses that blocks shown by an edit stayed shown, together ÷
+                         times one of them was hidden again
+    thrash               share of the edits' flips of nodes that undo an edit's flip of at most 2 ×
+                         cooldown refocuses ago (2 without)
 
 Means are taken per row first. Shapes: B rows, N blocks, W entries, S sampled blocks, D width.
 """
@@ -32,36 +35,12 @@ from mc.runtime import MCController
 from mc.telemetry import Metrics
 from nanochat.gpt import GPT
 from nanochat.telemetry.recorder import Labelled
+from scripts.eval.agreement import best_of, hit_at, spearman
 from scripts.eval.comparison import FocusComparison, Outcome, plain_outcomes
 
 SAMPLED = 32  # blocks whose utility a probe measures: one pass over a working context each
 REFOCUSES = 64  # that a probe replays at most
 BANDS = {"to_5": 4, "to_10": 8, "over_10": 16}  # compression bands, and the tokens per entry at which each is measured
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Agreement
-
-
-def ranks(x_BS: Tensor) -> Tensor:
-    """[B, S] rank of each value within its row, from the lowest; equal values share the mean of their ranks."""
-    less_BS = (x_BS[:, None] < x_BS[..., None]).sum(-1)
-    equal_BS = (x_BS[:, None] == x_BS[..., None]).sum(-1)
-    return less_BS + (equal_BS - 1) / 2
-
-
-def rank_correlation(x_BS: Tensor, y_BS: Tensor) -> Tensor:
-    """[B] Spearman's correlation; 0 where one of the two is constant, a scorer without an opinion agreeing with nothing."""
-    x, y = (r - r.mean(1, keepdim=True) for r in (ranks(x_BS).double(), ranks(y_BS).double()))
-    return (x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).sqrt().clamp_min(1e-12)
-
-
-def hit_at(scores_BS: Tensor, utility_BS: Tensor, k: int) -> Tensor:
-    """[B] share of the k most useful that are among the k best scored; among equal scores the chance of being taken."""
-    best_BS = torch.zeros_like(utility_BS).scatter(1, utility_BS.topk(k, 1).indices, 1.0)
-    above_BS = (scores_BS[:, None] > scores_BS[..., None]).sum(-1)
-    equal_BS = (scores_BS[:, None] == scores_BS[..., None]).sum(-1)
-    return (best_BS * ((k - above_BS) / equal_BS).clamp(0, 1)).sum(1) / k
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,7 +56,8 @@ class Flips(NamedTuple):
 
 
 class FocusDynamics:
-    """Follows what refocuses do to the nodes of some rows, whose number of blocks may grow. Give it every refocus, in order."""
+    """Follows what refocuses do to the nodes of some rows, whose number of blocks may grow. Give
+    it every refocus, in order."""
 
     def __init__(self, cooldown: int):
         self.within = 2 * max(cooldown, 1)
@@ -109,7 +89,8 @@ class FocusDynamics:
         return self.flips[-1]
 
     def metrics(self) -> Metrics:
-        """`mc.focus.*`, over all rows and refocuses so far. Where no block was hidden, the residency is a lower bound: as if one had been."""
+        """`mc.focus.*`, over all rows and refocuses so far. Where no block was hidden, the residency is a
+        lower bound: as if one had been."""
         mean = {name: torch.stack([getattr(r, f"{name}_B").double() for r in self.reports]).mean()
                 for name in ("swap_rate", "expands", "collapses", "forced", "utilization")}  # fmt: skip
         ended = torch.cat([f.stays for f in self.flips])
@@ -128,8 +109,8 @@ def _widen(x_BN: Tensor, n: int, value: float) -> Tensor:
 
 
 def market_price(allocator: GreedyAllocator, logits_BN: Tensor, n_B: Tensor) -> Tensor:
-    """[B, 1] λ: the price of an entry at which the budget is just used, half way between the lowest block that an allocation
-    from scratch shows and the highest that it does not; recent blocks, which are shown anyway, left out."""
+    """[B, 1] λ: the price of an entry at which the budget is just used, half way between the lowest block that an
+    allocation from scratch shows and the highest that it does not; recent blocks, which are shown anyway, left out."""
     K, recent = allocator.cfg.block_size, allocator.cfg.recent
     end_N = (torch.arange(logits_BN.shape[1], device=logits_BN.device) + 1) * K
     free_BN = end_N <= n_B[:, None] - recent
@@ -142,8 +123,9 @@ def market_price(allocator: GreedyAllocator, logits_BN: Tensor, n_B: Tensor) -> 
 
 @torch.no_grad()
 def replay(mc: MegaContext, embeds_BTD: Tensor, n: int, logits_of=None) -> FocusDynamics:
-    """The allocator as histories grow from just above the budget to n tokens, one refocus per block, by the lens's scores:
-    tanh(logit − λ), λ the market price. logits_of(n_B) [B, N]: another scorer than the lens. At most REFOCUSES, the last ones."""
+    """The allocator as histories grow from just above the budget to n tokens, one refocus per block, by the lens's
+    scores: tanh(logit − λ), λ the market price. logits_of(n_B) [B, N]: another scorer than the lens. At
+    most REFOCUSES, the last ones."""
     K, allocator = mc.config.block_size, mc.allocator
     n = n // K * K
     keys = mc.lensnet.keys(embeds_BTD[:, :n])
@@ -172,8 +154,10 @@ def probe_batch(controller: MCController, gpt: GPT, batch) -> Metrics:
 
 
 @torch.no_grad()
-def probe(gpt: GPT, mc: MegaContext, tokens_BT: Tensor, targets_BT: Tensor, n: int, seed: int, rows_B: Tensor, lods: Sequence[int]) -> Metrics:
-    """Everything of the module that takes passes of its own, on held-out rows [B, n + H]. lods: levels that were trained.
+def probe(gpt: GPT, mc: MegaContext, tokens_BT: Tensor, targets_BT: Tensor, n: int, seed: int, rows_B: Tensor,
+          lods: Sequence[int]) -> Metrics:
+    """Everything of the module that takes passes of its own, on held-out rows [B, n + H].
+    lods: levels that were trained.
 
     About 2 full passes, and one pass over a working context for each of SAMPLED blocks and a dozen more.
     """
@@ -190,7 +174,8 @@ def probe(gpt: GPT, mc: MegaContext, tokens_BT: Tensor, targets_BT: Tensor, n: i
 
 
 def _bands(focus: FocusComparison, full: Outcome) -> Metrics:
-    """ΔNLL@H of lens focus with n / 4, n / 8 and n / 16 entries, as far as these hold the coarsest cut and the protected tail."""
+    """ΔNLL@H of lens focus with n / 4, n / 8 and n / 16 entries, as far as these hold the coarsest
+    cut and the protected tail."""
     metrics: Metrics = {}
     scores, usual, cfg = focus.scores("lens"), focus.allocator, focus.allocator.cfg
     for band, ratio in BANDS.items():
@@ -219,9 +204,9 @@ def _agreement(focus: FocusComparison, shown: dict[str, Outcome]) -> Metrics:
     k = min(max((focus.mc.config.budget - focus.mc.config.protected) // focus.K, 1), block_BS.shape[1])
     least_B = torch.stack([o.nll_B for o in tried]).amin(0)
     return {
-        "mc.lens.rank_correlation": rank_correlation(lens_BS, utility_BS).mean(),
-        Labelled("mc.lens.hit_at", k="1"): hit_at(lens_BS, utility_BS, 1).mean(),
-        Labelled("mc.lens.hit_at", k="budget"): hit_at(lens_BS, utility_BS, k).mean(),
+        "mc.lens.rank_correlation": spearman(lens_BS, utility_BS).mean(),
+        Labelled("mc.lens.hit_at", k="1"): hit_at(lens_BS, best_of(utility_BS, 1), 1).mean(),
+        Labelled("mc.lens.hit_at", k="budget"): hit_at(lens_BS, best_of(utility_BS, k), k).mean(),
         "mc.lens.regret": (shown["lens"].nll_B - least_B).mean(),
         "mc.lens.utility_spread": utility_BS.std(1).mean(),
     }  # fmt: skip

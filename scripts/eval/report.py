@@ -1,4 +1,5 @@
-"""The comparison as a report: a table in Markdown, the same numbers as JSON, plots. Intervals are 95 % bootstraps over rows."""
+"""The comparison as a report: a table in Markdown, the same numbers as JSON, plots. Intervals
+are 95 % bootstraps over rows."""
 
 import json
 from pathlib import Path
@@ -13,7 +14,8 @@ from scripts.eval.tables import cell, table
 
 SYSTEMS = {  # name in report.json -> (label, which checkpoint)
     "full": ("full context", "MC"), "sliding_window": ("sliding window", "MC"), "mc_random": ("MC, random focus", "MC"),
-    "mc_recency": ("MC, recency focus", "MC"), "mc_lens": ("MC, LensNet focus", "MC"), "mc_oracle": ("MC, oracle focus", "MC"),
+    "mc_recency": ("MC, recency focus", "MC"), "mc_lens": ("MC, LensNet focus", "MC"),
+    "mc_oracle": ("MC, oracle focus", "MC"),
     "vanilla_full": ("full context", "vanilla"), "vanilla_window": ("sliding window", "vanilla")}
 
 
@@ -29,11 +31,13 @@ def task_report(outcomes: dict[str, Outcome], *, history: int, budget: int, with
             "acc": float(outcome.acc_B.double().mean()) if with_accuracy else None,
             "entries": round(float(outcome.entries_B.double().mean()))})
     return {"history": history, "budget": budget, "rows": rows, "contexts": len(outcomes["full"].nll_B),
-            "gap_closed": {name: compared_gap_closed(outcomes, name) for name in outcomes if name.startswith("mc_")}, **facts}
+            "gap_closed": {name: compared_gap_closed(outcomes, name) for name in outcomes if name.startswith("mc_")},
+            **facts}
 
 
 def compared_gap_closed(outcomes: dict[str, Outcome], system: str) -> dict | None:
-    """(window − system) / (window − full) on mean NLL, with its interval; None where the gap is too small to be measured."""
+    """(window − system) / (window − full) on mean NLL, with its interval; None where the gap
+    is too small to be measured."""
     found = share_of_gap(*(outcomes[name].nll_B.double().numpy() for name in ("sliding_window", system, "full")))
     return found and {"share": found[0], "interval": found[1]}
 
@@ -43,30 +47,37 @@ def comparison_markdown(report: dict) -> str:
     for name, task in report["tasks"].items():
         lines += [
             f"## {name}", "",
-            f"History n = {task['history']} tokens, budget W = {task['budget']} entries ({task['history'] / task['budget']:.1f}:1), "
-            f"R = {task['recent']} recent tokens protected, H = {task['horizon']} tokens judged, block size {task['block_size']}, "
+            f"History n = {task['history']} tokens, budget W = {task['budget']} entries "
+            f"({task['history'] / task['budget']:.1f}:1), "
+            f"R = {task['recent']} recent tokens protected, H = {task['horizon']} tokens judged, block size "
+            f"{task['block_size']}, "
             f"{task['contexts']} held-out contexts. Both models were trained on {task['tokens']:,} tokens: "
             f"{task['flops']['mc']:.3g} FLOPs with MC, {task['flops']['vanilla']:.3g} without.", "",
             *table(("model", "system", "NLL", "ΔNLL@H (95 %)", "accuracy", "entries"), (
-                (*SYSTEMS[row["system"]][::-1], cell(row["nll"]), cell(row["delta_nll"], row["delta_nll_interval"], "+.3f"), cell(row["acc"]), row["entries"])
+                (*SYSTEMS[row["system"]][::-1], cell(row["nll"]),
+                 cell(row["delta_nll"], row["delta_nll_interval"], "+.3f"), cell(row["acc"]), row["entries"])
                 for row in task["rows"]))]
         lens = task["gap_closed"]["mc_lens"]
         if lens is None:
-            closed = f"Window and full context differ by less than {LEAST_GAP} nat: the share of the gap that MC closes is not measurable."
+            closed = (f"Window and full context differ by less than {LEAST_GAP} nat: the share of the gap that MC "
+                      "closes is not measurable.")
         else:
-            closed = f"LensNet focus closes {cell(lens['share'], lens['interval'], '.2f')} of the gap between sliding window and full context."
+            closed = (f"LensNet focus closes {cell(lens['share'], lens['interval'], '.2f')} of the gap between sliding "
+                      "window and full context.")
         lines += ["", closed, ""]
     lines += ["## Cost", ""]
     for name, cost in report["step_times"].items():
         parts = ", ".join(f"{part} {share:.1%}" for part, share in cost["shares"].items())
-        lines.append(f"* {name}: a training step with MC takes {cell(cost['ratio'], (cost['low'], cost['high']))} times a vanilla step. "
+        lines.append(f"* {name}: a training step with MC takes {cell(cost['ratio'], (cost['low'], cost['high']))} "
+                     "times a vanilla step. "
                      f"In shares of a vanilla step: {parts}.")
     lines += ["", f"Seed {report['seed']}, commit {report['commit']}.", ""]
     return "\n".join(lines)
 
 
 def write_comparison(report: dict, runs: dict[str, dict[str, Path]], out: Path) -> str:
-    """report.json, report.md and plots under `out`; returns the Markdown. runs: task -> {"mc", "vanilla"} -> metrics.jsonl."""
+    """report.json, report.md and plots under `out`; returns the Markdown. runs: task -> {"mc",
+    "vanilla"} -> metrics.jsonl."""
     write_file(out / "report.json", json.dumps(report, indent=1) + "\n")
     text = comparison_markdown(report)
     write_file(out / "report.md", text)
@@ -99,7 +110,8 @@ def plot_training(runs: dict[str, dict[str, Path]], path: Path) -> None:
     for axis, (name, kinds) in zip(axes[0], runs.items()):
         for kind, label in (("mc", "MC"), ("vanilla", "vanilla")):
             lines = read_metrics(kinds[kind])
-            points = [(line["train.tokens"], line["train.loss"]) for line in lines if "train.loss" in line and "train.tokens" in line]
+            points = [(line["train.tokens"], line["train.loss"]) for line in lines if "train.loss" in line
+                      and "train.tokens" in line]
             axis.plot(*zip(*points), color=COLOUR_OF[label], label=f"{label}: LM loss", linewidth=1.2)
             working = [(line["train.tokens"], line["mc.loss.wc"]) for line in lines if "mc.loss.wc" in line]
             if working:

@@ -1,9 +1,12 @@
 """Measure the lens, and scores that need no training, against an oracle that knows the continuation.
 
-    python -m scripts.mc_eval focus --recall_mc=DIR,DIR --text_mc=DIR --out=DIR     directories of runs with --mc_enabled=1, one per seed
-    … --hops_mc=DIR,DIR                                                          and questions of two hops, put to a session
+    python -m scripts.mc_eval focus --recall_mc=DIR,DIR --text_mc=DIR --out=DIR     directories of runs
+                                                                                    with --mc_enabled=1, one per seed
+    … --hops_mc=DIR,DIR                                                          and
+                                                                                 questions of two hops, put to a session
 
-Every setting (a length of history at a budget) is judged on held-out contexts: of text the same for all seeds, of recall each seed's own. The last line is JSON, of the
+Every setting (a length of history at a budget) is judged on held-out contexts: of text the same for all seeds, of
+recall each seed's own. The last line is JSON, of the
 lens: the worst over the settings of recall (of text, without any recall).
 """
 
@@ -35,8 +38,10 @@ from scripts.eval.statistics import bootstrap_interval, share_of_gap
 from scripts.eval.subcommands import check_least
 from scripts.eval.tables import cell, table
 
-LABELS = {"lens": "LensNet", "random": "random", "recency": "recency", "bm25": "BM25 with the tail", "tail_attention": "attention mass of the tail",
-          "next_attention": "attention mass of the continuation (cheats)", "next_gate": "gate gradient of the continuation (cheats)", "oracle": "oracle"}
+LABELS = {"lens": "LensNet", "random": "random", "recency": "recency", "bm25": "BM25 with the tail",
+          "tail_attention": "attention mass of the tail",
+          "next_attention": "attention mass of the continuation (cheats)",
+          "next_gate": "gate gradient of the continuation (cheats)", "oracle": "oracle"}
 MEASURES = ("nll", "acc", "regret", "hit_at_1", "hit_at_most", "spearman")
 
 
@@ -71,15 +76,19 @@ def recall_setting(model: Model, tokenizer: Tokenizer, size: str) -> tuple[Focus
     task, K = RecallTask.for_tokenizer(tokenizer, seed=model.meta["flags"]["seed"]), model.mc.config.block_size
     stored = int(blocks) * task.block
     if (stored + task.announce) % K:
-        raise UserError(f"--recall_sizes: {size} is a history of {stored + task.announce} tokens, the model's blocks have {K} (--mc_block_size={K}); choose a multiple")
-    return FocusSetting("recall", f"recall, {blocks} blocks at 1/{ratio}", stored + task.announce, stored // int(ratio)), task, int(blocks)
+        raise UserError(f"--recall_sizes: {size} is a history of {stored + task.announce} tokens, the model's blocks "
+                        f"have {K} (--mc_block_size={K}); choose a multiple")
+    return FocusSetting("recall", f"recall, {blocks} blocks at 1/{ratio}", stored + task.announce,
+                        stored // int(ratio)), task, int(blocks)
 
 
-def judge_setting(model: Model, setting: FocusSetting, contexts: Iterator[tuple[np.ndarray, Contexts]], args, progress: Callable[[int], None]) -> dict[str, dict[str, np.ndarray]]:
+def judge_setting(model: Model, setting: FocusSetting, contexts: Iterator[tuple[np.ndarray, Contexts]], args,
+                  progress: Callable[[int], None]) -> dict[str, dict[str, np.ndarray]]:
     """system -> measure -> float64 [contexts]."""
     parts: dict[str, dict[str, list]] = {}
     for rows, (tokens, targets, matter) in contexts:
-        focus = FocusComparison(model.gpt, model.mc, tokens, targets, setting.n, args.seed, torch.from_numpy(rows), setting.budget)
+        focus = FocusComparison(model.gpt, model.mc, tokens, targets, setting.n, args.seed, torch.from_numpy(rows),
+                                setting.budget)
         found = measure_scores(focus, matter, candidates=args.candidates)
         for name, plain in plain_outcomes(model.gpt, tokens, targets, setting.n, setting.budget).items():
             found[name] = {"nll": plain.nll_B, "acc": plain.acc_B, "entries": plain.entries_B}
@@ -87,7 +96,8 @@ def judge_setting(model: Model, setting: FocusSetting, contexts: Iterator[tuple[
             for name, values in measures.items():
                 parts.setdefault(system, {}).setdefault(name, []).append(values.double())
         progress(int(rows[-1]) + 1)
-    return {system: {name: torch.cat(values).numpy() for name, values in measures.items()} for system, measures in parts.items()}
+    return {system: {name: torch.cat(values).numpy() for name, values in measures.items()}
+            for system, measures in parts.items()}
 
 
 def setting_summary(found: list[dict[str, dict[str, np.ndarray]]], with_accuracy: bool) -> dict:
@@ -105,10 +115,12 @@ def setting_summary(found: list[dict[str, dict[str, np.ndarray]]], with_accuracy
 
 
 def mean_of(each: list[np.ndarray]) -> dict:
-    """Of one array of contexts per seed. NaN is a context without such a value: where no block matters there are no hits."""
+    """Of one array of contexts per seed. NaN is a context without such a value: where no
+    block matters there are no hits."""
     some = ~np.isnan(each).all(0)  # a draw of contexts that are nothing but NaN has no mean
     values = np.concatenate([x[some] for x in each])
-    return {"mean": float(np.nanmean(values)), "interval": bootstrap_interval(lambda i: np.nanmean(values[i]), len(values), seeds=len(each)),
+    return {"mean": float(np.nanmean(values)),
+            "interval": bootstrap_interval(lambda i: np.nanmean(values[i]), len(values), seeds=len(each)),
             "seeds": [float(np.nanmean(x)) for x in each]}
 
 
@@ -119,25 +131,31 @@ def judge_hops(models: list[Model], directories: list[Path], tokenizer: Tokenize
     """Accuracy of two-hop questions, by how many chains of the same blocks were read before."""
     if wrong := [d for model, d in zip(models, directories) if model.meta["flags"]["data"] != "hops"]:
         raise UserError(f"--hops_mc: {wrong[0]} was not trained on --data=hops")
-    if wrong := [f"{d} was trained with --mc_block_size={model.mc.config.block_size}" for model, d in zip(models, directories) if model.mc.config.block_size != HopTask.block]:
-        raise UserError(f"--hops_mc: {wrong[0]}, --data=hops stores facts in blocks of {HopTask.block} tokens; only models of that block size are judged")
+    if wrong := [f"{d} was trained with --mc_block_size={model.mc.config.block_size}"
+                 for model, d in zip(models, directories) if model.mc.config.block_size != HopTask.block]:
+        raise UserError(f"--hops_mc: {wrong[0]}, --data=hops stores facts in blocks of {HopTask.block} tokens; only "
+                        "models of that block size are judged")
     found: dict[int, list[dict[str, np.ndarray]]] = {announced: [] for announced in ANNOUNCED}
     progress = Progress("two hops", len(models) * len(ANNOUNCED) * args.contexts, "questions", every_s=15)
     for gpt, mc, meta in models:
         flags, lods = meta["flags"], meta["mc"]["trained_lods"]
         task = HopTask.for_tokenizer(tokenizer, seed=flags["seed"], blocks=flags["recall_blocks"])
-        pools = {name: SessionPool(gpt, mc, SessionConfig(budget=args.hops_budget, interval=interval), trained_lods=lods) for name, interval in (("refocused", 1), ("once", 0))}
+        pools = {name: SessionPool(gpt, mc, SessionConfig(budget=args.hops_budget, interval=interval),
+                                   trained_lods=lods) for name, interval in (("refocused", 1), ("once", 0))}
         for announced, parts in found.items():
             parts.append(ask_chains(pools, task, flags["recall_blocks"], args.contexts, announced))
             progress.update(sum(map(len, found.values())) * args.contexts)
-    facts = {"blocks": flags["recall_blocks"], "budget": pools["once"].focus_config.budget, "contexts": args.contexts, "seeds": len(models), "checkpoints": list(map(str, directories))}
-    return [{"announced": announced, **facts, "systems": {name: mean_of([one[name] for one in parts]) for name in HOP_SYSTEMS}}
+    facts = {"blocks": flags["recall_blocks"], "budget": pools["once"].focus_config.budget, "contexts": args.contexts,
+             "seeds": len(models), "checkpoints": list(map(str, directories))}
+    return [{"announced": announced, **facts,
+             "systems": {name: mean_of([one[name] for one in parts]) for name in HOP_SYSTEMS}}
             for announced, parts in found.items()]
 
 
 def seeds_gap_closed(found: list[dict[str, dict[str, np.ndarray]]], system: str) -> dict | None:
     """(window − system) / (window − full) on mean NLL; None where the gap is below 0.1 nat."""
-    closed = share_of_gap(*(np.concatenate([one[name]["nll"] for one in found]) for name in ("window", system, "full")), seeds=len(found))
+    closed = share_of_gap(*(np.concatenate([one[name]["nll"] for one in found])
+                            for name in ("window", system, "full")), seeds=len(found))
     return closed and {"mean": closed[0], "interval": closed[1]}
 
 
@@ -146,18 +164,25 @@ def focus_markdown(report: dict) -> str:
     for s in report["settings"]:
         full, window = (s["systems"][name] for name in ("full", "window"))
         known = "those that hold the answers" if s["task"] == "recall" else f"the {s['shown']} of greatest utility"
-        plain = "".join(f"{label} {row['nll']['mean']:.3f} nats{', accuracy %.3f' % row['acc']['mean'] if 'acc' in row else ''}; "
+        plain = "".join(f"{label} {row['nll']['mean']:.3f} "
+                        f"nats{', accuracy %.3f' % row['acc']['mean'] if 'acc' in row else ''}; "
                         for label, row in (("Full context", full), ("window", window)))
-        lines += [f"## {s['name']}", "", f"n = {s['n']:,} tokens, W = {s['budget']}, at most {s['shown']} blocks shown beside the tail; {s['contexts']} contexts × {s['seeds']} seed(s). "
+        lines += [f"## {s['name']}", "", f"n = {s['n']:,} tokens, W = {s['budget']}, at most {s['shown']} blocks shown "
+                                         f"beside the tail; {s['contexts']} contexts × {s['seeds']} seed(s). "
                   f"{plain}blocks that matter: {known}.", "",
                   *table(("scores", "NLL", "accuracy", "regret", "hit@1", "hit@most", "Spearman", "gap closed"), (
-                      (label, *(estimate_cell(s["systems"][system].get(name)) for name in (*MEASURES, "gap_closed"))) for system, label in LABELS.items())), ""]
+                      (label, *(estimate_cell(s["systems"][system].get(name)) for name in (*MEASURES, "gap_closed")))
+                      for system, label in LABELS.items())), ""]
     if report["hops"]:
         facts = report["hops"][0]
-        lines += [f"## Two hops, {facts['blocks']} blocks at W = {facts['budget']}", "", f"Share of questions of which both tokens are written; {facts['contexts']} questions × {facts['seeds']} seed(s).", "",
+        lines += [f"## Two hops, {facts['blocks']} blocks at W = {facts['budget']}", "",
+                  f"Share of questions of which both tokens are written; {facts['contexts']} questions × "
+                  f"{facts['seeds']} seed(s).", "",
                   *table(("chains of the same blocks read before", *HOP_SYSTEMS), (
-                      (row["announced"], *(estimate_cell(row["systems"][name]) for name in HOP_SYSTEMS)) for row in report["hops"])), ""]
-    return "\n".join([*lines, f"Intervals: 95 %, bootstrap over contexts, each with all seeds: of these models, not of others trained alike. Commit {report['commit']}.", ""])
+                      (row["announced"], *(estimate_cell(row["systems"][name]) for name in HOP_SYSTEMS))
+                      for row in report["hops"])), ""]
+    return "\n".join([*lines, "Intervals: 95 %, bootstrap over contexts, each with all seeds: of these models, not of "
+                              f"others trained alike. Commit {report['commit']}.", ""])
 
 
 def estimate_cell(found: dict | None) -> str:
@@ -166,12 +191,15 @@ def estimate_cell(found: dict | None) -> str:
 
 
 def last_line(settings: list[dict]) -> dict:
-    """The lens's figures at the setting where each is worst; None where not measured, or the gap too small to measure."""
+    """The lens's figures at the setting where each is worst; None where not measured, or
+    the gap too small to measure."""
     of = {task: [s["systems"]["lens"] for s in settings if s["task"] == task] for task in ("recall", "text")}
     main = of["recall"] or of["text"]
     worst = lambda rows, name, pick: pick((row[name]["mean"] for row in rows if row.get(name)), default=None)
-    return {"regret": worst(main, "regret", max), "hit_at_1": worst(main, "hit_at_1", min), "spearman": worst(main, "spearman", min),
-            "gap_closed_recall": worst(of["recall"], "gap_closed", min), "gap_closed_text": worst(of["text"], "gap_closed", min)}
+    return {"regret": worst(main, "regret", max), "hit_at_1": worst(main, "hit_at_1", min),
+            "spearman": worst(main, "spearman", min),
+            "gap_closed_recall": worst(of["recall"], "gap_closed", min),
+            "gap_closed_text": worst(of["text"], "gap_closed", min)}
 
 
 def paths(value: str) -> list[Path]:
@@ -179,18 +207,31 @@ def paths(value: str) -> list[Path]:
 
 
 def add_flags(parser: FlagParser) -> None:
-    parser.add_argument("--recall_mc", type=paths, default=[], help="checkpoint directories trained on recall with --mc_enabled=1, one per seed, comma-separated")
-    parser.add_argument("--text_mc", type=paths, default=[], help="checkpoint directories trained on text with --mc_enabled=1, one per seed, comma-separated")
-    parser.add_argument("--hops_mc", type=paths, default=[], help="checkpoint directories trained on --data=hops with --mc_enabled=1, one per seed, comma-separated")
-    parser.add_argument("--recall_sizes", default="32:8,64:8,128:8,128:16", help="blocks:ratio, …: stored blocks, and their tokens over the budget")
-    parser.add_argument("--hops_budget", type=int, default=0, help="budget W [entries] for two hops, whose second block needs room, too; 0: as trained")
-    parser.add_argument("--text_data", type=paths, default=[], help="directories of text, comma-separated, judged apart; default: what the models were trained on")
-    parser.add_argument("--text_budgets", default="", help="budgets W [entries] for text, comma-separated; default: as trained")
+    parser.add_argument("--recall_mc", type=paths, default=[],
+                        help="checkpoint directories trained on recall with --mc_enabled=1, one per seed, "
+                             "comma-separated")
+    parser.add_argument("--text_mc", type=paths, default=[],
+                        help="checkpoint directories trained on text with --mc_enabled=1, one per seed, "
+                             "comma-separated")
+    parser.add_argument("--hops_mc", type=paths, default=[],
+                        help="checkpoint directories trained on --data=hops with --mc_enabled=1, one per seed, "
+                             "comma-separated")
+    parser.add_argument("--recall_sizes", default="32:8,64:8,128:8,128:16",
+                        help="blocks:ratio, …: stored blocks, and their tokens over the budget")
+    parser.add_argument("--hops_budget", type=int, default=0,
+                        help="budget W [entries] for two hops, whose second block needs room, too; 0: as trained")
+    parser.add_argument("--text_data", type=paths, default=[],
+                        help="directories of text, comma-separated, judged apart; default: what the models were "
+                             "trained on")
+    parser.add_argument("--text_budgets", default="",
+                        help="budgets W [entries] for text, comma-separated; default: as trained")
     parser.add_argument("--contexts", type=int, default=64, help="held-out contexts per setting and seed")
     parser.add_argument("--batch", type=int, default=16, help="contexts at a time")
-    parser.add_argument("--candidates", type=int, default=8, help="blocks a context that the oracle's search tries after its first round")
+    parser.add_argument("--candidates", type=int, default=8,
+                        help="blocks a context that the oracle's search tries after its first round")
     parser.add_argument("--seed", type=int, default=0, help="of random focus")
-    parser.add_argument("--out", type=Path, default=None, help="where the report goes; default $NANOCHAT_BASE_DIR/focus")
+    parser.add_argument("--out", type=Path, default=None,
+                        help="where the report goes; default $NANOCHAT_BASE_DIR/focus")
 
 
 def text_settings(model: Model, args) -> list[tuple[FocusSetting, Path | str]]:
@@ -200,7 +241,8 @@ def text_settings(model: Model, args) -> list[tuple[FocusSetting, Path | str]]:
     if bad := [part for part in budgets if not part.isdecimal()]:
         raise UserError(f"--text_budgets: {bad[0]!r} is no number of entries")
     named = args.text_data or [model.meta["flags"]["data"]]
-    return [(FocusSetting("text", f"text ({Path(data).name}), blocks of {c.block_size}", n, int(budget)), data) for data in named for budget in budgets]
+    return [(FocusSetting("text", f"text ({Path(data).name}), blocks of {c.block_size}", n, int(budget)), data)
+            for data in named for budget in budgets]
 
 
 def settings_of(models: list[Model], tokenizer: Tokenizer, args, task: str):
@@ -210,10 +252,13 @@ def settings_of(models: list[Model], tokenizer: Tokenizer, args, task: str):
             raise UserError("--recall_mc: models of one block size are judged together; give them to separate commands")
         for size in args.recall_sizes.split(","):
             found = [recall_setting(model, tokenizer, size) for model in models]
-            yield found[0][0], [lambda rows, t=t, blocks=blocks: recall_contexts(t, blocks, rows, models[0].mc.config.block_size) for _, t, blocks in found]
+            yield found[0][0], [lambda rows, t=t, blocks=blocks: recall_contexts(t, blocks, rows,
+                                                                                 models[0].mc.config.block_size)
+                                for _, t, blocks in found]
         return
     if len({(text_settings(model, args)[0][0], model.mc.config.block_size) for model in models}) > 1:
-        raise UserError("--text_mc: models of one shape, block size and budget are judged together; give them to separate commands")
+        raise UserError("--text_mc: models of one shape, block size and budget are judged together; give them to "
+                        "separate commands")
     for setting, data in text_settings(models[0], args):
         H = models[0].mc.config.horizon
         source = source_of(models[0].meta, "val", tokenizer=tokenizer, data=str(data), seed=args.seed)
@@ -232,13 +277,17 @@ def run(args: Namespace) -> None:
         for setting, makers in settings_of(models, tokenizer, args, task) if models else ():
             progress, found = Progress(setting.name, args.contexts * len(models), "contexts", every_s=15), []
             for i, (model, make) in enumerate(zip(models, makers)):
-                batches = (np.arange(first, min(first + args.batch, args.contexts)) for first in range(0, args.contexts, args.batch))
+                batches = (np.arange(first, min(first + args.batch, args.contexts))
+                           for first in range(0, args.contexts, args.batch))
                 found.append(judge_setting(model, setting, ((rows, make(rows)) for rows in batches), args,
                                    lambda done, before=i * args.contexts: progress.update(before + done)))
             c = models[0].mc.config
-            settings.append({**setting._asdict(), "shown": (setting.budget - c.protected) // c.block_size, "contexts": args.contexts, "seeds": len(models),
-                             "checkpoints": [str(d) for d in directories], "systems": setting_summary(found, task == "recall")})
-    hops = judge_hops([load_checked(directory, tokenizer) for directory in args.hops_mc], args.hops_mc, tokenizer, args) if args.hops_mc else []
+            settings.append({**setting._asdict(), "shown": (setting.budget - c.protected) // c.block_size,
+                             "contexts": args.contexts, "seeds": len(models),
+                             "checkpoints": [str(d) for d in directories],
+                             "systems": setting_summary(found, task == "recall")})
+    hops = judge_hops([load_checked(directory, tokenizer) for directory in args.hops_mc], args.hops_mc, tokenizer,
+                      args) if args.hops_mc else []
     report = {"settings": settings, "hops": hops, "seed": args.seed, "candidates": args.candidates, "commit": commit()}
     write_file(out / "focus.json", json.dumps(report, indent=1) + "\n")
     text = focus_markdown(report)

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from mc.teachers import attention_mass
-from nanochat.dataloader import Source
+from nanochat.dataloader import RowSource
 from nanochat.gpt import Captured
 from nanochat.tasks.recall import RecallTask
+from scripts.eval.agreement import hit_at, spearman
 from scripts.eval.bm25 import bm25_scores
 from scripts.eval.comparison import FocusComparison, Outcome
 
@@ -63,33 +64,11 @@ def recall_contexts(task: RecallTask, blocks: int, rows: np.ndarray, block: int)
                     torch.from_numpy(matter))
 
 
-def text_contexts(source: Source, length: int, rows: np.ndarray) -> Contexts:
+def text_contexts(source: RowSource, length: int, rows: np.ndarray) -> Contexts:
     """The first `length` tokens of a source's rows, all of them targets."""
     tokens, mask = source.row_tokens(rows)
     targets = tokens if mask is None else np.where(mask, tokens, -1)
     return Contexts(torch.from_numpy(tokens[:, :length]), torch.from_numpy(targets[:, 1:length + 1]), None)
-
-
-def average_ranks(x_BN: Tensor) -> Tensor:
-    """[B, N] float64 ranks from 0 up, equal values sharing the mean of their ranks."""
-    below = (x_BN[:, None, :] < x_BN[:, :, None]).sum(-1)
-    equal = (x_BN[:, None, :] == x_BN[:, :, None]).sum(-1)
-    return below + (equal - 1).double() / 2
-
-
-def spearman(x_BN: Tensor, y_BN: Tensor) -> Tensor:
-    """[B] float64 rank correlation, ties sharing ranks; 0 where one side is all alike and so names no order."""
-    x, y = (ranks - ranks.mean(1, keepdim=True) for ranks in (average_ranks(x_BN), average_ranks(y_BN)))
-    norm = x.norm(dim=1) * y.norm(dim=1)
-    return torch.where(norm > 0, (x * y).sum(1) / norm.clamp_min(1e-12), 0.0)
-
-
-def hit_at(scores_BN: Tensor, matter_BN: Tensor, k: int) -> Tensor:
-    """[B] float64 share of the blocks that matter (bool) among the k best, at most k of them counted; ties: the later
-    first, as the allocator does. NaN where none matters."""
-    best = scores_BN.flip(1).argsort(dim=1, descending=True, stable=True)[:, :k]
-    found = matter_BN.flip(1).gather(1, best).sum(1).double()
-    return found / matter_BN.sum(1).clamp_max(k)
 
 
 @torch.no_grad()

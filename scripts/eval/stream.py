@@ -1,7 +1,8 @@
-"""What a model makes of histories far longer than its rows, through the inference session: the same code that serves users.
+"""What a model makes of histories far longer than its rows, through the inference session:
+the same code that serves users.
 
-Recall: facts are hidden at chosen distances in a stream, a question is appended, and the answers are scored. Each question is put to
-a session of its own on a copy of the stream's store, so no question is in the history of another.
+Recall: facts are hidden at chosen distances in a stream, a question is appended, and the answers are scored. Each
+question is put to a session of its own on a copy of the stream's store, so no question is in the history of another.
 
     lens     the session as it is
     oracle   the same session, told which blocks hold the answers: what is lost here is not the lens's fault
@@ -57,8 +58,10 @@ def store_of(pool: SessionPool, tokens_N: Tensor) -> RamStore:
     return store
 
 
-def ask(pool: SessionPool, store: Store, said_N: Tensor, scored_N: Tensor, counted_N: Tensor, known: Sequence[int] | None = None) -> Answer:
-    """A session on a copy of the store is told `said`, refocuses, and reads `scored`; the tokens `counted` (bool) are judged.
+def ask(pool: SessionPool, store: Store, said_N: Tensor, scored_N: Tensor, counted_N: Tensor,
+        known: Sequence[int] | None = None) -> Answer:
+    """A session on a copy of the store is told `said`, refocuses, and reads `scored`; the
+    tokens `counted` (bool) are judged.
 
     known: blocks that hold the answers (oracle focus).
     """

@@ -1,12 +1,16 @@
-"""What focus can win on real text: by horizon, by the number of blocks shown, against an oracle and against what can be predicted at all.
+"""What focus can win on real text: by horizon, by the number of blocks shown, against an oracle and
+against what can be predicted at all.
 
-Of one working context the loss of every target is kept, so that one search serves all horizons: the first h targets after a refocus
-are what a session reads that refocuses every h tokens.
+Of one working context the loss of every target is kept, so that one search serves all horizons: the first h targets
+after a refocus are what a session reads that refocuses every h tokens.
 
-    oracle       for each horizon and number of blocks the best of all cuts tried: every block alone, greedy additions to the best,
+    oracle       for each horizon and number of blocks the best of all cuts tried: every block
+                 alone, greedy additions to the best,
                  and every system's cut
-    predictor    a small network on generous features of (tail, block), fitted to the true utilities of blocks on other text: how much of
-                 the oracle's gain can be known before the continuation is read. A lower bound of that ceiling, for other features may do better
+    predictor    a small network on generous features of (tail, block), fitted to the true utilities of
+                 blocks on other text: how much of
+                 the oracle's gain can be known before the continuation is read. A lower bound of that ceiling,
+                 for other features may do better
 
 Shapes: B rows, N blocks, F blocks that focus may show or not, P targets, C features.
 """
@@ -42,7 +46,7 @@ def keep_best(scores_BN: Tensor, free: int, count: int) -> Tensor:
     return torch.full_like(scores_BN, -torch.inf).scatter(1, best, scores_BN.gather(1, best))
 
 
-def shown(focus: FocusComparison, blocks: list[Tensor]) -> Tensor:
+def losses_showing(focus: FocusComparison, blocks: list[Tensor]) -> Tensor:
     """[B, P] losses when each row shows one block of each tensor [B] of the list."""
     scores = torch.full((len(focus.tokens), focus.n_blocks), -torch.inf)
     for block_B in blocks:
@@ -63,7 +67,7 @@ def search(focus: FocusComparison, alone: list[Tried], candidates: int, rounds: 
         order = losses[..., :horizon].mean(-1).argsort(1)[:, :candidates + 1]
         chosen = [order[:, 0]]
         for size in range(2, min(rounds, focus.most_shown) + 1):
-            found = torch.stack([shown(focus, [*chosen, order[:, c]]) for c in range(1, order.shape[1])], 1)
+            found = torch.stack([losses_showing(focus, [*chosen, order[:, c]]) for c in range(1, order.shape[1])], 1)
             tried += [Tried(size, one) for one in found.unbind(1)]
             best = found[..., :horizon].mean(-1)
             taken = torch.stack([(order[:, 1:] == one[:, None]) for one in chosen]).any(0)
@@ -77,11 +81,12 @@ def oracle(tried: list[Tried], blocks: int, horizon: int) -> Tensor:
     return losses[losses[..., :horizon].mean(-1).argmin(0), torch.arange(losses.shape[1])]
 
 
-def judge_cuts(focus: FocusComparison, scores: dict[str, Tensor], counts: list[int], candidates: int, rounds: int) -> tuple[dict[str, Tensor], Tensor]:
+def judge_cuts(focus: FocusComparison, scores: dict[str, Tensor], counts: list[int], candidates: int,
+               rounds: int) -> tuple[dict[str, Tensor], Tensor]:
     """name -> [B, P] losses, and [len(HORIZONS), B, F] true utilities.
 
-    "full", "window"; "gists": no block but the tail; "lens@2": the two blocks that the lens scores best; "oracle 8@2": at most two, the
-    best for the first 8 targets. scores: [B, N] by name.
+    "full", "window"; "gists": no block but the tail; "lens@2": the two blocks that the lens scores best; "oracle 8@2":
+    at most two, the best for the first 8 targets. scores: [B, N] by name.
     """
     plain = plain_outcomes(focus.gpt, focus.tokens, focus.targets, focus.n, focus.focus_config.budget)
     found = {name: outcome.nll_BP for name, outcome in plain.items()}
@@ -98,7 +103,8 @@ def judge_cuts(focus: FocusComparison, scores: dict[str, Tensor], counts: list[i
     return found, utilities_by_horizon(found["gists"], alone)
 
 
-# -- what can be predicted ------------------------------------------------------------------------------------------------
+# -- what can be predicted
+# ------------------------------------------------------------------------------------------------
 
 
 def past_gate(focus: FocusComparison, length: int) -> Tensor:
@@ -117,16 +123,19 @@ def past_gate(focus: FocusComparison, length: int) -> Tensor:
 
 
 def features(focus: FocusComparison) -> Tensor:
-    """[B, F, C] of everything we could think of that is known before the continuation, each standardized over the blocks of a row."""
+    """[B, F, C] of everything we could think of that is known before the continuation, each
+    standardized over the blocks of a row."""
     free, K, n = focus.free_blocks, focus.K, focus.n
     history = focus.tokens[:, :n]
     blocks_BNK = history.view(len(history), -1, K)
     embeds = focus.embeds[:, :n].unflatten(1, (-1, K)).mean(2)
     last = [(blocks_BNK[..., 1:] == history[:, -1, None, None]), (blocks_BNK[..., :-1] == history[:, -2, None, None])]
     found = [focus.scores("lens"), torch.log2(focus.n_blocks - torch.arange(focus.n_blocks)).expand(len(history), -1),
-             *(bm25_scores(history, K, history[:, -tail:]) for tail in (4, 8, 32, 128)), tail_attention(focus), *(past_gate(focus, length) for length in (8, 32, 64)),
+             *(bm25_scores(history, K, history[:, -tail:]) for tail in (4, 8, 32, 128)), tail_attention(focus),
+             *(past_gate(focus, length) for length in (8, 32, 64)),
              last[0].sum(-1), (last[0] & last[1]).sum(-1),
-             *(F.cosine_similarity(embeds, norm(focus.embeds[:, n - tail:n]).mean(1)[:, None], dim=-1) for tail in (4, 8, 32))]
+             *(F.cosine_similarity(embeds, norm(focus.embeds[:, n - tail:n]).mean(1)[:, None], dim=-1)
+               for tail in (4, 8, 32))]
     x = torch.stack([one[:, :free].float() for one in found], -1)
     return (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True).clamp_min(1e-6)
 
@@ -136,7 +145,8 @@ class Predictor(nn.Module):
 
     def __init__(self, count: int, width: int = 16):
         super().__init__()
-        self.linear, self.net = nn.Linear(count, 1), nn.Sequential(nn.Linear(count, width), nn.GELU(), nn.Linear(width, 1))
+        self.linear, self.net = nn.Linear(count, 1), nn.Sequential(nn.Linear(count, width), nn.GELU(),
+                                                                   nn.Linear(width, 1))
         nn.init.zeros_(self.net[2].weight)
 
     def forward(self, x_BFC: Tensor) -> Tensor:
@@ -144,8 +154,8 @@ class Predictor(nn.Module):
 
 
 def fit(x_BFC: Tensor, utility_BF: Tensor, seed: int = 0, steps: int = 300) -> Predictor:
-    """A predictor taught like the lens, by cross-entropy with the positive utilities weighed by their sum; of all steps the one whose
-    choices save most on every fourth row, which is not fitted."""
+    """A predictor taught like the lens, by cross-entropy with the positive utilities weighed by their sum; of all steps
+    the one whose choices save most on every fourth row, which is not fitted."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Predictor(x_BFC.shape[-1])
@@ -158,7 +168,8 @@ def fit(x_BFC: Tensor, utility_BF: Tensor, seed: int = 0, steps: int = 300) -> P
             saved = float(utility_BF[held].gather(1, model(x_BFC[held]).topk(min(2, x_BFC.shape[1]), 1).indices).mean())
         if saved > best:
             best, kept = saved, {name: value.clone() for name, value in model.state_dict().items()}
-        loss = (lens_loss(model(x_BFC[~held])[:, None], target[~held], visible[~held][:, None]) * weight[~held]).sum() / weight[~held].sum()
+        loss = (lens_loss(model(x_BFC[~held])[:, None], target[~held],
+                          visible[~held][:, None]) * weight[~held]).sum() / weight[~held].sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -166,12 +177,14 @@ def fit(x_BFC: Tensor, utility_BF: Tensor, seed: int = 0, steps: int = 300) -> P
     return model.eval()
 
 
-# -- which targets refer back -----------------------------------------------------------------------------------------------
+# -- which targets refer back
+# -----------------------------------------------------------------------------------------------
 
 
 def far_only(tokens_BT: Tensor, n: int, window: int, length: int) -> Tensor:
-    """bool [B, T − n]: the targets (tokens n, n+1, …) that end a sequence of `length` tokens which stands in the row more than `window`
-    tokens before, and not since. length 1: words used again from afar; 2: pairs, as of names and calls."""
+    """bool [B, T − n]: the targets (tokens n, n+1, …) that end a sequence of `length` tokens which stands in the row
+    more than `window` tokens before, and not since. length 1: words used again from afar; 2:
+    pairs, as of names and calls."""
     grams = tokens_BT.unfold(1, length, 1)  # gram i covers tokens [i, i + length)
     wanted = grams[:, n - length + 1:]
     same = (wanted[:, :, None] == grams[:, None]).all(-1)  # [B, targets, grams]

@@ -1,6 +1,7 @@
 """Cells of a study or a suite: run once, in processes of their own, and their records.
 
-A cell is one dict that says all its numbers depend on. Each runs in a process of its own and appends one line of JSON, its record, when it
+A cell is one dict that says all its numbers depend on. Each runs in a process of its own and appends one
+line of JSON, its record, when it
 is done: so what a kill interrupts is lost, what was finished is not run again, and two runners may work on one file.
 """
 
@@ -68,7 +69,8 @@ class CellRecords:
                     record = parse_json(line)
                     found[record["key"]] = record
                 except (ValueError, KeyError, TypeError):
-                    print(f"warning: {self.path}:{number} is no whole record; it is left out", file=sys.stderr, flush=True)
+                    print(f"warning: {self.path}:{number} is no whole record; it is left out", file=sys.stderr,
+                          flush=True)
         return found
 
     def append(self, record: dict) -> None:
@@ -98,7 +100,8 @@ def find_function(name: str) -> Callable:
 
 
 def _run_cell(cell: dict, work: str, records: CellRecords, log: Path, again: bool, errors) -> None:
-    """In a process of its own, output into `log`. Dies with the runner, and does nothing if another runner was faster."""
+    """In a process of its own, output into `log`. Dies with the runner, and does nothing
+    if another runner was faster."""
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     with open(log, "a") as out:
         for stream in (1, 2):
@@ -108,7 +111,8 @@ def _run_cell(cell: dict, work: str, records: CellRecords, log: Path, again: boo
             if again or cell["key"] not in records.read():
                 begin = time.time()
                 results = find_function(work)(cell)
-                records.append({**cell, "results": results, "seconds": round(time.time() - begin, 2), "commit": commit(), "environment": environment(),
+                records.append({**cell, "results": results, "seconds": round(time.time() - begin, 2),
+                                "commit": commit(), "environment": environment(),
                                 "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
     except UserError as e:
         errors.send(str(e))
@@ -117,9 +121,10 @@ def _run_cell(cell: dict, work: str, records: CellRecords, log: Path, again: boo
         errors.send(f"{type(e).__name__}: {e}")
 
 
-def run_cells(cells: list[dict], work: str, records: CellRecords, *, what: str, jobs: int = 1, again: bool = False) -> None:
-    """Run the cells whose key has no record yet (`again`: all), `jobs` at a time. Each is {"key", "name", …} and is handed whole to `work`, the function
-    "module:name" that gives its results.
+def run_cells(cells: list[dict], work: str, records: CellRecords, *, what: str, jobs: int = 1,
+              again: bool = False) -> None:
+    """Run the cells whose key has no record yet (`again`: all), `jobs` at a time. Each is {"key", "name", …} and is
+    handed whole to `work`, the function "module:name" that gives its results.
 
     A cell that fails does not stop the others; then UserError names the first one's error and log.
     """
@@ -128,14 +133,16 @@ def run_cells(cells: list[dict], work: str, records: CellRecords, *, what: str, 
     logs = records.path.parent / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     main = sys.modules["__main__"].__spec__
-    preload = {"torch", "matplotlib.pyplot", work.partition(":")[0]} - {main and main.name}  # every cell runs the main module anew anyway
+    # every cell runs the main module anew anyway
+    preload = {"torch", "matplotlib.pyplot", work.partition(":")[0]} - {main and main.name}
     _context.set_forkserver_preload(sorted(preload))
     print0(f"{what}: {len(cells)} cells, {len(cells) - len(waiting)} of them done before")
     running, failures, begin, finished, total = [], [], time.monotonic(), 0, len(waiting)
     while waiting or running:
         while waiting and len(running) < jobs:
             cell, (receiver, sender) = waiting.pop(0), _context.Pipe(duplex=False)
-            process = _context.Process(target=_run_cell, args=(cell, work, records, logs / f"{cell['key']}.log", again, sender), daemon=True)
+            process = _context.Process(target=_run_cell, args=(cell, work, records, logs / f"{cell['key']}.log", again,
+                                                               sender), daemon=True)
             process.start()
             sender.close()
             running.append((cell, process, receiver))

@@ -1,9 +1,9 @@
-"""Every system reads with weights that know its input: the same base, the same rows, the same number of steps, the same number of
-learning rates tried, the same loss (NLL of the continuation's targets), each in its own form.
+"""Every system reads with weights that know its input: the same base, the same rows, the same number of steps, the same
+number of learning rates tried, the same loss (NLL of the continuation's targets), each in its own form.
 
-What is trained: the base; with gists GistNet and their logit bias. A system that looks with the lens, for gists or for raw blocks
-alike, goes on teaching it by the labels it was trained with. The classifier of `drop_learned` has its own labels and stays.
-Selection has no gradient.
+What is trained: the base; with gists GistNet and their logit bias. A system that looks with the lens, for gists or for
+raw blocks alike, goes on teaching it by the labels it was trained with. The classifier of `drop_learned` has its own
+labels and stays. Selection has no gradient.
 
 Shapes: B rows, T tokens.
 """
@@ -39,7 +39,8 @@ class Recipe:
     steps: int
     lr_scales: tuple[float, ...]
     rates: dict[str, float]
-    batch_scale: float  # factor on them, and on those of MegaContext, for the size of a batch (nanochat.schedule.batch_lr_scale)
+    # factor on them, and on those of MegaContext, for the size of a batch (nanochat.schedule.batch_lr_scale)
+    batch_scale: float
     dev: int  # batches on which the learning rate is chosen: they follow those of training
     seed: int = 0
 
@@ -56,7 +57,8 @@ class Tuned:
     losses: list[float]  # of the one that was chosen
 
 
-def finetune(name: str, models: Models, batches: Batches, recipe: Recipe, progress: Callable[[int], None] = lambda done: None) -> Tuned:
+def finetune(name: str, models: Models, batches: Batches, recipe: Recipe,
+             progress: Callable[[int], None] = lambda done: None) -> Tuned:
     """The best of the learning rates, by NLL on batches that none was trained on. `models` stays as it is.
 
     UserError for a system that reads with another's weights (`System.arm`).
@@ -82,7 +84,8 @@ def nll(system: Method, rows: RowBatch) -> Tensor:
     return system.judge(*rows).outcome.nll_B
 
 
-def train_reader(systems: list[Method], batches: Batches, recipe: Recipe, lr_scale: float, progress: Callable[[int], None]) -> list[float]:
+def train_reader(systems: list[Method], batches: Batches, recipe: Recipe, lr_scale: float,
+                 progress: Callable[[int], None]) -> list[float]:
     """Fine-tune the models that the systems (one for each budget) share, in place; returns the losses."""
     system = systems[0]
     gpt, lr_scale = system.gpt, lr_scale * recipe.batch_scale
@@ -103,7 +106,8 @@ def train_reader(systems: list[Method], batches: Batches, recipe: Recipe, lr_sca
         if system.looks:
             teach_lens(system, rows, step)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * lr_multiplier(step, recipe.steps, warmup_steps=WARMUP, warmdown_ratio=WARMDOWN)
+            group["lr"] = group["initial_lr"] * lr_multiplier(step, recipe.steps, warmup_steps=WARMUP,
+                                                              warmdown_ratio=WARMDOWN)
             if group["kind"] == "muon":
                 group["momentum"] = muon_momentum(step, recipe.steps)
         optimizer.step()
@@ -114,11 +118,13 @@ def train_reader(systems: list[Method], batches: Batches, recipe: Recipe, lr_sca
 
 
 def teach_lens(system: Method, rows: RowBatch, step: int) -> None:
-    """Adds to the lens's gradients: its labels, from the full pass over some of the rows, for the queries whose targets count."""
+    """Adds to the lens's gradients: its labels, from the full pass over some of the rows, for the
+    queries whose targets count."""
     tokens, targets, numbers = (x[::TEACHING] for x in (rows.tokens_BT, rows.targets_BT, rows.rows_B))
     n, mc, T = rows.n, system.models.mc, tokens.shape[1]
     if mc.config.lens_queries > T - mc.config.protected - mc.config.block_size:
-        raise UserError(f"rows of {T} tokens leave no history before the {mc.config.lens_queries} queries that teach this lens; "
+        raise UserError(f"rows of {T} tokens leave no history before the {mc.config.lens_queries} queries that teach "
+                        "this lens; "
                         f"use a longer history")
     captured = continuation_pass(system.gpt, tokens, targets, n)
     asked = targets.masked_fill(torch.arange(T, device=tokens.device) < n - 1, -1)

@@ -19,7 +19,8 @@ class Formula:
         self.text = text
         try:
             self.tree = ast.parse(text, mode="eval").body
-        except (SyntaxError, ValueError, RecursionError, MemoryError):  # of deep nesting, and of what is no text for a parser
+        # of deep nesting, and of what is no text for a parser
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             raise UserError(f"{text!r} is no arithmetic on names of measures") from None
         self.names: set[str] = set()
         self._check(self.tree)

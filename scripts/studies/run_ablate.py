@@ -2,8 +2,9 @@
 
     python -m scripts.mc_study ablate runs/ablations/STUDY.yaml [--only=arm,…] [--seeds=1,2]
 
-What a study is: `scripts/studies/study.py`. Under $NANOCHAT_BASE_DIR/ablations/STUDY it writes results.jsonl (a record per cell: configuration, commit, environment, one number
-per context), report.md and plot.png, plot.pdf. A finished cell is not run again; one that was interrupted goes on from its last checkpoint.
+What a study is: `scripts/studies/study.py`. Under $NANOCHAT_BASE_DIR/ablations/STUDY it writes results.jsonl (a record
+per cell: configuration, commit, environment, one number per context), report.md and plot.png, plot.pdf. A finished cell
+is not run again; one that was interrupted goes on from its last checkpoint.
 """
 
 import json
@@ -26,16 +27,20 @@ from scripts.studies.study import DEFAULT, Study, plot_study, read_study, step_t
 
 
 def trained_model(flags: dict[str, str], seed: int, tag: str) -> Path:
-    """The checkpoint directory of a finished training; what was begun goes on. In this process, while others wait that want the same."""
+    """The checkpoint directory of a finished training; what was begun goes on. In this process, while
+    others wait that want the same."""
     directory = base_dir() / "checkpoints" / tag
     with locked(base_dir() / ".locks" / f"train-{tag}"):
         if directory.is_dir() and list(directory.glob("complete_*.json")):
             _, meta = load_model_state(directory)
             if meta["step"] == meta["num_iterations"]:
                 return directory
-        run_script("scripts.base_train", {"save_every": "50", "keep_last": "1"} | flags | {"resume": "1", "model_tag": tag, "seed": str(seed)})
+        run_script("scripts.base_train",
+                   {"save_every": "50", "keep_last": "1"} | flags | {"resume": "1", "model_tag": tag,
+                                                                     "seed": str(seed)})
         if (meta := load_model_state(directory)[1])["step"] < meta["num_iterations"]:
-            raise UserError(f"{directory} was stopped at step {meta['step']} of {meta['num_iterations']}; run the command again, it goes on")
+            raise UserError(f"{directory} was stopped at step {meta['step']} of {meta['num_iterations']}; run the "
+                            "command again, it goes on")
     return directory
 
 
@@ -56,7 +61,8 @@ def evaluate_checkpoint(directory: Path, options: dict) -> dict[str, list[float]
 def run_command(command: str) -> dict:
     """The JSON object that a command prints last, without what is no number or list or object."""
     program, *arguments = shlex.split(command)
-    done = subprocess.run([sys.executable if program == "python" else program, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable if program == "python" else program, *arguments], cwd=ROOT,
+                          stdout=subprocess.PIPE, text=True)
     sys.stdout.write(done.stdout)
     if done.returncode:
         raise UserError(f"{command}: ended with code {done.returncode}")
@@ -72,13 +78,15 @@ def run_cell(cell: dict) -> dict:
 
 
 def run_step_time(cell: dict) -> dict:
-    arm, default = (load_model_state(base_dir() / "checkpoints" / tag)[1] for tag in (cell["model_tag"], cell["against"]))
+    arm, default = (load_model_state(base_dir() / "checkpoints" / tag)[1]
+                    for tag in (cell["model_tag"], cell["against"]))
     times = step_time_ratio(arm, default, Tokenizer.load(), pairs=cell["pairs"], steps=cell["steps"])
     return {"ratio": times.ratio, "low": times.low, "high": times.high}
 
 
 def check_study(study: Study, path: Path) -> None:
-    """UserError or base_train's own refusal for flags that it does not take, and for an evaluation that is not there: before anything is run."""
+    """UserError or base_train's own refusal for flags that it does not take, and for an evaluation that is not
+    there: before anything is run."""
     make_parser = find_function("scripts.base_train:make_parser")
     for arm in study.arms:
         flags = [f"--{name}={value}" for name, value in study.flags(arm, study.seeds[0]).items()]
@@ -87,15 +95,18 @@ def check_study(study: Study, path: Path) -> None:
             from_flags(args)
         if function := study.options(arm, study.seeds[0]).get("function"):
             find_function(function)
-    if study.step_time is not None and not (isinstance(study.step_time, dict) and set(study.step_time) <= {"pairs", "steps"}):
+    if study.step_time is not None and not (isinstance(study.step_time, dict)
+                                            and set(study.step_time) <= {"pairs", "steps"}):
         raise UserError(f"{path}: step_time is a mapping of pairs and steps")
 
 
 def add_flags(parser: FlagParser) -> None:
     parser.add_argument("study", type=Path, help="YAML file of the study")
-    parser.add_argument("--only", default="", help="arms to run beside the default, by name, with commas between them; default all")
+    parser.add_argument("--only", default="",
+                        help="arms to run beside the default, by name, with commas between them; default all")
     parser.add_argument("--seeds", default="", help="seeds to run, like 1,2; default the study's")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, each a process; step times are always taken alone")
+    parser.add_argument("--jobs", type=int, default=1,
+                        help="cells at a time, each a process; step times are always taken alone")
 
 
 def run(args: Namespace) -> None:
@@ -104,7 +115,8 @@ def run(args: Namespace) -> None:
     check_study(study, args.study)
     wanted = [name for name in args.only.split(",") if name] or list(study.arms)
     if unknown := [name for name in wanted if name not in study.arms]:
-        raise UserError(f"--only={args.only}: the study has no arm {', '.join(unknown)}; it has {', '.join(study.arms)}")
+        raise UserError(f"--only={args.only}: the study has no arm {', '.join(unknown)}; it has "
+                        f"{', '.join(study.arms)}")
     seeds = whole_numbers(args.seeds, "--seeds") if args.seeds else study.seeds
     arms = [arm for arm in study.arms if arm == DEFAULT or arm in wanted]
 

@@ -1,6 +1,8 @@
-"""Train the classifier of tokens worth keeping, taught by importance labels (token dropping in the manner of LLMLingua-2).
+"""Train the classifier of tokens worth keeping, taught by importance labels (token dropping
+in the manner of LLMLingua-2).
 
-    python -m scripts.mc_study classifier --checkpoint_dir=DIR --labels=DIR    into keep_drop.safetensors beside the labels
+    python -m scripts.mc_study classifier --checkpoint_dir=DIR --labels=DIR    into
+                                                                               keep_drop.safetensors beside the labels
 """
 
 import json
@@ -34,7 +36,8 @@ def run(args: Namespace) -> None:
     base = base_of(args.checkpoint_dir, meta)
     if any(facts.get(name) != value for name, value in base.items()):
         theirs, ours = (f"{x.get('base')}, step {x.get('base_step')}" for x in (facts, base))
-        raise UserError(f"{args.labels} holds labels of {theirs}, not of {ours}: the classifier reads its base's embeddings")
+        raise UserError(f"{args.labels} holds labels of {theirs}, not of {ours}: the classifier reads its base's "
+                        "embeddings")
     shards = read_labels(args.labels)
     held = shards[-max(len(shards) // 8, 1):]
     taught = shards[:-len(held)] or held
@@ -42,10 +45,15 @@ def run(args: Namespace) -> None:
     model = TokenClassifier(TokenClassifierConfig(models.gpt.config.n_embd))
     losses = train_classifier(model, models.gpt, taught, share=args.share, steps=args.steps, lr=args.lr)
     with torch.no_grad():
-        found = [(keep_labels(worth, args.share), keep_labels(model(models.gpt.embed(tokens)).exp(), args.share)) for tokens, worth in held]
-    recall = sum(int((label & kept).sum()) for label, kept in found) / max(sum(int(label.sum()) for label, _ in found), 1)
+        found = [(keep_labels(worth, args.share), keep_labels(model(models.gpt.embed(tokens)).exp(), args.share))
+                 for tokens, worth in held]
+    recall = sum(int((label & kept).sum()) for label, kept in found) / max(sum(int(label.sum()) for label, _ in found),
+                                                                           1)
     file = args.labels / FILE
-    save_token_classifier(file, model, {**facts, "share": args.share, "steps": args.steps, "lr": args.lr, "seed": args.seed})
-    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; of the tokens to keep in {sum(len(t) for t, _ in held)} held-out rows it keeps "
+    save_token_classifier(file, model, {**facts, "share": args.share, "steps": args.steps, "lr": args.lr,
+                                        "seed": args.seed})
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; of the tokens to keep in {sum(len(t) for t, _ in held)} held-out "
+          "rows it keeps "
           f"{recall:.1%} (by chance {args.share:.1%}); {file}")
-    print(json.dumps({"classifier": str(file), "loss": losses[-1], "kept": recall, "seconds": round(time.time() - begin, 1)}))
+    print(json.dumps({"classifier": str(file), "loss": losses[-1], "kept": recall,
+                      "seconds": round(time.time() - begin, 1)}))

@@ -1,4 +1,5 @@
-"""Judge full context, sliding windows and MegaContext's working contexts on the same held-out tokens, and write the report.
+"""Judge full context, sliding windows and MegaContext's working contexts on the same
+held-out tokens, and write the report.
 
     python -m scripts.mc_eval compare --recall_mc=DIR --recall_vanilla=DIR --text_mc=DIR --text_vanilla=DIR --out=DIR
 """
@@ -50,14 +51,17 @@ def load_pair(mc_dir: Path, vanilla_dir: Path, tokenizer: Tokenizer) -> Pair:
         raise UserError(f"the checkpoint in {vanilla_dir} was trained with --mc_enabled=1: it is no vanilla twin")
     different = [name for name in ("model_config", "tokens", "tokenizer") if meta[name] != vanilla_meta[name]]
     different += [f"--{name}" for name in sorted(meta["flags"].keys() | vanilla_meta["flags"].keys())
-                  if not name.startswith("mc_") and name not in MAY_DIFFER and meta["flags"].get(name) != vanilla_meta["flags"].get(name)]
+                  if not name.startswith("mc_") and name not in MAY_DIFFER
+                  and meta["flags"].get(name) != vanilla_meta["flags"].get(name)]
     if different:
-        raise UserError(f"{mc_dir} and {vanilla_dir} differ in {', '.join(different)}: only models of one shape, trained alike on the same tokens, are compared")
+        raise UserError(f"{mc_dir} and {vanilla_dir} differ in {', '.join(different)}: only models of one shape, "
+                        "trained alike on the same tokens, are compared")
     check_tokenizer(meta, tokenizer, mc_dir)
     logs = {kind: log_of(directory) for kind, directory in (("mc", mc_dir), ("vanilla", vanilla_dir))}
     for path in logs.values():
         if not path.exists():
-            raise UserError(f"no {path}: the training's log, for the plot; set NANOCHAT_BASE_DIR to where it was trained")
+            raise UserError(f"no {path}: the training's log, for the plot; set NANOCHAT_BASE_DIR to where it was "
+                            "trained")
     return Pair(gpt, mc, meta, vanilla, vanilla_meta, logs)
 
 
@@ -93,35 +97,42 @@ def compare(pair: Pair, tokenizer: Tokenizer, args, task: str) -> dict:
     for found in parts.values():
         for outcome in found:
             assert outcome.nll_B.isfinite().all(), "a working context gave a loss that is not finite"
-    outcomes = {name: Outcome.cat([Outcome(o.nll_B, o.acc_B, o.entries_B) for o in found]) for name, found in parts.items()}
+    outcomes = {name: Outcome.cat([Outcome(o.nll_B, o.acc_B, o.entries_B) for o in found])
+                for name, found in parts.items()}
     facts = {"horizon": c.horizon, "recent": c.protected, "block_size": c.block_size, "tokens": meta["tokens"],
-             "flops": {"mc": meta["flops"], "vanilla": vanilla_meta["flops"]}, "trained_lods": meta["mc"]["trained_lods"]}
+             "flops": {"mc": meta["flops"], "vanilla": vanilla_meta["flops"]},
+             "trained_lods": meta["mc"]["trained_lods"]}
     return task_report(outcomes, history=n, budget=c.budget, with_accuracy=task == "recall", facts=facts)
 
 
 def add_flags(parser: FlagParser) -> None:
     for task in TASKS:
-        parser.add_argument(f"--{task}_mc", required=True, type=Path, help=f"checkpoint directory trained on {task} with --mc_enabled=1")
-        parser.add_argument(f"--{task}_vanilla", required=True, type=Path, help="its vanilla twin: same flags but --mc_enabled=0")
+        parser.add_argument(f"--{task}_mc", required=True, type=Path,
+                            help=f"checkpoint directory trained on {task} with --mc_enabled=1")
+        parser.add_argument(f"--{task}_vanilla", required=True, type=Path,
+                            help="its vanilla twin: same flags but --mc_enabled=0")
     parser.add_argument("--contexts", type=int, default=64, help="held-out contexts per task")
     parser.add_argument("--batch", type=int, default=32, help="contexts at a time")
     parser.add_argument("--pairs", type=int, default=6, help="pairs of blocks of steps timed per task")
     parser.add_argument("--seed", type=int, default=0, help="of random focus")
-    parser.add_argument("--out", type=Path, default=None, help="where the report goes; default $NANOCHAT_BASE_DIR/quickstart")
+    parser.add_argument("--out", type=Path, default=None,
+                        help="where the report goes; default $NANOCHAT_BASE_DIR/quickstart")
 
 
 def run(args: Namespace) -> None:
     check_least(args, contexts=1, batch=1, pairs=1)
     out = output_folder(args.out or base_dir() / "quickstart", "report.json", "report.md")
     tokenizer = Tokenizer.load()
-    pairs = {task: load_pair(getattr(args, f"{task}_mc"), getattr(args, f"{task}_vanilla"), tokenizer) for task in TASKS}
+    pairs = {task: load_pair(getattr(args, f"{task}_mc"), getattr(args, f"{task}_vanilla"), tokenizer)
+             for task in TASKS}
     report: dict = {"tasks": {}, "step_times": {}}
     for task, pair in pairs.items():
         report["tasks"][task] = compare(pair, tokenizer, args, task)
         print0(f"{task}: timing steps")
         times = training_step_times(pair.meta, tokenizer, pairs=args.pairs)
         report["step_times"][task] = {"ratio": times.ratio, "low": times.low, "high": times.high,
-                                      "shares": {name: seconds / times.vanilla_s for name, seconds in times.parts.items()}}
+                                      "shares": {name: seconds / times.vanilla_s
+                                                 for name, seconds in times.parts.items()}}
     ratio = max(cost["ratio"] for cost in report["step_times"].values())
     report |= {"step_time_ratio": ratio, "seed": pair.meta["flags"]["seed"], "commit": commit()}
     print(write_comparison(report, {task: pair.logs for task, pair in pairs.items()}, out), flush=True)

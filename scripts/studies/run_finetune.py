@@ -37,11 +37,14 @@ def add_flags(parser: FlagParser) -> None:
     add("--method", required=True, help=f"one of {', '.join(name for name, kind in METHODS.items() if not kind.arm)}")
     add("--checkpoint_dir", required=True, help="the base, with its MegaContext where the method uses it")
     add("--step", default="latest", help="training step to load, or 'latest' (the newest intact one)")
-    add("--classifier", default="", help="file of the classifier that --method=drop_learned needs (made by scripts.mc_study classifier)")
+    add("--classifier", default="", help="file of the classifier that --method=drop_learned needs (made by "
+                                         "scripts.mc_study classifier)")
     add("--out", required=True, type=Path, help="checkpoint directory to write")
-    add("--budgets", default="128", help="entries before the continuation, with commas between: steps take them in turn")
+    add("--budgets", default="128",
+        help="entries before the continuation, with commas between: steps take them in turn")
     add("--steps", type=int, default=60, help="optimizer steps for each learning rate")
-    add("--lr_scales", default="0.1,0.3", help="factors on the base's learning rates, to be tried; the best on dev rows is kept")
+    add("--lr_scales", default="0.1,0.3",
+        help="factors on the base's learning rates, to be tried; the best on dev rows is kept")
     add("--dev", type=int, default=4, help="batches of further training rows on which the learning rate is chosen")
     add("--seed", type=int, default=0, help="of the rows, and of random choices")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
@@ -58,27 +61,37 @@ def run(args: Namespace) -> None:
     batches, rows = batches_from_flags(args, config, meta, tokenizer)
     flags = meta["flags"]
     recipe = Recipe(numbers(args.budgets, "budgets", int), args.steps, numbers(args.lr_scales, "lr_scales", float),
-                    {name: flags[name] for name in RATES}, batch_lr_scale(flags["total_batch_size"]), args.dev, args.seed)
-    facts = {"system": args.method, "base": str(Path(args.checkpoint_dir).resolve()), "base_step": meta["step"], **asdict(recipe), **rows}
+                    {name: flags[name] for name in RATES}, batch_lr_scale(flags["total_batch_size"]), args.dev,
+                    args.seed)
+    facts = {"system": args.method, "base": str(Path(args.checkpoint_dir).resolve()), "base_step": meta["step"],
+             **asdict(recipe), **rows}
     facts = json.loads(json.dumps(facts))
     if complete_steps(args.out):
         there = load_model_state(args.out)[1].get("finetuned", {})
         if different := sorted(name for name in facts if there.get(name) != facts[name]):
-            raise UserError(f"{args.out} holds another checkpoint ({', '.join(different)} differ); name another folder, or remove it")
+            raise UserError(f"{args.out} holds another checkpoint ({', '.join(different)} differ); name another "
+                            "folder, or remove it")
         print(f"{args.out} is there already")
-        print(json.dumps({"checkpoint": str(args.out), "lr_scale": there["lr_scale"], "dev_nll": there["dev_nll"], "seconds": 0.0}))
+        print(json.dumps({"checkpoint": str(args.out), "lr_scale": there["lr_scale"], "dev_nll": there["dev_nll"],
+                          "seconds": 0.0}))
         return
     output_folder(args.out, FILE)
-    begin, progress = time.time(), Progress(f"fine-tuning {args.method}", args.steps * len(recipe.lr_scales), "steps", every_s=15)
+    begin, progress = time.time(), Progress(f"fine-tuning {args.method}", args.steps * len(recipe.lr_scales), "steps",
+                                            every_s=15)
     tuned = finetune(args.method, models, batches, recipe, progress.update)
-    facts |= {"lr_scale": tuned.lr_scale, "dev_nll": {str(scale): nll for scale, nll in tuned.dev_nll.items()}, "losses": tuned.losses}
+    facts |= {"lr_scale": tuned.lr_scale, "dev_nll": {str(scale): nll for scale, nll in tuned.dev_nll.items()},
+              "losses": tuned.losses}
     mc, classifier = tuned.models.mc, tuned.models.classifier
-    if classifier and "classifier" in method_named(args.method).needs:  # beside the checkpoint, which is complete only when this is there
+    # beside the checkpoint, which is complete only when this is there
+    if classifier and "classifier" in method_named(args.method).needs:
         save_token_classifier(args.out / FILE, classifier, facts)
     mc_meta = mc and {**(meta.get("mc") or {"trained_lods": []}), "config": to_dict(mc.config)}
-    save_checkpoint(args.out, meta["step"] + args.steps, model=tuned.models.gpt.state_dict(), optimizer_shard={}, mc=mc and mc.state_dict(),
+    save_checkpoint(args.out, meta["step"] + args.steps, model=tuned.models.gpt.state_dict(), optimizer_shard={},
+                    mc=mc and mc.state_dict(),
                     meta={**{k: v for k, v in meta.items() if k != "step"}, "mc": mc_meta, "finetuned": facts})
     seconds = time.time() - begin
-    print(f"{args.method}: loss {tuned.losses[0]:.3f} -> {tuned.losses[-1]:.3f} in {args.steps} steps at {tuned.lr_scale} of the "
+    print(f"{args.method}: loss {tuned.losses[0]:.3f} -> {tuned.losses[-1]:.3f} in {args.steps} steps at "
+          f"{tuned.lr_scale} of the "
           f"learning rates, {seconds:.0f} s; {args.out}")
-    print(json.dumps({"checkpoint": str(args.out), "lr_scale": tuned.lr_scale, "dev_nll": facts["dev_nll"], "seconds": round(seconds, 1)}))
+    print(json.dumps({"checkpoint": str(args.out), "lr_scale": tuned.lr_scale, "dev_nll": facts["dev_nll"],
+                      "seconds": round(seconds, 1)}))

@@ -1,10 +1,12 @@
-"""Run a suite of benchmarks: systems × tasks × lengths × budgets × seeds at equal entries, with tables, tests and plots.
+"""Run a suite of benchmarks: systems × tasks × lengths × budgets × seeds at equal
+entries, with tables, tests and plots.
 
     python -m scripts.mc_study suite quick | paper | SUITE.yaml
     python -m scripts.mc_study suite --rerun=RESULTS.jsonl:LINE      one cell again, from its record alone
 
-What a suite is: `scripts/studies/suite.py`. It trains what it needs, then judges cell after cell; a run that was stopped goes on. Under $NANOCHAT_BASE_DIR/evals/DATE/SUITE
-it writes results.jsonl (a record per cell: configuration, commit, environment, one number per document, cost), report.md and plots.
+What a suite is: `scripts/studies/suite.py`. It trains what it needs, then judges cell after cell; a run that was
+stopped goes on. Under $NANOCHAT_BASE_DIR/evals/DATE/SUITE it writes results.jsonl (a record per cell: configuration,
+commit, environment, one number per document, cost), report.md and plots.
 """
 
 import json
@@ -19,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.checkpoint import complete_steps, load_model_state
-from nanochat.common import FlagParser, UserError, base_dir, boolean, parse_json, print0, whole_number
+from nanochat.common import FlagParser, UserError, base_dir, parse_json, print0, whole_number
 from nanochat.dataset import Progress, open_corpus
 from nanochat.outputs import output_folder
 from nanochat.tasks.external import load_examples
@@ -61,7 +63,8 @@ def arm_folder(model: dict, system: str) -> Path:
     """The checkpoint that a system reads with."""
     if not model["finetune"]:
         return base_folder(model)
-    recipe = {"base": digest(model), "finetune": model["finetune"], "keep_drop": model["keep_drop"] if system == NEEDS_CLASSIFIER else None}
+    recipe = {"base": digest(model), "finetune": model["finetune"], "keep_drop": model["keep_drop"]
+              if system == NEEDS_CLASSIFIER else None}
     return base_dir() / "checkpoints" / f"{model['tag']}_{METHODS[system].arm or system}_{digest(recipe)}"
 
 
@@ -74,7 +77,8 @@ def same_value(a: object, b: object) -> bool:
 
 
 def is_trained(model: dict) -> bool:
-    """Whether its checkpoint is there and finished. UserError for one of that name which was trained with other flags (folders aside)."""
+    """Whether its checkpoint is there and finished. UserError for one of that name which was trained with
+    other flags (folders aside)."""
     folder = base_folder(model)
     if not (folder.is_dir() and complete_steps(folder)):
         return False
@@ -82,7 +86,8 @@ def is_trained(model: dict) -> bool:
     for name, value in model["flags"].items():
         was = meta["flags"].get(name)
         if "$" not in str(value) and not same_value(was, value):
-            raise UserError(f"{folder} was trained with --{name}={was}, the suite asks for {value}: remove or rename it, and what was fine-tuned from it")
+            raise UserError(f"{folder} was trained with --{name}={was}, the suite asks for {value}: remove or rename "
+                            "it, and what was fine-tuned from it")
     return meta["step"] == meta["num_iterations"]
 
 
@@ -90,7 +95,8 @@ def make_base(model: dict) -> None:
     if not is_trained(model):
         if model["after"]:
             make_base(model["after"])
-        trained_model({name: os.path.expandvars(value) for name, value in model["flags"].items()}, model["seed"], model["tag"])
+        trained_model({name: os.path.expandvars(value) for name, value in model["flags"].items()}, model["seed"],
+                      model["tag"])
 
 
 def make_classifier(model: dict) -> None:
@@ -102,9 +108,11 @@ def make_classifier(model: dict) -> None:
 
 def make_arm(model: dict, system: str) -> None:
     system = METHODS[system].arm or system
-    folder, classifier = arm_folder(model, system), {"classifier": classifier_folder(model) / FILE} if system == NEEDS_CLASSIFIER else {}
+    folder, classifier = arm_folder(model,
+                                    system), {"classifier": classifier_folder(model) / FILE} if system == NEEDS_CLASSIFIER else {}
     if not complete_steps(folder):
-        call(run_finetune, {"method": system, "checkpoint_dir": base_folder(model), "out": folder, **classifier, **model["finetune"]})
+        call(run_finetune, {"method": system, "checkpoint_dir": base_folder(model), "out": folder, **classifier,
+                            **model["finetune"]})
 
 
 def prepare(cell: dict) -> dict:
@@ -123,10 +131,12 @@ def preparations(cells: list[dict]) -> list[list[dict]]:
     bases, arms = {}, {}
     for cell in cells:
         model, system = cell["model"], cell["system"]
-        bases[model["tag"]] = {"key": f"base-{digest(model)}", "name": f"training {model['tag']}", "model": model, "system": "", "seed": model["seed"]}
+        bases[model["tag"]] = {"key": f"base-{digest(model)}", "name": f"training {model['tag']}", "model": model,
+                               "system": "", "seed": model["seed"]}
         if model["finetune"]:
             arm = METHODS[system].arm or system
-            arms[arm_folder(model, system)] = {"key": f"arm-{digest({'model': model, 'arm': arm})}", "name": f"fine-tuning {model['tag']} for {arm}", "model": model,
+            arms[arm_folder(model, system)] = {"key": f"arm-{digest({'model': model, 'arm': arm})}",
+                                               "name": f"fine-tuning {model['tag']} for {arm}", "model": model,
                                                "system": arm, "seed": model["seed"]}
     return [[cell for cell in bases.values() if not is_trained(cell["model"])],
             [cell for folder, cell in arms.items() if not complete_steps(folder)]]
@@ -150,22 +160,26 @@ def texts(data: str, n: int) -> TextRows:
 @cache
 def long_examples(path: str, format: str, n: int) -> list[Example]:
     """Those of a file whose context holds n tokens. UserError if there are none."""
-    found = [example for example in load_examples(os.path.expandvars(path), format) if len(Tokenizer.load().encode(example.context)) >= n]
+    found = [example for example in load_examples(os.path.expandvars(path), format)
+             if len(Tokenizer.load().encode(example.context)) >= n]
     if not found:
         raise UserError(f"{path} has no example with a context of {n} tokens; ask for shorter histories")
     return found
 
 
 @lru_cache(maxsize=256)
-def make_batch(task: str, text: str | None, file: tuple[str, str] | None, length: int, block_size: int, first: int, last: int) -> TaskBatch:
+def make_batch(task: str, text: str | None, file: tuple[str, str] | None, length: int, block_size: int, first: int,
+               last: int) -> TaskBatch:
     """Documents first … last − 1 of a task: every system's, so they are made once."""
     if file:
         found = long_examples(*file, length)
         if last > len(found):
-            raise UserError(f"{file[0]} has {len(found)} examples with a context of {length} tokens; lower documents of {task}")
+            raise UserError(f"{file[0]} has {len(found)} examples with a context of {length} tokens; lower documents "
+                            f"of {task}")
         return batch_of(found[first:last], Tokenizer.load(), block_size, length)
     rows = np.arange(first, last)
-    return texts(text, length).batch(rows) if text else task_rows(task, words(), "val", rows, length, block_size=block_size)
+    return texts(text, length).batch(rows) if text else task_rows(task, words(), "val", rows, length,
+                                                                  block_size=block_size)
 
 
 @lru_cache(maxsize=1)
@@ -178,8 +192,10 @@ def judge_record(cell: dict) -> dict:
     begin = time.time()
     own = models_of(arm_folder(cell["model"], cell["system"]))
     file = (cell["file"]["path"], cell["file"]["format"]) if "file" in cell else None
-    results = judge_cell(cell, own, partial(make_batch, cell["task"], cell["text"], file, cell["length"], own.mc.config.block_size))
-    return {**cell, "results": results, "total_seconds": round(time.time() - begin, 2), "commit": commit(), "environment": environment(),
+    results = judge_cell(cell, own, partial(make_batch, cell["task"], cell["text"], file, cell["length"],
+                                            own.mc.config.block_size))
+    return {**cell, "results": results, "total_seconds": round(time.time() - begin, 2), "commit": commit(),
+            "environment": environment(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
 
 
@@ -187,31 +203,42 @@ def is_cell(cell: dict) -> bool:
     """Whether what a record says of its cell has the types that `scripts.studies.suite` gives it."""
 
     def is_model(model: object) -> bool:
-        return (isinstance(model, dict) and all(isinstance(model[name], str) for name in ("name", "tag")) and type(model["seed"]) is int and Path(model["tag"]).name == model["tag"] != ""
-                and all(isinstance(x, str) for x in (model["flags"] | {"": ""}).values()) and all(model[name] is None or isinstance(model[name], dict) for name in ("finetune", "keep_drop"))
+        return (isinstance(model, dict) and all(isinstance(model[name], str) for name in ("name", "tag"))
+                and type(model["seed"]) is int and Path(model["tag"]).name == model["tag"] != ""
+                and all(isinstance(x, str) for x in (model["flags"] | {"": ""}).values())
+                and all(model[name] is None or isinstance(model[name], dict) for name in ("finetune", "keep_drop"))
                 and (model["after"] is None or is_model(model["after"])))
 
-    counts, words, file = ("length", "budget", "documents", "batch"), ("key", "name", "task"), cell.get("file", {"path": "", "format": ""})
-    return (is_model(cell["model"]) and cell["system"] in METHODS and all(type(cell[name]) is int and 0 < cell[name] < 2**31 for name in counts) and type(cell["seed"]) is int
-            and all(isinstance(cell[name], str) for name in words) and isinstance(cell["text"], str | None) and all(isinstance(file[name], str) for name in ("path", "format")))
+    counts, words, file = ("length", "budget", "documents", "batch"), ("key", "name",
+                                                                       "task"), cell.get("file",
+                                                                                         {"path": "", "format": ""})
+    return (is_model(cell["model"]) and cell["system"] in METHODS
+            and all(type(cell[name]) is int and 0 < cell[name] < 2**31 for name in counts) and type(cell["seed"]) is int
+            and all(isinstance(cell[name], str) for name in words) and isinstance(cell["text"], str | None)
+            and all(isinstance(file[name], str) for name in ("path", "format")))
 
 
 def rerun(where: str) -> None:
     """One cell again, from its record alone; exit code 1 unless every number is the same."""
     path, _, line = where.rpartition(":")
     try:
-        recorded = parse_json(Path(path).read_bytes().splitlines()[(whole_number(line) or 0) - 1]) if whole_number(line) else None
-        cell = {name: recorded[name] for name in ("key", "name", "model", "system", "task", "length", "budget", "seed", "documents", "batch", "text")}
+        recorded = parse_json(Path(path).read_bytes().splitlines()[(whole_number(line)
+                                                                    or 0) - 1]) if whole_number(line) else None
+        cell = {name: recorded[name] for name in ("key", "name", "model", "system", "task", "length", "budget", "seed",
+                                                  "documents", "batch", "text")}
         cell |= {"file": recorded["file"]} if "file" in recorded else {}
         if not is_cell(cell) or not all(isinstance(recorded["results"][name], list) for name in ("nll", "acc")):
             raise ValueError("a record of something else")
     except (OSError, ValueError, IndexError, KeyError, TypeError) as e:
-        raise UserError(f"--rerun={where}: no record of a cell there ({type(e).__name__}: {e}); name RESULTS.jsonl:LINE") from None
+        raise UserError(f"--rerun={where}: no record of a cell there ({type(e).__name__}: {e}); name "
+                        "RESULTS.jsonl:LINE") from None
     prepare(cell)
     found, was = judge_record(cell)["results"], recorded["results"]
     same = all(found[name] == was[name] for name in found if name != "seconds")
-    summary = {"cell": cell["name"], "nll": float(np.mean(found["nll"])), "recorded_nll": float(np.mean(was["nll"])), "acc": float(np.mean(found["acc"])),
-               "recorded_acc": float(np.mean(was["acc"])), "largest_difference_nll": float(np.abs(np.subtract(found["nll"], was["nll"])).max()), "same": same}
+    summary = {"cell": cell["name"], "nll": float(np.mean(found["nll"])), "recorded_nll": float(np.mean(was["nll"])),
+               "acc": float(np.mean(found["acc"])),
+               "recorded_acc": float(np.mean(was["acc"])),
+               "largest_difference_nll": float(np.abs(np.subtract(found["nll"], was["nll"])).max()), "same": same}
     print(json.dumps(summary), flush=True)
     if not same:
         raise SystemExit(1)
@@ -226,14 +253,16 @@ def run_suite(suite: Suite, seeds: list[int], records: CellRecords, jobs: int) -
     cells, made = suite.cells(seeds), CellRecords(records.path.with_name("checkpoints.jsonl"))
     if not (base_dir() / "tokenizer" / "tokenizer.json").exists():
         print0(f"{suite.name}: no tokenizer in {base_dir()}: one is trained on the embedded corpus, as the quickstart does")
-        run_cells([{"key": "tokenizer", "name": "tokenizer", "data": "stdlib"}], "scripts.studies.run_suite:make_tokenizer", made, what=suite.name, again=True)
+        run_cells([{"key": "tokenizer", "name": "tokenizer", "data": "stdlib"}],
+                  "scripts.studies.run_suite:make_tokenizer", made, what=suite.name, again=True)
     for preparation in preparations(cells):
         if preparation:
             run_cells(preparation, "scripts.studies.run_suite:prepare", made, what=suite.name, jobs=jobs, again=True)
     done = records.read()
     waiting = [cell for cell in cells if cell["key"] not in done]
     print0(f"{suite.name}: {len(cells)} cells, {len(cells) - len(waiting)} of them done before")
-    waiting.sort(key=lambda cell: (cell["seed"], str(arm_folder(cell["model"], cell["system"]))))  # each checkpoint is loaded once
+    # each checkpoint is loaded once
+    waiting.sort(key=lambda cell: (cell["seed"], str(arm_folder(cell["model"], cell["system"]))))
     progress = Progress(suite.name, len(waiting), "cells", every_s=10)
     for i, cell in enumerate(waiting, 1):
         records.append(judge_record(cell))
@@ -258,10 +287,13 @@ def report_of_suite(suite: Suite, seeds: list[int], records: CellRecords) -> str
     done, out = records.read(), records.path.parent
     own = [done[cell["key"]] for cell in suite.cells(seeds) if cell["key"] in done]
     costs = {name: done[cell["key"]]["results"] for name, cell in cost_cells(suite).items() if cell["key"] in done}
-    trained = {name: load_model_state(base_folder(suite.model(name, seeds[0])))[1]["model_config"]["sequence_len"] for name in sorted({record["model"]["name"] for record in own})}
-    logs = {name: tuple(base_dir() / "runs" / run / "metrics.jsonl" for run in pair) for name, pair in suite.overlay.items()}
+    trained = {name: load_model_state(base_folder(suite.model(name, seeds[0])))[1]["model_config"]["sequence_len"]
+               for name in sorted({record["model"]["name"] for record in own})}
+    logs = {name: tuple(base_dir() / "runs" / run / "metrics.jsonl" for run in pair)
+            for name, pair in suite.overlay.items()}
     for name in [name for name, pair in logs.items() if not all(path.exists() for path in pair)]:
-        print0(f"note: no training logs {' and '.join(map(str, logs.pop(name)))}: the overlay of {name} is left out (the quickstart makes them)")
+        print0(f"note: no training logs {' and '.join(map(str, logs.pop(name)))}: the overlay of {name} is left out "
+               "(the quickstart makes them)")
     studies = []
     for name in suite.ablations:
         study = read_study(ROOT / name)
@@ -282,10 +314,12 @@ def results_folder(suite: Suite) -> Path:
 
 def add_flags(parser: FlagParser) -> None:
     parser.add_argument("suite", nargs="?", default="", help="quick, paper, or the YAML file of a suite")
-    parser.add_argument("--rerun", default="", help="instead: RESULTS.jsonl:LINE, one cell again from its record, exit code 1 if a number differs")
+    parser.add_argument("--rerun", default="",
+                        help="instead: RESULTS.jsonl:LINE, one cell again from its record, exit code 1 if a number "
+                             "differs")
     parser.add_argument("--seeds", default="", help="seeds to run, like 1,2; default the suite's")
     parser.add_argument("--jobs", type=int, default=1, help="trainings and fine-tunings at a time, each a process; cells are judged one after the other")
-    parser.add_argument("--report", type=boolean, metavar="0|1", default=False, help="1: only write the report on the cells that were run")
+    parser.add_switch("--report", False, "1: only write the report on the cells that were run")
     parser.add_argument("--out", type=Path, default=None, help="folder of the results; default the newest $NANOCHAT_BASE_DIR/evals/DATE/SUITE, today's if there is none")
 
 
@@ -305,7 +339,8 @@ def run(args: Namespace) -> None:
     records = CellRecords(output_folder(out, "results.jsonl", "report.md") / "results.jsonl")
     if not args.report:
         run_suite(suite, seeds, records, args.jobs)
-        run_cells(list(cost_cells(suite).values()), "scripts.studies.run_suite:measure_cost", records, what=f"{suite.name}: cost")
+        run_cells(list(cost_cells(suite).values()), "scripts.studies.run_suite:measure_cost", records,
+                  what=f"{suite.name}: cost")
     text = report_of_suite(suite, seeds, records)
     print(text, flush=True)
     print(json.dumps({"report": str(out / "report.md"), "results": str(records.path), "cells": len(records.read())}))

@@ -21,9 +21,11 @@ def shown(scores: torch.Tensor, blocks_B: torch.Tensor, n_B: torch.Tensor, cfg: 
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.sampled_from([3, 4, 8]), st.integers(1, 3), st.integers(1, 2), st.integers(0, 3), st.integers(0, 2**20), st.booleans())
+@given(st.sampled_from([3, 4, 8]), st.integers(1, 3), st.integers(1, 2), st.integers(0, 3), st.integers(0, 2**20),
+       st.booleans())
 def test_the_entries_of_a_cut_are_known_before_it_is_made(k, max_lod, n_gists, recent, seed, latest_first):
-    """Of as many of the best blocks as one likes: those of one parent share their path, those in the tail are raw anyway."""
+    """Of as many of the best blocks as one likes: those of one parent share their path, those
+    in the tail are raw anyway."""
     gen = torch.Generator().manual_seed(seed)
     n_B = torch.randint(recent * k, 200, (48,), generator=gen)
     blocks = 200 // k
@@ -35,8 +37,10 @@ def test_the_entries_of_a_cut_are_known_before_it_is_made(k, max_lod, n_gists, r
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from([4, 8]), st.integers(1, 3), st.integers(1, 2), st.integers(0, 2**20), st.floats(0, 1), st.booleans(), st.sampled_from([2, 4, 5]))
-def test_bands_open_one_after_the_other_and_are_what_the_cuts_have(k, max_lod, n_gists, seed, done, latest_first, ratio):
+@given(st.sampled_from([4, 8]), st.integers(1, 3), st.integers(1, 2), st.integers(0, 2**20), st.floats(0, 1),
+       st.booleans(), st.sampled_from([2, 4, 5]))
+def test_bands_open_one_after_the_other_and_are_what_the_cuts_have(k, max_lod, n_gists, seed, done, latest_first,
+                                                                   ratio):
     n, gen = 512, torch.Generator().manual_seed(seed)
     cfg = FocusConfig(n // ratio, k, max_lod, recent=k, n_gists=n_gists)
     if sum(entries_needed(n, cfg)) > cfg.budget:
@@ -50,10 +54,12 @@ def test_bands_open_one_after_the_other_and_are_what_the_cuts_have(k, max_lod, n
     block = sum(map(cfg.price, range(1, max_lod + 1)))
     for draw, entries, reach in zip(draw_B.tolist(), entries_B.tolist(), reach_BN.tolist()):
         band = int(draw * bands)
-        most, least = (max(min(n / edge if edge else n, cfg.budget), reach[0]) for edge in ((0.0, *BAND_EDGES)[band], BAND_EDGES[band]))
+        most, least = (max(min(n / edge if edge else n, cfg.budget), reach[0])
+                       for edge in ((0.0, *BAND_EDGES)[band], BAND_EDGES[band]))
         if any(least <= x <= most for x in reach):
             assert least <= entries <= most
-        assert abs(entries - most * (least / most) ** (draw * bands - band)) <= block, "log-uniform within the band, in whole blocks"
+        assert abs(entries - most
+                   * (least / most) ** (draw * bands - band)) <= block, "log-uniform within the band, in whole blocks"
 
 
 @pytest.mark.parametrize("policy", ["random", "recency"])

@@ -14,7 +14,8 @@ torch.set_num_threads(1)
 
 
 def reached(*modules) -> set[str]:
-    return {f"{i}.{name}" for i, m in enumerate(modules) for name, p in m.named_parameters() if p.grad is not None and p.grad.any()}
+    return {f"{i}.{name}" for i, m in enumerate(modules) for name, p in m.named_parameters() if p.grad is not None
+            and p.grad.any()}
 
 
 def test_naming_is_the_cross_entropy_of_cosines():
@@ -39,7 +40,8 @@ def test_contrast_falls_when_gists_name_their_blocks_and_teaches_gistnet_and_emb
         loss.backward()
         optimizer.step()
         if not step:
-            assert reached(gpt, mc) == {"0.transformer.wte.weight"} | {f"1.gistnet.{name}" for name, _ in mc.gistnet.named_parameters()}
+            assert reached(gpt, mc) == {"0.transformer.wte.weight"} | {f"1.gistnet.{name}"
+                                                                       for name, _ in mc.gistnet.named_parameters()}
     assert losses[-1] < losses[0] - 0.3
     alike = mc.build_tree(gpt.embed(torch.full((2, T), 3)))  # all blocks alike: nothing to tell apart
     expected = sum(math.log(n) for n in alike.shape.counts[1:]) / 2

@@ -26,8 +26,10 @@ ASKER, ANSWER = 1, 2
 
 
 def asking_base() -> GPT:
-    """One layer without positions: ASKER attends to ANSWER, every other token to everything alike; what is attended to is predicted."""
-    gpt = GPT(GPTConfig(T, VOCAB, 1, 1, 1, 64, value_embeds=False, smear=False, resid_scalars=False, backout=False, rope_fraction=0.0)).double()
+    """One layer without positions: ASKER attends to ANSWER, every other token to everything alike; what
+    is attended to is predicted."""
+    gpt = GPT(GPTConfig(T, VOCAB, 1, 1, 1, 64, value_embeds=False, smear=False, resid_scalars=False, backout=False,
+                        rope_fraction=0.0)).double()
     layer = gpt.transformer.h[0]
     with torch.no_grad():
         gpt.transformer.wte.weight.copy_(torch.eye(64))
@@ -35,7 +37,8 @@ def asking_base() -> GPT:
         for matrix in (layer.attn.c_k, layer.attn.c_v, layer.attn.c_proj):
             matrix.weight.copy_(torch.eye(64))
         layer.mlp.c_proj.weight.zero_()
-        layer.attn.c_q.weight.zero_()[[ANSWER, *range(VOCAB, 64)], ASKER] = 1  # the unused dims keep its attention from being sure
+        # the unused dims keep its attention from being sure
+        layer.attn.c_q.weight.zero_()[[ANSWER, *range(VOCAB, 64)], ASKER] = 1
     return gpt
 
 
@@ -52,10 +55,12 @@ def test_measured_utility_is_positive_where_detail_helps_whether_shown_or_hidden
     gpt, batch = asking_base(), planted_batch(3)
     mc = tiny_mc(gpt, gist="mean")
     tree, n = mc.model.build_tree(gpt.embed(batch.inputs)), torch.full((4,), N)
-    expanded = list(mc.model.allocator.allocate(torch.where(torch.arange(BLOCKS) == 2, 0.0, -torch.inf).expand(4, -1), n).expanded)
+    expanded = list(mc.model.allocator.allocate(torch.where(torch.arange(BLOCKS) == 2, 0.0, -torch.inf).expand(4, -1),
+                                                n).expanded)
     expanded[0] = expanded[0].clone()
     expanded[0][:, 2], expanded[0][2:, 3] = False, True
-    utility, nll = edit_utilities(gpt, mc.model, tree, batch.inputs, batch.targets, n, expanded, torch.tensor([3, 1]).expand(4, 2))
+    utility, nll = edit_utilities(gpt, mc.model, tree, batch.inputs, batch.targets, n, expanded,
+                                  torch.tensor([3, 1]).expand(4, 2))
     assert (utility[:, 0] > 0.05).all() and (utility[:, 1] < 1e-9).all()
     torch.testing.assert_close(utility[:2, 0], utility[2:, 0])
     torch.testing.assert_close(nll[:2] - nll[2:], utility[:2, 0])
@@ -87,7 +92,8 @@ def test_measured_utilities_are_those_of_cuts_run_one_by_one(max_lod, n_gists):
         check_cut(cut, n[row], budget, max_lod)
         entries = with_continuation(cut, n[row], H - 1)
         with torch.no_grad():
-            out = run_entries(gpt, mc.model, mc.model.build_tree(gpt.embed(batch.inputs[row])), batch.inputs[row], entries)
+            out = run_entries(gpt, mc.model, mc.model.build_tree(gpt.embed(batch.inputs[row])), batch.inputs[row],
+                              entries)
             read = read_rows(entries, K, H, 1, n_gists)
             wanted = batch.targets[row].gather(1, read.token_BP)
             return (token_losses(gpt.logits(take(out, read.slot_BP)), wanted).sum() / (wanted >= 0).sum()).item()
@@ -107,14 +113,16 @@ def test_labels_are_the_measured_utilities_of_each_end_of_history(n_gists):
     for q, end in enumerate((48, 56)):
         n = torch.full((4,), end)
         _, expanded, _ = drawn(mc, n, batch.rows, 0, end)
-        utility, nll = edit_utilities(gpt, mc.model, mc.model.build_tree(gpt.embed(batch.inputs)), batch.inputs, batch.targets, n, expanded, labels.block_CQE[:, q])
+        utility, nll = edit_utilities(gpt, mc.model, mc.model.build_tree(gpt.embed(batch.inputs)), batch.inputs,
+                                      batch.targets, n, expanded, labels.block_CQE[:, q])
         assert labels.valid_CQE[:, q].any()
         torch.testing.assert_close(labels.utility_CQE[:, q], utility.float().masked_fill(~labels.valid_CQE[:, q], 0))
         torch.testing.assert_close(labels.nll_CQ[:, q], nll.float())
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(2, 6), st.integers(1, 3), st.lists(st.integers(6, 300), min_size=1, max_size=3), st.integers(1, 200), st.integers(1, 3), st.integers(0, 99))
+@given(st.integers(2, 6), st.integers(1, 3), st.lists(st.integers(6, 300), min_size=1, max_size=3),
+       st.integers(1, 200), st.integers(1, 3), st.integers(0, 99))
 def test_a_drawn_cut_fits_with_any_one_block_flipped(k, max_lod, lengths, budget, recent, seed):
     n, rows = torch.tensor(lengths), torch.arange(len(lengths))
     cfg = FocusConfig(budget, k, max_lod, recent=recent * k)
@@ -138,7 +146,8 @@ def test_a_drawn_cut_fits_with_any_one_block_flipped(k, max_lod, lengths, budget
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 99), st.data())
 def test_drawn_edits_are_legal(n_blocks, count, seed, data):
-    editable = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=n_blocks, max_size=n_blocks), min_size=2, max_size=2)))
+    editable = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=n_blocks, max_size=n_blocks),
+                                               min_size=2, max_size=2)))
     block, valid = draw_edits(torch.randn(2, n_blocks), editable, count, torch.tensor([3, 10**9]), seed)
     assert block.shape == valid.shape == (2, min(count, n_blocks))
     for r in range(2):
@@ -160,7 +169,8 @@ def test_standardized():
     for b, q in itertools.product(range(3), range(7)):
         seen = VISIBLE[b, q].nonzero()[:, 0]
         if len(seen) > 1:
-            torch.testing.assert_close(got[b, q, seen], (x[b, q, seen] - x[b, q, seen].mean()) / x[b, q, seen].std(correction=0))
+            torch.testing.assert_close(got[b, q, seen],
+                                       (x[b, q, seen] - x[b, q, seen].mean()) / x[b, q, seen].std(correction=0))
         else:
             assert not got[b, q].any()
 

@@ -1,4 +1,5 @@
-"""The gate as the lens's teacher: taught behind the backward pass, as the gradients of that pass say, on a frozen base too."""
+"""The gate as the lens's teacher: taught behind the backward pass, as the gradients of that
+pass say, on a frozen base too."""
 
 import pytest
 import torch

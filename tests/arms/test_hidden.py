@@ -10,7 +10,8 @@ torch.set_num_threads(1)
 
 
 def reached(*modules) -> set[str]:
-    return {f"{i}.{name}" for i, m in enumerate(modules) for name, p in m.named_parameters() if p.grad is not None and p.grad.any()}
+    return {f"{i}.{name}" for i, m in enumerate(modules) for name, p in m.named_parameters() if p.grad is not None
+            and p.grad.any()}
 
 
 @torch.no_grad()
@@ -37,4 +38,5 @@ def test_gists_of_hidden_states_do_not_bend_the_base():
     tokens = tiny_batch().inputs
     gpt.hidden(tokens, middle=middle)
     mc.build_tree(gpt.embed(tokens), *middle).levels[1].square().mul(torch.rand(gpt.config.n_embd)).sum().backward()
-    assert reached(gpt, mc) - {"0.transformer.wte.weight"} == {f"1.gistnet.{n}" for n, _ in mc.gistnet.named_parameters()}
+    assert reached(gpt, mc) - {"0.transformer.wte.weight"} == {f"1.gistnet.{n}"
+                                                               for n, _ in mc.gistnet.named_parameters()}

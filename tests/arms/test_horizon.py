@@ -10,7 +10,8 @@ torch.set_num_threads(1)
 
 
 def reached(*modules) -> set[str]:
-    return {f"{i}.{name}" for i, m in enumerate(modules) for name, p in m.named_parameters() if p.grad is not None and p.grad.any()}
+    return {f"{i}.{name}" for i, m in enumerate(modules) for name, p in m.named_parameters() if p.grad is not None
+            and p.grad.any()}
 
 
 def test_the_horizon_loss_teaches_head_base_and_gistnet_but_neither_lens_nor_bias(monkeypatch):
@@ -31,14 +32,16 @@ def test_a_level_of_which_a_row_has_one_node_learns_no_horizon_and_a_note_says_s
     said = capsys.readouterr().err
     mc.training_step(gpt, tiny_batch(T=T), 0).loss.backward()
     assert [m.weight.grad is not None for m in mc.model.horizon_head.levels] == taught
-    assert said == ("" if all(taught) else "note: --mc_horizon_gist_weight=1.0 teaches nothing at LOD2, of which a row of 31 tokens has fewer than two nodes; "
+    assert said == ("" if all(taught) else "note: --mc_horizon_gist_weight=1.0 teaches nothing at LOD2, of which a row "
+                                           "of 31 tokens has fewer than two nodes; "
                                            "it would with a --max_seq_len of 32\n")
     tiny_mc(gpt, T=T, budget=16, lens_queries=8)
     assert not capsys.readouterr().err
 
 
 def test_the_horizon_is_foreseen_from_the_past_and_is_the_next_node():
-    """The query of node i does not change with what comes after it, and names node i + 1: a head that is told so has nothing to lose."""
+    """The query of node i does not change with what comes after it, and names node i + 1: a head that is
+    told so has nothing to lose."""
     gpt, seen = tiny_base(), []
     mc = tiny_mc(gpt).model
     tokens = tiny_batch().inputs

@@ -32,6 +32,7 @@ def test_bradley_terry_and_the_price_of_edits():
 
 def test_among_variants_that_are_as_good_the_cheapest_edit_path_wins():
     recency = torch.tensor([[False, False, False, True, True]])
-    shown = torch.tensor([[[True, True, False, False, False], [True, False, False, False, True], [True, False, True, False, False]]])
+    shown = torch.tensor([[[True, True, False, False, False], [True, False, False, False, True],
+                           [True, False, True, False, False]]])
     assert variant_cost(torch.zeros(1, 3), shown, recency).argmin() == 1
     assert variant_cost(torch.tensor([[0.0, 0.1, 0.1]]), shown, recency).argmin() == 0, "a price, not a rule"

@@ -10,4 +10,5 @@ torch.set_num_threads(1)
 
 def test_zero_sum_term():
     logits = randoms(3, 7, 12)
-    check(zero_sum_term(logits, VISIBLE), loop(lambda b, q, seen: (sum(logits[b, q, i].item() for i in seen) / max(len(seen), 1)) ** 2))
+    check(zero_sum_term(logits, VISIBLE),
+          loop(lambda b, q, seen: (sum(logits[b, q, i].item() for i in seen) / max(len(seen), 1)) ** 2))

@@ -16,6 +16,7 @@ from mc.model import MegaContext
 from mc.session.session import Session
 from mc.store.catalog import Catalog
 from mc.store.disk.store import DiskStore
+from nanochat import documents
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
@@ -33,7 +34,8 @@ def run(tmp_path, monkeypatch, capsys):
     tokenizer = Tokenizer([bytes([i]) for i in range(256)], reserved=Reserved(64, 64, 64))
     tokenizer.save()
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(sequence_len=128, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=32, value_embeds=False))
+    gpt = GPT(GPTConfig(sequence_len=128, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_kv_head=2, n_embd=32,
+                        value_embeds=False))
     torch.nn.init.normal_(gpt.transformer.h[0].attn.c_proj.weight)  # at zero nothing would be read
     torch.nn.init.normal_(gpt.lm_head.weight)
     mc = MegaContext(mc_config.MCConfig(block_size=8, max_lod=4, budget=80, recent=8, gist="mean", lens_key_dim=16), 32)
@@ -86,7 +88,8 @@ class Stdin(io.TextIOWrapper):
 def test_a_line_that_is_no_text_is_refused_after_those_before_it(run, monkeypatch, capsys, data, line):
     for flags in (CHAT, CHAT[:2] + CHAT[3:]):
         monkeypatch.setattr(sys, "stdin", Stdin(data))
-        with pytest.raises(UserError, match=f"line {line} of standard input is not utf-8 text .byte 0x(e9|c3) after 3 characters"):
+        with pytest.raises(UserError, match=f"line {line} of standard input is not utf-8 text .byte 0x(e9|c3) after 3 "
+                                            "characters"):
             run(chat_cli.main, *flags)
         assert capsys.readouterr().out.count("one") == (line > 1)
 
@@ -137,12 +140,14 @@ def test_ctrl_c_ends_an_answer_and_the_typed_conversation_goes_on(run, interrupt
     interrupt(4)
     monkeypatch.setattr(sys, "stdin", Stdin(b"one\ntwo\n", terminal=True))
     _, err = run(chat_cli.main, *CHAT, *DISK)
-    assert [line.split(" tokens")[0] for line in err if line.startswith("[history")] == ["[history 8", "[history 20"], "1 + 3 + 4, 3 + 9"
+    assert [line.split(" tokens")[0] for line in err if line.startswith("[history")] == ["[history 8",
+                                                                                         "[history 20"], "1 + 3 + 4, 3 + 9"
     assert stored(tmp_path) == 20
 
 
 @pytest.mark.parametrize("flags, stdin", [(("--prompt=one",), b""), ((), b"one\ntwo\n")])
-def test_ctrl_c_with_nobody_to_type_ends_the_command_with_what_was_generated(run, interrupt, monkeypatch, tmp_path, flags, stdin):
+def test_ctrl_c_with_nobody_to_type_ends_the_command_with_what_was_generated(run, interrupt, monkeypatch, tmp_path,
+                                                                             flags, stdin):
     interrupt(4)
     monkeypatch.setattr(sys, "stdin", Stdin(stdin))
     with pytest.raises(KeyboardInterrupt):
@@ -167,7 +172,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_next_step(run, interrupt, monkeyp
 
 
 def test_ctrl_c_while_a_history_is_read_keeps_what_was_read(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(chat_cli, "PIECE", 100)
+    monkeypatch.setattr(documents, "READ_BYTES", 100)
     (tmp_path / "history.txt").write_text("So we beat on, boats against the current.\n" * 60)
     whole = Session.append
 
@@ -218,10 +223,13 @@ def test_a_history_from_a_pipe_is_read_as_that_of_a_file(run, tmp_path):
         out, said = run(chat_cli.main, *flags, f"--history={path}")
         writer.join()
         assert out == want
-        assert [line.split(" of ")[0] for line in said if line.startswith("read ")] == [line.split(" of ")[0] for line in err if line.startswith("read ")]
+        assert [line.split(" of ")[0] for line in said if line.startswith("read ")] == [line.split(" of ")[0]
+                                                                                        for line in err
+                                                                                        if line.startswith("read ")]
 
 
-@pytest.mark.parametrize("content, message", [(b"text \xff", "is not UTF-8 text .*0xff"), (b"text \xc3", "is not UTF-8 text .*0xc3")])
+@pytest.mark.parametrize("content, message",
+                         [(b"text \xff", "is not UTF-8 text .*byte 5"), (b"text \xc3", "is not UTF-8 text .*byte 5")])
 def test_a_pipe_that_is_no_text_leaves_nothing_behind(run, tmp_path, content, message):
     read, end = os.pipe()
     os.write(end, content), os.close(end)
@@ -239,14 +247,16 @@ def test_a_history_that_takes_the_prompts_is_refused(run):
 
 def test_an_empty_history_and_a_folder(run, tmp_path):
     (tmp_path / "empty").touch()
-    assert any(line.startswith("read 0 tokens") for line in run(chat_cli.main, *CHAT, "--history=@empty", "--prompt=a")[1])
+    assert any(line.startswith("read 0 tokens")
+               for line in run(chat_cli.main, *CHAT, "--history=@empty", "--prompt=a")[1])
     with pytest.raises(UserError, match="cannot read --history=.*Is a directory"):
         run(chat_cli.main, *CHAT, "--history=@ckpt", "--prompt=a")
 
 
 @pytest.mark.parametrize("flags, message", [
     (("--history=@none",), "cannot read --history"), (("--history=@binary",), "is not UTF-8 text"), 
-    (("--mc_budget=22", "--history=@history.txt"), "a budget of 22 entries is too small for a session"), (("--mc_kv_policy=fast",), "invalid choice")])
+    (("--mc_budget=22", "--history=@history.txt"), "a budget of 22 entries is too small for a session"),
+    (("--mc_kv_policy=fast",), "invalid choice")])
 def test_mistakes(run, flags, message, tmp_path, capsys):
     (tmp_path / "binary").write_bytes(b"\xff\xfe" * 10)
     with pytest.raises((UserError, SystemExit)) as error:
@@ -254,9 +264,11 @@ def test_mistakes(run, flags, message, tmp_path, capsys):
     assert message in str(error.value) + capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [(), ("--mc_tree=disk", "--mc_store=@store"), ("--mc_budget=23",), ("--mc_kv_policy=approximate",)])
+@pytest.mark.parametrize("flags", [(), ("--mc_tree=disk", "--mc_store=@store"), ("--mc_budget=23",),
+                                   ("--mc_kv_policy=approximate",)])
 def test_a_conversation_that_its_budget_cannot_tile_goes_on(run, monkeypatch, flags, tmp_path):
-    """12,000 tokens of history, then 40 turns, with a level that was not trained: all answered, and what is left out is said."""
+    """12,000 tokens of history, then 40 turns, with a level that was not trained: all answered,
+    and what is left out is said."""
     (tmp_path / "long.txt").write_text("\u0436\u00e9 foreign \u4e2d " * 800)
     monkeypatch.setattr(sys, "stdin", io.StringIO("and then?\n" * 40))
     _, err = run(chat_cli.main, *CHAT, "--mc_budget=40", *flags, "--history=@long.txt", "--mc_explain=1")
@@ -264,7 +276,8 @@ def test_a_conversation_that_its_budget_cannot_tile_goes_on(run, monkeypatch, fl
     assert len(turns) == 40 and all("tokens left out" in line for line in turns)
     table = err[err.index(turns[-1]) + 1:]
     assert any("left out: no entry" in line for line in table)
-    covered = [tuple(int(x.replace(",", "")) for x in line.split("LOD")[0].split("left out")[0].split("+")) for line in table]
+    covered = [tuple(int(x.replace(",", "")) for x in line.split("LOD")[0].split("left out")[0].split("+"))
+               for line in table]
     assert all(a + b == c for (a, b), (c, _) in zip(covered, covered[1:])) and covered[0][0] == 0
 
 
@@ -272,10 +285,12 @@ def test_a_history_on_disk_goes_on(run, tmp_path):
     """Each run adds a source to it; what was read before is there, and counted."""
     disk = ("--mc_tree=disk", "--mc_store=@store", "--prompt=abc", "--temperature=0", "--mc_explain=1")
     first, _ = run(chat_cli.main, *CHAT, *disk, "--history=@history.txt")
-    assert first == run(chat_cli.main, *CHAT, "--history=@history.txt", "--prompt=abc", "--temperature=0")[0], "on disk as in memory"
+    assert first == run(chat_cli.main, *CHAT, "--history=@history.txt", "--prompt=abc",
+                        "--temperature=0")[0], "on disk as in memory"
     _, err = run(chat_cli.main, *CHAT, *disk)
     (status,) = [line for line in err if line.startswith("[history")]
-    assert "history 2,549 tokens" in status  # 2,533 fill 317 blocks of 8 with void slots, then bos, the prompt and the answer
+    # 2,533 fill 317 blocks of 8 with void slots, then bos, the prompt and the answer
+    assert "history 2,549 tokens" in status
     with Catalog(tmp_path / "store", 8, read_only=True) as catalog:
         assert [source.uri.rsplit("/", 1)[-1] for source in catalog.sources()] == ["history.txt", "chat"]
         assert catalog.statistics(), "what was shown was not counted"
@@ -304,20 +319,26 @@ def test_history_needs_megacontext(run, capsys):
 
 
 def test_mc_bench_decode(run, tmp_path):
-    out, _ = run(mc_bench.main, "decode", "--checkpoint_dir=@ckpt", "--longest=4096", "--rounds=2", "--vanilla_prefill=1024", "--disk=1", "--out=@decode")
+    out, _ = run(mc_bench.main, "decode", "--checkpoint_dir=@ckpt", "--longest=4096", "--rounds=2",
+                 "--vanilla_prefill=1024", "--disk=1", "--out=@decode")
     found = json.loads(out[-1])
-    assert found["memory_ratio_1m_over_4k"] == 1.0 and found["ratio_lengths"] == [4096, 4096] and 0 < found["controller_share"] < 1
-    assert [c["history"] for c in found["curve"]] == [1024, 4096] and all(c["vanilla"]["bytes"] > 0 for c in found["curve"])
-    assert [c["vanilla"]["bytes"] for c in found["curve"]] == [2 * 32 * 4 * c["history"] for c in found["curve"]]  # keys and values, nothing else
+    assert found["memory_ratio_1m_over_4k"] == 1.0 and found["ratio_lengths"] == [4096,
+                                                                                  4096] and 0 < found["controller_share"] < 1
+    assert [c["history"] for c in found["curve"]] == [1024, 4096] and all(c["vanilla"]["bytes"] > 0
+                                                                          for c in found["curve"])
+    # keys and values, nothing else
+    assert [c["vanilla"]["bytes"] for c in found["curve"]] == [2 * 32 * 4 * c["history"] for c in found["curve"]]
     assert found["disk_over_ram"]["ratio"] > 0
     for c in found["curve"]:
-        assert set(c["mc"]["parts_ms"]) >= {"base", "lens", "allocator", "refill", "ingest"} and c["mc"]["tokens_per_second"] > 0
+        assert set(c["mc"]["parts_ms"]) >= {"base", "lens", "allocator", "refill",
+                                            "ingest"} and c["mc"]["tokens_per_second"] > 0
         assert c["mc"]["median_ms"] <= c["mc"]["p95_ms"]
     assert all((tmp_path / "decode" / name).stat().st_size > 0 for name in ("decode.json", "decode.png", "decode.pdf"))
 
 
 def test_mc_bench_kv(run):
-    out, _ = run(mc_bench.main, "kv", "--checkpoint_dir=@ckpt", "--rows=3", "--ahead=40", "--mc_interval=8", "--mc_budget=60")
+    out, _ = run(mc_bench.main, "kv", "--checkpoint_dir=@ckpt", "--rows=3", "--ahead=40", "--mc_interval=8",
+                 "--mc_budget=60")
     found = json.loads(out[-1])
     assert found["rows"] == 3 and found["delta_nll"] == pytest.approx(found["nll"]["approximate"] - found["nll"]["exact"])
     assert 0 < found["computed_share"]["approximate"] <= found["computed_share"]["exact"] <= 1
@@ -325,7 +346,8 @@ def test_mc_bench_kv(run):
         run(mc_bench.main, "kv", "--checkpoint_dir=@ckpt", "--rows=1")
 
 
-@pytest.mark.parametrize("flags, message", [(("--longest=10",), "at least 1024 tokens"), (("--rounds=1",), "2 rounds"), (("--mc_budget=22",), "too small")])
+@pytest.mark.parametrize("flags, message", [(("--longest=10",), "at least 1024 tokens"), (("--rounds=1",), "2 rounds"),
+                                            (("--mc_budget=22",), "too small")])
 def test_mistakes_of_mc_bench_decode(run, flags, message):
     with pytest.raises(UserError, match=message):
         run(mc_bench.main, "decode", "--checkpoint_dir=@ckpt", "--longest=1024", *flags)
@@ -340,7 +362,8 @@ def test_mc_bench_search(run):
         assert 0 < row["search_ms"] <= row["search_p95_ms"] and row["recall_1"] <= 1
 
 
-@pytest.mark.parametrize("flags, message", [(("--longest=10",), "at least 4096 tokens"), (("--queries=0",), "one tail")])
+@pytest.mark.parametrize("flags, message",
+                         [(("--longest=10",), "at least 4096 tokens"), (("--queries=0",), "one tail")])
 def test_mistakes_of_mc_bench_search(run, flags, message):
     with pytest.raises(UserError, match=message):
         run(mc_bench.main, "search", "--checkpoint_dir=@ckpt", *flags)

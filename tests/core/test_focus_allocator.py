@@ -72,7 +72,8 @@ def test_allocate_fills_the_budget_and_keeps_every_invariant(case, n_gists):
     state = allocator.allocate(logits_BN1, n_B)
     cut = check_state(allocator, state)
     used_B = wc.entries_used(cut)
-    cheapest_B = torch.where(cut.lod_BW > 0, k * torch.where(cut.lod_BW > 1, cfg.n_gists, 1) - cfg.n_gists, 2**31).amin(1)
+    cheapest_B = torch.where(cut.lod_BW > 0, k * torch.where(cut.lod_BW > 1, cfg.n_gists, 1) - cfg.n_gists,
+                             2**31).amin(1)
     assert (used_B + cheapest_B > cfg.budget).all(), "what could be opened does not fit"
     share_B = utilization(used_B, n_B, cfg)
     assert (share_B <= 1).all() and (max_lod > 1 < cfg.n_gists or torch.equal(share_B, torch.ones(len(sizes))))
@@ -103,7 +104,8 @@ def test_refocus_and_growth_keep_every_invariant(case, n_gists):
 @given(cases)
 def test_fixed_scores_settle(case):
     k, max_lod, sizes, recent, slack, seed, span = case
-    cfg, n_B, gen = feasible(k, max_lod, recent, sizes, slack, span), torch.tensor(sizes), torch.Generator().manual_seed(seed)
+    cfg, n_B, gen = feasible(k, max_lod, recent, sizes, slack,
+                             span), torch.tensor(sizes), torch.Generator().manual_seed(seed)
     allocator, n_blocks = GreedyAllocator(cfg), max(sizes) // k
     state = allocator.allocate(torch.randn(len(sizes), n_blocks, generator=gen), n_B)
     scores_BN1 = torch.randn(len(sizes), n_blocks, generator=gen).tanh()
@@ -184,10 +186,13 @@ def test_a_bundle_opens_siblings_and_coarsens_what_is_near_as_one_edit():
     allocator, state = start(cfg, 64, b1=1.0, b4=1.0, b10=1.0)
     scores = flat(-0.9, 16, b1=-0.4, b4=-0.3, b10=-0.3, b5=0.9, b6=0.15, b7=0.3, b8=0.9)
     state, report = allocator.refocus(state, scores)
-    assert shown(allocator, state) == [5, 6, 7] and [int(x) for x in report[:4]] == [1, 3, 3, 0]  # 6 is dull alone, and 8 no sibling
-    allocator, state = start(FocusConfig(budget=16 + 3 * 3, block_size=4, recent=0, span=2, max_edits=1), 64, b1=1.0, b7=1.0, b10=1.0)
+    # 6 is dull alone, and 8 no sibling
+    assert shown(allocator, state) == [5, 6, 7] and [int(x) for x in report[:4]] == [1, 3, 3, 0]
+    allocator, state = start(FocusConfig(budget=16 + 3 * 3, block_size=4, recent=0, span=2, max_edits=1), 64, b1=1.0,
+                             b7=1.0, b10=1.0)
     state, report = allocator.refocus(state, flat(-0.9, 16, b1=-0.4, b7=-0.2, b10=-0.3, b6=0.3, b5=-0.4))
-    assert shown(allocator, state) == [1, 6, 10] and int(report.edits_B) == 1  # 7 is near, 1 and 10 are lower: the near pay first
+    # 7 is near, 1 and 10 are lower: the near pay first
+    assert shown(allocator, state) == [1, 6, 10] and int(report.edits_B) == 1
 
 
 def test_a_bundle_is_worth_its_mean():
@@ -227,7 +232,7 @@ def test_permuting_the_batch_permutes_the_result(span):
 
 
 def test_scores_are_only_compared():
-    """Any sign and size, -inf and NaN never shown."""
+    """Any sign and size, -inf and NaN never shown; utilities at or below zero are not shown either."""
     allocator = GreedyAllocator(FocusConfig(budget=8 + 9, block_size=4, recent=0))
     n_B = torch.tensor([32])
     logits = torch.tensor([[-900.0, -3.0, -torch.inf, torch.nan, -5e6, -2.0, -80.0, -4.0]])
@@ -251,15 +256,19 @@ def test_infeasible_budgets_are_refused_with_the_numbers():
 @given(st.sampled_from([3, 4, 8]), st.integers(1, 3), st.integers(1, 90), gists, st.integers(0, 2**31))
 def test_opening_a_node_adds_its_price(k, max_lod, n, n_gists, seed):
     """Against the cut itself: entries of any state = the tiling + the prices of the expanded nodes."""
-    cfg, gen = FocusConfig(n + 1, k, max_lod, recent=0, n_gists=n_gists if n_gists < k else 1), torch.Generator().manual_seed(seed)
+    cfg, gen = FocusConfig(n + 1, k, max_lod, recent=0, n_gists=n_gists if n_gists < k
+                           else 1), torch.Generator().manual_seed(seed)
     allocator = GreedyAllocator(cfg)
-    state = allocator.allocate(torch.randn(1, n // k, generator=gen).masked_fill(torch.rand(1, n // k, generator=gen) < 0.5, -torch.inf), torch.tensor([n]))
+    state = allocator.allocate(torch.randn(1, n // k,
+                                           generator=gen).masked_fill(torch.rand(1, n // k, generator=gen) < 0.5,
+                                                                      -torch.inf), torch.tensor([n]))
     price = sum(cfg.price(lod) * int(open_BN.sum()) for lod, open_BN in enumerate(state.expanded, 1))
     assert int(wc.entries_used(allocator.cut(state)[0])) == tiling(n, k, max_lod, cfg.n_gists) + price
 
 
 @pytest.mark.parametrize(
-    "bad", [dict(budget=0), dict(n_gists=32), dict(n_gists=0), dict(block_size=1), dict(max_lod=0), dict(recent=-1), dict(margin=-0.1),
+    "bad", [dict(budget=0), dict(n_gists=32), dict(n_gists=0), dict(block_size=1), dict(max_lod=0),
+            dict(recent=-1), dict(margin=-0.1),
             dict(tau_expand=3.0), dict(max_edits=-1), dict(cooldown=-1), dict(span=0)],
 )
 def test_impossible_settings_are_refused(bad):

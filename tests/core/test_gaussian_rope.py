@@ -1,4 +1,5 @@
-"""Positions of entries: raw tokens exactly as in the base, gists at their centre and damped as the expectation over their span."""
+"""Positions of entries: raw tokens exactly as in the base, gists at their centre and damped as the
+expectation over their span."""
 
 import math
 
@@ -52,7 +53,8 @@ def test_damped_rotation_is_its_expectation_over_a_gaussian(start, length):
     z = torch.linspace(-12, 12, 200_001, dtype=torch.float64)  # trapezoids: exact to rounding for a Gaussian
     density = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
     p = start + (length - 1) / 2 + math.sqrt((length**2 - 1) / 12) * z
-    expected = torch.stack([(density * torch.polar(torch.ones_like(p), w * p)).sum() for w in gpt.inverse_frequencies()])
+    expected = torch.stack([(density * torch.polar(torch.ones_like(p), w * p)).sum()
+                            for w in gpt.inverse_frequencies()])
     torch.testing.assert_close(complex_rotary(gpt, [start], [length], floor=0.0)[0], expected, rtol=0, atol=1e-10)
 
 
@@ -78,7 +80,8 @@ def test_floor_is_the_share_that_every_frequency_keeps():
 
 def test_contiguous_entries_are_numbered_to_the_last_ones_position():
     gpt = base()
-    start, length = torch.tensor([[0, 16, 20, 21, 22, 0], [0, 16, 32, 48, 0, 0]]), torch.tensor([[16, 4, 1, 1, 1, 0], [16, 16, 16, 1, 0, 0]])
+    start, length = torch.tensor([[0, 16, 20, 21, 22, 0], [0, 16, 32, 48, 0, 0]]), torch.tensor([[16, 4, 1, 1, 1, 0],
+                                                                                                 [16, 16, 16, 1, 0, 0]])
     got = entry_rotary(gpt, start, length, scheme="contiguous")
     expected = gpt.rotary(torch.tensor([[18, 19, 20, 21, 22, 23], [45, 46, 47, 48, 49, 50]]))
     for x, y in zip(got, expected):
@@ -89,7 +92,8 @@ def captured_keys(gpt: GPT, x: torch.Tensor, start: list, length: list, **kwargs
     """[S, F] rotated keys of the first layer's first head, pairs as complex numbers."""
     captured = []
     rotary = entry_rotary(gpt, torch.tensor([start]), torch.tensor([length]), **kwargs)
-    gpt.hidden(torch.full((1, len(start)), -1), inputs_embeds=x, rotary=rotary, linked=torch.zeros(1, len(start), dtype=torch.bool), capture=captured)
+    gpt.hidden(torch.full((1, len(start)), -1), inputs_embeds=x, rotary=rotary,
+               linked=torch.zeros(1, len(start), dtype=torch.bool), capture=captured)
     a, b = captured[0].k[0, 0].chunk(2, -1)
     return torch.complex(a, b)
 
@@ -124,5 +128,6 @@ def test_angles_are_exact_at_ten_million_tokens():
     got = complex_rotary(gpt, start, [1, 1, 32], scheme="centre")
     centre = np.array([10_000_000, 10_000_001, 9_999_983.5], dtype=np.longdouble)
     angle = centre[:, None] * gpt.inverse_frequencies().numpy().astype(np.longdouble)
-    expected = torch.complex(torch.from_numpy(np.cos(angle).astype(np.float64)), torch.from_numpy(np.sin(angle).astype(np.float64)))
+    expected = torch.complex(torch.from_numpy(np.cos(angle).astype(np.float64)),
+                             torch.from_numpy(np.sin(angle).astype(np.float64)))
     assert (got - expected).abs().max() < 1e-9

@@ -1,4 +1,5 @@
-"""C3, C5: gists against a slow reference, masks, dependence on every entry, gradients, the start from the mean, FLOPs."""
+"""C3, C5: gists against a slow reference, masks, dependence on every entry, gradients, the
+start from the mean, FLOPs."""
 
 import math
 
@@ -32,7 +33,8 @@ def one_thread():
 def make(options: dict, n_gists: int = 1, moved: bool = True) -> GistNet:
     """A float64 GistNet; `moved`: with a head and level embeddings that are no longer zero."""
     torch.manual_seed(0)
-    net = GistNet(GistNetConfig(d_model=D, block_size=K, width=16, n_head=2, max_lod=3, n_gists=n_gists, **options)).double()
+    net = GistNet(GistNetConfig(d_model=D, block_size=K, width=16, n_head=2, max_lod=3, n_gists=n_gists,
+                                **options)).double()
     for name, p in net.named_parameters():
         if moved and (name.endswith("level_LC") or name.endswith("head.weight")):
             torch.nn.init.normal_(p, std=0.3)
@@ -68,7 +70,8 @@ def slow_gists(net: GistNet, block: list[tuple[int, torch.Tensor]], lod: int) ->
     config, G = net.config, net.config.n_gists
     if not block:
         return torch.zeros(G, D, dtype=torch.float64)
-    parts = [[i for i, (position, _) in enumerate(block) if position * G // config.entries(lod) == g] or range(len(block)) for g in range(G)]
+    parts = [[i for i, (position, _) in enumerate(block) if position * G // config.entries(lod) == g]
+             or range(len(block)) for g in range(G)]
 
     def average(vectors: list, part) -> torch.Tensor:
         return sum(vectors[i] for i in part) / len(part)
@@ -77,7 +80,8 @@ def slow_gists(net: GistNet, block: list[tuple[int, torch.Tensor]], lod: int) ->
     if config.variant != "mean":
         (summary,) = net.summaries
         body = summary.body
-        h = [summary.embed.weight @ x + summary.position_KC[position] + summary.level_LC[lod - 1] for position, x in block]
+        h = [summary.embed.weight @ x + summary.position_KC[position] + summary.level_LC[lod - 1]
+             for position, x in block]
         for layer in body.layers:
             h = slow_layer(layer, h, h)
         if config.variant == "slots":
@@ -179,7 +183,8 @@ def test_low_precision_stays_near(dtype, autocast):
     want = net(x, None, 1)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         got = net.to(dtype)(x.to(dtype), None, 1)
-    assert got.dtype == dtype and (got.double() - want).abs().max() < (0.1 if autocast or dtype == torch.bfloat16 else 1e-5)
+    assert got.dtype == dtype and (got.double() - want).abs().max() < (0.1 if autocast or dtype == torch.bfloat16
+                                                                       else 1e-5)
 
 
 @gists
@@ -198,7 +203,8 @@ def test_flops_are_those_of_the_shapes(options, n_gists):
     "bad",
     [
         dict(variant="max"), dict(variant="binding"),
-        dict(n_gists=3), dict(block_size=6, n_gists=4), dict(block_size=2, n_gists=2), dict(width=1024), dict(width=30, n_head=4),
+        dict(n_gists=3), dict(block_size=6, n_gists=4), dict(block_size=2, n_gists=2), dict(width=1024),
+        dict(width=30, n_head=4),
         dict(max_lod=0), dict(block_size=1), dict(n_layer=0),
     ],
 )  # fmt: skip
@@ -209,6 +215,7 @@ def test_impossible_configs_are_refused(bad):
 
 def test_wrong_shapes_are_refused():
     net, x = make(dict(variant="slots")), blocks(2)
-    for args in ((x, None, 0), (x, None, 4), (x[..., 1:], None, 1), (x.repeat(1, 2, 1), None, 1), (x, torch.ones(2, K), 1)):
+    for args in ((x, None, 0), (x, None, 4), (x[..., 1:], None, 1), (x.repeat(1, 2, 1), None, 1),
+                 (x, torch.ones(2, K), 1)):
         with pytest.raises(ValueError, match="lod|expected"):
             net(*args)

@@ -1,4 +1,5 @@
-"""Draws that depend on a key alone: uniform, independent between rows, steps and purposes, and of whatever else is drawn."""
+"""Draws that depend on a key alone: uniform, independent between rows, steps and purposes,
+and of whatever else is drawn."""
 
 import math
 
@@ -24,7 +25,8 @@ def correlation(x: torch.Tensor, y: torch.Tensor) -> float:
     return torch.corrcoef(torch.stack([x.flatten().double(), y.flatten().double()]))[0, 1].item() * math.sqrt(x.numel())
 
 
-@pytest.mark.parametrize("rows, count", [(torch.arange(20_000), 1), (torch.tensor([7]), 20_000), (torch.arange(200) * 2**40, 100), (-torch.arange(200), 100)])
+@pytest.mark.parametrize("rows, count", [(torch.arange(20_000), 1), (torch.tensor([7]), 20_000),
+                                         (torch.arange(200) * 2**40, 100), (-torch.arange(200), 100)])
 def test_draws_are_uniform(rows, count):
     x = uniform(rows, count, 0, "test", 3)
     assert x.shape == (len(rows), count) and x.dtype == torch.float32 and x.min() >= 0 and x.max() < 1
@@ -76,4 +78,5 @@ def test_the_generator_of_torch_is_left_alone():
 def test_gumbel_noise_has_the_gumbel_distribution():
     x = gumbel(torch.arange(200), 100, 0, "test")
     assert x.isfinite().all() and ks(torch.exp(-torch.exp(-x))) < 1.63
-    assert x.mean().item() == pytest.approx(EULER, abs=0.03) and x.var().item() == pytest.approx(math.pi**2 / 6, rel=0.05)
+    assert x.mean().item() == pytest.approx(EULER, abs=0.03) and x.var().item() == pytest.approx(math.pi**2 / 6,
+                                                                                                 rel=0.05)

@@ -57,8 +57,10 @@ def test_logits_at_a_position_are_focus_logits_of_the_context_that_ends_there(le
     assert own.shape == logits.shape == (3, 27, T // K)
     for i, t in enumerate(range(20, 47)):
         tail = x[:, t + 1 - TAIL - LOCAL_MEAN:t + 1]
-        torch.testing.assert_close(lens.focus_logits(tail, keys, torch.full((3,), t + 1)), logits[:, i], rtol=0, atol=1e-12)
-        torch.testing.assert_close(lens.focus_logits(x[:, :t + 1], keys, torch.full((3,), t + 1)), logits[:, i], rtol=0, atol=1e-12)
+        torch.testing.assert_close(lens.focus_logits(tail, keys, torch.full((3,), t + 1)), logits[:, i], rtol=0,
+                                   atol=1e-12)
+        torch.testing.assert_close(lens.focus_logits(x[:, :t + 1], keys, torch.full((3,), t + 1)), logits[:, i],
+                                   rtol=0, atol=1e-12)
 
 
 def test_logits_near_the_rows_start_equal_the_whole_rows(lens, x):
@@ -83,7 +85,8 @@ def test_own_votes_see_one_token_and_the_sum_over_the_tail_weighs_them_by_trust(
 def test_distance_bias_falls_in_half_octaves_of_blocks(lens):
     with torch.no_grad():
         lens.distance_steps.copy_(torch.arange(32) > 0)
-    bucket = lens.distance(torch.tensor([200 * K + 3]), torch.arange(200))[0].flip(0).long().tolist()  # 1 block away, 2, …
+    # 1 block away, 2, …
+    bucket = lens.distance(torch.tensor([200 * K + 3]), torch.arange(200))[0].flip(0).long().tolist()
     assert bucket[:9] == [0, 2, 3, 4, 4, 5, 5, 6, 6] and bucket[127] == 14 and bucket == sorted(bucket)
 
 
@@ -93,14 +96,17 @@ def test_beyond_the_distances_that_were_trained_the_last_bias_holds(lens):
     x = torch.randn(1, 16 * K, lens.config.d_model, dtype=lens.distance_steps.dtype)
     lens.logits(x, lens.keys(x), slice(15 * K, 16 * K))[1][..., 3].sum().backward()
     torch.optim.SGD(lens.parameters(), 1.0).step()
-    near, far = lens.distance(torch.tensor([16 * K]), torch.arange(16))[0].min(), lens.distance(torch.tensor([4096 * K]), torch.arange(100))[0]
+    near, far = lens.distance(torch.tensor([16 * K]),
+                              torch.arange(16))[0].min(), lens.distance(torch.tensor([4096 * K]), torch.arange(100))[0]
     assert (lens.distance_steps != 0).any() and near < 0 and (far == near).all()
 
 
 def test_checkpoints_that_hold_the_biases_themselves_are_read(lens):
     bias = torch.randn(32, dtype=lens.distance_steps.dtype)
-    lens.load_state_dict({name: x for name, x in lens.state_dict().items() if name != "distance_steps"} | {"distance_bias": bias})
-    torch.testing.assert_close(lens.distance(torch.tensor([4096 * K]), torch.arange(4096))[0, [4095, 4094, 4092, 0]], bias[[0, 2, 4, 24]])
+    lens.load_state_dict({name: x for name, x in lens.state_dict().items()
+                          if name != "distance_steps"} | {"distance_bias": bias})
+    torch.testing.assert_close(lens.distance(torch.tensor([4096 * K]), torch.arange(4096))[0, [4095, 4094, 4092, 0]],
+                               bias[[0, 2, 4, 24]])
 
 
 def test_checkpoints_without_ages_weigh_every_token_of_the_tail_alike(lens):
@@ -128,7 +134,8 @@ def test_every_block_has_its_own_logit(lens, x):
 def test_no_gradient_reaches_the_embeddings_and_every_parameter_gets_one(lens, x):
     x.requires_grad_()
     own, logits = lens.logits(x, lens.keys(x), slice(24, T))
-    (own.square().sum() + logits.square().sum() + lens.focus_logits(x, lens.keys(x), torch.full((3,), T)).sum()).backward()
+    (own.square().sum() + logits.square().sum() + lens.focus_logits(x, lens.keys(x),
+                                                                    torch.full((3,), T)).sum()).backward()
     assert x.grad is None
     assert all(p.grad is not None and p.grad.any() for p in lens.parameters())
 

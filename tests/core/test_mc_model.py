@@ -1,4 +1,5 @@
-"""The working-context pass: without gists it is the vanilla pass, each entry is its own node, and one rule gives every target."""
+"""The working-context pass: without gists it is the vanilla pass, each entry is its own node, and
+one rule gives every target."""
 
 import math
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mc.config import RETIRED, MCConfig, add_flags, complete, from_dict, from_flags, to_dict
-from mc.far_history import FarHistory, draw_far_history, place
+from mc.far_history import FarHistory, draw_far_history, place_far
 from mc.gaussian_rope import entry_rotary
 from mc.model import Entries, MegaContext, fingerprint, load_mega_context, read_rows, recency_scores, run_entries, take, with_continuation
 from mc.working_context import Cut, finest
@@ -47,14 +48,16 @@ def spy(gpt, monkeypatch) -> dict:
 @pytest.mark.parametrize("kv_heads", [2, 4])
 @torch.no_grad()
 def test_without_gists_the_pass_is_the_vanilla_pass(dtype, tolerance, kv_heads, monkeypatch):
-    """What the base is given is bit-identical. The bias of keys, zero here, rides in a wider head, whose dot products a kernel may
+    """What the base is given is bit-identical. The bias of keys, zero here, rides in a wider head,
+    whose dot products a kernel may
     sum in another order: hence the tolerance on what comes out."""
     gpt = tiny_base(dtype=dtype, n_kv_head=kv_heads)
     mc = mega(gpt)
     vanilla = gpt.hidden(tokens[:, :N + H - 1])
     for capacity in (N, N + 5):
         seen = spy(gpt, monkeypatch)
-        out = run_entries(gpt, mc, mc.build_tree(gpt.embed(tokens)), tokens, with_continuation(finest(n_B, K, capacity), n_B, H - 1))
+        out = run_entries(gpt, mc, mc.build_tree(gpt.embed(tokens)), tokens,
+                          with_continuation(finest(n_B, K, capacity), n_B, H - 1))
         out = out[:, :N + H - 1]
         assert torch.equal(seen["idx"][:, :N + H - 1], tokens[:, :N + H - 1]) and not seen["key_bias"].any()
         assert torch.equal(seen["inputs_embeds"][:, :N + H - 1], gpt.embed(tokens[:, :N + H - 1]))
@@ -78,7 +81,8 @@ def test_key_bias_lies_between_nothing_and_the_log_of_the_width():
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), n=st.lists(st.integers(W // K, N // K), min_size=4, max_size=4), G=st.sampled_from([1, 2]))
+@given(seed=st.integers(0, 10**6), n=st.lists(st.integers(W // K, N // K), min_size=4, max_size=4),
+       G=st.sampled_from([1, 2]))
 @torch.no_grad()
 def test_each_entry_is_its_own_nodes_gist(seed, n, G):
     gpt = tiny_base()
@@ -127,7 +131,8 @@ def test_an_entry_predicts_the_token_after_its_span(seed, n):
     gists = entries.valid_BM & (entries.lod_BM > 0)
     read = read_rows(entries, K, W + H - 1, W)
     token = torch.zeros_like(entries.lod_BM).scatter(1, read.slot_BP, read.token_BP)
-    assert torch.equal(token[gists], ((entries.index_BM + 1) * K**entries.lod_BM - 1)[gists])  # gists follow the same rule
+    # gists follow the same rule
+    assert torch.equal(token[gists], ((entries.index_BM + 1) * K**entries.lod_BM - 1)[gists])
 
 
 def test_with_continuation_appends_right_behind_each_rows_cut():
@@ -153,7 +158,8 @@ def test_only_raw_entries_that_follow_their_predecessor_are_linked(monkeypatch):
     run_entries(gpt, mc, mc.build_tree(gpt.embed(tokens)), tokens, entries)
     for b in range(4):
         shown = [(int(x), int(i)) for x, i, v in zip(*(y[b] for y in entries[:3])) if v]
-        follows = [w > 0 and shown[w][0] == shown[w - 1][0] == 0 and shown[w][1] == shown[w - 1][1] + 1 for w in range(len(shown))]
+        follows = [w > 0 and shown[w][0] == shown[w - 1][0] == 0 and shown[w][1] == shown[w - 1][1] + 1
+                   for w in range(len(shown))]
         assert seen["linked"][b].tolist() == follows + [False] * (W + H - 1 - len(shown))
         assert (seen["idx"][b] >= 0).tolist() == [x == 0 for x, _ in shown] + [False] * (W + H - 1 - len(shown))
         assert seen["key_bias"][b][:len(shown)].gt(0).tolist() == [x > 0 for x, _ in shown]
@@ -216,9 +222,10 @@ def test_a_far_history_is_a_longer_cut_in_time_order():
     mc = mega(gpt)
     entries, tree = random_entries(mc), mc.build_tree(gpt.embed(tokens))
     far_config = MCConfig(**{**vars(mc.config), "far_tokens": 200, "far_entries": 24})
-    far = draw_far_history(far_config, mc.gistnet, gpt.embed(tokens), torch.arange(4), slice(None), torch.full((4,), N), 1, 0, 7)
+    far = draw_far_history(far_config, mc.gistnet, gpt.embed(tokens), torch.arange(4), slice(None),
+                           torch.full((4,), N), 1, 0, 7)
     out = run_entries(gpt, mc, tree, tokens, entries, far)
-    start, far_start, far_length = place(entries.index_BM * K**entries.lod_BM, far)
+    start, far_start, far_length = place_far(entries.index_BM * K**entries.lod_BM, far)
     assert out.shape[1] == entries.lod_BM.shape[1] and (far_length.sum(1) > 0).sum() > 2 and len((start != entries.index_BM * K**entries.lod_BM).any(1).unique()) == 2
     for b in range(4):
         own = [(int(start[b, w]), int(entries.lod_BM[b, w]), w) for w in range(out.shape[1]) if entries.valid_BM[b, w]]
@@ -226,10 +233,13 @@ def test_a_far_history_is_a_longer_cut_in_time_order():
         both = sorted(own + stored, key=lambda e: e[0])
         at, lod = (torch.tensor([e[i] for e in both])[None] for i in (0, 1))
         ids = torch.tensor([[int(tokens[b, entries.index_BM[b, w]]) if level == 0 else -1 for _, level, w in both]])
-        vectors = torch.stack([tree.gather(entries.lod_BM, entries.index_BM, entries.valid_BM)[b, w] if w >= 0 else far.vectors_BFD[b, ~w] for *_, w in both])
-        linked = torch.tensor([[i > 0 and both[i][1] == both[i - 1][1] == 0 and both[i][0] == both[i - 1][0] + 1 for i in range(len(both))]])
+        vectors = torch.stack([tree.gather(entries.lod_BM, entries.index_BM, entries.valid_BM)[b, w] if w >= 0
+                               else far.vectors_BFD[b, ~w] for *_, w in both])
+        linked = torch.tensor([[i > 0 and both[i][1] == both[i - 1][1] == 0 and both[i][0] == both[i - 1][0] + 1
+                                for i in range(len(both))]])
         rotary = entry_rotary(gpt, at, K**lod)
-        hidden = gpt.hidden(ids, inputs_embeds=vectors[None], rotary=rotary, linked=linked, key_bias=mc.key_bias(lod))[0]
+        hidden = gpt.hidden(ids, inputs_embeds=vectors[None], rotary=rotary, linked=linked,
+                            key_bias=mc.key_bias(lod))[0]
         for i, (*_, w) in enumerate(both):
             if w >= 0:
                 torch.testing.assert_close(out[b, w], hidden[i], rtol=0, atol=1e-9)
@@ -241,7 +251,8 @@ def test_an_empty_far_history_changes_nothing():
     mc = mega(gpt)
     entries, tree = random_entries(mc), mc.build_tree(gpt.embed(tokens))
     nothing = torch.zeros(4, 6, dtype=torch.int64)
-    far = FarHistory(Cut(nothing, nothing, nothing.bool(), K), torch.zeros(4, 6, 32).double(), torch.zeros(4).long(), torch.tensor([20, 0, 16, 40]))
+    far = FarHistory(Cut(nothing, nothing, nothing.bool(), K), torch.zeros(4, 6, 32).double(), torch.zeros(4).long(),
+                     torch.tensor([20, 0, 16, 40]))
     out, plain = run_entries(gpt, mc, tree, tokens, entries, far), run_entries(gpt, mc, tree, tokens, entries)
     torch.testing.assert_close(out[entries.valid_BM], plain[entries.valid_BM], rtol=0, atol=1e-12)
 
@@ -252,7 +263,8 @@ def test_position_settings_change_the_pass(config):
     gpt = tiny_base(n_kv_head=4, rope_fraction=0.5)
     plain, other = mega(gpt), mega(gpt, **config)
     entries, tree = random_entries(plain), plain.build_tree(gpt.embed(tokens))
-    assert not torch.allclose(run_entries(gpt, plain, tree, tokens, entries), run_entries(gpt, other, tree, tokens, entries))
+    assert not torch.allclose(run_entries(gpt, plain, tree, tokens, entries),
+                              run_entries(gpt, other, tree, tokens, entries))
 
 
 @torch.no_grad()
@@ -289,7 +301,8 @@ def test_flags_of_an_arm_are_there_when_it_is_named():
     added = {a.dest for a in arms._actions} - {a.dest for a in plain._actions}
     assert added == {"mc_contrast_weight", "mc_lens_kl", "mc_lens_edits"}
     config = from_flags(arms.parse_args(argv))
-    assert config.of_arms == {"contrast_weight": 0.1, "lens_kl": 0.3, "lens_edits": 8} and config == from_dict(to_dict(config))
+    assert config.of_arms == {"contrast_weight": 0.1, "lens_kl": 0.3,
+                              "lens_edits": 8} and config == from_dict(to_dict(config))
     with pytest.raises(UserError, match="--mc_lens_rank is a setting of the arm rank; name it too: --mc_arms=rank"):
         add_flags(FlagParser(), ["--mc_lens_rank=0.5"])
     with pytest.raises(UserError, match="name it too: --mc_teacher=counterfactual"):
@@ -298,18 +311,22 @@ def test_flags_of_an_arm_are_there_when_it_is_named():
         add_flags(FlagParser(), ["--mc_arms=contrats"])
 
 
-BEFORE_ARMS = dict(gist="slots", teacher="gate", gists_per_block=1, gist_source="embeddings", contrast_weight=0.0, horizon_gist_weight=0.0, bands=0, lens_rank=0.0,
-                   lens_zero_sum=0.0, lens_illegal=0.0, lens_kl=0.0, lens_edits=8)  # what every checkpoint said of them when it used none
+BEFORE_ARMS = dict(gist="slots", teacher="gate", gists_per_block=1, gist_source="embeddings", contrast_weight=0.0,
+                   horizon_gist_weight=0.0, bands=0, lens_rank=0.0,
+                   # what every checkpoint said of them when it used none
+                   lens_zero_sum=0.0, lens_illegal=0.0, lens_kl=0.0, lens_edits=8)
 
 
 def test_checkpoints_from_before_arms_are_read_as_what_they_used():
-    assert from_dict(BEFORE_ARMS | RETIRED) == MCConfig(gist="slots", teacher="gate")
+    assert from_dict(BEFORE_ARMS | RETIRED) == MCConfig(gist="slots", teacher="gate", far_tokens=0)
     used = from_dict(BEFORE_ARMS | dict(contrast_weight=0.2, bands=1, gist_source="hidden", lens_kl=0.3))
-    assert used.named_arms() == ["hidden", "contrast", "bands", "kl", "gist_slots", "gate"] and used.of("lens_kl") == 0.3 and used.gist_source == "hidden"
+    assert used.named_arms() == ["hidden", "contrast", "bands", "kl", "gist_slots",
+                                 "gate"] and used.of("lens_kl") == 0.3 and used.gist_source == "hidden"
     assert from_dict(to_dict(used)) == used
 
 
-@pytest.mark.parametrize("name, value", [("lens_normalize", 1), ("gist_pool", "cls"), ("gist_head", "mlp"), ("gist_shared", 0), ("targets", "raw"), ("split", "random"),
+@pytest.mark.parametrize("name, value", [("lens_normalize", 1), ("gist_pool", "cls"), ("gist_head", "mlp"),
+                                         ("gist_shared", 0), ("targets", "raw"), ("split", "random"),
                                          ("lod_axis", 1), ("alibi", 1), ("max_gap", 3), ("far_nodes", 8)])
 def test_checkpoints_that_used_what_is_gone_are_refused(name, value):
     with pytest.raises(UserError, match=f"made with {name}={value}, which this version does not have"):
@@ -319,22 +336,26 @@ def test_checkpoints_that_used_what_is_gone_are_refused(name, value):
 def test_settings_of_arms_are_in_what_histories_are_named_by():
     """A fingerprint is that of the version which had every setting: old histories are found again."""
     every = complete(MCConfig(gist="slots", teacher="gate"))
-    assert set(BEFORE_ARMS) | set(RETIRED) <= set(every) and all(every[name] == value for name, value in (BEFORE_ARMS | RETIRED).items())
+    assert set(BEFORE_ARMS) | set(RETIRED) <= set(every) and all(every[name] == value
+                                                                 for name, value in (BEFORE_ARMS | RETIRED).items())
     assert complete(from_dict({"gist_source": "hidden"}))["gist_source"] == "hidden" and complete(from_dict({"gists_per_block": 2}))["gists_per_block"] == 2
 
 
 @pytest.mark.parametrize("wrong, message", [
     ({"gist": "sum"}, "use one of mean"), ({"budget": 0}, "at least 1"), ({"block_size": 1}, "at least 2"),
     ({"start": 1.0}, r"in \[0, 1\)"), ({"damping_floor": 1.5}, r"in \[0, 1\]"), ({"recent": 33}, "not a multiple"),
-    ({"lens_queries": 8, "lens_horizon": 8}, "must exceed"), ({"positions": "centre", "damping_floor": 0.2}, "no effect"),
-    ({"cuts": "random:0.5"}, "sum to 1"), ({"cuts": "random:x"}, "not policy:share"), ({"cuts": "best:1"}, "shares of"), ({"cuts": "random:2,lens:-1"}, "≥ 0"),
+    ({"lens_queries": 8, "lens_horizon": 8}, "must exceed"),
+    ({"positions": "centre", "damping_floor": 0.2}, "no effect"),
+    ({"cuts": "random:0.5"}, "sum to 1"), ({"cuts": "random:x"}, "not policy:share"),
+    ({"cuts": "best:1"}, "shares of"), ({"cuts": "random:2,lens:-1"}, "≥ 0"),
 ])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(wrong, message):
     with pytest.raises(UserError, match=message):
         MCConfig(**wrong)
 
 
-@pytest.mark.parametrize("budget, recent, protected", [(128, 0, 32), (1024, 0, 128), (64, 0, 32), (4096, 0, 128), (128, 64, 64)])
+@pytest.mark.parametrize("budget, recent, protected",
+                         [(128, 0, 32), (1024, 0, 128), (64, 0, 32), (4096, 0, 128), (128, 64, 64)])
 def test_protected_tokens_are_whole_blocks(budget, recent, protected):
     assert MCConfig(budget=budget, recent=recent).protected == protected
 
@@ -354,7 +375,8 @@ def test_a_saved_mega_context_is_loaded_as_it_was(tmp_path):
 
 
 def test_fingerprint_is_of_what_is_stored():
-    """Histories stay readable where only training or the budget differs; not where their gists or keys would be others."""
+    """Histories stay readable where only training or the budget differs; not where their
+    gists or keys would be others."""
     gpt = tiny_base()
     same, other = mega(gpt), mega(gpt, wc_weight=0.7, lens_queries=16, budget=W + 8)
     other.load_state_dict(same.state_dict())

@@ -69,7 +69,8 @@ def test_shape_against_brute_force(shape):
             spans = [shape.span(below, first + k) for k in range(K)]
             assert [t for s, m in spans for t in range(s, s + m)] == list(range(start, start + length))
     lod, index = torch.meshgrid(torch.arange(-1, L + 3), torch.arange(-1, n + 2), indexing="ij")
-    want = torch.tensor([[(a, b) in set(nodes) for b in range(-1, n + 2)] for a in range(-1, L + 3)]) if n < 60 else None
+    want = torch.tensor([[(a, b) in set(nodes) for b in range(-1, n + 2)]
+                         for a in range(-1, L + 3)]) if n < 60 else None
     exists = shape.exists(lod, index)
     assert want is None or torch.equal(exists, want)
     assert int(exists.sum()) == len(nodes) and all(shape.exists(*node) is True for node in nodes)
@@ -185,7 +186,8 @@ def test_permuting_rows_permutes_the_tree():
     lod, index = torch.randint(0, 3, (4, 9)), torch.randint(0, 2, (4, 9))
     valid = trees[0].exists(lod, index)
     torch.testing.assert_close(
-        trees[1].gather(lod[order], index[order], valid[order]), trees[0].gather(lod, index, valid)[order], rtol=0, atol=1e-12
+        trees[1].gather(lod[order], index[order], valid[order]), trees[0].gather(lod, index, valid)[order], rtol=0,
+        atol=1e-12
     )
 
 

@@ -25,7 +25,8 @@ torch.set_num_threads(1)
 
 
 def gradients(*modules) -> dict[str, torch.Tensor]:
-    return {f"{i}.{name}": p.grad.clone() for i, m in enumerate(modules) for name, p in m.named_parameters() if p.grad is not None and p.grad.any()}
+    return {f"{i}.{name}": p.grad.clone() for i, m in enumerate(modules) for name, p in m.named_parameters()
+            if p.grad is not None and p.grad.any()}
 
 
 def names(*modules) -> set[str]:
@@ -49,7 +50,8 @@ def test_before_the_start_a_step_is_the_vanilla_step():
     expected = gradients(gpt)
     clear(gpt)
     result = step(mc, gpt, batch, at=4)
-    assert torch.equal(result.loss, vanilla) and set(values(result.metrics)) == {"train.loss"} and result.primary is None
+    assert torch.equal(result.loss,
+                       vanilla) and set(values(result.metrics)) == {"train.loss"} and result.primary is None
     got = gradients(gpt)
     assert got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in expected)
     assert not gradients(mc.model) and mc.after_backward() == (0.0, {})
@@ -58,7 +60,8 @@ def test_before_the_start_a_step_is_the_vanilla_step():
 
 def test_the_lm_pass_of_an_active_step_is_the_vanilla_pass():
     gpt, batch = tiny_base(dtype=torch.float32), tiny_batch()
-    assert torch.equal(step(tiny_mc(gpt), gpt, batch).metrics["train.loss"], NullController().training_step(gpt, batch, 0).loss)
+    assert torch.equal(step(tiny_mc(gpt), gpt, batch).metrics["train.loss"],
+                       NullController().training_step(gpt, batch, 0).loss)
 
 
 @pytest.mark.parametrize("term", [{"wc_weight": 1.0, "kl_weight": 0.0}, {"wc_weight": 0.0, "kl_weight": 1.0}])
@@ -73,12 +76,16 @@ def test_the_working_context_teaches_base_gistnet_and_gist_bias_but_not_the_lens
     assert got["1.gist_bias"].all()
 
 
-EVERYTHING = dict(teacher="attention:0.5,gate:0.5,counterfactual:1,preference:1", variants=2, lens_edits=4, lens_rank=0.5, lens_zero_sum=0.1,
+EVERYTHING = dict(teacher="attention:0.5,gate:0.5,counterfactual:1,preference:1", variants=2, lens_edits=4,
+                  lens_rank=0.5, lens_zero_sum=0.1,
                   lens_illegal=0.2, lens_kl=0.3)  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [{}, *({"teacher": kind, "variants": 2} for kind in ("attention", "counterfactual", "preference")),
-                                    *({f"lens_{term}": 1.0} for term in ("rank", "zero_sum", "illegal", "kl")), EVERYTHING, EVERYTHING | {"lens": "slots"}])
+@pytest.mark.parametrize("config",
+                         [{}, *({"teacher": kind, "variants": 2}
+                                for kind in ("attention", "counterfactual", "preference")),
+                                    *({f"lens_{term}": 1.0} for term in ("rank", "zero_sum", "illegal", "kl")),
+                          EVERYTHING, EVERYTHING | {"lens": "slots"}])
 def test_the_lens_loss_teaches_the_lens_alone(config):
     """Whatever the target, its gradient reaches every weight of the lens and nothing else (C11)."""
     gpt = tiny_base()
@@ -91,7 +98,8 @@ def test_the_lens_loss_teaches_the_lens_alone(config):
     after = gradients(gpt, mc.model)
     lens = {n for n in names(gpt, mc.model) if "lensnet" in n}
     assert {n for n in lens if not torch.equal(after[n], before.get(n, torch.zeros(())))} == lens
-    assert set(after) - lens == set(before) - lens and all(torch.equal(after[name], before[name]) for name in set(before) - lens)
+    assert set(after) - lens == set(before) - lens and all(torch.equal(after[name], before[name])
+                                                           for name in set(before) - lens)
     assert mc.after_backward() == (0.0, {}), "a lesson without a pass behind it"
 
 
@@ -104,7 +112,8 @@ def test_a_named_teacher_weighs_one_and_weights_scale_its_loss():
 
 
 @pytest.mark.parametrize("text, message", [
-    ("gaet", "is not a kind"), ("gaet:1", "name at least one of"), ("gate:0", "name at least one of"), ("gate:x", "is not a kind"), ("gate:-1,attention:2", "weights above 0"),
+    ("gaet", "is not a kind"), ("gaet:1", "name at least one of"), ("gate:0", "name at least one of"),
+    ("gate:x", "is not a kind"), ("gate:-1,attention:2", "weights above 0"),
     ("gate:inf", "weights above 0"), ("", "is not a kind"), ("preference", "raise --mc_variants"),
 ])  # fmt: skip
 def test_teachers_that_do_not_exist_are_refused(text, message):
@@ -164,7 +173,8 @@ def test_lens_cuts_and_edits_do_not_know_the_full_pass():
             for block in gpt.transformer.h:
                 block.attn.c_v.weight.mul_(factor)
         result = mc.training_step(gpt, batch, 0)
-        found.append((result.metrics["train.loss"], result.primary.lod_BM, result.primary.index_BM, lesson_of(mc, gpt, batch).watched["counterfactual"].block_BE))
+        found.append((result.metrics["train.loss"], result.primary.lod_BM, result.primary.index_BM,
+                      lesson_of(mc, gpt, batch).watched["counterfactual"].block_BE))
     assert found[0][0] != found[1][0] and all(torch.equal(a, b) for a, b in zip(found[0][1:], found[1][1:]))
 
 
@@ -175,7 +185,9 @@ def test_contrast_teaches_gistnet_alone():
         mc = tiny_mc(gpt, contrast_weight=weight)
         mc.training_step(gpt, tiny_batch(), 0).loss.backward()
         found.append(gradients(mc.model))
-    assert {name for name in found[1] if not torch.equal(found[0][name], found[1][name])} == {name for name in names(mc.model) if name.startswith("0.gistnet")}
+    assert {name for name in found[1]
+            if not torch.equal(found[0][name], found[1][name])} == {name for name in names(mc.model)
+                                                                    if name.startswith("0.gistnet")}
 
 
 def test_a_far_history_teaches_the_levels_that_no_row_has():
@@ -218,9 +230,11 @@ def test_every_parameter_is_in_one_group_moves_is_saved_and_restored():
 # Which tokens
 
 
-@pytest.mark.parametrize("config", [{}, {"variants": 2}, {"gists_per_block": 2, "budget": 36}, {"far_tokens": 400, "far_entries": 40}])
+@pytest.mark.parametrize("config", [{}, {"variants": 2}, {"gists_per_block": 2, "budget": 36},
+                                    {"far_tokens": 400, "far_entries": 40}])
 def test_an_entry_is_trained_on_the_token_after_it(config):
-    """Where each token is the one before it plus one, a model of successors has nothing to learn, one that copies everything."""
+    """Where each token is the one before it plus one, a model of successors has nothing to learn,
+    one that copies everything."""
     rows = torch.arange(4)
     tokens = (torch.arange(T + 1) + 3 * rows[:, None]) % 40
     batch = tiny_batch()._replace(inputs=tokens[:, :-1], targets=tokens[:, 1:])
@@ -246,7 +260,8 @@ def test_delta_nll_compares_the_same_tokens_under_two_contexts(config):
         n = int(entries.index_BM[b, used])
         assert n == N
         wanted = targets[b, n - 1:n + H - 1]
-        ours, theirs = (token_losses(x[None], wanted[None])[0] for x in (gpt.logits(out[b, used - 1:used + H - 1]), full[b, n - 1:n + H - 1]))
+        ours, theirs = (token_losses(x[None], wanted[None])[0]
+                        for x in (gpt.logits(out[b, used - 1:used + H - 1]), full[b, n - 1:n + H - 1]))
         counted = (wanted >= 0).sum()
         wc.append(ours.sum() / counted)
         expected.append((ours - theirs).sum() / counted)
@@ -265,10 +280,13 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
     for b, used in enumerate(result.primary.used_B.tolist()):
         wanted = batch.targets[b, N - R:N + H - 1]
         ours, teacher = gpt.logits(out[b, used - R:used + H - 1]), full[b, N - R:N + H - 1]
-        kl = torch.nn.functional.kl_div(ours.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        kl = torch.nn.functional.kl_div(ours.log_softmax(-1), teacher.log_softmax(-1), reduction="none",
+                                        log_target=True).sum(-1)
         counted = wanted >= 0
         rows.append(0.7 * token_losses(ours[None], wanted[None])[0][counted].mean() + 0.3 * kl[counted].mean())
-    torch.testing.assert_close(result.loss, result.metrics["train.loss"] + ramp(1, 0, 4) * (torch.stack(rows).mean() + result.metrics["mc.loss.lens"]))
+    torch.testing.assert_close(result.loss,
+                               result.metrics["train.loss"] + ramp(1, 0,
+                                                                   4) * (torch.stack(rows).mean() + result.metrics["mc.loss.lens"]))
 
 
 @pytest.mark.parametrize("weights", [{"kl_weight": 0.0}, {"wc_weight": 0.01, "kl_weight": 3.0}, {"wc_weight": 0.0}])
@@ -312,15 +330,20 @@ def test_micro_batches_add_up_to_the_batch(config):
     got = gradients(gpt, mc.model)
     assert got.keys() == expected.keys() == {n for n in names(gpt, mc.model) if "earlier" not in n}
     for name in expected:
-        torch.testing.assert_close(got[name], expected[name], rtol=1e-6, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-6, atol=1e-9,
+                                   msg=lambda m, name=name: f"{name}: {m}")
     torch.testing.assert_close((halves[0].loss + halves[1].loss) / 2, whole.loss)
     for name, value in values(whole.metrics).items():
-        assert (values(halves[0].metrics)[name] + values(halves[1].metrics)[name]) / 2 == pytest.approx(value, rel=1e-5, abs=1e-7), name
+        assert (values(halves[0].metrics)[name] + values(halves[1].metrics)[name]) / 2 == pytest.approx(value,
+                                                                                                        rel=1e-5,
+                                                                                                        abs=1e-7), name
     for x, *parts in zip(whole.primary, *(h.primary for h in halves)):
         assert torch.equal(x, torch.cat(parts))
 
 
-@pytest.mark.parametrize("config", [{}, {"variants": 2}, EVERYTHING | {"lens": "perceiver"}, {"gists_per_block": 2, "budget": 36}])
+@pytest.mark.parametrize("config",
+                         [{}, {"variants": 2}, EVERYTHING | {"lens": "perceiver"},
+                          {"gists_per_block": 2, "budget": 36}])
 def test_permuting_the_batch_permutes_the_results(config):
     gpt = tiny_base()
     mc = tiny_mc(gpt, **config)
@@ -347,7 +370,8 @@ def test_policies_are_drawn_by_their_shares_and_do_what_they_say():
     gpt = tiny_base()
     shares = dict.fromkeys(POLICIES, 0.0)
     for at in range(4):
-        metrics = tiny_mc(gpt, cuts="random:0.25,lens:0.25,teacher:0.5").training_step(gpt, tiny_batch(range(40)), at).metrics
+        metrics = tiny_mc(gpt, cuts="random:0.25,lens:0.25,teacher:0.5").training_step(gpt, tiny_batch(range(40)),
+                                                                                       at).metrics
         for p in POLICIES:
             shares[p] += metrics[f"mc.cuts.{p}"].item() / 4
     assert shares == pytest.approx({"random": 0.25, "recency": 0, "lens": 0.25, "teacher": 0.5}, abs=0.12)
@@ -386,16 +410,21 @@ def fingerprint(**config) -> tuple:
     result = step(mc, base, tiny_batch(), 1)
     rates = [(g["name"], g["lr"]) for g in mc.param_groups()]
     shapes = {k: tuple(v.shape) for k, v in mc.state_dict().items()}
-    return result.loss.item(), values(result.metrics), [x.tolist() for x in result.primary] if result.primary else None, rates, shapes
+    return result.loss.item(), values(result.metrics), [x.tolist()
+                                                        for x in result.primary] if result.primary else None, rates, shapes
 
 
 plain = cache(fingerprint)
 
 OTHER = dict(
-    block_size=8, max_lod=1, gist="mean", arms="bands", gists_per_block=2, gist_source="hidden", contrast_weight=1.0, horizon_gist_weight=1.0, bands=1, gist_width=8,
-    budget=28, recent=12, horizon=4, positions="centre", damping_floor=0.5, far_tokens=400, far_entries=dict(far_tokens=400, seed=68, far_entries=28),
+    block_size=8, max_lod=1, gist="mean", arms="bands", gists_per_block=2, gist_source="hidden", contrast_weight=1.0,
+    horizon_gist_weight=1.0, bands=1, gist_width=8,
+    budget=28, recent=12, horizon=4, positions="centre", damping_floor=0.5, far_tokens=400,
+    far_entries=dict(far_tokens=400, seed=68, far_entries=28),
     start=0.5, ramp=5, row_stride=2, variants=2, cuts="random:1", wc_weight=0.5, kl_weight=0.0,
-    lens="slots", teacher="gate", lens_edits=dict(teacher="counterfactual", lens_edits=3), lens_rank=1.0, lens_zero_sum=1.0, lens_illegal=1.0, lens_kl=1.0, lens_horizon=2, lens_queries=16, lens_row_stride=2, lens_key_dim=8, lens_keys=4, gist_lr=0.5, lens_lr=0.5,
+    lens="slots", teacher="gate", lens_edits=dict(teacher="counterfactual", lens_edits=3), lens_rank=1.0,
+    lens_zero_sum=1.0, lens_illegal=1.0, lens_kl=1.0, lens_horizon=2, lens_queries=16, lens_row_stride=2,
+    lens_key_dim=8, lens_keys=4, gist_lr=0.5, lens_lr=0.5,
 )  # fmt: skip
 
 
@@ -448,9 +477,11 @@ def test_settings_that_cannot_work_together_are_refused(config, gpt, message):
 
 
 class Watch(TorchDispatchMode):
-    """Every operation with the shapes it gives; those that wait for the device, or whose shape depends on data, are kept apart."""
+    """Every operation with the shapes it gives; those that wait for the device, or whose shape
+    depends on data, are kept apart."""
 
-    WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique_dim", "aten::_unique2", "aten::is_nonzero", "aten::equal"}
+    WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique_dim",
+               "aten::_unique2", "aten::is_nonzero", "aten::equal"}
 
     def __init__(self):
         super().__init__()
@@ -459,10 +490,14 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.name().split(".")[0]
-        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name in ("aten::index", "aten::index_put", "aten::index_put_") else []
+        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if name in ("aten::index",
+                                                                                            "aten::index_put",
+                                                                                            "aten::index_put_") else []
         if name in self.WAITING or masks:
             self.waits.append(name)
-        self.calls.append((name, [tuple(x.shape) for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor)]))
+        self.calls.append((name,
+                           [tuple(x.shape) for x in (out if isinstance(out, (tuple, list)) else [out])
+                            if isinstance(x, torch.Tensor)]))
         return out
 
 
@@ -493,12 +528,14 @@ def test_the_watch_sees_a_wait():
 def test_meta_names_the_levels_that_were_trained():
     assert tiny_mc(tiny_base(), max_lod=3).meta()["trained_lods"] == [1, 2]
     assert tiny_mc(tiny_base(), max_lod=4, far_tokens=200, far_entries=40).meta()["trained_lods"] == [1, 2, 3]
-    assert tiny_mc(tiny_base(), max_lod=1).meta() == {"config": to_dict(MCConfig(**{**SMALL, "max_lod": 1})), "trained_lods": [1]}
+    assert tiny_mc(tiny_base(), max_lod=1).meta() == {"config": to_dict(MCConfig(**{**SMALL, "max_lod": 1})),
+                                                      "trained_lods": [1]}
 
 
 def test_flops_follow_the_dials():
     gpt = tiny_base()
-    flops = {str(c): tiny_mc(gpt, **c).flops_per_token(gpt) for c in ({}, {"row_stride": 2}, {"variants": 2}, {"lens_row_stride": 2}, {"budget": 28})}
+    flops = {str(c): tiny_mc(gpt, **c).flops_per_token(gpt)
+             for c in ({}, {"row_stride": 2}, {"variants": 2}, {"lens_row_stride": 2}, {"budget": 28})}
     plain, fewer, more, lens, small = flops.values()
     assert fewer < plain < more and lens < plain and small < plain
     wc = more - plain
@@ -509,7 +546,8 @@ def test_flops_follow_the_dials():
 def test_flops_are_those_that_run(config):
     """Within a tenth of what torch counts, MC's step minus the vanilla one."""
     gpt, length = GPT(GPTConfig(512, 512, 3, 4, 4, 128)), 256
-    mc = MCController(MCConfig(**{**SMALL, "block_size": 8, "recent": 8, "budget": 64, "horizon": 16, "lens_queries": 64, **config}), gpt, T=length, micro_batch=4,
+    mc = MCController(MCConfig(**{**SMALL, "block_size": 8, "recent": 8, "budget": 64, "horizon": 16,
+                                  "lens_queries": 64, **config}), gpt, T=length, micro_batch=4,
                       num_iterations=10, seed=0)
     batch, counted = tiny_batch(T=length), []
     for run in (lambda: NullController().training_step(gpt, batch, 0).loss.backward(), lambda: step(mc, gpt, batch)):

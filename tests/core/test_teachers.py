@@ -1,4 +1,5 @@
-"""Teachers read off the full-context pass: the gate gradient against autograd through an explicit gate, attention mass against a softmax."""
+"""Teachers read off the full-context pass: the gate gradient against autograd through an explicit gate,
+attention mass against a softmax."""
 
 import math
 
@@ -79,7 +80,8 @@ def planted(useful: int) -> Captured:
     q, k = (torch.randn(1, 2, 24, 8, dtype=torch.float64, generator=generator) for _ in range(2))
     v = torch.zeros_like(k)
     v[:, :, useful * K:(useful + 1) * K, 0] = 1
-    weights = (q @ k.transpose(-1, -2) / math.sqrt(8)).masked_fill(torch.ones(24, 24, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+    weights = (q @ k.transpose(-1, -2) / math.sqrt(8)).masked_fill(torch.ones(24, 24, dtype=torch.bool).triu(1),
+                                                                   -torch.inf).softmax(-1)
     y = (weights @ v).requires_grad_()
     (-y[:, :, 20:, 0].sum()).backward()
     return Captured(q, k, v, y)
@@ -96,7 +98,8 @@ def test_utility_is_positive_for_the_block_that_lowers_the_loss(useful):
 def test_utilities_of_everything_a_query_sees_sum_to_zero(batch):
     captured = captured_after_backward(tiny_base(), batch)
     queries = slice(T - 1, T)  # sees all 16 blocks and nothing else
-    torch.testing.assert_close(gate_utility(captured, slice(None), queries, T // K, K).sum(-1), torch.zeros(4, 1, dtype=torch.float64))
+    torch.testing.assert_close(gate_utility(captured, slice(None), queries, T // K, K).sum(-1),
+                               torch.zeros(4, 1, dtype=torch.float64))
 
 
 def test_gate_utility_needs_the_backward_pass(batch):
@@ -114,7 +117,8 @@ def test_attention_mass_is_the_softmax_per_block(n_kv_head, batch):
         for h in range(4):
             for b, row in enumerate((0, 2)):
                 for i, t in enumerate(range(30, 50)):
-                    weights = (k[row, h * n_kv_head // 4, :t + 1] @ q[row, h, t] / math.sqrt(q.shape[-1])).softmax(0).detach()
+                    weights = (k[row, h * n_kv_head // 4, :t + 1] @ q[row, h,
+                                                                      t] / math.sqrt(q.shape[-1])).softmax(0).detach()
                     weights[0] = 0
                     expected[b, i] += weights[:BLOCKS * K].view(BLOCKS, K).sum(1) / 12
     torch.testing.assert_close(attention_mass(captured, ROWS, QUERIES, BLOCKS, K), expected, rtol=0, atol=1e-12)
@@ -136,7 +140,8 @@ def test_teachers_take_whatever_precisions_autocast_left(batch):
         half = y.detach().bfloat16().requires_grad_()
         half.grad = y.grad.bfloat16()
         mixed.append(Captured(q.float(), k.float(), v.bfloat16(), half))
-    torch.testing.assert_close(attention_mass(mixed, ROWS, QUERIES, BLOCKS, K), attention_mass(exact, ROWS, QUERIES, BLOCKS, K))
+    torch.testing.assert_close(attention_mass(mixed, ROWS, QUERIES, BLOCKS, K),
+                               attention_mass(exact, ROWS, QUERIES, BLOCKS, K))
     utility, expected = (gate_utility(x, ROWS, QUERIES, BLOCKS, K) for x in (mixed, exact))
     assert utility.dtype == torch.float32 and (utility - expected).norm() < 0.02 * expected.norm()
 

@@ -87,11 +87,13 @@ def test_from_expanded_is_the_walk_down_the_tree(case):
 @given(shapes, st.sampled_from([1, 2, 4]), st.integers(-3, 3))
 @example((2, 1, [1], 0, 0.0), 1, -1)
 def test_entries_of_nodes_with_several_gists(case, n_gists, spare):
-    """C5: every node of G entries, in order; they tile the history, are counted by the capacity, and a row beyond it is empty."""
+    """C5: every node of G entries, in order; they tile the history, are counted by the capacity,
+    and a row beyond it is empty."""
     k, max_lod, sizes, seed, p = case
     k, n_B, gen = max(k, 2 * n_gists), torch.tensor(sizes), torch.Generator().manual_seed(seed)
     expanded = random_expanded(n_B, k, max_lod, p, gen)
-    want = [[(lod, i * (n_gists if lod else 1) + g) for lod, i in reference_cut([x[b].tolist() for x in expanded], n, k, max_lod)
+    want = [[(lod, i * (n_gists if lod else 1) + g)
+             for lod, i in reference_cut([x[b].tolist() for x in expanded], n, k, max_lod)
              for g in range(n_gists if lod else 1)] for b, n in enumerate(sizes)]  # fmt: skip
     capacity = max(max(map(len, want)) + spare, 1)
     cut, fits_B = wc.from_expanded(expanded, n_B, k, capacity, n_gists)
@@ -105,7 +107,8 @@ def test_entries_of_nodes_with_several_gists(case, n_gists, spare):
     assert torch.equal((index_BW * length_BW)[valid_BW], (end_BW - length_BW)[valid_BW])
     assert torch.equal(length_BW.sum(1), n_B * fits_B)
     opened, applied_B = wc.expand(cut, torch.rand(cut.lod_BW.shape, generator=gen) < 0.3)
-    assert (wc.entries_used(opened) <= capacity).all() and all(same(opened, cut) for _ in range(1) if not applied_B.any())
+    assert (wc.entries_used(opened) <= capacity).all() and all(same(opened, cut)
+                                                               for _ in range(1) if not applied_B.any())
 
 
 @pytest.mark.parametrize("k", [2, 4, 8, 32])

@@ -7,7 +7,8 @@ from e2e_commands import KINDS, TINY, run, write_texts
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Path:
-    """A folder with `texts/`, a small corpus, and `base/`, a base directory with its tokenizer and its tokens. Not to be changed."""
+    """A folder with `texts/`, a small corpus, and `base/`, a base directory with its tokenizer and
+    its tokens. Not to be changed."""
     folder = tmp_path_factory.mktemp("prepared")
     texts, base = write_texts(folder / "texts"), folder / "base"
     run(base, "tok_train", f"--data={texts}", "--vocab_size=300").ok()

@@ -1,7 +1,8 @@
 """Runs the project's own commands, as a user would, without paying for the import of torch each time.
 
-`run` forks a server that has imported torch (and nothing of this repository), and executes the script there as `__main__` with its own
-arguments, environment, working directory, standard streams and exit code. `real` starts a fresh interpreter.
+`run` forks a server that has imported torch (and nothing of this repository), and executes the script there as
+`__main__` with its own arguments, environment, working directory, standard streams and exit code.
+`real` starts a fresh interpreter.
 """
 
 import json
@@ -18,9 +19,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 # A model that trains 20 steps in a second: 2 micro-batches of 2 rows of 128 tokens a step.
-TINY = ["--depth=2", "--aspect_ratio=16", "--head_dim=16", "--max_seq_len=128", "--device_batch_size=2", "--total_batch_size=512",
-        "--num_iterations=20", "--eval_every=0", "--eval_tokens=512", "--log_every=1", "--device=cpu", "--model_tag=t"]  # fmt: skip
-MC = ["--mc_enabled=1", "--mc_block_size=8", "--mc_budget=40", "--mc_horizon=8", "--mc_recent=8", "--mc_start=0.2", "--mc_ramp=2",
+TINY = ["--depth=2", "--aspect_ratio=16", "--head_dim=16", "--max_seq_len=128", "--device_batch_size=2",
+        "--total_batch_size=512",
+        "--num_iterations=20", "--eval_every=0", "--eval_tokens=512", "--log_every=1", "--device=cpu",
+        "--model_tag=t"]  # fmt: skip
+MC = ["--mc_enabled=1", "--mc_block_size=8", "--mc_budget=40", "--mc_horizon=8", "--mc_recent=8", "--mc_start=0.2",
+      "--mc_ramp=2",
       "--mc_lens_queries=48", "--mc_lens_key_dim=8", "--mc_gist_width=16"]  # fmt: skip
 GIST_LOSSES = ["--mc_arms=contrast,horizon"]  # off by default
 KINDS = {"vanilla": [], "mc": MC}
@@ -50,7 +54,8 @@ class Result:
 
 
 def _environment(base: Path) -> dict[str, str]:
-    return {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONDONTWRITEBYTECODE": "1"}
+    return {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline",
+            "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def _child(root: str, script: str, argv: list[str], env: dict[str, str], files: dict[str, str]) -> None:
@@ -76,7 +81,8 @@ class Started:
         folder = base.parent / f"streams-{base.name}-{time.monotonic_ns()}"
         folder.mkdir()
         self.files = {name: str(folder / name) for name in ("out", "err", "modules")}
-        self.process = _context.Process(target=_child, args=(str(root), script, flags, _environment(base) | env, self.files))
+        self.process = _context.Process(target=_child,
+                                        args=(str(root), script, flags, _environment(base) | env, self.files))
         self.process.start()
 
     def kill(self) -> int:
@@ -117,16 +123,20 @@ def write_texts(directory: Path) -> Path:
 
 
 def rows(base: Path, tag: str = "t") -> list[dict]:
-    """What metrics.jsonl holds, line by line; without what stands alone after the last step: the time of its save, what was delivered."""
+    """What metrics.jsonl holds, line by line; without what stands alone after the last step: the time of
+    its save, what was delivered."""
     lines = map(json.loads, (base / "runs" / tag / "metrics.jsonl").read_text().splitlines())
-    return [row for row in lines if any(not key.startswith(("step", "time", "checkpoint.", "telemetry.")) for key in row)]
+    return [row for row in lines if any(not key.startswith(("step", "time", "checkpoint.", "telemetry."))
+                                        for key in row)]
 
 
 def losses(base: Path, tag: str = "t") -> dict[int, tuple]:
-    """Every loss of each step, MegaContext's too: exact values, by step. Asserts that a step logged twice was logged alike."""
+    """Every loss of each step, MegaContext's too: exact values, by step. Asserts that a step
+    logged twice was logged alike."""
     found: dict[int, tuple] = {}
     for row in rows(base, tag):
-        values = tuple((name, value) for name, value in sorted(row.items()) if "loss" in name and name.startswith(("train.", "mc.")))
+        values = tuple((name, value) for name, value in sorted(row.items()) if "loss" in name
+                       and name.startswith(("train.", "mc.")))
         assert found.setdefault(row["step"], values) == values, row["step"]
     return found
 

@@ -1,4 +1,5 @@
-"""What the crash tests share: a script of random changes that a store and a plain model follow alike, and a medium that loses power."""
+"""What the crash tests share: a script of random changes that a store and a plain model follow alike,
+and a medium that loses power."""
 
 import random
 import shutil
@@ -75,7 +76,8 @@ class Model:
 
 
 class Script:
-    """Transactions drawn from a seed, on a model, and on a store where one is given. `kinds`: append, edit, cut, prune, compact."""
+    """Transactions drawn from a seed, on a model, and on a store where one is given. `kinds`:
+    append, edit, cut, prune, compact."""
 
     WEIGHTS = {"append": 12, "edit": 2, "cut": 1, "prune": 1, "compact": 1}
 
@@ -172,8 +174,8 @@ class FailingPower(FileSystem):
     """The file system of this machine, and a record of what a power cut at any moment may leave.
 
     cut_at: the change of the medium at which the power fails. forget: an fsync, by what it is for, that is left out.
-    Un-fsynced writes are kept or lost one by one, or torn at a sector; un-fsynced names (create, rename, unlink, link, mkdir) too,
-    in the order of their folder.
+    Un-fsynced writes are kept or lost one by one, or torn at a sector; un-fsynced names (create, rename, unlink, link,
+    mkdir) too, in the order of their folder.
     """
 
     def __init__(self, root: Path, cut_at: int | None = None, forget: str | None = None):

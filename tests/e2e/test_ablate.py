@@ -21,11 +21,13 @@ def tokenizer_base(tmp_path_factory):
 
 
 def test_a_study_resumes_where_it_was_killed(tokenizer_base, tmp_path):
-    """Killed in the middle of a cell: finished cells stay, the half-run one goes on from its checkpoint, and every number is what it had been.
+    """Killed in the middle of a cell: finished cells stay, the half-run one goes on from its checkpoint, and
+    every number is what it had been.
 
     With the second of the study's seeds alone: nothing is trained of the first.
     """
-    study = write(tmp_path / "study.yaml", STUDY.replace("num_iterations: 6", "num_iterations: 20").replace("pairs: 2", "pairs: 1"))
+    study = write(tmp_path / "study.yaml",
+                  STUDY.replace("num_iterations: 6", "num_iterations: 20").replace("pairs: 2", "pairs: 1"))
     whole, broken = (copytree(tokenizer_base, tmp_path / name) for name in ("whole", "broken"))
     only = "--only=mc_teacher=attention"
     done = run(whole, "mc_study", "ablate", str(study), "--seeds=2", only).ok()
@@ -46,7 +48,10 @@ def test_a_study_resumes_where_it_was_killed(tokenizer_base, tmp_path):
     assert results.read_text().startswith(first)
     logs = [path.read_text() for path in (broken / "ablations" / "study" / "logs").glob("[!t]*.log")]
     assert sum("resumed" in log for log in logs) == 1
-    key = lambda base: {r["key"]: r["results"] for r in map(json.loads, (base / "ablations" / "study" / "results.jsonl").read_text().splitlines()) if "time" not in r["key"]}
+    key = lambda base: {r["key"]: r["results"]
+                        for r in map(json.loads,
+                                     (base / "ablations" / "study" / "results.jsonl").read_text().splitlines())
+                        if "time" not in r["key"]}
     assert key(whole) == key(broken)
     again = run(broken, "mc_study", "ablate", str(study), "--seeds=2", only).ok()
     assert "2 cells, 2 of them done before" in again.out and results.read_text().startswith(first)
@@ -70,8 +75,10 @@ def test_evaluation_by_a_command(tokenizer_base, tmp_path):
 
 
 @pytest.mark.parametrize(("old", "new", "error"), [
-    ("depth: 2", "dept: 2", "unrecognized arguments: --dept=2"), ("mc_teacher: [attention]", "mc_teacher: [oracle]", "--mc_teacher=oracle: 'oracle' is not a kind"),
-    ("mc_recent: 8", "mc_recent: 9", "--mc_recent=9"), ("scripts.eval.measures:focus", "scripts.eval.measures:nothing", "there is no function scripts.eval.measures:nothing"),
+    ("depth: 2", "dept: 2", "unrecognized arguments: --dept=2"),
+    ("mc_teacher: [attention]", "mc_teacher: [oracle]", "--mc_teacher=oracle: 'oracle' is not a kind"),
+    ("mc_recent: 8", "mc_recent: 9", "--mc_recent=9"), ("scripts.eval.measures:focus", "scripts.eval.measures:nothing",
+                                                        "there is no function scripts.eval.measures:nothing"),
     ("pairs: 2", "pears: 2", "step_time is a mapping"), ("STUDY", "", "no arm x; it has default")])
 def test_refused_before_anything_is_run(tokenizer_base, tmp_path, old, new, error):
     study = write(tmp_path / "bad.yaml", STUDY.replace(old, new))

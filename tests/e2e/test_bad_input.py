@@ -26,13 +26,17 @@ FLAGS = {
     "compiled with mc": ([*MC, "--compile=1"], "--compile=1"),
     "packed with mc": ([*MC, "--rows=packed"], "--rows=packed"),
     "packed without documents": (["--data=recall", "--rows=packed"], "--rows=packed has no effect with --data=recall"),
-    "column of stdlib": (["--data=stdlib", "--text_column=body"], "--text_column=body has no effect with --data=stdlib"),
+    "column of stdlib": (["--data=stdlib", "--text_column=body"],
+                         "--text_column=body has no effect with --data=stdlib"),
     "column of facts": (["--data=needle", "--text_column=body"], "--text_column=body has no effect with --data=needle"),
     "recall blocks of text": (["--recall_blocks=8"], "--recall_blocks=8 has no effect"),
     "too few recall blocks": (["--data=recall", "--recall_blocks=1"], "--recall_blocks=1 must be at least 2"),
-    "frozen without a start": ([*MC, "--freeze_base=1", "--mc_start=0"], "needs --mc_enabled=1, --init_from=DIR and --mc_start=0"),
-    "frozen with a rate": ([*MC, "--freeze_base=1", "--mc_start=0", "--init_from=x", "--matrix_lr=0.1"], "--matrix_lr=0.1 has no effect with --freeze_base=1"),
-    "windows with mc": ([*MC, "--window_pattern=SL", "--max_seq_len=1024", "--total_batch_size=2048"], "--window_pattern=SL"),
+    "frozen without a start": ([*MC, "--freeze_base=1", "--mc_start=0"],
+                               "needs --mc_enabled=1, --init_from=DIR and --mc_start=0"),
+    "frozen with a rate": ([*MC, "--freeze_base=1", "--mc_start=0", "--init_from=x", "--matrix_lr=0.1"],
+                           "--matrix_lr=0.1 has no effect with --freeze_base=1"),
+    "windows with mc": ([*MC, "--window_pattern=SL", "--max_seq_len=1024", "--total_batch_size=2048"],
+                        "--window_pattern=SL"),
     "batch not divisible": (["--total_batch_size=500"], "--total_batch_size=500 is not a multiple"),
     "odd head": (["--head_dim=15", "--smear=0", "--value_embeds=0"], "heads of even width"),
     "no head": (["--head_dim=0"], "--head_dim=0 must be at least 1"),
@@ -40,7 +44,8 @@ FLAGS = {
     "never logged": (["--log_every=0"], "--log_every=0 must be at least 1"),
     "ratio": (["--warmdown_ratio=1.5"], "--warmdown_ratio=1.5 must be in [0, 1]"),
     "not finite": (["--matrix_lr=nan"], "--matrix_lr=nan must be at least 0"),
-    "recent tokens do not fit the block size": ([*MC, "--mc_recent=9"], "--mc_recent=9 is not a multiple of the block size 8"),
+    "recent tokens do not fit the block size": ([*MC, "--mc_recent=9"],
+                                                "--mc_recent=9 is not a multiple of the block size 8"),
     "budget too small for the tree": ([*MC, "--mc_budget=20"], "a budget of 20 entries is too small for 120 tokens"),
     "budget holds everything": ([*MC, "--mc_budget=121"], "holds the whole history of 120 tokens"),
     "shares": ([*MC, "--mc_cuts=lens:0.5"], "sum to 1"),
@@ -76,7 +81,9 @@ def test_data_is_missing_or_empty(kept, train, tmp_path):
     (tmp_path / "blank").mkdir()
     for name in "ab":
         (tmp_path / "blank" / f"{name}.txt").write_text(" \n")
-    for directory, message in {"nowhere": "no such directory", "empty": "no .parquet .jsonl .jsonl.gz .jsonl.zst .txt .md .py files in it", "blank": "is empty"}.items():
+    for directory, message in {"nowhere": "no such directory",
+                               "empty": "no .parquet .jsonl .jsonl.gz .jsonl.zst .txt .md .py files in it",
+                               "blank": "is empty"}.items():
         error = train(kept, f"--data={tmp_path / directory}").error
         assert message in error and directory in error
     assert tree(kept) == before
@@ -87,7 +94,8 @@ def test_corrupt_parquet(kept, train, tmp_path):
     shards = tmp_path / "shards"
     shards.mkdir()
     for i in range(2):
-        pq.write_table(pa.table({"text": [f"{j} some words of text in shard {i} " * 200 for j in range(20)]}), shards / f"{i}.parquet")
+        pq.write_table(pa.table({"text": [f"{j} some words of text in shard {i} " * 200 for j in range(20)]}),
+                       shards / f"{i}.parquet")
     damaged = shards / "0.parquet"
     whole = damaged.read_bytes()
     for content in (whole[: len(whole) // 2], b"", bytes(b ^ 255 for b in whole)):
@@ -133,7 +141,8 @@ def test_corrupt_newest_checkpoint(base, train, reference):
     before = tree(base)
     done = train(base, "--resume=1")
     *warnings, error = done.err.strip().splitlines()
-    assert done.code == 2 and "no intact checkpoint" in error and all(line.startswith("warning: skipping") for line in warnings)
+    assert done.code == 2 and "no intact checkpoint" in error and all(line.startswith("warning: skipping")
+                                                                      for line in warnings)
     assert "Traceback" not in done.err and tree(base) == before
 
 
@@ -173,7 +182,8 @@ def test_not_finite_anywhere_in_a_step(kind, base, prepared, monkeypatch):
     else:
         monkeypatch.setattr(NullController, "training_step", spoiled(NullController.training_step))
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    flags = [*TINY, f"--data={prepared / 'texts'}", *(MC if kind == "lens" else []), "--save_every=3", "--log_every=20", "--stop_at=3"]
+    flags = [*TINY, f"--data={prepared / 'texts'}", *(MC if kind == "lens" else []), "--save_every=3",
+             "--log_every=20", "--stop_at=3"]
     monkeypatch.setattr(sys, "argv", ["base_train", *flags])
     with pytest.raises(UserError, match="loss is not finite at step 2 "):
         base_train.main()
@@ -184,7 +194,8 @@ def test_in_a_fresh_interpreter(kept, prepared):
     """The same through `python -m` and under torchrun, where the scripts are imported in other ways."""
     before = tree(kept)
     done = real(kept, "-m", "scripts.base_train", "--data=/nowhere", "--device=cpu", "--depth=1")
-    assert done.returncode == 2 and done.stderr.startswith("error: --data=/nowhere: no such directory") and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: --data=/nowhere: no such directory") and done.stderr.count("\n") == 1
     assert tree(kept) == before
 
 

@@ -1,4 +1,5 @@
-"""base_train end to end, by running it: reproducible, resumable, the same on one rank and two, MegaContext apart (B1, B2, B7, B9, B10)."""
+"""base_train end to end, by running it: reproducible, resumable, the same on one rank and two, MegaContext
+apart (B1, B2, B7, B9, B10)."""
 
 import json
 import math
@@ -25,7 +26,8 @@ from scripts.eval import probe as diagnostics
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 RANKS_TOLERANCE = 1e-5  # nats; measured 2.4e-7: micro-batches of the same shape, summed elsewhere
-SHAPE_TOLERANCE = 1e-3  # nats; measured 6e-5: products of another shape round otherwise, and Muon's bfloat16 lets that grow over 20 steps
+# nats; measured 6e-5: products of another shape round otherwise, and Muon's bfloat16 lets that grow over 20 steps
+SHAPE_TOLERANCE = 1e-3
 
 
 def worst_difference(a: Path, b: Path) -> float:
@@ -45,7 +47,8 @@ def test_same_seed_same_losses(kind, reference, base, train):
 def test_the_runs_compared_here_do_train(reference):
     first, last = ([row["train.loss"] for row in rows(reference["mc"])][i] for i in (0, -1))
     assert last < first - 1
-    assert [("mc.loss.wc" in row, "mc.loss.lens" in row) for row in rows(reference["mc"])] == [(step >= 4,) * 2 for step in range(20)]
+    assert [("mc.loss.wc" in row, "mc.loss.lens" in row) for row in rows(reference["mc"])] == [(step >= 4,) * 2
+                                                                                               for step in range(20)]
 
 
 @pytest.mark.parametrize("mc", ["absent", "poisoned"])
@@ -85,7 +88,8 @@ def test_killed_and_resumed_is_uninterrupted(kind, reference, base, prepared):
     assert same(last_checkpoint(base), last_checkpoint(reference[kind]))
 
 
-@pytest.mark.parametrize("flag", ["--matrix_lr=0.01", "--warmup_steps=3", "--num_iterations=40", "--mc_gist_lr=0.1", "--mc_kl_weight=0", "--mc_enabled=0"])
+@pytest.mark.parametrize("flag", ["--matrix_lr=0.01", "--warmup_steps=3", "--num_iterations=40", "--mc_gist_lr=0.1",
+                                  "--mc_kl_weight=0", "--mc_enabled=0"])
 def test_resume_with_changed_settings_is_refused(flag, reference, train):
     before = tree(reference["mc"])
     flags = [f for f in MC if not (flag == "--mc_enabled=0" and f.startswith("--mc_"))]
@@ -95,27 +99,34 @@ def test_resume_with_changed_settings_is_refused(flag, reference, train):
 
 def test_resume_honours_operational_flags(base, train, reference):
     train(base, "--stop_at=4").ok()
-    train(base, "--resume=1", "--device_batch_size=4", "--log_every=8", "--eval_every=6", "--save_every=5", "--keep_last=2").ok()
+    train(base, "--resume=1", "--device_batch_size=4", "--log_every=8", "--eval_every=6", "--save_every=5",
+          "--keep_last=2").ok()
     assert [row["step"] for row in rows(base)][4:] == [5, 6, 8, 10, 12, 15, 16, 18, 20]
     assert [row["step"] for row in rows(base) if "val.loss" in row] == [4, 6, 12, 18, 20]
-    assert sorted(p.name for p in (base / "checkpoints" / "t").glob("complete_*")) == ["complete_000015.json", "complete_000020.json"]
-    assert abs(rows(base)[-1]["train.loss"] - sum(r["train.loss"] for r in rows(reference["vanilla"])[18:]) / 2) < SHAPE_TOLERANCE
+    assert sorted(p.name for p in (base / "checkpoints" / "t").glob("complete_*")) == ["complete_000015.json",
+                                                                                       "complete_000020.json"]
+    assert abs(rows(base)[-1]["train.loss"] - sum(r["train.loss"]
+                                                  for r in rows(reference["vanilla"])[18:]) / 2) < SHAPE_TOLERANCE
 
 
 @kinds
 def test_two_ranks_are_one(kind, reference, base, prepared):
     """B1, trap 16: torchrun with two gloo processes gives the curve of one process."""
-    done = real(base, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "scripts/base_train.py", *TINY,
+    done = real(base, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "scripts/base_train.py",
+                *TINY,
                 f"--data={prepared / 'texts'}", *KINDS[kind])  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "2 rank(s) on cpu" in done.stdout and done.stdout.count("done: 20 steps") == 1
     assert worst_difference(base, reference[kind]) < RANKS_TOLERANCE
     assert abs(rows(base)[-1]["val.loss"] - rows(reference[kind])[-1]["val.loss"]) < RANKS_TOLERANCE
     assert len(list((base / "checkpoints" / "t").glob("optim_*"))) == 2
-    if kind == "mc":  # MegaContext's own losses and weights too: a lens that learns from one rank's rows has the same LM loss
+    # MegaContext's own losses and weights too: a lens that learns from one rank's rows has the same LM loss
+    if kind == "mc":
         for name in ("mc.loss.wc", "mc.loss.kl", "mc.loss.lens"):
-            assert max(abs(a[name] - b[name]) for a, b in zip(rows(base), rows(reference[kind])) if name in b) < SHAPE_TOLERANCE
-        mine, theirs = ({k: v for file, state in last_checkpoint(one).items() if file.startswith("mc_") for k, v in state.items()} for one in (base, reference[kind]))
+            assert max(abs(a[name] - b[name]) for a, b in zip(rows(base), rows(reference[kind]))
+                       if name in b) < SHAPE_TOLERANCE
+        mine, theirs = ({k: v for file, state in last_checkpoint(one).items() if file.startswith("mc_")
+                         for k, v in state.items()} for one in (base, reference[kind]))
         assert all((mine[k] - theirs[k]).norm() <= 1e-2 * theirs[k].norm() for k in theirs)
 
 
@@ -133,7 +144,8 @@ def test_megacontext_that_fails_stops_the_training(method, base, prepared, monke
 
     monkeypatch.setattr(owner, method, failing)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    monkeypatch.setattr(sys, "argv", ["base_train", *TINY, f"--data={prepared / 'texts'}", *MC, "--mc_start=0", "--probe_every=1", "--save_every=0", "--num_iterations=6"])
+    monkeypatch.setattr(sys, "argv", ["base_train", *TINY, f"--data={prepared / 'texts'}", *MC, "--mc_start=0",
+                                      "--probe_every=1", "--save_every=0", "--num_iterations=6"])
     with pytest.raises(RuntimeError, match="planted"):
         base_train.main()
     assert not list(base.glob("checkpoints/t/complete_*"))
@@ -145,14 +157,17 @@ def test_a_derived_horizon_is_the_same_given(kind, prepared, train, tmp_path):
     found, steps = [], 0
     for name in ("derived", "given"):
         base = Path(shutil.copytree(prepared / "base", tmp_path / name))
-        train(base, *KINDS[kind], *(["--num_iterations=0", "--target_tokens_per_param=0.2"] if name == "derived" else [f"--num_iterations={steps}"])).ok()
+        train(base, *KINDS[kind],
+              *(["--num_iterations=0", "--target_tokens_per_param=0.2"] if name == "derived"
+                else [f"--num_iterations={steps}"])).ok()
         steps = rows(base)[-1]["step"]
         found.append(([(row["optim.lr"], row["optim.momentum"]) for row in rows(base)], losses(base)))
     assert 6 < steps < 60 and found[0] == found[1]
 
 
 def test_settings_that_are_off_by_default_resume_too(prepared, train, tmp_path):
-    every = [*MC, "--mc_arms=kl,contrast,horizon,bands", "--mc_lens_kl=0.3", "--mc_variants=2", "--mc_teacher=gate:1,counterfactual:1,preference:1", "--mc_lens_edits=3", "--mc_far_tokens=400",
+    every = [*MC, "--mc_arms=kl,contrast,horizon,bands", "--mc_lens_kl=0.3", "--mc_variants=2",
+             "--mc_teacher=gate:1,counterfactual:1,preference:1", "--mc_lens_edits=3", "--mc_far_tokens=400",
              "--mc_lens=slots", "--grad_clip=1"]
     whole, parts = (Path(shutil.copytree(prepared / "base", tmp_path / name)) for name in ("whole", "parts"))
     train(whole, *every).ok()
@@ -170,15 +185,18 @@ def test_accumulated_micro_batches_are_one_larger(kind, reference, base, train):
 def test_equal_tokens_more_flops_with_mc(reference):
     """Trap 12."""
     vanilla, mc = (rows(reference[kind]) for kind in ("vanilla", "mc"))
-    assert [row["train.tokens"] for row in vanilla] == [row["train.tokens"] for row in mc] == [512 * (i + 1) for i in range(20)]
-    assert [row["train.flops"] for row in vanilla][:4] == [row["train.flops"] for row in mc][:4]  # MegaContext begins at step 4
+    assert [row["train.tokens"] for row in vanilla] == [row["train.tokens"] for row in mc] == [512 * (i + 1)
+                                                                                               for i in range(20)]
+    # MegaContext begins at step 4
+    assert [row["train.flops"] for row in vanilla][:4] == [row["train.flops"] for row in mc][:4]
     assert mc[-1]["train.flops"] > 1.2 * vanilla[-1]["train.flops"]
 
 
 @kinds
 def test_what_is_recorded(kind, reference):
     """B10: throughput, utilization, losses, bits per byte, memory and the time of each part."""
-    wanted = {"train.loss", "train.grad_norm", "train.step_time", "train.data_wait", "train.tokens_per_second", "train.mfu", "train.tokens",
+    wanted = {"train.loss", "train.grad_norm", "train.step_time", "train.data_wait", "train.tokens_per_second",
+              "train.mfu", "train.tokens",
               "train.flops", "train.memory", "optim.lr", "val.loss", "val.bpb"}  # fmt: skip
     if kind == "mc":
         wanted |= {"mc.loss.wc", "mc.loss.kl", "mc.loss.lens", "mc.delta_nll", "mc.lens.hit", "mc.focus.utilization"}
@@ -209,7 +227,8 @@ def test_speed_is_of_the_logging_interval(base, prepared, monkeypatch):
     monkeypatch.setattr(meter, "time", SimpleNamespace(perf_counter=lambda: now[0], time=time.time))
     monkeypatch.setattr(meter, "peak_flops", lambda device: 1e6)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    flags = [*TINY, f"--data={prepared / 'texts'}", "--num_iterations=8", "--log_every=3", "--eval_every=4", "--save_every=4"]
+    flags = [*TINY, f"--data={prepared / 'texts'}", "--num_iterations=8", "--log_every=3", "--eval_every=4",
+             "--save_every=4"]
     monkeypatch.setattr(sys, "argv", ["base_train", *flags])
     base_train.main()
     logged = rows(base)
@@ -223,9 +242,11 @@ def test_speed_is_of_the_logging_interval(base, prepared, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["gate", "attention"])
 def test_frozen_base_only_megacontext_learns(teacher, base, train, reference):
-    """E5: the base starts from another run's weights and ends with them; GistNet and LensNet have moved, away from what was taken over."""
+    """E5: the base starts from another run's weights and ends with them; GistNet and LensNet have moved,
+    away from what was taken over."""
     start = reference["mc"] / "checkpoints" / "t"
-    flags = [f"--init_from={start}", "--freeze_base=1", "--mc_start=0", f"--mc_teacher={teacher}", "--num_iterations=3", "--eval_every=1"]
+    flags = [f"--init_from={start}", "--freeze_base=1", "--mc_start=0", f"--mc_teacher={teacher}",
+             "--num_iterations=3", "--eval_every=1"]
     result = train(base, *[f for f in MC if "mc_start" not in f], *flags).ok()
     assert "starting from" in result.out and "of MegaContext as well" in result.out
     (before, _), (after, meta) = load_model_state(start), load_model_state(base / "checkpoints" / "t")
@@ -239,7 +260,8 @@ def test_frozen_base_only_megacontext_learns(teacher, base, train, reference):
 
 
 def test_megacontext_starts_from_the_other_runs(base, train, reference):
-    """With rates of nothing it ends as it began: with the tensors that the other run had learned, which a fresh start does not have."""
+    """With rates of nothing it ends as it began: with the tensors that the other run had learned, which
+    a fresh start does not have."""
     start = reference["mc"] / "checkpoints" / "t"
     flags = ["--freeze_base=1", "--mc_start=0", "--mc_gist_lr=1e-11", "--mc_lens_lr=1e-11", "--num_iterations=1"]
     train(base, *[f for f in MC if "mc_start" not in f], f"--init_from={start}", *flags).ok()
@@ -256,9 +278,11 @@ def test_starting_from_another_model_is_refused(base, train, reference):
 
 def test_random_tokens_cannot_be_predicted(base, train):
     """Trap 1: no next-token loss on uniform random tokens goes below ln V; a target that is not shifted would."""
-    tokenizer = Tokenizer([bytes([i]) for i in range(256)], reserved=Reserved(2, 2, 2))  # few ids: easy to copy, were it possible
+    # few ids: easy to copy, were it possible
+    tokenizer = Tokenizer([bytes([i]) for i in range(256)], reserved=Reserved(2, 2, 2))
     tokenizer.save(base / "tokenizer")
-    train(base, *MC, "--data=random", "--num_iterations=300", "--total_batch_size=256", "--mc_start=0.1", "--matrix_lr=0.04").ok()
+    train(base, *MC, "--data=random", "--num_iterations=300", "--total_batch_size=256", "--mc_start=0.1",
+          "--matrix_lr=0.04").ok()
     floor = math.log(tokenizer.vocab_size) - 0.02
     for name in ("train.loss", "mc.loss.wc"):
         curve = [row[name] for row in rows(base) if name in row]
@@ -268,7 +292,8 @@ def test_random_tokens_cannot_be_predicted(base, train):
 
 def test_wandb_offline(base, prepared):
     pytest.importorskip("wandb")
-    done = real(base, "-m", "scripts.base_train", *TINY, f"--data={prepared / 'texts'}", "--num_iterations=2", "--run=trial", WANDB_MODE="offline")
+    done = real(base, "-m", "scripts.base_train", *TINY, f"--data={prepared / 'texts'}", "--num_iterations=2",
+                "--run=trial", WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
     assert list((base / "runs" / "t").rglob("offline-run-*/*.wandb")) and len(rows(base)) == 2
 
@@ -288,7 +313,8 @@ def test_help(script, tmp_path):
 
 
 def test_both_spellings_of_flags(base, train):
-    plans = [train(base, "--dry_run=1", *MC[1:], *flags).ok().out for flags in (["--mc_enabled=1"], ["--mc-enabled", "1"], ["--mc-enabled=1"])]
+    plans = [train(base, "--dry_run=1", *MC[1:], *flags).ok().out
+             for flags in (["--mc_enabled=1"], ["--mc-enabled", "1"], ["--mc-enabled=1"])]
     assert len(set(plans)) == 1 and json.loads(plans[0])["mc"] is True
     off = train(base, "--dry_run=1", "--mc_enabled=1", "--mc-enabled", "0").ok()
     assert json.loads(off.out)["mc"] is False and "mc" not in off.modules
@@ -296,7 +322,8 @@ def test_both_spellings_of_flags(base, train):
 
 def test_planned_memory_counts_megacontext(base, train):
     """More contexts, entries or logits: more bytes, at the same number of weights."""
-    plans = [json.loads(train(base, "--dry_run=1", *MC, *flag).ok().out) for flag in ([], ["--mc_variants=2"], ["--mc_budget=48"])]
+    plans = [json.loads(train(base, "--dry_run=1", *MC, *flag).ok().out)
+             for flag in ([], ["--mc_variants=2"], ["--mc_budget=48"])]
     usual, *more = (plan["memory_bytes_per_rank"] - 16 * plan["parameters"] for plan in plans)
     vanilla = json.loads(train(base, "--dry_run=1").ok().out)
     captured = 4 * 4 * 2 * 128 * 2 * 32  # q, k, v, y: rows, tokens, layers, width

@@ -1,5 +1,5 @@
-"""compare_focus, eval_focus and mc_bench on tiny checkpoints, and the trainings that quickstart.sh would run: the report's shape, same numbers twice,
-mistakes in one line."""
+"""compare_focus, eval_focus and mc_bench on tiny checkpoints, and the trainings that quickstart.sh would run: the
+report's shape, same numbers twice, mistakes in one line."""
 
 import json
 import os
@@ -18,12 +18,16 @@ from scripts.mc_eval import make_parser
 from scripts.eval.run_focus import LABELS
 from scripts.eval.scores import CHEATS, SCORES
 
-TINY = ["--depth=1", "--aspect_ratio=16", "--head_dim=16", "--smear=0", "--value_embeds=0", "--device_batch_size=2", "--num_iterations=2",
+TINY = ["--depth=1", "--aspect_ratio=16", "--head_dim=16", "--smear=0", "--value_embeds=0", "--device_batch_size=2",
+        "--num_iterations=2",
         "--save_every=1", "--eval_every=0", "--eval_tokens=1", "--log_every=1", "--device=cpu", "--seed=3"]  # fmt: skip
-LENS = ["--mc_enabled=1", "--mc_start=0", "--mc_ramp=1", "--mc_gist_width=16", "--mc_lens_key_dim=8", "--mc_lens_keys=1", "--mc_lens_queries=48"]
+LENS = ["--mc_enabled=1", "--mc_start=0", "--mc_ramp=1", "--mc_gist_width=16", "--mc_lens_key_dim=8",
+        "--mc_lens_keys=1", "--mc_lens_queries=48"]
 TASKS = {  # flags of both trainings, flags of MegaContext, and (n, W, R, H, block size)
-    "recall": (["--data=recall", "--max_seq_len=1088", "--total_batch_size=2176"], ["--mc_budget=96"], (1056, 96, 32, 32, 32)),
-    "text": (["--max_seq_len=128", "--total_batch_size=256"], ["--mc_block_size=8", "--mc_budget=48", "--mc_horizon=8", "--mc_recent=8"],
+    "recall": (["--data=recall", "--max_seq_len=1088", "--total_batch_size=2176"], ["--mc_budget=96"],
+               (1056, 96, 32, 32, 32)),
+    "text": (["--max_seq_len=128", "--total_batch_size=256"],
+             ["--mc_block_size=8", "--mc_budget=48", "--mc_horizon=8", "--mc_recent=8"],
              (120, 48, 8, 8, 8)),
 }  # fmt: skip
 ROW = {"system", "nll", "delta_nll", "acc", "entries"}
@@ -42,7 +46,8 @@ def trained(prepared, tmp_path_factory) -> Path:
 
 def compare(base: Path, *flags: str, contexts: int = 2, **checkpoints: Path):
     """compare_focus on the checkpoints of `base`, or those named."""
-    places = {f"{task}_{kind}": base / "checkpoints" / f"{task}_{kind}" for task in TASKS for kind in ("mc", "vanilla")} | checkpoints
+    places = {f"{task}_{kind}": base / "checkpoints" / f"{task}_{kind}" for task in TASKS
+              for kind in ("mc", "vanilla")} | checkpoints
     named = [f"--{name}={place}" for name, place in places.items()]
     return run(base, "mc_eval", "compare", *named, f"--contexts={contexts}", "--pairs=1", *flags)
 
@@ -65,7 +70,8 @@ def test_report(compared):
     assert found["step_time_ratio"] == max(cost["ratio"] for cost in found["step_times"].values()) > 0
     for name, (_, _, (n, budget, recent, horizon, block)) in TASKS.items():
         task = found["tasks"][name]
-        assert (task["history"], task["budget"], task["recent"], task["horizon"], task["block_size"]) == (n, budget, recent, horizon, block)
+        assert (task["history"], task["budget"], task["recent"], task["horizon"],
+                task["block_size"]) == (n, budget, recent, horizon, block)
         assert [row["system"] for row in task["rows"]] == list(SYSTEMS) and all(ROW <= set(row) for row in task["rows"])
         assert task["contexts"] == 2 and task["tokens"] == 2 * (2176 if name == "recall" else 256)
         assert task["flops"]["mc"] > task["flops"]["vanilla"] > 0
@@ -84,7 +90,8 @@ def test_report(compared):
         assert of["mc_oracle"]["nll"] <= min(of[f"mc_{policy}"]["nll"] for policy in ("random", "recency", "lens"))
         assert len({of[system]["nll"] for system in ("full", "vanilla_full", "sliding_window", "vanilla_window")}) == 4
         parts = found["step_times"][name]["shares"]
-        assert sum(parts.values()) == pytest.approx(found["step_times"][name]["ratio"] - 1, abs=1e-6)  # one pair: medians are the pair's
+        # one pair: medians are the pair's
+        assert sum(parts.values()) == pytest.approx(found["step_times"][name]["ratio"] - 1, abs=1e-6)
 
 
 def test_what_is_printed(compared):
@@ -123,9 +130,11 @@ def test_commit(monkeypatch):
 
 
 def test_mc_bench(trained):
-    done = run(trained, "mc_bench", "train", f"--checkpoint_dir={trained / 'checkpoints' / 'text_mc'}", "--pairs=2", "--steps=1").ok()
+    done = run(trained, "mc_bench", "train", f"--checkpoint_dir={trained / 'checkpoints' / 'text_mc'}", "--pairs=2",
+               "--steps=1").ok()
     found = json.loads(done.out.splitlines()[-1])
-    assert set(found) == {"ratio", "low", "high", "vanilla_s", "mc_s", "parts"} and 0 < found["low"] <= found["ratio"] <= found["high"]
+    assert set(found) == {"ratio", "low", "high", "vanilla_s", "mc_s",
+                          "parts"} and 0 < found["low"] <= found["ratio"] <= found["high"]
     assert sum(found["parts"].values()) == pytest.approx(found["mc_s"] - found["vanilla_s"])
     printed = dict(re.findall(r"^  (\S.*?) +(-?[\d.]+)% of a vanilla step$", done.out, re.M))
     assert {name: float(share) for name, share in printed.items()} == pytest.approx(
@@ -135,11 +144,14 @@ def test_mc_bench(trained):
 
 def test_mc_bench_lens(trained):
     """All kinds judged on the same rows: what does not depend on the lens is the same, what does is not."""
-    done = run(trained, "mc_bench", "lens", f"--checkpoint_dir={trained / 'checkpoints' / 'text_mc'}", "--steps=2", "--contexts=3", "--horizon=4").ok()
+    done = run(trained, "mc_bench", "lens", f"--checkpoint_dir={trained / 'checkpoints' / 'text_mc'}", "--steps=2",
+               "--contexts=3", "--horizon=4").ok()
     found = json.loads(done.out.splitlines()[-1])["lenses"]
-    assert list(found) == ["bilinear", "transformer", "perceiver", "slots"] and len({row["nats_lens"] for row in found.values()}) == 4
+    assert list(found) == ["bilinear", "transformer", "perceiver",
+                           "slots"] and len({row["nats_lens"] for row in found.values()}) == 4
     for kind, row in found.items():
-        assert {name: row[name] for name in ("nats_even", "nats_least", "won_best", "won_recency")}.items() <= found["bilinear"].items()
+        assert {name: row[name]
+                for name in ("nats_even", "nats_least", "won_best", "won_recency")}.items() <= found["bilinear"].items()
         assert row["nats_least"] <= row["nats_lens"] and row["won_lens"] <= row["won_best"] and row["of_the_pass"] > 0
         assert row["nats_lens_gain"][0] == pytest.approx(row["nats_lens"] - found["bilinear"]["nats_lens"])
         assert f"{kind:12s} {row['nats_lens']:.4f} nats" in done.out
@@ -148,8 +160,10 @@ def test_mc_bench_lens(trained):
 def test_mc_stream(trained, tmp_path):
     """The tiny recall model knows nothing, and the numbers say so; every part of the report is there."""
     checkpoints = trained / "checkpoints"
-    done = run(trained, "mc_eval", "stream", f"--checkpoint_dir={checkpoints / 'recall_mc'}", f"--text_checkpoint_dir={checkpoints / 'text_mc'}", "--streams=2",
-               "--windows=8", "--filler=pairs", "--mc_budget=192", "--max_length=4096", "--length_budget=192", "--length_streams=1", "--passages=2",
+    done = run(trained, "mc_eval", "stream", f"--checkpoint_dir={checkpoints / 'recall_mc'}",
+               f"--text_checkpoint_dir={checkpoints / 'text_mc'}", "--streams=2",
+               "--windows=8", "--filler=pairs", "--mc_budget=192", "--max_length=4096", "--length_budget=192",
+               "--length_streams=1", "--passages=2",
                f"--out={tmp_path / 'out'}").ok()
     summary, report = json.loads(done.out.splitlines()[-1]), json.loads((tmp_path / "out" / "stream.json").read_text())
     assert (summary["n"], summary["windows"], summary["budget"], summary["streams"]) == (1536, 8, 192, 2)
@@ -158,8 +172,10 @@ def test_mc_stream(trained, tmp_path):
         assert list(found) == ["1-2", "2-4", "4-8"] and all(0 <= acc < 0.5 for acc in found.values()), system
     assert summary["least_lens"] == min(summary["accuracy"]["pairs"]["lens"].values())
     assert [r["questions"] for r in report["distance"]] == [2] * 9
-    assert {(r["group"], r["place"]) for r in report["length"]} == {(f"recall, {g}", n) for g in ("start", "near") for n in ("1024", "4096")}
-    assert {(r["system"], r["place"]) for r in report["text"]} == {(s, n) for s in ("lens", "window") for n in ("120", "480", "1920")}
+    assert {(r["group"], r["place"]) for r in report["length"]} == {(f"recall, {g}", n) for g in ("start", "near")
+                                                                    for n in ("1024", "4096")}
+    assert {(r["system"], r["place"]) for r in report["text"]} == {(s, n) for s in ("lens", "window")
+                                                                   for n in ("120", "480", "1920")}
     for row in (*report["distance"], *report["length"], *report["text"]):
         assert row["nll"] > 0 and row["entries"] <= 192 and (row["entries"] > 0) == (row["system"] != "window")
     assert all((tmp_path / "out" / name).exists() for name in ("stream.md", "stream.png", "stream.pdf"))
@@ -167,11 +183,13 @@ def test_mc_stream(trained, tmp_path):
 
 
 @pytest.mark.parametrize("checkpoint, flags, message", [
-    ("recall_vanilla", [], "no MegaContext"), ("text_mc", [], "not on --data=recall"), ("recall_mc", ["--windows=1"], "at least 2"),
-    ("recall_mc", ["--filler=music"], "pairs, text"), ("recall_mc", ["--windows=600", "--mc_budget=96", "--streams=1"], "too small"),
+    ("recall_vanilla", [], "no MegaContext"), ("text_mc", [], "not on --data=recall"),
+    ("recall_mc", ["--windows=1"], "at least 2"),
+    ("recall_mc", ["--filler=music"], "pairs, text"), ("recall_mc", ["--mc_budget=64", "--streams=1"], "too small"),
 ])  # fmt: skip
 def test_mistakes_of_mc_stream(checkpoint, flags, message, trained, tmp_path):
-    done = run(trained, "mc_eval", "stream", f"--checkpoint_dir={trained / 'checkpoints' / checkpoint}", *flags, f"--out={tmp_path / 'out'}")
+    done = run(trained, "mc_eval", "stream", f"--checkpoint_dir={trained / 'checkpoints' / checkpoint}", *flags,
+               f"--out={tmp_path / 'out'}")
     assert message in done.error and not (tmp_path / "out").exists()
 
 
@@ -183,9 +201,11 @@ def eval_focus(base: Path, out: Path, *flags: str):
 
 
 def test_eval_focus(trained, tmp_path):
-    """Recall within and beyond the trained length, text at two budgets, two seeds (the same twice): every number of the report is there."""
+    """Recall within and beyond the trained length, text at two budgets, two seeds (the same twice): every
+    number of the report is there."""
     recall, text = (trained / "checkpoints" / f"{task}_mc" for task in TASKS)
-    done = eval_focus(trained, tmp_path, f"--recall_mc={recall},{recall}", "--recall_sizes=3:1,33:8", f"--text_mc={text}", "--text_budgets=40,48").ok()
+    done = eval_focus(trained, tmp_path, f"--recall_mc={recall},{recall}", "--recall_sizes=3:1,33:8",
+                      f"--text_mc={text}", "--text_budgets=40,48").ok()
     report = json.loads((tmp_path / "focus.json").read_text())
     assert [(s["name"], s["n"], s["budget"], s["seeds"], s["shown"]) for s in report["settings"]] == [
         ("recall, 3 blocks at 1/1", 128, 96, 2, 2), ("recall, 33 blocks at 1/8", 1088, 132, 2, 3),
@@ -197,14 +217,17 @@ def test_eval_focus(trained, tmp_path):
             assert row["entries"] <= (s["n"] if name == "full" else s["budget"]) and 0 < row["nll"]["mean"] < 20
             assert ("acc" in row) == (s["task"] == "recall") and len(row["nll"]["seeds"]) == s["seeds"]
             if name in (*SCORES, *CHEATS):
-                assert row["regret"]["mean"] == pytest.approx(row["nll"]["mean"] - systems["oracle"]["nll"]["mean"], abs=1e-6) and row["regret"]["interval"][0] >= 0
+                assert row["regret"]["mean"] == pytest.approx(row["nll"]["mean"] - systems["oracle"]["nll"]["mean"],
+                                                              abs=1e-6) and row["regret"]["interval"][0] >= 0
                 assert 0 <= row["hit_at_1"]["mean"] <= 1 and -1 <= row["spearman"]["mean"] <= 1
         if s["seeds"] == 2:
             assert systems["lens"]["nll"]["seeds"][0] == systems["lens"]["nll"]["seeds"][1]
     last = json.loads(done.out.splitlines()[-1])
     lens = [s["systems"]["lens"] for s in report["settings"][:2]]
-    assert last["regret"] == max(row["regret"]["mean"] for row in lens) and last["hit_at_1"] == min(row["hit_at_1"]["mean"] for row in lens)
-    assert last["spearman"] == min(row["spearman"]["mean"] for row in lens) and last["gap_closed_text"] is None, "untrained: no gap to close"
+    assert last["regret"] == max(row["regret"]["mean"]
+                                 for row in lens) and last["hit_at_1"] == min(row["hit_at_1"]["mean"] for row in lens)
+    assert last["spearman"] == min(row["spearman"]["mean"]
+                                   for row in lens) and last["gap_closed_text"] is None, "untrained: no gap to close"
     assert (tmp_path / "focus.md").read_text() in done.out and last["report"] == str(tmp_path / "focus.json")
 
 
@@ -215,33 +238,43 @@ def test_eval_focus_on_hops(trained, tmp_path):
     run(base, "base_train", *TINY, *LENS, *flags, "--mc_budget=160").ok()
     done = eval_focus(base, tmp_path / "out", f"--hops_mc={base / 'checkpoints' / 'hops_mc'}").ok()
     report = json.loads((tmp_path / "out" / "focus.json").read_text())
-    assert [(row["announced"], row["blocks"], row["budget"], row["contexts"]) for row in report["hops"]] == [(0, 8, 160, 2), (5, 8, 160, 2)]
+    assert [(row["announced"], row["blocks"], row["budget"], row["contexts"])
+            for row in report["hops"]] == [(0, 8, 160, 2), (5, 8, 160, 2)]
     for row in report["hops"]:
-        assert set(row["systems"]) == {"refocused", "once", "oracle", "window", "full"} and all(one["mean"] < 0.5 for one in row["systems"].values())
+        assert set(row["systems"]) == {"refocused", "once", "oracle", "window", "full"} and all(one["mean"] < 0.5
+                                                                                                for one in row["systems"].values())
     last = json.loads(done.out.splitlines()[-1])
     assert last["accuracy_two_hops"] == report["hops"][0]["systems"]["refocused"]["mean"] and last["regret"] is None and report["settings"] == []
 
 
 def test_blocks_of_a_model_that_are_not_the_tasks(trained, tmp_path):
-    """Facts stand in blocks of 32 tokens, as in training: recall is judged in the model's blocks, chains and streams are refused."""
+    """Facts stand in blocks of 32 tokens, as in training: recall is judged in the model's blocks,
+    chains and streams are refused."""
     base = Path(shutil.copytree(trained, tmp_path / "base", ignore=shutil.ignore_patterns("runs", "tokens-*")))
-    for task, flags in {"recall": TASKS["recall"][0], "hops": ["--data=hops", "--recall_blocks=8", "--max_seq_len=320", "--total_batch_size=640"]}.items():
-        run(base, "base_train", *TINY, *LENS, *flags, "--mc_block_size=8", "--mc_budget=96", f"--model_tag={task}_8").ok()
+    for task, flags in {"recall": TASKS["recall"][0], "hops": ["--data=hops", "--recall_blocks=8", "--max_seq_len=320",
+                                                               "--total_batch_size=640"]}.items():
+        run(base, "base_train", *TINY, *LENS, *flags, "--mc_block_size=8", "--mc_budget=96",
+            f"--model_tag={task}_8").ok()
     recall, hops, out = base / "checkpoints" / "recall_8", base / "checkpoints" / "hops_8", f"--out={tmp_path / 'no'}"
     eval_focus(base, tmp_path / "out", f"--recall_mc={recall}", "--recall_sizes=8:2").ok()
     (setting,) = json.loads((tmp_path / "out" / "focus.json").read_text())["settings"]
-    assert (setting["n"], setting["budget"], setting["shown"]) == (288, 128, 13) and setting["systems"]["lens"]["hit_at_most"] is not None
-    errors = [run(base, "mc_eval", "focus", f"--hops_mc={hops}", out).error, run(base, "mc_eval", "stream", f"--checkpoint_dir={recall}", out).error,
+    assert (setting["n"], setting["budget"], setting["shown"]) == (288, 128,
+                                                                   13) and setting["systems"]["lens"]["hit_at_most"] is not None
+    errors = [run(base, "mc_eval", "focus", f"--hops_mc={hops}", out).error,
+              run(base, "mc_eval", "stream", f"--checkpoint_dir={recall}", out).error,
               run(base, "mc_eval", "focus", f"--recall_mc={recall},{trained / 'checkpoints' / 'recall_mc'}", out).error]
-    for error, message in zip(errors, ("--mc_block_size=8, --data=hops", "--mc_block_size=8, --data=recall", "of one block size")):
+    for error, message in zip(errors, ("--mc_block_size=8, --data=hops", "--mc_block_size=8, --data=recall",
+                                       "of one block size")):
         assert message in error
 
 
 def test_text_focus_study(trained, prepared, tmp_path):
     """Every number is there, also from what was kept, and the predictor is left out when it is not asked for."""
-    flags = [f"--text_mc={trained / 'checkpoints' / 'long'}", "--contexts=3", "--batch=2", "--candidates=1", "--rounds=2", f"--out={tmp_path / 'out'}"]
+    flags = [f"--text_mc={trained / 'checkpoints' / 'long'}", "--contexts=3", "--batch=2", "--candidates=1",
+             "--rounds=2", f"--out={tmp_path / 'out'}"]
     base = Path(shutil.copytree(trained, tmp_path / "base", ignore=shutil.ignore_patterns("runs")))
-    run(base, "base_train", *TINY, *LENS, f"--data={prepared / 'texts'}", "--max_seq_len=192", "--total_batch_size=384", "--mc_block_size=8", "--mc_budget=48",
+    run(base, "base_train", *TINY, *LENS, f"--data={prepared / 'texts'}", "--max_seq_len=192",
+        "--total_batch_size=384", "--mc_block_size=8", "--mc_budget=48",
         "--mc_horizon=8", "--mc_recent=8", "--model_tag=long").ok()
     flags[0] = f"--text_mc={base / 'checkpoints' / 'long'}"
     done = run(base, "mc_eval", "text", *flags, "--train_contexts=4").ok()
@@ -249,12 +282,19 @@ def test_text_focus_study(trained, prepared, tmp_path):
     (setting,) = report["settings"]
     assert (setting["n"], setting["budget"], setting["counts"], setting["contexts"]) == (128, 48, [1, 2, 4, 5], 3)
     for row in setting["summary"]["horizons"].values():
-        assert set(row["nll"]) == {"full", "window", "gists", "gists@0", *(f"{s}@{c}" for s in ("lens", "recency", "random", "bm25", "tail_attention", "predictor", "oracle") for c in (1, 2, 4, 5))}
-        assert all(row["nll"]["oracle@5"] <= row["nll"][f"{s}@5"] for s in ("lens", "recency", "random", "predictor")) and row["nll"]["oracle@5"] <= row["nll"]["oracle@1"]
+        assert set(row["nll"]) == {"full", "window", "gists", "gists@0",
+                                   *(f"{s}@{c}" for s in ("lens", "recency", "random", "bm25", "tail_attention",
+                                                          "predictor", "oracle") for c in (1, 2, 4, 5))}
+        assert all(row["nll"]["oracle@5"] <= row["nll"][f"{s}@5"]
+                   for s in ("lens", "recency", "random",
+                             "predictor")) and row["nll"]["oracle@5"] <= row["nll"]["oracle@1"]
     assert (tmp_path / "out" / "text_focus.md").read_text() in done.out
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.npz")}
     again = run(base, "mc_eval", "text", *flags, "--train_contexts=4").ok()
-    assert len(kept) == 1 and {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.npz")} == kept and again.out.splitlines()[-1] == done.out.splitlines()[-1]
+    assert len(kept) == 1 and {p: p.stat().st_mtime_ns
+                               for p in (tmp_path
+                                         / "out").glob(
+                                             "*.npz")} == kept and again.out.splitlines()[-1] == done.out.splitlines()[-1]
     run(base, "mc_eval", "text", *flags, "--contexts=1", "--train_contexts=0").ok()
     (setting,) = json.loads((tmp_path / "out" / "text_focus.json").read_text())["settings"]
     assert "predictor@5" not in setting["summary"]["horizons"]["8"]["nll"]
@@ -262,10 +302,14 @@ def test_text_focus_study(trained, prepared, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ([], "nothing to judge"), (["--hops_mc={recall_mc}"], "not trained on --data=hops"), (["--recall_mc={recall_vanilla}"], "no MegaContext"), (["--recall_mc={text_mc}"], "not on recall"),
-    (["--recall_mc={recall_mc}", "--recall_sizes=64"], "'64' is not blocks:ratio"), (["--recall_mc={recall_mc}", "--recall_sizes=64:32"], "too small"),
-    (["--text_mc={text_mc}", "--text_budgets=many"], "'many' is no number"), (["--text_mc={text_mc},{recall_mc}"], "one shape"),
-    (["--text_mc={text_mc}", "--contexts=0"], "--contexts"), (["--text_mc={text_mc}", "--contexts=100000"], "the held-out split has"),
+    ([], "nothing to judge"), (["--hops_mc={recall_mc}"], "not trained on --data=hops"),
+    (["--recall_mc={recall_vanilla}"], "no MegaContext"), (["--recall_mc={text_mc}"], "not on recall"),
+    (["--recall_mc={recall_mc}", "--recall_sizes=64"], "'64' is not blocks:ratio"),
+    (["--recall_mc={recall_mc}", "--recall_sizes=64:32"], "too small"),
+    (["--text_mc={text_mc}", "--text_budgets=many"], "'many' is no number"),
+    (["--text_mc={text_mc},{recall_mc}"], "one shape"),
+    (["--text_mc={text_mc}", "--contexts=0"], "--contexts"),
+    (["--text_mc={text_mc}", "--contexts=100000"], "the held-out split has"),
 ])  # fmt: skip
 def test_mistakes_of_eval_focus(flags, message, trained, tmp_path):
     places = {p.name: p for p in (trained / "checkpoints").iterdir()}
@@ -278,14 +322,16 @@ def test_mistakes_of_eval_focus(flags, message, trained, tmp_path):
 
 @pytest.fixture(scope="module")
 def kept(trained, tmp_path_factory) -> Path:
-    """A base directory of checkpoints that nothing here may touch, with no report. `shorter`: of the first step only; `unlogged`:
-    copied without its log; `reseeded`: another seed; `slower`: other rates."""
+    """A base directory of checkpoints that nothing here may touch, with no report. `shorter`: of the first step only;
+    `unlogged`: copied without its log; `reseeded`: another seed; `slower`: other rates."""
     base = Path(shutil.copytree(trained, tmp_path_factory.mktemp("mistakes") / "base"))
     shutil.rmtree(base / "quickstart", ignore_errors=True)
-    shutil.copytree(base / "checkpoints" / "recall_vanilla", base / "checkpoints" / "shorter", ignore=shutil.ignore_patterns("*_000002*"))
+    shutil.copytree(base / "checkpoints" / "recall_vanilla", base / "checkpoints" / "shorter",
+                    ignore=shutil.ignore_patterns("*_000002*"))
     shutil.copytree(base / "checkpoints" / "recall_vanilla", base / "checkpoints" / "unlogged")
     run(base, "base_train", *TINY, *TASKS["recall"][0], "--seed=4", "--model_tag=reseeded").ok()
-    run(base, "base_train", *TINY, *TASKS["recall"][0], "--matrix_lr=0.01", "--recall_grow=0.1", "--keep_last=1", "--model_tag=slower").ok()
+    run(base, "base_train", *TINY, *TASKS["recall"][0], "--matrix_lr=0.01", "--recall_grow=0.1", "--keep_last=1",
+        "--model_tag=slower").ok()
     return base
 
 
@@ -333,11 +379,14 @@ def test_another_tokenizer(kept, tmp_path):
 
 
 @pytest.mark.parametrize(("checkpoint", "flags", "message"), [
-    ("nowhere", [], "no checkpoint directory"), ("text_vanilla", [], "--mc_enabled=0"), ("text_mc", ["--pairs=0"], "--pairs=0"),
-    ("text_mc", ["--steps=0"], "--steps=0"), ("text_mc", ["--device=tpu"], "--device: invalid choice: 'tpu'")])  # fmt: skip
+    ("nowhere", [], "no checkpoint directory"), ("text_vanilla", [], "--mc_enabled=0"),
+    ("text_mc", ["--pairs=0"], "--pairs=0"),
+    ("text_mc", ["--steps=0"], "--steps=0"),
+    ("text_mc", ["--device=tpu"], "--device: invalid choice: 'tpu'")])  # fmt: skip
 def test_mistakes_of_mc_bench(checkpoint, flags, message, kept):
     before = tree(kept)
-    assert message in run(kept, "mc_bench", "train", f"--checkpoint_dir={kept / 'checkpoints' / checkpoint}", *flags).error
+    assert message in run(kept, "mc_bench", "train", f"--checkpoint_dir={kept / 'checkpoints' / checkpoint}",
+                          *flags).error
     assert tree(kept) == before
 
 
@@ -350,7 +399,8 @@ printf '\\n' >> "$RECORD"
 
 
 def quickstart(folder: Path, **env: str) -> list[list[str]]:
-    """The commands that quickstart.sh gives, without running them: python and torchrun only write down their arguments."""
+    """The commands that quickstart.sh gives, without running them: python and torchrun only
+    write down their arguments."""
     stubs, record = folder / "stubs", folder / "record"
     stubs.mkdir(exist_ok=True)
     record.write_text("")
@@ -358,8 +408,10 @@ def quickstart(folder: Path, **env: str) -> list[list[str]]:
         (stubs / name).write_text(STUB)
         (stubs / name).chmod(0o755)
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "SEED")}
-    subprocess.run(["bash", str(ROOT / "runs" / "quickstart.sh")], cwd=folder, check=True, capture_output=True, timeout=60, env={
-        **clean, "PATH": f"{stubs}:{os.environ['PATH']}", "RECORD": str(record), "NO_INSTALL": "1", "NANOCHAT_BASE_DIR": str(folder / "base"), **env})
+    subprocess.run(["bash", str(ROOT / "runs" / "quickstart.sh")], cwd=folder, check=True, capture_output=True,
+                   timeout=60, env={
+        **clean, "PATH": f"{stubs}:{os.environ['PATH']}", "RECORD": str(record), "NO_INSTALL": "1",
+                       "NANOCHAT_BASE_DIR": str(folder / "base"), **env})
     return [line.rstrip("\0").split("\0") for line in record.read_text().splitlines()]
 
 
@@ -373,7 +425,8 @@ def parsed(flags: list[str]) -> dict:
 
 
 def test_quickstart_trains_twins(tmp_path):
-    """Two pairs that differ in MegaContext alone, at equal tokens, seed and shape; and every flag of theirs is accepted."""
+    """Two pairs that differ in MegaContext alone, at equal tokens, seed and shape; and every
+    flag of theirs is accepted."""
     commands = quickstart(tmp_path, SEED="7")
     assert [words[0] for words in commands] == ["python", *["torchrun"] * 4, "python", "python"]
     assert commands[0][:3] == ["python", "-m", "scripts.tok_train"]
@@ -382,10 +435,12 @@ def test_quickstart_trains_twins(tmp_path):
     plans = [json.loads(plan.wait().ok().out) for plan in planned]
     for mc, vanilla in ((0, 1), (2, 3)):
         assert (plans[mc]["mc"], plans[vanilla]["mc"]) == (True, False)
-        same = ("layers", "width", "heads", "vocabulary", "sequence", "rows_per_step", "tokens_per_step", "accumulation", "iterations", "tokens")
+        same = ("layers", "width", "heads", "vocabulary", "sequence", "rows_per_step", "tokens_per_step",
+                "accumulation", "iterations", "tokens")
         assert {name: plans[mc][name] for name in same} == {name: plans[vanilla][name] for name in same}
         assert plans[mc]["flops"] > plans[vanilla]["flops"] and plans[mc]["parameters"] > plans[vanilla]["parameters"]
-        a, b = ({k: v for k, v in parsed(flags[i]).items() if not k.startswith("mc_") and k != "model_tag"} for i in (mc, vanilla))
+        a, b = ({k: v for k, v in parsed(flags[i]).items() if not k.startswith("mc_") and k != "model_tag"}
+                for i in (mc, vanilla))
         assert a == b and a["seed"] == 7
     tags = [parsed(words)["model_tag"] for words in flags]
     assert len(set(tags)) == 4 and [parsed(words)["data"] for words in flags] == ["recall"] * 2 + ["stdlib"] * 2

@@ -1,4 +1,5 @@
-"""mc_study finetune, importance and classifier on a tiny checkpoint: what they leave behind, run again, interrupted, and mistakes in one line."""
+"""mc_study finetune, importance and classifier on a tiny checkpoint: what they leave behind, run again,
+interrupted, and mistakes in one line."""
 
 import json
 
@@ -26,7 +27,8 @@ def test_rows_of_text_are_judged_on_the_next_token(prepared, monkeypatch):
     """Trap 1, for what every fine-tuning reads."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(prepared / "base"))
     flags = dict(seed=0, text_column="text", needles=1, recall_blocks=2)
-    made = make_batches(str(prepared / "texts"), "train", Tokenizer.load(), flags, history=64, horizon=8, block_size=8, rows=2)(0)
+    made = make_batches(str(prepared / "texts"), "train", Tokenizer.load(), flags, history=64, horizon=8, block_size=8,
+                        rows=2)(0)
     assert torch.equal(made.targets_BT[:, :-1], made.tokens_BT[:, 1:])
 
 
@@ -35,9 +37,11 @@ def test_labels_classifier_and_arm(trained, tmp_path):
     labels, out = tmp_path / "labels", tmp_path / "arm"
     label = [f"--checkpoint_dir={checkpoint}", f"--labels={labels}", "--rows=2", "--device=cpu"]
     assert last(run(base, "mc_study", "importance", *label, "--batches=2").ok())["made"] == 2
-    assert last(run(base, "mc_study", "importance", *label, "--batches=3").ok())["made"] == 1, "goes on where it stopped"
+    assert last(run(base, "mc_study", "importance", *label,
+                    "--batches=3").ok())["made"] == 1, "goes on where it stopped"
     assert "made otherwise: teacher" in run(base, "mc_study", "importance", *label, "--teacher=attention").error
-    taught = last(run(base, "mc_study", "classifier", f"--checkpoint_dir={checkpoint}", f"--labels={labels}", "--steps=2", "--device=cpu").ok())
+    taught = last(run(base, "mc_study", "classifier", f"--checkpoint_dir={checkpoint}", f"--labels={labels}",
+                      "--steps=2", "--device=cpu").ok())
     assert 0 <= taught["kept"] <= 1
     arm = ["--method=drop_learned", f"--checkpoint_dir={checkpoint}", f"--out={out}", *SHORT]
     assert "keep/drop classifier" in run(base, "mc_study", "finetune", *arm).error and not out.exists()
@@ -48,7 +52,8 @@ def test_labels_classifier_and_arm(trained, tmp_path):
     before = tree(out)
     again = run(base, "mc_study", "finetune", *arm, f"--classifier={taught['classifier']}").ok()
     assert "there already" in again.out and last(again)["dev_nll"] == found["dev_nll"] and tree(out) == before
-    assert "steps differ" in run(base, "mc_study", "finetune", *arm, "--steps=3", f"--classifier={taught['classifier']}").error
+    assert "steps differ" in run(base, "mc_study", "finetune", *arm, "--steps=3",
+                                 f"--classifier={taught['classifier']}").error
     assert tree(out) == before
 
 
@@ -73,5 +78,6 @@ def test_gists_arm_on_tasks(trained, tmp_path):
 ])
 def test_mistakes_in_one_line(trained, tmp_path, flags, said):
     base, checkpoint = trained
-    assert said in run(base, "mc_study", "finetune", f"--checkpoint_dir={checkpoint}", f"--out={tmp_path / 'x'}", *SHORT, *flags).error
+    assert said in run(base, "mc_study", "finetune", f"--checkpoint_dir={checkpoint}", f"--out={tmp_path / 'x'}",
+                       *SHORT, *flags).error
     assert not (tmp_path / "x").exists()

@@ -16,7 +16,8 @@ def test_the_same_documents_are_held_out(tmp_path, monkeypatch):
         (novels / f"{name}.txt").write_text(f"novel {name} " * 50)
     out = tmp_path / "text"
     run(tmp_path / "base", "make_text_corpus", f"--prose={novels}", "--held_out=b.txt", f"--out={out}").ok()
-    held_out = {name: [d.text for d in open_corpus(str(out / name)).documents("val")] for name in ("code", "prose", "mix")}
+    held_out = {name: [d.text for d in open_corpus(str(out / name)).documents("val")]
+                for name in ("code", "prose", "mix")}
     assert held_out["prose"] == [(novels / "b.txt").read_text()]
     assert held_out["code"] and held_out["mix"] == held_out["code"] + held_out["prose"]
     trained = [d.text for d in open_corpus(str(out / "mix")).documents("train")]

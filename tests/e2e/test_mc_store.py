@@ -18,8 +18,9 @@ from safetensors import safe_open
 
 from mc.store.catalog import Catalog
 from mc.store.disk.store import DiskStore
+from nanochat.documents import read_text
 from nanochat.tokenizer import Tokenizer
-from scripts import mc_store
+
 
 K = 8  # of the checkpoint in `reference`
 
@@ -90,7 +91,7 @@ def test_info_and_verify_agree_with_what_was_ingested(base, made, prepared):
     texts = [p.read_text() for p in (prepared / "texts").glob("*.py")]
     lengths = [1 + len(tokenizer.encode(text)) for text in texts]
     assert info["tokens"] == sum(lengths) and info["slots"] == sum(-(-n // K) * K for n in lengths)
-    assert info["nodes"] == {"1": info["slots"] // K, "2": info["slots"] // K**2}
+    assert info["nodes"] == {str(lod): info["slots"] // K**lod for lod in range(1, 5)}
     assert verified["tokens"] == info["tokens"] and info["bytes"] > info["slots"] * 4
     assert {text.encode() for text in gists_by_text(base, made)} == {text.encode() for text in texts}
 
@@ -101,7 +102,8 @@ def test_ingest_is_idempotent_and_goes_on(base, made, store, prepared, tmp_path)
     (tmp_path / "note.txt").write_text("a note\n" * 100)
     added = last(command(base, "ingest", store, str(tmp_path / "note.txt"), "--kind=note"))
     assert added["sources"] == 1
-    assert [s["uri"] for s in last(command(base, "query", store, "--kind=note"))["sources"]] == [str(tmp_path / "note.txt")]
+    assert [s["uri"]
+            for s in last(command(base, "query", store, "--kind=note"))["sources"]] == [str(tmp_path / "note.txt")]
     assert gists_by_text(base, store).keys() > gists_by_text(base, made).keys()
 
 
@@ -125,7 +127,8 @@ def test_killed_ingest_goes_on(base, made, prepared, tmp_path):
     (big / "long.txt").write_text("".join(f"line {i} of a long text, {i * 7919 % 1000}\n" for i in range(20_000)))
     running = start(base, "mc_store", "ingest", f"--store={store}", str(big))
     deadline = time.monotonic() + 60
-    while not (list(store.glob("L1/*")) and sum(p.stat().st_size for p in store.glob("L0/*")) > 1_100_000) and time.monotonic() < deadline:
+    while not (list(store.glob("L1/*"))
+               and sum(p.stat().st_size for p in store.glob("L0/*")) > 1_100_000) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert running.kill() == -signal.SIGKILL
     done = command(base, "ingest", store, str(big))
@@ -154,7 +157,8 @@ def test_provenance(base, made):
 
 
 def test_edits(base, store, tmp_path):
-    """A text replaced by a longer one, tokens deleted, text inserted: like a store of the edited texts; the old version stays."""
+    """A text replaced by a longer one, tokens deleted, text inserted: like a store of the edited
+    texts; the old version stays."""
     before = set(gists_by_text(base, store))
     disk, catalog = reader(store)
     with disk, catalog:
@@ -205,7 +209,8 @@ def test_regist(base, store, tmp_path):
     """All gists by the networks of another step, resumed after a kill; the store then opens with those."""
     before = gists_by_text(base, store)
     assert (
-        "has the gists of these networks already" in command(base, "regist", store, f"--checkpoint_dir={base / 'checkpoints' / 't'}").error
+        "has the gists of these networks already" in command(base, "regist", store,
+                                                             f"--checkpoint_dir={base / 'checkpoints' / 't'}").error
     )
     other = tmp_path / "base"
     shutil.copytree(base, other)
@@ -218,7 +223,8 @@ def test_regist(base, store, tmp_path):
     assert after.keys() == before.keys() and all((after[t] - before[t]).abs().max() > 0.01 for t in after)
     assert_like_new(other, store, tmp_path)
     (tmp_path / "note.txt").write_text("one more\n" * 30)
-    assert last(command(other, "ingest", store, str(tmp_path / "note.txt")))["sources"] == 1, "found its new networks by itself"
+    assert last(command(other, "ingest", store,
+                        str(tmp_path / "note.txt")))["sources"] == 1, "found its new networks by itself"
     assert last(command(other, "verify", store))["ok"]
 
 
@@ -231,7 +237,8 @@ def make_other_networks(checkpoint: Path) -> None:
     name = next(n for n in state if n.startswith("gistnet.") and n.endswith("weight") and state[n].ndim == 2)
     state[name] = state[name] + 0.5 * torch.randn(state[name].shape, generator=torch.Generator().manual_seed(1))
     shutil.rmtree(checkpoint)
-    save_checkpoint(checkpoint, loaded.step, model=loaded.model, optimizer_shard=loaded.optimizer, meta=loaded.meta, mc=state)
+    save_checkpoint(checkpoint, loaded.step, model=loaded.model, optimizer_shard=loaded.optimizer, meta=loaded.meta,
+                    mc=state)
 
 
 @pytest.mark.parametrize("format", ["arrow", "safetensors"])
@@ -245,7 +252,7 @@ def test_export(base, made, tmp_path, format):
         gists, keys, sources = disk.gists(1, blocks), disk.keys(blocks), catalog.sources()
     if format == "safetensors":
         with safe_open(files[0], "pt") as f:
-            assert set(f.keys()) == {"tokens", "L1", "L2", "K1"} and f.metadata()["block_size"] == str(K)
+            assert set(f.keys()) == {"tokens", "L1", "L2", "L3", "L4", "K1"} and f.metadata()["block_size"] == str(K)
             assert (
                 torch.equal(f.get_tensor("tokens").long(), ids)
                 and torch.equal(f.get_tensor("L1"), gists)
@@ -255,7 +262,8 @@ def test_export(base, made, tmp_path, format):
         tokens = pa.ipc.open_file(out / "tokens.arrow").read_all()
         assert [-1 if t is None else t for t in tokens["token"].to_pylist()] == ids.tolist()
         belongs = {s.id: (s.start, s.start + s.tokens) for s in sources}
-        assert all((token is None) == (source is None) for token, source in zip(tokens["token"].to_pylist(), tokens["source"].to_pylist()))
+        assert all((token is None) == (source is None)
+                   for token, source in zip(tokens["token"].to_pylist(), tokens["source"].to_pylist()))
         assert all(
             belongs[source][0] <= slot < belongs[source][1]
             for slot, source in zip(tokens["slot"].to_pylist(), tokens["source"].to_pylist())
@@ -332,14 +340,18 @@ WRONG = {
     "not a store": (["info", "--store=nowhere"], "nowhere is not a MegaContext store"),
     "missing file": (["ingest", "--store={store}", "nowhere.txt"], "nowhere.txt: no such file or folder"),
     "binary file": (["ingest", "--store={store}", "{store}/manifest"], "manifest is not UTF-8 text"),
-    "other dtype": (["ingest", "--store={store}", "--dtype=int8", "README.md"], "keeps its vectors as torch.float32, not torch.int8"),
+    "other dtype": (["ingest", "--store={store}", "--dtype=int8", "README.md"],
+                    "keeps its vectors as torch.float32, not torch.int8"),
     "no such checkpoint": (["ingest", "--store={store}", "--checkpoint_dir=nowhere", "README.md"], "nowhere"),
     "no such source": (["edit", "--store={store}", "--source=99", "--start=0", "--remove=1"], "no source 99"),
-    "range outside": (["edit", "--store={store}", "--source=1", "--start=0", "--remove=99999999"], "tokens [0, 99999999) of source 1"),
+    "range outside": (["edit", "--store={store}", "--source=1", "--start=0", "--remove=99999999"],
+                      "tokens [0, 99999999) of source 1"),
     "nowhere to edit": (["edit", "--store={store}", "--source=1", "--text=x"], "say where: --find=TEXT, or --start=N"),
     "both places": (["edit", "--store={store}", "--source=1", "--find=x", "--start=1"], "say where"),
-    "two texts": (["edit", "--store={store}", "--source=1", "--start=1", "--text=x", "--text_file=y"], "give one of them"),
-    "not found": (["edit", "--store={store}", "--source=1", "--find=surely not there", "--text=x"], "occurs 0 times in source 1"),
+    "two texts": (["edit", "--store={store}", "--source=1", "--start=1", "--text=x", "--text_file=y"],
+                  "give one of them"),
+    "not found": (["edit", "--store={store}", "--source=1", "--find=surely not there", "--text=x"],
+                  "occurs 0 times in source 1"),
     "found twice": (["edit", "--store={store}", "--source=1", "--find=import", "--text=x"], "(line "),
     "found often": (["edit", "--store={store}", "--source=1", "--find=e", "--text=x"], "give a text that occurs once"),
     "regist with nothing": (["regist", "--store={store}"], "give --checkpoint_dir"),
@@ -353,7 +365,7 @@ WRONG = {
 
 def test_line_ends_of_a_new_text_are_kept(tmp_path):
     (tmp_path / "new.txt").write_bytes(b"a\r\nb\rc\n")
-    assert mc_store._read_text(tmp_path / "new.txt") == "a\r\nb\rc\n"
+    assert read_text(tmp_path / "new.txt") == "a\r\nb\rc\n"
 
 
 @pytest.mark.parametrize("mistake", WRONG.values(), ids=WRONG)
@@ -368,4 +380,5 @@ def contents(store: Path) -> dict[str, bytes]:
     """Bytes of every file, but for the lock's process number; the catalog as SQL."""
     with sqlite3.connect(store / "catalog.sqlite") as db:
         catalog = "\n".join(db.iterdump()).encode()
-    return {p.name: p.read_bytes() for p in store.rglob("*.ctx")} | {"manifest": (store / "manifest").read_bytes(), "catalog": catalog}
+    return {p.name: p.read_bytes() for p in store.rglob("*.ctx")} | {"manifest": (store / "manifest").read_bytes(),
+                                                                     "catalog": catalog}

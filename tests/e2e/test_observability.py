@@ -11,11 +11,14 @@ from e2e_commands import ROOT
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("rotel"), reason="needs the collector: pip install 'megacontext[collector]'")
+@pytest.mark.skipif(not importlib.util.find_spec("rotel"),
+                    reason="needs the collector: pip install 'megacontext[collector]'")
 def test_every_number_and_every_panel_is_in_the_store(tmp_path):
     """`BACKEND=DIR` names a folder that holds, or shall keep, the store's files."""
-    environment = {"BACKEND": str(tmp_path / "backend"), "PYTHON": sys.executable, **os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(["bash", "runs/observability/e2e.sh", "--steps=20"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    environment = {"BACKEND": str(tmp_path / "backend"), "PYTHON": sys.executable, **os.environ,
+                   "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "runs/observability/e2e.sh", "--steps=20"], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=600)
     if done.returncode == 3:
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, (done.stdout, done.stderr)

@@ -68,4 +68,5 @@ def test_an_old_python_is_refused(tmp_path):
 
 
 def test_ci_takes_the_test_command():
-    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "bash runs/test.sh" and os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "bash runs/test.sh" and os.access(ROOT / ".ci"
+                                                                                                    / "run", os.X_OK)

@@ -1,4 +1,5 @@
-"""Hours that are not lost: a run that is stopped, fails or is started twice at its end; outputs that cannot be written; runs in folders."""
+"""Hours that are not lost: a run that is stopped, fails or is started twice at its end; outputs that cannot
+be written; runs in folders."""
 
 import contextlib
 import json
@@ -60,7 +61,8 @@ WHEN = {"in a step": (base_train, "lr_multiplier", 5, 6), "in a save": (resume, 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("when", WHEN)
-def test_sigterm_saves_and_the_resumed_run_is_the_uninterrupted_one(when, kind, here, base, train, reference, monkeypatch, capsys):
+def test_sigterm_saves_and_the_resumed_run_is_the_uninterrupted_one(when, kind, here, base, train, reference,
+                                                                    monkeypatch, capsys):
     owner, name, call, step = WHEN[when]
     with monkeypatch.context() as m:
         sending(m, owner, name, call)
@@ -75,12 +77,16 @@ def test_sigterm_saves_and_the_resumed_run_is_the_uninterrupted_one(when, kind, 
 def test_a_stop_that_came_before_the_first_step_saves_one(here, base, monkeypatch, capsys):
     sending(monkeypatch, NullController, "training_step", 1)
     here()
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 1 and complete_steps(base / "checkpoints" / "t") == [1]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["step"] == 1 and complete_steps(base / "checkpoints"
+                                                                                                / "t") == [1]
 
 
 def test_interrupted_by_hand_is_saved_and_no_success(here, base, monkeypatch):
     true = base_train.lr_multiplier
-    monkeypatch.setattr(base_train, "lr_multiplier", lambda step, *args, **kwargs: (step == 2 and os.kill(os.getpid(), signal.SIGINT), true(step, *args, **kwargs))[1])
+    monkeypatch.setattr(base_train,
+                        "lr_multiplier", lambda step, *args, **kwargs: (step == 2
+                                                                        and os.kill(os.getpid(), signal.SIGINT),
+                                                                        true(step, *args, **kwargs))[1])
     with pytest.raises(KeyboardInterrupt):
         here()
     assert complete_steps(base / "checkpoints" / "t") == [4]
@@ -106,7 +112,8 @@ def test_two_runs_in_one_directory(base, train, monkeypatch):
     with holding(base / "checkpoints" / "t"):
         for resume in (0, 1):
             assert "is being written by another run (process" in train(base, f"--resume={resume}", "--seed=7").error
-        assert "is being written" in run(base, "mc_study", "train_lensnet", "--checkpoint_dir=x", "--steps=0", "--out_tag=t").error
+        assert "is being written" in run(base, "mc_study", "train_lensnet", "--checkpoint_dir=x", "--steps=0",
+                                         "--out_tag=t").error
     assert not list(base.rglob("checkpoints/t/*"))
 
 
@@ -123,18 +130,20 @@ def test_runs_in_folders_keep_their_logs_apart(base, train):
 # Outputs
 
 
-IN_FOLDER = {  # what is refused with --out=X, X a file: before anything is loaded, so that what is missing besides is not noticed
+# what is refused with --out=X, X a file: before anything is loaded, so that what is missing besides is not noticed
+IN_FOLDER = {
     "run_lm_eval": ["--checkpoint_dir=no", "--tasks=x", "--out={file}/o.json"],
-    "run_lm_eval into a folder": ["--checkpoint_dir=no", "--tasks=x", "--out={folder}"],
-    "compare_focus": [*(f"--{task}_{kind}=no" for task in ("recall", "text") for kind in ("mc", "vanilla")), "--out={file}"],
-    "eval_focus": ["--recall_mc=no", "--out={file}"],
-    "text_focus_study": ["--text_mc=no", "--out={file}/x"],
-    "mc_stream": ["--checkpoint_dir=no", "--out={file}"],
+    "run_lm_eval  into a folder": ["--checkpoint_dir=no", "--tasks=x", "--out={folder}"],
+    "mc_eval compare": [*(f"--{task}_{kind}=no" for task in ("recall", "text") for kind in ("mc", "vanilla")),
+                        "--out={file}"],
+    "mc_eval focus": ["--recall_mc=no", "--out={file}"],
+    "mc_eval text": ["--text_mc=no", "--out={file}/x"],
+    "mc_eval stream": ["--checkpoint_dir=no", "--out={file}"],
     "write_tasks": ["--tasks=mqar", "--out={file}/a/b"],
-    "flag_table": ["--out={file}"],
-    "label_utility": ["--checkpoint_dir=no", "--out={file}"],
-    "keep_drop": ["label", "--checkpoint_dir=no", "--labels={file}"],
-    "run_benchmarks": ["quick", "--out={file}"],
+    "make_docs": ["--out={file}"],
+    "mc_study labels": ["--checkpoint_dir=no", "--out={file}"],
+    "mc_study importance": ["--checkpoint_dir=no", "--labels={file}"],
+    "mc_study suite": ["quick", "--out={file}"],
     "make_text_corpus": ["--prose={prose}", "--held_out=a.txt", "--out={file}"],
 }
 
@@ -148,11 +157,12 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(case, base,
         (places["prose"] / f"{name}.txt").write_text("prose")
     places["file"].write_text("kept")
     before = tree(base)
-    error = run(base, case.split()[0], *(flag.format(**places) for flag in IN_FOLDER[case])).error
+    error = run(base, *case.partition("  ")[0].split(), *(flag.format(**places) for flag in IN_FOLDER[case])).error
     assert str(places["folder" if "folder" in case else "file"]) in error
     assert places["file"].read_text() == "kept" and tree(base) == before
 
 
 def test_a_base_directory_that_is_a_file(prepared, tmp_path):
     (tmp_path / "file").write_text("kept")
-    assert "set NANOCHAT_BASE_DIR" in run(tmp_path, "tok_train", f"--data={prepared / 'texts'}", NANOCHAT_BASE_DIR=str(tmp_path / "file" / "x")).error
+    assert "set NANOCHAT_BASE_DIR" in run(tmp_path, "tok_train", f"--data={prepared / 'texts'}",
+                                          NANOCHAT_BASE_DIR=str(tmp_path / "file" / "x")).error

@@ -1,4 +1,5 @@
-"""The benchmark runner, end to end, on a suite that takes seconds: killed and resumed, one cell again from its record, bad input."""
+"""The benchmark runner, end to end, on a suite that takes seconds: killed and resumed, one cell again
+from its record, bad input."""
 
 import json
 import shutil
@@ -24,13 +25,16 @@ CONTEXTS = ["too short", "one two three " * 80, "four five six " * 120]
 @pytest.fixture(scope="module")
 def suite(prepared, tmp_path_factory):
     path = tmp_path_factory.mktemp("suite") / "seconds.yaml"
-    (path.parent / "qa.jsonl").write_text("".join(json.dumps({"context": c, "question": "what?", "answer": " seven", "answer_prefix": " It is"}) + "\n" for c in CONTEXTS))
-    path.write_text(SUITE.format(texts=prepared / "texts", files=path.parent, base=BASE.replace("data: random", f"data: {prepared / 'texts'}")))
+    (path.parent / "qa.jsonl").write_text("".join(json.dumps({"context": c, "question": "what?", "answer": " seven",
+                                                              "answer_prefix": " It is"}) + "\n" for c in CONTEXTS))
+    path.write_text(SUITE.format(texts=prepared / "texts", files=path.parent,
+                                 base=BASE.replace("data: random", f"data: {prepared / 'texts'}")))
     return path
 
 
 def records(base) -> list[dict]:
-    return [json.loads(line) for line in next((base / "evals").glob("*/seconds/results.jsonl")).read_text().splitlines()]
+    return [json.loads(line)
+            for line in next((base / "evals").glob("*/seconds/results.jsonl")).read_text().splitlines()]
 
 
 def numbers(base) -> dict[str, dict]:
@@ -51,7 +55,8 @@ def test_a_suite_resumes_and_its_cells_can_be_run_again(suite, base, prepared, t
     last = json.loads(done.out.splitlines()[-1])
     assert last["cells"] == 12 and "| gists + LensNet (MC) |" in done.out and "**2 seeds only" in done.out
     record = records(base)[0]
-    assert {"commit", "environment", "model", "results", "seed"} <= record.keys() and len(record["results"]["nll"]) == 4 and record["results"]["buckets"]["never"]
+    assert {"commit", "environment", "model", "results",
+            "seed"} <= record.keys() and len(record["results"]["nll"]) == 4 and record["results"]["buckets"]["never"]
 
     results = next((base / "evals").glob("*/seconds/results.jsonl"))
     line = 1 + next(i for i, r in enumerate(records(base)) if r["system"] == "gists_lens")
@@ -62,7 +67,8 @@ def test_a_suite_resumes_and_its_cells_can_be_run_again(suite, base, prepared, t
     alone.write_text(results.read_text().splitlines()[line - 1] + "\n")
     again = json.loads(run(base, "mc_study", "suite", f"--rerun={results}:{line}").ok().out.splitlines()[-1])
     assert again["same"] and again["nll"] == pytest.approx(sum(recorded["results"]["nll"]) / 4, abs=0)
-    elsewhere = json.loads(run(other, "mc_study", "suite", f"--rerun={alone}:1").ok().out.splitlines()[-1])  # trains what it needs
+    # trains what it needs
+    elsewhere = json.loads(run(other, "mc_study", "suite", f"--rerun={alone}:1").ok().out.splitlines()[-1])
     assert elsewhere == again
 
     alone.write_text(json.dumps(recorded | {"results": recorded["results"] | {"nll": [9.0] * 4}}) + "\n")
@@ -76,8 +82,10 @@ def test_a_suite_resumes_and_its_cells_can_be_run_again(suite, base, prepared, t
 
 
 @pytest.mark.parametrize(("flags", "error"), [
-    ([], "name one of"), (["quick", "--rerun=x:1"], "name one of"), (["--rerun=nothing.jsonl:1"], "--rerun=nothing.jsonl:1: no record"), (["nothing.yaml"], "cannot read nothing.yaml"),
-    (["quick", "--seeds=one"], "--seeds=one"), (["quick", "--report=1"], "no results"), (["quick", "--jobs=0"], "--jobs=0")])
+    ([], "name one of"), (["quick", "--rerun=x:1"], "name one of"),
+    (["--rerun=nothing.jsonl:1"], "--rerun=nothing.jsonl:1: no record"), (["nothing.yaml"], "cannot read nothing.yaml"),
+    (["quick", "--seeds=one"], "--seeds=one"), (["quick", "--report=1"], "no results"),
+    (["quick", "--jobs=0"], "--jobs=0")])
 def test_refused(base, flags, error):
     assert error in run(base, "mc_study", "suite", *flags).error and not (base / "evals").exists()
 

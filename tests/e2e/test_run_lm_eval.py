@@ -1,4 +1,5 @@
-"""The lm-evaluation-harness on our checkpoints, with a task defined by local YAML and local data; generated tasks as files."""
+"""The lm-evaluation-harness on our checkpoints, with a task defined by local YAML and local
+data; generated tasks as files."""
 
 import json
 import sys
@@ -34,14 +35,17 @@ metric_list: [{metric: exact_match}]""",
 
 @pytest.fixture
 def folder(tmp_path):
-    """YAML of three tasks, one per kind of request, on one file of five documents, one of them longer than the window."""
+    """YAML of three tasks, one per kind of request, on one file of five documents, one of
+    them longer than the window."""
     path = tmp_path / "tasks"
     path.mkdir()
-    docs = [{"text": "def main(" + "argument, " * n + "self", "choices": [" self", "):", " ???"], "label": n % 3} for n in (1, 2, 3, 4, 45)]
+    docs = [{"text": "def main(" + "argument, " * n + "self", "choices": [" self", "):", " ???"], "label": n % 3}
+            for n in (1, 2, 3, 4, 45)]
     (path / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
     for name, body in TASKS.items():
         (path / f"{name}.yaml").write_text(
-            f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: '{path}/docs.jsonl'}}\ntest_split: test\n"
+            f"task: {name}\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: "
+            f"'{path}/docs.jsonl'}}\ntest_split: test\n"
             f"doc_to_text: '{{{{text}}}}'\n{body}\nmetadata: {{version: 1}}\n"
         )
     return path
@@ -64,11 +68,13 @@ def test_local_tasks_run_on_a_checkpoint(reference, folder, tmp_path, kind):
         HF_HUB_OFFLINE="1",
     ).ok()
     summary, found = json.loads(done.out.splitlines()[-1]), json.loads((tmp_path / "found.json").read_text())
-    assert summary["results"] == found["results"] and found["documents"] == dict.fromkeys(TASKS, 5) and found["mc"] == (kind == "mc")
+    assert summary["results"] == found["results"] and found["documents"] == dict.fromkeys(TASKS,
+                                                                                          5) and found["mc"] == (kind == "mc")
     assert 0 <= found["results"]["made_choice"]["acc,none"] <= 1 and found["results"]["made_answer"]["exact_match,none"] == 0
     assert 1 < found["results"]["made_document"]["word_perplexity,none"] < 1e30
     assert (found["cut"] > 0) == (kind == "vanilla"), "sessions cut nothing"
-    assert ("note: " in done.out) == (kind == "vanilla") and not any(name.startswith("mc.") for name in done.modules if kind == "vanilla")
+    assert ("note: " in done.out) == (kind == "vanilla") and not any(name.startswith("mc.")
+                                                                     for name in done.modules if kind == "vanilla")
 
 
 def test_what_the_user_got_wrong_is_said_in_a_line(reference, folder):
@@ -76,7 +82,8 @@ def test_what_the_user_got_wrong_is_said_in_a_line(reference, folder):
     base = reference["vanilla"]
     flags = [f"--checkpoint_dir={base}/checkpoints/t", f"--include_path={folder}"]
     assert "names no task" in run(base, "run_lm_eval", *flags, "--tasks=,").error
-    assert "was trained with --mc_enabled=1" in run(base, "run_lm_eval", *flags, "--tasks=made_choice", "--mc_enabled=1").error
+    assert "was trained with --mc_enabled=1" in run(base, "run_lm_eval", *flags, "--tasks=made_choice",
+                                                    "--mc_enabled=1").error
     assert "no such folder" in run(base, "run_lm_eval", flags[0], "--tasks=x", f"--include_path={folder}/no").error
 
 
@@ -89,7 +96,8 @@ def test_an_unknown_task_is_looked_for_among_the_harness_own(monkeypatch, tmp_pa
         return SimpleNamespace(all_tasks=["mine", *["theirs"] * include_defaults])
 
     monkeypatch.setattr(run_lm_eval, "import_harness", lambda: (None, manager))
-    monkeypatch.setattr(sys, "argv", ["run_lm_eval", "--checkpoint_dir=x", f"--include_path={tmp_path}", "--tasks=mine,no_such_task"])
+    monkeypatch.setattr(sys, "argv", ["run_lm_eval", "--checkpoint_dir=x", f"--include_path={tmp_path}",
+                                      "--tasks=mine,no_such_task"])
     with pytest.raises(UserError, match="--tasks=mine,no_such_task: not all of these"):
         run_lm_eval.main()
     assert asked == [(str(tmp_path), False), (str(tmp_path), True)]

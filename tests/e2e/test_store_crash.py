@@ -1,6 +1,7 @@
 """A history on disk survives: a killed writer, damage anywhere, a power cut at any moment, readers at any moment.
 
-`STORE_CRASHES=1000` runs each test that many times (a small share of it by default), `STORE_SECONDS=60` is for the readers.
+`STORE_CRASHES=1000` runs each test that many times (a small share of it by default),
+`STORE_SECONDS=60` is for the readers.
 """
 
 import os
@@ -55,7 +56,8 @@ def forked(work) -> int:
 
 @pytest.mark.parametrize("durability", ["block", "batch", "none"])
 def test_a_killed_writer_loses_nothing_acknowledged(folder, durability):
-    """SIGKILL at random moments: the store is as some commit left it, at or after the last acknowledged one, and equals a rebuild."""
+    """SIGKILL at random moments: the store is as some commit left it, at or after the last
+    acknowledged one, and equals a rebuild."""
     rng, kills, acknowledged, dropped = random.Random(1), CRASHES or 25, 0, 0
     path, model = folder / "store", Model()
     DiskStore.create(path, FORMAT, partition_bytes=256, durability=durability).close()
@@ -178,7 +180,8 @@ def test_damage_before_the_last_commit_is_found_and_mended(folder):
             ends = {}
             for level in store.levels.values():
                 for p in range(len(level.versions)):
-                    ends[level.path(p)] = (level.kind.name, p, HEADER_BYTES + level.count(p) * level.bytes, level.count(p) == level.R)
+                    ends[level.path(p)] = (level.kind.name, p, HEADER_BYTES + level.count(p) * level.bytes,
+                                           level.count(p) == level.R)
         hurt = set()
         for file in rng.sample(sorted(ends), min(rng.choice([0, 1, 1, 3]), len(ends))):
             name, p, end, full = ends[file]
@@ -214,9 +217,11 @@ def test_damage_before_the_last_commit_is_found_and_mended(folder):
             tokens = [d for d in damage if d.level == "L0"]
             assert [d for d in left if d.level == "L0"] == tokens, "damaged tokens stay named"
             for d in left:
-                assert d.level == "L0" or any(t.first_token < d.last_token and d.first_token < t.last_token for t in tokens) or \
+                assert d.level == "L0" or any(t.first_token < d.last_token and d.first_token < t.last_token
+                                              for t in tokens) or \
                     d.level == "L1" or ERASED in model.states or any(e.level < d.level for e in left)
-            assert store.verify() == [d for d in store.verify() if (d.level, d.partition) in {(e.level, e.partition) for e in left}]
+            assert store.verify() == [d for d in store.verify()
+                                      if (d.level, d.partition) in {(e.level, e.partition) for e in left}]
             if not left:
                 assert model.differs(store) is None
         if not hurt:
@@ -232,7 +237,8 @@ def test_damage_before_the_last_commit_is_found_and_mended(folder):
 
 
 def run_until_cut(live: Path, seed: int, cut_at: int, forget: str | None, durability: str):
-    """A store made and changed until the power fails. The medium, what each commit left, and the number of the last promised one.
+    """A store made and changed until the power fails. The medium, what each commit left, and the
+    number of the last promised one.
 
     Number 0 is the empty store; −1: not even its making was acknowledged.
     """
@@ -303,7 +309,8 @@ def first_loss(folder: Path, trials: int, forget: str | None, durability: str) -
 
 @pytest.mark.parametrize("durability", ["block", "batch", "none"])
 def test_a_power_cut_loses_nothing_promised(folder, durability):
-    """Un-fsynced writes and names are dropped, torn and reordered: what remains is a commit, no older than the last synced one."""
+    """Un-fsynced writes and names are dropped, torn and reordered: what remains is a commit, no
+    older than the last synced one."""
     assert first_loss(folder, CRASHES or 25, None, durability) == (CRASHES or 25, None)
 
 
@@ -338,7 +345,8 @@ def consistent(store: DiskStore) -> str | None:
             return None
         made, keys = nodes_of(below[:count * K].unflatten(0, (count, K)), lod)
         below = store.gists(lod, torch.arange(count))
-        if not torch.equal(below, made) or (keys is not None and not torch.equal(store.keys(torch.arange(count)), keys)):
+        if not torch.equal(below, made) or (keys is not None and not torch.equal(store.keys(torch.arange(count)),
+                                                                                 keys)):
             return f"nodes of LOD{lod} are not those of what is below them"
     return None
 

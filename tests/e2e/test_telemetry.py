@@ -1,4 +1,5 @@
-"""Telemetry of whole training runs: everything arrives everywhere, faults change nothing, and it costs next to nothing (G1, G3, G5, trap 21)."""
+"""Telemetry of whole training runs: everything arrives everywhere, faults change nothing, and it costs next to
+nothing (G1, G3, G5, trap 21)."""
 
 import json
 import math
@@ -65,7 +66,8 @@ def troubled(reference, prepared, train_flags, tmp_path_factory):
             environment |= receiver.environment
         if name == "W&B without network":
             flags += ["--run=trial"]
-            environment |= {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{unused_port()}", "WANDB_INIT_TIMEOUT": "2"}
+            environment |= {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40,
+                            "WANDB_BASE_URL": f"http://127.0.0.1:{unused_port()}", "WANDB_INIT_TIMEOUT": "2"}
         if name == "disk full":
             log = base / "runs" / "t" / "metrics.jsonl"
             log.parent.mkdir(parents=True)
@@ -87,14 +89,15 @@ def test_a_fault_changes_no_loss_and_ends_in_time(name, troubled, reference):
     base, result, receiver = troubled[name]
     result.ok()
     assert same(last_checkpoint(base), last_checkpoint(reference["mc"])), "weights, optimizer and generators"
-    after = [line for line in lines(base) if line["step"] == 20 and "train.loss" not in line]  # the time of the save, then what was delivered
+    after = [line for line in lines(base) if line["step"] == 20 and "train.loss" not in line]  # what was delivered
     if name == "disk full":
         kept = {step: values for step, values in losses(base).items() if values}
         assert kept and kept.items() <= losses(reference["mc"]).items() and len(kept) < 20, "what was written is right"
         return
     assert losses(base) == losses(reference["mc"]) and len(losses(base)) == 20
-    assert ["checkpoint.save_time" in line for line in after] == [True, False]
-    assert after[1]["time"] - after[0]["time"] <= 3, "the end waited for the collector"
+    assert len(after) == 1 and any("checkpoint.save_time" in line
+                                   for line in lines(base)), "a last step is logged when it is saved"
+    assert after[0]["time"] - lines(base)[-2]["time"] <= 3, "the end waited for the collector"
 
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if name not in ("slow", "disk full", "W&B without network")])
@@ -127,9 +130,10 @@ def test_a_full_disk_loses_whole_lines_and_says_so(troubled):
     assert "cannot write metrics" in errors[0] and "Training goes on" in errors[0] and len(errors) == 2
     lost = int(errors[1].partition(" lacks ")[2].split()[0])
     written = (base / "runs" / "t" / "metrics.jsonl").read_text()
-    assert written.endswith("}\n") and len(lines(base)) - 1 + lost == 20 + 1 + 1  # steps, the save, what was delivered
+    assert written.endswith("}\n") and len(lines(base)) - 1 + lost == 20 + 1  # steps, what was delivered
     seen = [p.value for p in receiver.points() if p.name == "telemetry.jsonl.lost"]
-    assert sorted(set(seen)) == list(range(int(max(seen)) + 1)) and lost - 1 <= max(seen) <= lost, "seen from outside while it happens"
+    # but for the last two lines
+    assert sorted(set(seen)) == list(range(int(max(seen)) + 1)) and lost - 2 <= max(seen) <= lost, "seen from outside while it happens"
     assert len([p for p in receiver.points() if p.name == "train.tokens"]) == 20, "the other sinks go on"
 
 
@@ -144,7 +148,8 @@ def compare_with_jsonl(base: Path) -> None:
     """What the offline file of W&B holds is what metrics.jsonl holds, row by row."""
     ours = [{k.replace(".", "/"): v for k, v in line.items() if k != "time"} for line in lines(base)]
     theirs = [{k: v for k, v in row.items() if not k.startswith("_")} for row in wandb_history(base / "runs" / "t")]
-    assert len(theirs) >= 21 and theirs == ours[: len(theirs)] and len(ours) - len(theirs) <= 1  # the last line: what was lost, or delivered, by then
+    # the last line: what was lost, or delivered, by then
+    assert len(theirs) >= 21 and theirs == ours[: len(theirs)] and len(ours) - len(theirs) <= 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,15 +157,16 @@ def compare_with_jsonl(base: Path) -> None:
 
 
 def test_every_registered_name_arrives(troubled, train_flags, prepared, tmp_path, monkeypatch):
-    """A MegaContext and a vanilla run with a collector in trouble at first, a session, a preflight, a value that is not finite, a queue that is
-    too small; and from above a run whose disk is full (trap 21)."""
+    """A MegaContext and a vanilla run with a collector in trouble at first, a session, a preflight, a value that is not
+    finite, a queue that is too small; and from above a run whose disk is full (trap 21)."""
     base = tmp_path / "base"
     base.mkdir()
     (base / "tokenizer").symlink_to(prepared / "base" / "tokenizer")
     found = {}
     with Receiver(fault="500") as receiver:
         environment = receiver.environment | OFTEN
-        both = [start(base, "base_train", *train_flags, *flags, *(GIST_LOSSES if flags else []), f"--model_tag={kind}", "--run=trial", **environment)
+        both = [start(base, "base_train", *train_flags, *flags, *(GIST_LOSSES if flags else []), f"--model_tag={kind}",
+                      "--run=trial", **environment)
                 for kind, flags in KINDS.items()]
         deadline = time.monotonic() + 60
         while receiver.arrived < 2 and time.monotonic() < deadline:
@@ -199,13 +205,17 @@ def test_every_registered_name_arrives(troubled, train_flags, prepared, tmp_path
 
 def test_telemetry_accounts_for_less_than_a_hundredth_of_the_steps(base, prepared):
     """G5, on a small model: every sink on, a log line every five steps and a trace every five."""
-    flags = ["--depth=4", "--aspect_ratio=32", "--head_dim=32", "--max_seq_len=256", "--device_batch_size=2", "--total_batch_size=1024", "--num_iterations=10",
-             "--eval_every=0", "--eval_tokens=512", "--log_every=5", "--probe_every=0", "--device=cpu", "--model_tag=t", "--mc_enabled=1", "--mc_block_size=8",
-             "--mc_budget=64", "--mc_horizon=16", "--mc_start=0", "--mc_lens_queries=96", f"--data={prepared / 'texts'}"]  # fmt: skip
+    flags = ["--depth=4", "--aspect_ratio=32", "--head_dim=32", "--max_seq_len=256", "--device_batch_size=2",
+             "--total_batch_size=1024", "--num_iterations=10",
+             "--eval_every=0", "--eval_tokens=512", "--log_every=5", "--probe_every=0", "--device=cpu",
+             "--model_tag=t", "--mc_enabled=1", "--mc_block_size=8",
+             "--mc_budget=64", "--mc_horizon=16", "--mc_start=0", "--mc_lens_queries=96",
+             f"--data={prepared / 'texts'}"]  # fmt: skip
     with Receiver() as receiver:
         run(base, "base_train", *flags, "--run=trial", "--trace_every=5", **receiver.environment, **OFTEN).ok()
     rows = [line for line in lines(base) if "train.step_time" in line]
     shares = [row["telemetry.overhead"] for row in rows]
-    spent = sum(row["telemetry.overhead"] * row["train.step_time"] for row in rows) / sum(row["train.step_time"] for row in rows)
+    spent = sum(row["telemetry.overhead"] * row["train.step_time"] for row in rows) / sum(row["train.step_time"]
+                                                                                          for row in rows)
     assert len(rows) == 2 and 0 < min(shares) and spent <= 0.01, shares
     assert [p.value for p in receiver.points() if p.name == "telemetry.overhead"] == shares

@@ -46,7 +46,8 @@ def test_a_working_context_of_every_token_is_the_full_context():
     focus.allocator = focus.mc.allocator
     shown = focus.outcome(torch.zeros(4, BLOCKS))
     assert shown.shown_BN.all() and shown.entries_B.tolist() == [N] * 4
-    torch.testing.assert_close(shown.nll_B, plain_outcomes(gpt, batch.inputs, batch.targets, N, W)["full"].nll_B, rtol=0, atol=1e-12)
+    torch.testing.assert_close(shown.nll_B, plain_outcomes(gpt, batch.inputs, batch.targets, N, W)["full"].nll_B,
+                               rtol=0, atol=1e-12)
     nothing = focus.outcome(torch.full((4, BLOCKS), -torch.inf))
     assert nothing.shown_BN.sum(1).tolist() == [R // K] * 4 and not torch.isclose(nothing.nll_B, shown.nll_B).any()
 
@@ -83,7 +84,8 @@ def test_every_system_is_judged_on_the_next_token(right):
     gpt = successor(right)
     tokens = (torch.arange(T + 1) + 7 * torch.arange(4)[:, None]) % 40
     focus = FocusComparison(gpt, tiny_mc(gpt).model, tokens[:, :-1], tokens[:, 1:], N, 0, torch.arange(4))
-    outcomes = plain_outcomes(gpt, tokens[:, :-1], tokens[:, 1:], N, W) | {p: focus.outcome(focus.scores(p)) for p in POLICIES}
+    outcomes = plain_outcomes(gpt, tokens[:, :-1], tokens[:, 1:], N, W) | {p: focus.outcome(focus.scores(p))
+                                                                           for p in POLICIES}
     for name, o in outcomes.items():
         assert (o.acc_B == right).all() and ((o.nll_B < 0.01) if right else (o.nll_B > 10)).all(), name
 
@@ -132,7 +134,8 @@ def test_the_oracle_is_never_beaten():
     again = focus.outcome(torch.where(oracle.shown_BN, 0.0, -torch.inf))  # what it reports is one cut's
     torch.testing.assert_close(again.nll_B, oracle.nll_B)
     tested["lens"].nll_B[2] = -1.0
-    assert focus.oracle(tested).nll_B.tolist() == pytest.approx(oracle.nll_B.index_fill(0, torch.tensor(2), -1.0).tolist())
+    assert focus.oracle(tested).nll_B.tolist() == pytest.approx(oracle.nll_B.index_fill(0, torch.tensor(2),
+                                                                                        -1.0).tolist())
 
 
 def test_teacher_scores_are_the_teachers_on_the_continuations_queries():
@@ -160,11 +163,13 @@ def test_scores():
     gpt = tiny_base()
     focus = comparison(gpt)
     random = focus.scores("random")
-    assert torch.equal(random[[2]], comparison(gpt, rows=[2]).scores("random")) and not torch.equal(random, comparison(gpt, seed=1).scores("random"))
+    assert torch.equal(random[[2]], comparison(gpt, rows=[2]).scores("random")) and not torch.equal(random,
+                                                                                                    comparison(gpt, seed=1).scores("random"))
     assert torch.equal(focus.scores("recency"), recency_scores(focus.n_B, BLOCKS))
     other = focus.tokens.clone()
     other[:, N:] = (other[:, N:] + 1) % 50
-    assert torch.equal(focus.scores("lens"), comparison(gpt, tokens=other).scores("lens")), "the lens has seen the continuation"
+    assert torch.equal(focus.scores("lens"),
+                       comparison(gpt, tokens=other).scores("lens")), "the lens has seen the continuation"
     other = focus.tokens.clone()
     other[:, N - 1] = (other[:, N - 1] + 1) % 50
     assert not torch.equal(focus.scores("lens"), comparison(gpt, tokens=other).scores("lens"))
@@ -180,7 +185,8 @@ def test_permuting_the_rows_permutes_the_outcomes():
 
 
 def test_outcomes_are_joined_row_by_row():
-    a, b = (Outcome(*(torch.full((n,), float(n)) for _ in range(3)), shown) for n, shown in ((2, torch.zeros(2, 5)), (3, torch.ones(3, 5))))
+    a, b = (Outcome(*(torch.full((n,), float(n)) for _ in range(3)), shown)
+            for n, shown in ((2, torch.zeros(2, 5)), (3, torch.ones(3, 5))))
     both = Outcome.cat([a, b])
     assert both.nll_B.tolist() == [2, 2, 3, 3, 3] and both.shown_BN.shape == (5, 5)
     assert Outcome.cat([Outcome(a.nll_B, a.acc_B, a.entries_B)] * 2).shown_BN is None
@@ -198,5 +204,6 @@ def test_a_history_at_one_lod_costs_its_gists(n_gists):
     blocks = (N - protected) // K
     entries = {0: N, 1: n_gists * blocks + protected, 2: n_gists * (blocks // K + blocks % K) + protected}
     assert {lod: set(o.entries_B.tolist()) for lod, o in outcomes.items()} == {lod: {e} for lod, e in entries.items()}
-    torch.testing.assert_close(outcomes[0].nll_B, plain_outcomes(gpt, batch.inputs, batch.targets, N, W)["full"].nll_B, rtol=0, atol=1e-12)
+    torch.testing.assert_close(outcomes[0].nll_B, plain_outcomes(gpt, batch.inputs, batch.targets, N, W)["full"].nll_B,
+                               rtol=0, atol=1e-12)
     assert not torch.isclose(outcomes[1].nll_B, outcomes[2].nll_B).any()

@@ -314,14 +314,16 @@ def test_sessions_answer_beyond_any_window():
 def test_the_least_top_p_or_top_k_is_the_likeliest_token(kind):
     pool = SessionPool(GPT, tiny_mc(GPT).model, SessionConfig(), trained_lods=[1, 2])
     lm = PlainLM(GPT, TOKENIZER) if kind == "window" else SessionLM(pool, TOKENIZER)
-    answer = lambda **how: lm.generate_until(requests("generate_until", ("the fox", {"until": [], "max_gen_toks": 8} | how)))
+    answer = lambda **how: lm.generate_until(requests("generate_until",
+                                                      ("the fox", {"until": [], "max_gen_toks": 8} | how)))
     greedy, drawn = answer(), answer(temperature=1.0)
     assert greedy == answer(temperature=1.0, top_p=1e-9) == answer(temperature=1.0, top_k=1) != drawn
     assert drawn == answer(temperature=1.0, do_sample=True) != answer(temperature=3.0)
 
 
 def test_requests_whose_context_does_not_fit_are_counted():
-    pool = SessionPool(GPT, tiny_mc(GPT).model, SessionConfig(budget=15), trained_lods=[1])  # the tail takes up to 11 entries, a block 4
+    # the tail takes up to 11 entries, a block 4
+    pool = SessionPool(GPT, tiny_mc(GPT).model, SessionConfig(budget=15), trained_lods=[1])
     lm = SessionLM(pool, TOKENIZER)
     lm.loglikelihood(requests("loglikelihood", ("the fox", " ran")))
     assert lm.left_out == 0

@@ -1,5 +1,5 @@
-"""Tasks of every kind that the lm-evaluation-harness has, on small local data: what it asks, taken from its own log, is answered as one
-forward pass a token answers it, whether the model has a window or a session."""
+"""Tasks of every kind that the lm-evaluation-harness has, on small local data: what it asks, taken from its own log, is
+answered as one forward pass a token answers it, whether the model has a window or a session."""
 
 import json
 

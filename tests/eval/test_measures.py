@@ -40,14 +40,16 @@ def test_a_lens_is_measured_against_what_each_block_wins():
         logits = mc.lens_logits(gpt.embed(batch.inputs), torch.full((4,), cursor))[:, :utility.shape[1]]
         useful = utility.clamp_min(0)
         target = useful / useful.sum(1, keepdim=True)
-        nats.append(-(target * logits.log_softmax(1)).sum(1)), weights.append(useful.sum(1)), hits.append((logits.argmax(1) == utility.argmax(1)).double())
+        nats.append(-(target
+                      * logits.log_softmax(1)).sum(1)), weights.append(useful.sum(1)), hits.append((logits.argmax(1) == utility.argmax(1)).double())
         won["lens"].append(utility.gather(1, logits.topk(most, 1).indices).sum(1))
         won["best"].append(useful.topk(most, 1).values.sum(1))
         won["recency"].append(utility[:, -most:].sum(1))
         won["even"].append(utility.mean(1) * most)
     weight = torch.stack(weights)
     for name, values in (("nats_lens", nats), ("hit_lens", hits)):
-        torch.testing.assert_close(found[name], (torch.stack(values) * weight).sum(0) / weight.sum(0), check_dtype=False)
+        torch.testing.assert_close(found[name], (torch.stack(values) * weight).sum(0) / weight.sum(0),
+                                   check_dtype=False)
     for name, values in won.items():
         torch.testing.assert_close(found[f"won_{name}"], torch.stack(values).mean(0), check_dtype=False)
     assert (found["nats_lens"] > found["nats_least"]).all() and (found["nats_even"] >= found["nats_least"]).all()
@@ -57,7 +59,8 @@ def test_a_lens_is_measured_against_what_each_block_wins():
 def test_a_lens_that_knows_wins_all_and_one_that_is_blank_is_even(lens, monkeypatch):
     gpt, batch = tiny_base(), tiny_batch()
     mc = tiny_mc(gpt, lens=lens).model
-    knows = lambda embeds, n_B, *_: torch.nn.functional.pad(utility_at(gpt, batch, int(n_B[0])), (0, T // K), value=-torch.inf)[:, :T // K]  # noqa: E731
+    knows = lambda embeds, n_B, *_: torch.nn.functional.pad(utility_at(gpt, batch, int(n_B[0])), (0, T // K),
+                                                            value=-torch.inf)[:, :T // K]  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(mc, "lens_logits", knows)
         found = taught(gpt, mc, batch.inputs, batch.targets, CURSORS, HORIZON)
@@ -90,10 +93,13 @@ def test_a_lens_that_looks_again_is_judged_as_the_system_that_does(monkeypatch):
     monkeypatch.setenv("CORPUS", "somewhere")
     found = measures.intervals(None, {"code": "$CORPUS/code", "prose": "p"}, [1, 3, H], contexts=4, horizon=H, batch=3)
     assert asked == [(n + H, 4, "somewhere/code"), (n + H, 4, "p")]
-    assert set(found) == {f"nll_{text}_{name}" for text in ("code", "prose") for name in ("full", "window", "recency", "every_1", "every_3", f"every_{H}")}
-    for name, system in {"full": "full", "window": "window", "recency": "gists_recency", "every_1": "gists_lens_again", f"every_{H}": "gists_lens"}.items():
+    assert set(found) == {f"nll_{text}_{name}" for text in ("code", "prose")
+                          for name in ("full", "window", "recency", "every_1", "every_3", f"every_{H}")}
+    for name, system in {"full": "full", "window": "window", "recency": "gists_recency", "every_1": "gists_lens_again",
+                         f"every_{H}": "gists_lens"}.items():
         whole = make_method(system, Models(gpt, mc), W).judge(tokens, targets, n, rows).outcome.nll_B
-        torch.testing.assert_close(torch.tensor(found[f"nll_code_{name}"], dtype=torch.double), whole.double(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(torch.tensor(found[f"nll_code_{name}"], dtype=torch.double), whole.double(), rtol=0,
+                                   atol=1e-6)
     assert found["nll_code_every_1"] != found["nll_code_every_3"]
 
 
@@ -104,10 +110,18 @@ def test_what_is_more_compressed(monkeypatch):
     tokens = torch.randint(VOCAB, (4, n + horizon + 1), generator=torch.Generator().manual_seed(0))
     rows, tokens, targets = torch.arange(4), tokens[:, :-1], tokens[:, 1:]
     monkeypatch.setattr(measures, "load_with_mc", lambda _: (gpt, mc, {"flags": {"seed": 0}}))
-    monkeypatch.setattr(measures, "held_out", lambda meta, length, contexts, size, data: [(rows[i:i + 2], tokens[i:i + 2, :length], targets[i:i + 2, :length]) for i in (0, 2)])
+    monkeypatch.setattr(measures,
+                        "held_out", lambda meta, length, contexts, size, data: [(rows[i:i + 2],
+                                                                                 tokens[i:i + 2, :length],
+                                                                                 targets[i:i + 2, :length])
+                                                                                for i in (0, 2)])
     found = measures.compression(None, contexts=4, batch=2, ratios=(2, 3))
-    assert set(found) == {f"nll_{name}" for name in ("full", "window", "recent", *(f"lod{lod}" for lod in range(1, mc.config.max_lod + 1)), "ratio_2", "ratio_3")}
+    assert set(found) == {f"nll_{name}"
+                          for name in ("full", "window", "recent",
+                                       *(f"lod{lod}" for lod in range(1, mc.config.max_lod + 1)), "ratio_2", "ratio_3")}
     for ratio in (2, 3):
-        by_recency = make_method("gists_recency", Models(gpt, mc), n // ratio).judge(tokens, targets, n, rows).outcome.nll_B
-        torch.testing.assert_close(torch.tensor(found[f"nll_ratio_{ratio}"], dtype=torch.double), by_recency.double(), rtol=0, atol=1e-6)
+        by_recency = make_method("gists_recency", Models(gpt, mc), n // ratio).judge(tokens, targets, n,
+                                                                                     rows).outcome.nll_B
+        torch.testing.assert_close(torch.tensor(found[f"nll_ratio_{ratio}"], dtype=torch.double), by_recency.double(),
+                                   rtol=0, atol=1e-6)
     assert len({tuple(values) for values in found.values()}) == len(found)

@@ -1,4 +1,5 @@
-"""What tells a working MegaContext from a broken one: each number against its formula, spelled out entry by entry (G2)."""
+"""What tells a working MegaContext from a broken one: each number against its formula,
+spelled out entry by entry (G2)."""
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from mc.mega_context import Tree, TreeShape
 from mc.telemetry import gist_statistics, shares_by_lod, spread
 from mc.working_context import from_expanded
 from scripts.eval.comparison import FocusComparison, plain_outcomes
-from scripts.eval.probe import SAMPLED, FocusDynamics, hit_at, market_price, probe_batch, rank_correlation, replay
+from scripts.eval.probe import SAMPLED, FocusDynamics, market_price, probe_batch, replay
+from slow_spearman import slow_spearman
 from tiny_mc import K, N, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)
@@ -35,8 +37,10 @@ def test_shares_by_lod_count_entries_and_tokens(seed, n):
     assert fits.all()
     found = shares_by_lod(cut, n_B, 2)
     for lod in range(3):
-        entries = [[lods[i] == lod for i in range(sum(valid))] for lods, valid in zip(cut.lod_BW.tolist(), cut.valid_BW.tolist())]
-        assert float(found[f"mc.focus.entry_share{{lod={lod}}}"]) == pytest.approx(sum(sum(e) / len(e) for e in entries) / 2)
+        entries = [[lods[i] == lod for i in range(sum(valid))]
+                   for lods, valid in zip(cut.lod_BW.tolist(), cut.valid_BW.tolist())]
+        assert float(found[f"mc.focus.entry_share{{lod={lod}}}"]) == pytest.approx(sum(sum(e) / len(e)
+                                                                                       for e in entries) / 2)
         tokens = [sum(e) * 4**lod / n for e, n in zip(entries, n_B.tolist())]
         assert float(found[f"mc.focus.token_share{{lod={lod}}}"]) == pytest.approx(sum(tokens) / 2)
     assert float(found["mc.focus.compression"]) == pytest.approx(float((n_B / cut.valid_BW.sum(1)).mean()))
@@ -44,7 +48,8 @@ def test_shares_by_lod_count_entries_and_tokens(seed, n):
 
 @pytest.mark.parametrize("nodes, width", [(5, 16), (16, 5)])
 def test_gist_statistics_are_those_of_the_covariance(nodes, width):
-    table = torch.cat([torch.zeros(2, nodes * 4, width), torch.randn(2, nodes, width, generator=torch.Generator().manual_seed(0))], 1).double()
+    table = torch.cat([torch.zeros(2, nodes * 4, width),
+                       torch.randn(2, nodes, width, generator=torch.Generator().manual_seed(0))], 1).double()
     found = gist_statistics(Tree(table, TreeShape(nodes * 4, 4, 1)))
     rank, variance = [], []
     for row in table[:, nodes * 4:]:
@@ -53,7 +58,8 @@ def test_gist_statistics_are_those_of_the_covariance(nodes, width):
         variance.append(values.sum() / width)
     assert float(found["mc.gist.effective_rank{lod=1}"]) == pytest.approx(float(sum(rank) / 2))
     assert float(found["mc.gist.variance{lod=1}"]) == pytest.approx(float(sum(variance) / 2))
-    assert float(found["mc.gist.rms{lod=1}"]) == pytest.approx(float(table[:, nodes * 4:].square().mean(-1).sqrt().mean()))
+    assert float(found["mc.gist.rms{lod=1}"]) == pytest.approx(float(table[:, nodes
+                                                                           * 4:].square().mean(-1).sqrt().mean()))
 
 
 def test_gists_that_collapse_are_seen():
@@ -76,43 +82,6 @@ def test_spread_is_the_deviation_over_visible_blocks(queries):
         several = [q[m].std(correction=0) for q, m in zip(x, v) if m.sum() > 1]
         rows.append(sum(several) / len(several) if several else torch.tensor(0.0))
     assert float(spread(logits, visible)) == pytest.approx(float(sum(rows) / 3), rel=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Agreement
-
-
-def spearman(x: list[float], y: list[float]) -> float:
-    """Correlation of ranks, ties sharing theirs; 0 without variance."""
-    ranks = [[sum(b < a for b in v) + (sum(b == a for b in v) - 1) / 2 for a in v] for v in (x, y)]
-    mean = (len(x) - 1) / 2
-    products = [sum((a - mean) * (b - mean) for a, b in zip(p, q)) for p, q in ((ranks[0], ranks[1]), (ranks[0], ranks[0]), (ranks[1], ranks[1]))]
-    return products[0] / (products[1] * products[2]) ** 0.5 if products[1] * products[2] else 0.0
-
-
-@settings(max_examples=50, deadline=None)
-@given(pairs=st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=9))
-def test_rank_correlation(pairs):
-    x, y = (list(map(float, v)) for v in zip(*pairs))
-    assert float(rank_correlation(torch.tensor([x]), torch.tensor([y]))) == pytest.approx(spearman(x, y), abs=1e-9)
-
-
-def test_rank_correlation_of_a_scorer_without_an_opinion_is_zero():
-    utility = torch.randn(2, 8)
-    assert rank_correlation(torch.zeros(2, 8), utility).tolist() == [0, 0]
-    assert rank_correlation(utility.exp(), utility).tolist() == pytest.approx([1, 1])
-    assert rank_correlation(-utility, utility).tolist() == pytest.approx([-1, -1])
-
-
-@settings(max_examples=30, deadline=None)
-@given(scores=st.lists(st.integers(0, 3), min_size=5, max_size=5), k=st.integers(1, 5), seed=seeds)
-def test_hit_at_is_the_expected_share_of_the_best_that_are_taken(scores, k, seed):
-    """Ties are broken at random: the mean over many breakings."""
-    utility, scores = rand(seed, 1, 5), torch.tensor([scores], dtype=torch.float32)
-    best = set(utility.topk(k).indices[0].tolist())
-    broken = scores + 0.5 * rand(seed + 1, 4000, 5)
-    hits = sum(torch.isin(broken.topk(k, 1).indices, torch.tensor(sorted(best))).float().sum(1) / k) / 4000
-    assert float(hit_at(scores, utility, k)) == pytest.approx(float(hits), abs=0.03)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,15 +119,19 @@ def slow_dynamics(steps, cooldown: int) -> dict[str, float]:
 @given(seed=seeds, cooldown=st.integers(0, 3), max_lod=st.integers(1, 2), growing=st.booleans())
 def test_dynamics_against_a_history_of_every_node(seed, cooldown, max_lod, growing):
     """Also where the number of blocks grows, as in a session."""
-    allocator = GreedyAllocator(FocusConfig(budget=24, block_size=4, max_lod=max_lod, recent=4, cooldown=cooldown, max_edits=3))
+    allocator = GreedyAllocator(FocusConfig(budget=24, block_size=4, max_lod=max_lod, recent=4, cooldown=cooldown,
+                                            max_edits=3))
     blocks, rows = 14, 2
     n = lambda t: torch.full((rows,), (6 + min(t, 8)) * 4)  # noqa: E731
     state, steps, dynamics = allocator.allocate(rand(seed, rows, blocks), n(0)), [], FocusDynamics(cooldown)
     for t in range(1, 12):
         before = allocator.advance(state, n(t))
         state, report = allocator.refocus(before, 2 * rand(seed + t, rows, blocks) - 1)
-        seen = [x if not growing else x._replace(**{name: tuple(level[:, : int(n(t)[0]) // 4 // 4**i] for i, level in enumerate(getattr(x, name)))
-                                                    for name in ("expanded", "changed_at")}) for x in (before, state)]  # fmt: skip
+        seen = [x if not growing
+                else x._replace(**{name: tuple(level[:, : int(n(t)[0]) // 4 // 4**i]
+                                               for i, level in enumerate(getattr(x, name)))
+                                                    for name in ("expanded", "changed_at")})
+                for x in (before, state)]  # fmt: skip
         dynamics.update(*seen, report)
         steps.append((*seen, report))
     found = {name: float(value) for name, value in dynamics.metrics().items()}
@@ -167,7 +140,8 @@ def test_dynamics_against_a_history_of_every_node(seed, cooldown, max_lod, growi
 
 
 def test_a_calm_lens_is_calm_and_a_fickle_one_thrashes():
-    """Scores that stay change nothing once settled; scores drawn anew at each refocus are undone as soon as the cooldown allows."""
+    """Scores that stay change nothing once settled; scores drawn anew at each refocus are undone as
+    soon as the cooldown allows."""
     gpt = tiny_base(dtype=torch.float32)
     mc = tiny_mc(gpt, budget=28).model
     embeds = gpt.embed(tiny_batch(range(16)).inputs).detach()
@@ -214,18 +188,24 @@ def test_the_probe_measures_what_it_says():
         one[:, block] = 1
         utility.append(focus.outcome(nothing).nll_B - focus.outcome(one).nll_B)
     utility, scores = torch.stack(utility, 1).tolist(), focus.scores("lens").tolist()
-    correlation = [spearman(s[:len(u)], u) for s, u in zip(scores, utility)]
+    correlation = [slow_spearman(s[:len(u)], u) for s, u in zip(scores, utility)]
     assert found["mc.lens.rank_correlation"] == pytest.approx(sum(correlation) / 4)
-    hits = [max(range(len(u)), key=u.__getitem__) == max(range(len(u)), key=s.__getitem__) for s, u in zip(scores, utility)]
+    hits = [max(range(len(u)), key=u.__getitem__) == max(range(len(u)), key=s.__getitem__)
+            for s, u in zip(scores, utility)]
     assert found["mc.lens.hit_at{k=1}"] == pytest.approx(sum(hits) / 4)
-    assert found["mc.lens.regret"] >= float((lens - torch.stack([focus.outcome(focus.scores(p)).nll_B for p in ("random", "recency", "lens")]).amin(0)).mean()) > -1e-12
-    assert set(found) >= {f"mc.focus.{name}" for name in ("swap_rate", "residency", "residency_p95", "thrash", "replay_utilization", "forced")}
+    assert found["mc.lens.regret"] >= float((lens - torch.stack([focus.outcome(focus.scores(p)).nll_B
+                                                                 for p in ("random", "recency",
+                                                                           "lens")]).amin(0)).mean()) > -1e-12
+    assert set(found) >= {f"mc.focus.{name}" for name in ("swap_rate", "residency", "residency_p95", "thrash",
+                                                          "replay_utilization", "forced")}
 
 
 def test_bands_are_measured_at_their_ratios(monkeypatch):
     seen, gpt = [], tiny_base()
     mc, outcome = tiny_mc(gpt, budget=28, recent=K), FocusComparison.outcome
-    monkeypatch.setattr(FocusComparison, "outcome", lambda self, scores: seen.append((self.allocator.cfg.budget, outcome(self, scores))) or seen[-1][1])
+    monkeypatch.setattr(FocusComparison,
+                        "outcome", lambda self, scores: seen.append((self.allocator.cfg.budget, outcome(self, scores)))
+                        or seen[-1][1])
     found = probe_batch(mc, gpt, tiny_batch())
     bands = [name for name in found if name.startswith("mc.val.band_delta_nll")]
     assert bands == ["mc.val.band_delta_nll{band=to_5}"], "an eighth of 56 tokens holds no coarsest cut and tail"

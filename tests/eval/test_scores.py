@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 
 from mc.teachers import attention_mass
 from nanochat.common import UserError
@@ -16,7 +15,8 @@ from nanochat.tasks.recall import RecallTask
 from scripts.eval.bm25 import bm25_scores
 from scripts.eval.comparison import FocusComparison
 from scripts.eval.run_focus import Model, seeds_gap_closed, mean_of, recall_setting
-from scripts.eval.scores import CHEATS, SCORES, all_scores, average_ranks, hit_at, measure_scores, most_useful, recall_contexts, spearman, tail_attention, utilities
+from scripts.eval.scores import CHEATS, SCORES, all_scores, measure_scores, most_useful, recall_contexts, tail_attention, utilities
+from slow_spearman import slow_spearman
 from tiny_mc import H, K, N, R, W, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)
@@ -29,51 +29,7 @@ def comparison(rows=(0, 1, 2, 3), n: int = N, budget: int | None = None, **confi
                            batch.rows, budget)
 
 
-# -- rank correlation -----------------------------------------------------------------------------------------------------
-
-
-def slow_spearman(x: list[int], y: list[int]) -> float:
-    def ranks(v):
-        places = {value: [i for i, other in enumerate(sorted(v)) if other == value] for value in v}
-        return [sum(places[value]) / len(places[value]) for value in v]
-
-    a, b = ranks(x), ranks(y)
-    mean = (len(x) - 1) / 2
-    covariance = sum((p - mean) * (q - mean) for p, q in zip(a, b))
-    spread = math.sqrt(sum((p - mean) ** 2 for p in a) * sum((q - mean) ** 2 for q in b))
-    return covariance / spread if spread else 0.0
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 9).flatmap(lambda n: st.lists(st.lists(st.integers(-3, 3), min_size=n, max_size=n), min_size=2,
-                                                    max_size=6)))
-def test_spearman_is_the_correlation_of_ranks_with_ties(rows):
-    x, y = torch.tensor(rows[:len(rows) // 2 * 2:2]).float(), torch.tensor(rows[1::2]).float()
-    found = spearman(x, y)
-    assert found.tolist() == pytest.approx([slow_spearman(a, b) for a, b in zip(x.tolist(), y.tolist())], abs=1e-9)
-
-
-def test_spearman_by_hand():
-    x = torch.tensor([[1.0, 2, 3, 4], [1, 2, 3, 4], [1, 2, 2, 3], [5, 5, 5, 5]])
-    y = torch.tensor([[10.0, 20, 30, 99], [4, 3, 2, 1], [1, 2, 3, 4], [1, 2, 3, 4]])
-    assert average_ranks(x)[2].tolist() == [0, 1.5, 1.5, 3]
-    assert spearman(x, y).tolist() == pytest.approx([1, -1, 4.5 / math.sqrt(4.5 * 5), 0])
-
-
-# -- hits -----------------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=8), st.integers(1, 4))
-def test_hits_are_counted_among_the_best(blocks, k):
-    scores, matter = (torch.tensor([x]) for x in zip(*blocks))
-    best = sorted(range(len(blocks)), key=lambda i: (-blocks[i][0], -i))[:k]  # ties: the later first
-    count = sum(m for _, m in blocks)
-    found = hit_at(scores.float(), matter, k)
-    if not count:
-        assert found.isnan().all()
-    else:
-        assert found.tolist() == [sum(blocks[i][1] for i in best) / min(k, count)]
+# -- what matters -----------------------------------------------------------------------------------------------------
 
 
 def test_what_is_most_useful():

@@ -18,4 +18,5 @@ def pytest_terminal_summary(terminalreporter) -> None:
     total = sum(fuzzing.COUNTS.values(), Counter())
     if total:
         kinds = "; ".join(f"{kind} {c['read']}+{c['refused']}" for kind, c in sorted(fuzzing.COUNTS.items()))
-        terminalreporter.write_line(f"fuzzing: {total.total():,} inputs, {total['read']:,} read, {total['refused']:,} refused ({kinds})")
+        terminalreporter.write_line(f"fuzzing: {total.total():,} inputs, {total['read']:,} read, {total['refused']:,} "
+                                    f"refused ({kinds})")

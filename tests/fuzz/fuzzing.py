@@ -5,8 +5,9 @@
         (work / "metrics.jsonl").write_bytes(change(metrics))
         tried("metrics", lambda: load_run(work))
 
-`tried` counts each input by its kind and fails for an exception that is no refusal, a refusal of several lines, and a hang. `changes` damages
-bytes as media and editors do, `json_changes` values as other programs do; both are lists of few small steps, so that hypothesis shrinks them.
+`tried` counts each input by its kind and fails for an exception that is no refusal, a refusal of several lines, and a
+hang. `changes` damages bytes as media and editors do, `json_changes` values as other programs do; both are lists of few
+small steps, so that hypothesis shrinks them.
 
 FUZZ_EXAMPLES: inputs per test, by default few, so that all take half a minute. A test's `cost` divides it.
 """
@@ -36,7 +37,8 @@ COUNTS: dict[str, Counter] = {}  # kind of input -> "read", "refused"
 
 
 class Hang(BaseException):
-    """An input that took longer than HANG_SECONDS. No Exception: what is fuzzed must not take it for a fault of its input."""
+    """An input that took longer than HANG_SECONDS. No Exception: what is fuzzed must not take
+    it for a fault of its input."""
 
 
 @contextlib.contextmanager
@@ -54,7 +56,8 @@ def no_hang() -> Iterator[None]:
 
 
 def tried(kind: str, read: Callable[[], T]) -> T | None:
-    """What `read` makes of one input, None where it refuses it by a UserError of one line. Whatever else it raises goes on."""
+    """What `read` makes of one input, None where it refuses it by a UserError of one line.
+    Whatever else it raises goes on."""
     try:
         with no_hang():
             found = read()
@@ -73,9 +76,11 @@ def check_line(text: str) -> None:
 
 
 def command(kind: str, main: Callable[[], None], *flags: str) -> str | None:
-    """What a command prints for these flags, None where it refuses them: exit code 2, the last line on stderr an error, no traceback.
+    """What a command prints for these flags, None where it refuses them: exit code 2, the last line on
+    stderr an error, no traceback.
 
-    An exit code of 1 is `verify`'s, for a store that is damaged: it counts as read. The terminal's own help counts as read too.
+    An exit code of 1 is `verify`'s, for a store that is damaged: it counts as read. The
+    terminal's own help counts as read too.
     """
     out, err, argv, code = io.StringIO(), io.StringIO(), sys.argv, 0
     sys.argv = ["fuzzed", *flags]
@@ -90,16 +95,20 @@ def command(kind: str, main: Callable[[], None], *flags: str) -> str | None:
     assert code in (0, 1, 2), (code, err.getvalue())
     if code == 2:
         *warnings, error = err.getvalue().splitlines() or [""]
-        assert error.startswith("error: ") and all(line.startswith(("warning: ", "note: ")) for line in warnings), err.getvalue()
+        assert error.startswith("error: ") and all(line.startswith(("warning: ", "note: "))
+                                                   for line in warnings), err.getvalue()
         check_line(error)
     COUNTS.setdefault(kind, Counter())["refused" if code == 2 else "read"] += 1
     return None if code == 2 else out.getvalue()
 
 
 def fuzzed(*strategies: st.SearchStrategy, cost: float = 1, **named: st.SearchStrategy) -> Callable:
-    """`given`, with FUZZ_EXAMPLES ÷ cost examples. Fixtures are made once per test: it must put back what it changes."""
-    unhurried = settings(max_examples=max(round(EXAMPLES / cost), 3), deadline=None, print_blob=True, report_multiple_bugs=False,
-                         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large])
+    """`given`, with FUZZ_EXAMPLES ÷ cost examples. Fixtures are made once per test: it
+    must put back what it changes."""
+    unhurried = settings(max_examples=max(round(EXAMPLES / cost), 3), deadline=None, print_blob=True,
+                         report_multiple_bugs=False,
+                         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow,
+                                                HealthCheck.data_too_large])
     return lambda test: unhurried(given(*strategies, **named)(test))
 
 
@@ -115,12 +124,14 @@ class Intact(bytes):
 
 
 Change = Callable[[bytes], bytes]
-TEXTS = (b"", b"\0", b"\n", b"\r\n", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"null", b"NaN", b"-Infinity", b"1e999", b"-1", b"[]", b"{}",
+TEXTS = (b"", b"\0", b"\n", b"\r\n", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"null", b"NaN", b"-Infinity",
+         b"1e999", b"-1", b"[]", b"{}",
          b'"x"', b"9" * 400, b"[" * 3000, b"\xf0\x9f\x92\xa9", b"\x1b[31m", "\u2028".encode())
 
 
 class _Bytes:
-    """A list of steps; its repr says what hypothesis found. Places are shares of the length, so that they fit whatever is changed."""
+    """A list of steps; its repr says what hypothesis found. Places are shares of the length, so that
+    they fit whatever is changed."""
 
     def __init__(self, steps: list[tuple]):
         self.steps = steps
@@ -170,7 +181,8 @@ STEPS = ("flip", "byte", "cut", "zero", "drop", "twice", "insert", "swap lines",
 
 def changes(most: int = 3, steps: tuple[str, ...] = STEPS) -> st.SearchStrategy[Change]:
     """Functions from intact bytes to damaged ones."""
-    step = st.tuples(st.sampled_from(steps), st.floats(0, 1, exclude_max=True, allow_subnormal=False), st.integers(0, 600))
+    step = st.tuples(st.sampled_from(steps), st.floats(0, 1, exclude_max=True, allow_subnormal=False),
+                     st.integers(0, 600))
     return st.lists(step, min_size=1, max_size=most).map(_Bytes)
 
 
@@ -178,7 +190,8 @@ def changes(most: int = 3, steps: tuple[str, ...] = STEPS) -> st.SearchStrategy[
 # JSON
 
 
-EDGES = (None, True, False, 0, 1, -1, 2, 31, 33, 1.5, -0.5, 1e308, 1e-320, float("nan"), float("inf"), 2**31, 2**63, -(2**63), 10**30, 10**320, "", "x", "0",
+EDGES = (None, True, False, 0, 1, -1, 2, 31, 33, 1.5, -0.5, 1e308, 1e-320, float("nan"), float("inf"), 2**31, 2**63,
+         -(2**63), 10**30, 10**320, "", "x", "0",
          "\ud800", "a\nb", "../x", "\0", "\x1b[31m", "x" * 3000, [], [1], [[]], [None], {}, {"x": 1}, {"": {}})
 
 
@@ -224,7 +237,8 @@ def _json_step(value, what: str, place: float, new):
 
 def json_changes(most: int = 2) -> st.SearchStrategy[Callable]:
     """Functions from a JSON value to one with foreign types, numbers at the edges, and keys too few or too many."""
-    step = st.tuples(st.sampled_from(("put", "put", "drop", "add", "nudge")), st.floats(0, 1, exclude_max=True, allow_subnormal=False), st.sampled_from(EDGES))
+    step = st.tuples(st.sampled_from(("put", "put", "drop", "add", "nudge")),
+                     st.floats(0, 1, exclude_max=True, allow_subnormal=False), st.sampled_from(EDGES))
     return st.lists(step, min_size=1, max_size=most).map(_Json)
 
 
@@ -246,7 +260,8 @@ class Image(dict):
 
 def image(folder: Path) -> Image:
     """Every file below a folder, and every folder; but for what SQLite leaves beside a database that was read."""
-    return Image((str(p.relative_to(folder)), p.read_bytes() if p.is_file() else None) for p in sorted(folder.rglob("*")) if not p.name.endswith(("-shm", "-wal")))
+    return Image((str(p.relative_to(folder)), p.read_bytes() if p.is_file() else None)
+                 for p in sorted(folder.rglob("*")) if not p.name.endswith(("-shm", "-wal")))
 
 
 def put_image(folder: Path, files: dict[str, bytes | None]) -> Path:

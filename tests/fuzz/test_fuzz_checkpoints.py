@@ -1,4 +1,5 @@
-"""Checkpoints and tokenizers: damaged on the medium, which checksums tell, and written whole by something else, which they do not."""
+"""Checkpoints and tokenizers: damaged on the medium, which checksums tell, and written whole by
+something else, which they do not."""
 
 import hashlib
 import io
@@ -13,25 +14,30 @@ from fuzzing import EDGES, Image, changes, command, dumped, fuzzed, image, json_
 from hypothesis import strategies as st
 
 from mc.store.networks import load_networks
+from nanochat.telemetry import meter
 from nanochat.loading import load_model, load_nanochat_dir
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train, chat_cli
 from scripts.eval.methods.registry import load_models
 
-TRAIN = ["--depth=1", "--aspect_ratio=32", "--head_dim=16", "--max_seq_len=64", "--device_batch_size=2", "--total_batch_size=256", "--data=random",
-         "--num_iterations=2", "--eval_every=0", "--eval_tokens=128", "--device=cpu", "--dtype=float32", "--model_tag=t", "--mc_enabled=1", "--mc_block_size=8",
-         "--mc_budget=32", "--mc_horizon=8", "--mc_recent=8", "--mc_start=0", "--mc_ramp=1", "--mc_lens_queries=32", "--mc_lens_key_dim=8", "--mc_gist_width=16",
+TRAIN = ["--depth=1", "--aspect_ratio=32", "--head_dim=16", "--max_seq_len=64", "--device_batch_size=2",
+         "--total_batch_size=256", "--data=random",
+         "--num_iterations=2", "--eval_every=0", "--eval_tokens=128", "--device=cpu", "--dtype=float32",
+         "--model_tag=t", "--mc_enabled=1", "--mc_block_size=8",
+         "--mc_budget=32", "--mc_horizon=8", "--mc_recent=8", "--mc_start=0", "--mc_ramp=1", "--mc_lens_queries=32",
+         "--mc_lens_key_dim=8", "--mc_gist_width=16",
          "--mc_max_lod=1"]  # fmt: skip
 STEP = "000002"
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A base directory with the tokenizer of single bytes and a MegaContext that was trained for two steps; its own while this module runs."""
+    """A base directory with the tokenizer of single bytes and a MegaContext that was trained for two steps; its
+    own while this module runs."""
     folder = tmp_path_factory.mktemp("checkpoints")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        patch.setattr(base_train, "peak_flops", lambda device: 1e9)  # measured for half a second
+        patch.setattr(meter, "peak_flops", lambda device: 1e9)
         Tokenizer([bytes([i]) for i in range(256)]).save()
         patch.setattr(sys, "argv", ["base_train", *TRAIN])
         base_train.main()
@@ -46,7 +52,8 @@ def files(base) -> Image:
 def signed(files: dict[str, bytes]) -> dict[str, bytes]:
     """A commit record that fits."""
     record = json.loads(files[f"complete_{STEP}.json"])
-    record["files"] = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items() if not name.startswith("complete")}
+    record["files"] = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                       for name, data in files.items() if not name.startswith("complete")}
     return {**files, f"complete_{STEP}.json": json.dumps(record).encode()}
 
 
@@ -85,8 +92,10 @@ def tensors_changed(draw, state: dict) -> None:
     name = draw(st.sampled_from(sorted(state)))
     old = state.pop(name)
     what = draw(st.sampled_from(["gone", "renamed", "shape", "empty", "integers", "half", "nan", "value", "scalar"]))
-    new = {"shape": lambda: torch.zeros(*old.shape, 2), "empty": lambda: torch.zeros(0), "integers": lambda: old.long(), "half": lambda: old.half(),
-           "nan": lambda: old * torch.nan, "value": lambda: draw(st.sampled_from(EDGES)), "scalar": lambda: torch.tensor(1.0)}
+    new = {"shape": lambda: torch.zeros(*old.shape, 2), "empty": lambda: torch.zeros(0),
+           "integers": lambda: old.long(), "half": lambda: old.half(),
+           "nan": lambda: old * torch.nan, "value": lambda: draw(st.sampled_from(EDGES)),
+           "scalar": lambda: torch.tensor(1.0)}
     if what != "gone":
         state[name + "x" * (what == "renamed")] = new.get(what, lambda: old)()
 
@@ -102,14 +111,18 @@ def test_tensors_of_another_program(base, files, data, kind):
 
 @fuzzed(st.sampled_from(["model", "mc"]), changes(), cost=2)
 def test_bytes_of_tensors_whose_checksum_fits(base, files, kind, change):
-    read_all(base, signed({**files, f"{kind}_{STEP}.pt": change(files[f"{kind}_{STEP}.pt"])}), "checkpoint, bytes of its tensors")
+    read_all(base, signed({**files, f"{kind}_{STEP}.pt": change(files[f"{kind}_{STEP}.pt"])}),
+             "checkpoint, bytes of its tensors")
 
 
 @fuzzed(st.sampled_from(["model", "meta"]), changes(), json_changes(), st.booleans(), cost=2)
 def test_a_reference_checkpoint(base, files, kind, change, values, bytewise):
     """karpathy/nanochat's has no checksums."""
-    model, meta = (dict(torch.load(io.BytesIO(files[f"model_{STEP}.pt"]), weights_only=True)), json.loads(files[f"meta_{STEP}.json"]))
-    meta = {"model_config": {k: v for k, v in meta["model_config"].items() if k in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")}}
+    model, meta = (dict(torch.load(io.BytesIO(files[f"model_{STEP}.pt"]), weights_only=True)),
+                   json.loads(files[f"meta_{STEP}.json"]))
+    meta = {"model_config": {k: v for k, v in meta["model_config"].items()
+                             if k in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd",
+                                      "window_pattern")}}
     torch.save(model, written := io.BytesIO())
     made = {f"model_{STEP}.pt": written.getvalue(), f"meta_{STEP}.json": dumped(meta if bytewise else values(meta))}
     name = next(n for n in made if n.startswith(kind))
@@ -117,7 +130,8 @@ def test_a_reference_checkpoint(base, files, kind, change, values, bytewise):
     tried("checkpoint of nanochat", lambda: load_nanochat_dir(directory))
 
 
-@fuzzed(st.sampled_from(["complete", "meta", "optim", "model", "mc"]), json_changes(), changes(), st.booleans(), cost=40)
+@fuzzed(st.sampled_from(["complete", "meta", "optim", "model", "mc"]), json_changes(), changes(), st.booleans(),
+        cost=40)
 def test_commands_on_what_is_damaged(base, files, kind, values, change, sign):
     """base_eval, chat_cli and a resumed training: refused in a line, or run; a refused one has written nothing."""
     name = next(n for n in files if n.startswith(f"{kind}_"))
@@ -128,7 +142,8 @@ def test_commands_on_what_is_damaged(base, files, kind, values, change, sign):
     shutil.rmtree(runs, ignore_errors=True)
     where = f"--checkpoint_dir={directory}"
     command("commands on checkpoints", base_eval.main, where, "--eval_tokens=128", "--micro_batch=2", "--device=cpu")
-    command("commands on checkpoints", chat_cli.main, where, "--prompt=ab", "--max_tokens=2", "--device=cpu", "--mc_enabled=1")
+    command("commands on checkpoints", chat_cli.main, where, "--prompt=ab", "--max_tokens=2", "--device=cpu",
+            "--mc_enabled=1")
     assert image(directory) == made
     if command("commands on checkpoints", base_train.main, *TRAIN, "--resume=1") is None:
         assert image(directory) == made and not runs.exists()
@@ -146,4 +161,5 @@ def test_a_tokenizer(base, kind, change, values):
     path.write_bytes(change(whole) if kind == "bytes" else dumped(made))
     if (found := tried("tokenizer", lambda: Tokenizer.load(path.parent))) is not None:
         text = "a ż \U0001f4a9\0"  # another pattern may leave something out
-        assert found.decode(found.encode(text)) == text or found._pattern != Tokenizer([bytes([i]) for i in range(256)])._pattern
+        assert found.decode(found.encode(text)) == text or found._pattern != Tokenizer([bytes([i])
+                                                                                        for i in range(256)])._pattern

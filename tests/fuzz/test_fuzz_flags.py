@@ -1,4 +1,5 @@
-"""Flags of every command: values at the edges of their types, spelled in every way; parsed, and checked as far as the command goes before it works."""
+"""Flags of every command: values at the edges of their types, spelled in every way; parsed, and checked as far as the
+command goes before it works."""
 
 import argparse
 import importlib
@@ -9,6 +10,7 @@ import pytest
 from fuzzing import command, fuzzed, image
 from hypothesis import strategies as st
 
+from nanochat.telemetry import meter
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train, chat_cli, tok_train, write_tasks
 from scripts.eval import run_focus as eval_focus
@@ -18,9 +20,15 @@ from scripts.studies import run_train_lensnet as train_lensnet
 from test_fuzz_checkpoints import TRAIN
 
 SCRIPTS = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "scripts").glob("[!_]*.py"))
-NUMBERS = st.one_of(st.integers(-2, 130).map(str), st.sampled_from(["nan", "inf", "-inf", "1e309", "1e-320", "9" * 30, "9" * 5000, str(2**31), str(2**63), str(-(2**63)), "", " 1", "0x1", "1_0", "٣", "0.5", "-0", "1e3"]))
-WORDS = st.one_of(st.text(max_size=6), st.sampled_from(["", "-", "--", "/nowhere", ".", "..", "\ud800", "a/b", "x" * 300, ",", "1,", "gate:1", "gate:nan", "lens:1", "bundle:0", "bundle:2", "stochastic:-1", "threshold:1,2",
-                                                         "random", "recall", "tasks:", "tasks:x=1", "tasks:passkey=0", "SL", "latest", "0", "8:1", "32:0", "a:b", "²"]))
+NUMBERS = st.one_of(st.integers(-2, 130).map(str),
+                    st.sampled_from(["nan", "inf", "-inf", "1e309", "1e-320", "9" * 30, "9" * 5000, str(2**31),
+                                     str(2**63), str(-(2**63)), "", " 1", "0x1", "1_0", "٣", "0.5", "-0", "1e3"]))
+WORDS = st.one_of(st.text(max_size=6),
+                  st.sampled_from(["", "-", "--", "/nowhere", ".", "..", "\ud800", "a/b", "x" * 300, ",", "1,",
+                                   "gate:1", "gate:nan", "lens:1", "bundle:0", "bundle:2", "stochastic:-1",
+                                   "threshold:1,2",
+                                                         "random", "recall", "tasks:", "tasks:x=1", "tasks:passkey=0",
+                                   "SL", "latest", "0", "8:1", "32:0", "a:b", "²"]))
 
 
 def flags_of(parser: argparse.ArgumentParser) -> st.SearchStrategy:
@@ -30,10 +38,12 @@ def flags_of(parser: argparse.ArgumentParser) -> st.SearchStrategy:
     def spelled(action: argparse.Action) -> st.SearchStrategy:
         values = NUMBERS if action.type in (int, float) else WORDS
         if action.choices:
-            values = st.one_of(st.sampled_from([str(c) for c in action.choices]), st.sampled_from([str(c) for c in action.choices]), values)
+            values = st.one_of(st.sampled_from([str(c) for c in action.choices]),
+                               st.sampled_from([str(c) for c in action.choices]), values)
         name = action.option_strings[-1]
         forms = st.sampled_from(["{n}={v}", "{n}={v}", "{n}={v}", "{n} {v}", "{d} {v}", "{d}={v}", "{cut}={v}", "{n}"])
-        return st.tuples(forms, values).map(lambda t: t[0].format(n=name, d=name.replace("_", "-"), cut=name[:-1], v=t[1]).split(" ", 1))
+        return st.tuples(forms, values).map(lambda t: t[0].format(n=name, d=name.replace("_", "-"), cut=name[:-1],
+                                                                  v=t[1]).split(" ", 1))
 
     return st.sampled_from(actions).flatmap(spelled)
 
@@ -45,7 +55,8 @@ def parsers_of(script: str) -> list[tuple[list[str], argparse.ArgumentParser]]:
     return [([name], sub) for a in subs for name, sub in a.choices.items()] or [([], parser)]
 
 
-ALL = [(f"{script} {' '.join(words)}".strip(), words, parser, script) for script in SCRIPTS for words, parser in parsers_of(script)]
+ALL = [(f"{script} {' '.join(words)}".strip(), words, parser, script) for script in SCRIPTS
+       for words, parser in parsers_of(script)]
 
 
 @fuzzed(st.sampled_from(ALL), st.data())
@@ -72,7 +83,7 @@ def base(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
-        patch.setattr(base_train, "peak_flops", lambda device: 1e9)
+        patch.setattr(meter, "peak_flops", lambda device: 1e9)
         Tokenizer([bytes([i]) for i in range(256)]).save()
         assert command("commands on checkpoints", base_train.main, *TRAIN)
         patch.setattr(base_eval, "evaluate", stop)
@@ -106,7 +117,9 @@ WHOLE = {  # what a command takes as it stands; flags that are drawn come behind
     "tok_train": ["--data=stdlib"],
     "write_tasks": ["--out={base}/tasks", "--data=stdlib"],
 }
-DEAR = {"depth", "aspect_ratio", "data", "log_dir", "mc_store", "out", "labels", "resume", "init_from", "run", "model_tag", "out_tag", "keep_drop"}  # drawn too, for the parser alone
+# drawn too, for the parser alone
+DEAR = {"depth", "aspect_ratio", "data", "log_dir", "mc_store", "out", "labels", "resume", "init_from", "run",
+        "model_tag", "out_tag", "keep_drop"}
 
 
 @fuzzed(st.sampled_from(sorted(WHOLE)), st.data(), cost=2)
@@ -115,7 +128,8 @@ def test_flags_of_commands(base, name, data):
     words = [word for word in rest if word in ("label", "train")]
     parser = next(p for _, w, p, s in ALL if s == script and w == words)
     drawn = data.draw(st.lists(flags_of(parser), min_size=1, max_size=2))
-    flags = [part for flag in drawn if flag[0].lstrip("-").partition("=")[0].replace("-", "_") not in DEAR for part in flag]
+    flags = [part for flag in drawn if flag[0].lstrip("-").partition("=")[0].replace("-", "_") not in DEAR
+             for part in flag]
     whole = [flag.format(base=base) for flag in WHOLE[name]]
     kept = image(base / "checkpoints")
     command("flags, commands", importlib.import_module(f"scripts.{script}").main, *words, *whole, *flags)

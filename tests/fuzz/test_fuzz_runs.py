@@ -64,7 +64,9 @@ def test_a_resumed_run_goes_on_behind_what_is_there(metrics, work, change):
 def test_records_of_experiments(work, change):
     """A line that is no record is left out, and said; the others are read, and a new one goes behind them."""
     rows = [{"key": f"{i:012x}", "results": {"nll": [0.1 * i, 2.0]}, "name": f"cell {i}"} for i in range(6)]
-    records = CellRecords(put_image(work, {"results.jsonl": change(b"".join(dumped(row) + b"\n" for row in rows))}) / "results.jsonl")
+    records = CellRecords(put_image(work,
+                                    {"results.jsonl": change(b"".join(dumped(row) + b"\n"
+                                                                      for row in rows))}) / "results.jsonl")
     found = tried("records of experiments", records.read)
     records.append({"key": "new"})
     assert records.read() == {**found, "new": {"key": "new"}}

@@ -1,4 +1,5 @@
-"""Session states: damaged files, and whole ones whose numbers no session can have. The pool goes on as if nothing had been."""
+"""Session states: damaged files, and whole ones whose numbers no session can have. The pool
+goes on as if nothing had been."""
 
 import json
 
@@ -20,7 +21,8 @@ K = 4
 @pytest.fixture(scope="module")
 def pool() -> SessionPool:
     gpt = tiny_base(n_layer=1)
-    config = MCConfig(block_size=K, max_lod=3, gist_width=16, budget=32, horizon=8, lens_key_dim=16, lens_keys=2, lens_queries=24, lens_horizon=4)
+    config = MCConfig(block_size=K, max_lod=3, gist_width=16, budget=32, horizon=8, lens_key_dim=16, lens_keys=2,
+                      lens_queries=24, lens_horizon=4)
     mc = MegaContext(config, gpt.config.n_embd).double()
     randomize(mc)
     return SessionPool(gpt, mc, SessionConfig(budget=40), trained_lods=(1, 2, 3))
@@ -85,7 +87,8 @@ def test_tensors_of_a_state(pool, state, expected, data):
     for _ in range(data.draw(st.integers(1, 2))):
         name = data.draw(st.sampled_from(sorted(tensors)))
         old = tensors.pop(name)
-        what = data.draw(st.sampled_from(["gone", "renamed", "longer", "shorter", "empty", "other type", "number", "number", "number", "shuffled"]))
+        what = data.draw(st.sampled_from(["gone", "renamed", "longer", "shorter", "empty", "other type", "number",
+                                          "number", "number", "shuffled"]))
         match what:
             case "renamed":
                 tensors[name + "_"] = old
@@ -96,13 +99,15 @@ def test_tensors_of_a_state(pool, state, expected, data):
             case "empty":
                 tensors[name] = old[:0] if old.ndim else old[None][:0]
             case "other type":
-                tensors[name] = old.to(data.draw(st.sampled_from([torch.int32, torch.float32, torch.bool, torch.uint8, torch.float16])))
+                tensors[name] = old.to(data.draw(st.sampled_from([torch.int32, torch.float32, torch.bool, torch.uint8,
+                                                                  torch.float16])))
             case "number":
                 tensors[name] = old.clone()
                 if old.numel():
                     value = data.draw(st.sampled_from([-1, -2, 0, 1, 3, 50, 51, 1000, 2**40, -(2**62), 2**63 - 1]))
                     value = value % 256 if old.dtype == torch.uint8 else value
-                    tensors[name].view(-1)[data.draw(st.integers(0, min(old.numel(), 60) - 1))] = value if not old.is_floating_point() else data.draw(st.sampled_from([torch.nan, torch.inf]))
+                    tensors[name].view(-1)[data.draw(st.integers(0, min(old.numel(),
+                                                                        60) - 1))] = value if not old.is_floating_point() else data.draw(st.sampled_from([torch.nan, torch.inf]))
             case "shuffled":
                 tensors[name] = old.flip(0) if old.ndim else old
     restored(pool, state, expected, SessionState(state.meta, tensors), "session state, tensors")

@@ -61,7 +61,8 @@ def everything(store: DiskStore) -> dict:
     """All that a store holds; reading it touches every record."""
     return {"tokens": store.tokens(torch.arange(store.n_tokens)).tolist(),
             **{f"L{lod}": store.gists(lod, torch.arange(store.n_nodes(lod))).tolist() for lod in (1, 2)},
-            "K1": store.keys(torch.arange(store.n_nodes(1))).tolist(), "detail": store.detail(torch.arange(store.n_tokens // K)).tolist()}
+            "K1": store.keys(torch.arange(store.n_nodes(1))).tolist(),
+            "detail": store.detail(torch.arange(store.n_tokens // K)).tolist()}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,8 @@ def test_bytes_of_a_file(files, held, work, place, change):
     both_ways(work / "s", {**files, name: change(files[name])}, held, "store, bytes")
 
 
-@fuzzed(SAMPLED, SAMPLED, st.sampled_from(["gone", "folder", "swapped", "copied", "foreign", "empty", "its folder gone"]), cost=2)
+@fuzzed(SAMPLED, SAMPLED,
+        st.sampled_from(["gone", "folder", "swapped", "copied", "foreign", "empty", "its folder gone"]), cost=2)
 def test_files_that_are_gone_or_foreign(files, held, work, place, other, what):
     name, second = one_of(files, place), one_of(files, other)
     made = dict(files)
@@ -123,7 +125,8 @@ def test_files_that_are_gone_or_foreign(files, held, work, place, other, what):
             made[name] = made[second]
         case "foreign":
             parent = name.rpartition("/")[0]
-            made |= {f"{parent}/notes.txt".lstrip("/"): b"mine", f"{parent}/x.ctx".lstrip("/"): b"", "L0/999999.v0000.ctx": b"short", "L77": None, "L77/000000.v0000.ctx": b""}
+            made |= {f"{parent}/notes.txt".lstrip("/"): b"mine", f"{parent}/x.ctx".lstrip("/"): b"",
+                     "L0/999999.v0000.ctx": b"short", "L77": None, "L77/000000.v0000.ctx": b""}
         case "empty":
             made[name] = b""
         case "its folder gone":
@@ -145,7 +148,9 @@ def test_notes_that_another_program_signed(files, work, what, place, change):
     both_ways(work / "s", made, None, "store, signed notes")
 
 
-@fuzzed(SAMPLED, st.sampled_from([(8, 2), (10, 1), (11, 1), (12, 4), (16, 4), (20, 2), (22, 2), (24, 4), (28, 4), (32, 4), (36, 16), (56, 4), (60, 4)]),
+@fuzzed(SAMPLED,
+        st.sampled_from([(8, 2), (10, 1), (11, 1), (12, 4), (16, 4), (20, 2), (22, 2), (24, 4), (28, 4), (32, 4),
+                         (36, 16), (56, 4), (60, 4)]),
         st.binary(min_size=16, max_size=16))
 def test_fields_of_headers(files, held, work, place, field, value):
     """Every field of a partition's header becomes another, its checksum fits."""
@@ -183,10 +188,17 @@ def test_bytes_of_the_catalog(files, work, change):
         tried(kind, lambda: use(folder))
 
 
-COLUMNS = [("sources", c) for c in ("id", "uri", "hash", "kind", "time", "retrieval_score", "start", "tokens", "complete", "edits")]
-COLUMNS += [("tags", c) for c in ("source", "start", "stop", "tag")] + [("nodes", c) for c in ("lod", "idx", "accesses", "sensitivity", "measured", "variance")]
-COLUMNS += [("tombstones", c) for c in ("first", "count", "time")] + [("versions", c) for c in ("model", "time", "origin")] + [("settings", "value")]
-CELLS = st.sampled_from([None, -1, 0, 1, 3, 4, 79, 10**6, 2**62, 2**63 - 1, -(2**63), 0.5, float("inf"), -float("inf"), 1e300, "", "x", "[]", "{", b"", b"\xff\0"])
+COLUMNS = [("sources", c) for c in ("id", "uri", "hash", "kind", "time", "retrieval_score", "start", "tokens",
+                                    "complete", "edits")]
+COLUMNS += [("tags", c) for c in ("source", "start", "stop", "tag")] + [("nodes", c)
+                                                                        for c in ("lod", "idx", "accesses",
+                                                                                  "sensitivity", "measured",
+                                                                                  "variance")]
+COLUMNS += [("tombstones", c) for c in ("first", "count", "time")] + [("versions", c)
+                                                                      for c in ("model", "time",
+                                                                                "origin")] + [("settings", "value")]
+CELLS = st.sampled_from([None, -1, 0, 1, 3, 4, 79, 10**6, 2**62, 2**63 - 1, -(2**63), 0.5, float("inf"), -float("inf"),
+                         1e300, "", "x", "[]", "{", b"", b"\xff\0"])
 
 
 @fuzzed(st.lists(st.tuples(st.sampled_from(COLUMNS), CELLS), min_size=1, max_size=2), cost=2)
@@ -195,7 +207,8 @@ def test_cells_of_the_catalog(files, work, cells):
     db = sqlite3.connect(folder / FILE, isolation_level=None)
     for (table, column), value in cells:
         try:
-            db.execute(f"UPDATE OR IGNORE {table} SET {column} = ? WHERE rowid = (SELECT max(rowid) FROM {table})" if table not in ("nodes", "settings")
+            db.execute(f"UPDATE OR IGNORE {table} SET {column} = ? WHERE rowid = (SELECT max(rowid) FROM {table})"
+                       if table not in ("nodes", "settings")
                        else f"UPDATE OR IGNORE {table} SET {column} = ?", (value,))  # fmt: skip
         except sqlite3.IntegrityError:
             pass
@@ -216,11 +229,13 @@ def ingested(tmp_path_factory):
     (base / "b.md").write_text("# Title\n\nSome words of text.\n" * 9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(base))
-        assert command("mc_store", mc_store.main, "ingest", f"--store={base / 's'}", str(base / "a.py"), str(base / "b.md"))
+        assert command("mc_store", mc_store.main, "ingest", f"--store={base / 's'}", str(base / "a.py"),
+                       str(base / "b.md"))
         yield image(base / "s")
 
 
-COMMANDS = (["info"], ["verify"], ["verify", "--repair=1"], ["query"], ["query", "--top_nodes=3"], ["query", "--span=0:9"], ["edit", "--source=1", "--start=3", "--remove=2", "--text=x"],
+COMMANDS = (["info"], ["verify"], ["verify", "--repair=1"], ["query"], ["query", "--top_nodes=3"],
+            ["query", "--span=0:9"], ["edit", "--source=1", "--start=3", "--remove=2", "--text=x"],
             ["prune", "--share=0.5"], ["restore"], ["compact"])  # fmt: skip
 
 
@@ -228,22 +243,35 @@ COMMANDS = (["info"], ["verify"], ["verify", "--repair=1"], ["query"], ["query",
 def test_commands_on_a_damaged_store(ingested, work, place, flags, change, gone):
     names = [name for name, data in ingested.items() if data is not None]
     name = names[int(place * len(names))]
-    folder = put_image(work / "ingested", {n: d for n, d in ingested.items() if n != name} if gone else {**ingested, name: change(ingested[name])})
+    folder = put_image(work / "ingested", {n: d for n, d in ingested.items() if n != name} if gone
+                       else {**ingested, name: change(ingested[name])})
     command("mc_store on a damaged store", mc_store.main, flags[0], f"--store={folder}", *flags[1:])
 
 
-WORDS = st.one_of(st.text(max_size=12), st.sampled_from(["*", "?", "[", "[]", "[a-", "a.py", "%", "_", "'", '"; DROP TABLE sources', "\0", "\ud800", "heading", "x" * 5000, "-1", "0", "1", "2", "9" * 40]))
-TIMES = st.one_of(st.text(max_size=10), st.datetimes().map(str), st.sampled_from(["2026-01-31", "0001-01-01", "9999-12-31T23:59:59.999999+14:00", "0001-01-01T00:00+14:00", "2026-W01", "now", "1e9", "2026-02-30"]))
-SPANS = st.one_of(st.text(max_size=8), st.tuples(st.integers(-2, 2**70), st.integers(-2, 2**70)).map(lambda t: f"{t[0]}:{t[1]}"), st.sampled_from(["0:1", "²:³", "٣:٤", "1:", ":", "0:99"]))
-NUMBERS = st.one_of(st.integers(-3, 600).map(str), st.sampled_from(["nan", "inf", "-inf", "1e309", "1e-320", "9" * 30, str(2**63), str(-(2**63)), "", "0x1", "1_000", "٣"]))
-QUERIES = {"--uri": WORDS, "--kind": WORDS, "--tag": WORDS, "--since": TIMES, "--until": TIMES, "--span": SPANS, "--min_score": NUMBERS, "--limit": NUMBERS, "--source": NUMBERS,
+WORDS = st.one_of(st.text(max_size=12),
+                  st.sampled_from(["*", "?", "[", "[]", "[a-", "a.py", "%", "_", "'", '"; DROP TABLE sources', "\0",
+                                   "\ud800", "heading", "x" * 5000, "-1", "0", "1", "2", "9" * 40]))
+TIMES = st.one_of(st.text(max_size=10), st.datetimes().map(str),
+                  st.sampled_from(["2026-01-31", "0001-01-01", "9999-12-31T23:59:59.999999+14:00",
+                                   "0001-01-01T00:00+14:00", "2026-W01", "now", "1e9", "2026-02-30"]))
+SPANS = st.one_of(st.text(max_size=8),
+                  st.tuples(st.integers(-2, 2**70), st.integers(-2, 2**70)).map(lambda t: f"{t[0]}:{t[1]}"),
+                  st.sampled_from(["0:1", "²:³", "٣:٤", "1:", ":", "0:99"]))
+NUMBERS = st.one_of(st.integers(-3, 600).map(str),
+                    st.sampled_from(["nan", "inf", "-inf", "1e309", "1e-320", "9" * 30, str(2**63), str(-(2**63)), "",
+                                     "0x1", "1_000", "٣"]))
+QUERIES = {"--uri": WORDS, "--kind": WORDS, "--tag": WORDS, "--since": TIMES, "--until": TIMES, "--span": SPANS,
+           "--min_score": NUMBERS, "--limit": NUMBERS, "--source": NUMBERS,
            "--top_nodes": NUMBERS, "--text": st.sampled_from("01")}  # fmt: skip
 EDITS = {"--source": NUMBERS, "--find": WORDS, "--start": NUMBERS, "--remove": NUMBERS, "--text": WORDS}
-PRUNES = {"--share": NUMBERS, "--max_utility": NUMBERS, "--keep_last": NUMBERS, "--source": NUMBERS, "--dry_run": st.sampled_from("01")}
+PRUNES = {"--share": NUMBERS, "--max_utility": NUMBERS, "--keep_last": NUMBERS, "--source": NUMBERS,
+          "--dry_run": st.sampled_from("01")}
 
 
 def flags_of(values: dict) -> st.SearchStrategy:
-    return st.lists(st.sampled_from(sorted(values)), max_size=3).flatmap(lambda names: st.tuples(*(values[n].map(lambda v, n=n: f"{n}={v}") for n in names)))
+    return st.lists(st.sampled_from(sorted(values)),
+                    max_size=3).flatmap(lambda names: st.tuples(*(values[n].map(lambda v, n=n: f"{n}={v}")
+                                                                  for n in names)))
 
 
 @fuzzed(flags_of(QUERIES))
@@ -259,7 +287,8 @@ def test_queries(ingested, work, flags):
 def test_edits_and_prunings(ingested, work, name, data):
     flags = data.draw(flags_of({"edit": EDITS, "prune": PRUNES, "restore": {"--source": NUMBERS}}[name]))
     folder = put_image(work / "edited", ingested)
-    if command(f"mc_store {name}", mc_store.main, name, f"--store={folder}", *(["--source=1"] if name == "edit" else []), *flags) is None:
+    if command(f"mc_store {name}", mc_store.main, name, f"--store={folder}",
+               *(["--source=1"] if name == "edit" else []), *flags) is None:
         with DiskStore.open(folder, "r") as store:
             assert store.version == 0
     assert command(f"mc_store {name}", mc_store.main, "verify", f"--store={folder}").endswith('"damage": []}\n')

@@ -1,4 +1,5 @@
-"""What experiments read: studies and suites in YAML, labels in shards, classifiers, tasks of the lm-evaluation-harness."""
+"""What experiments read: studies and suites in YAML, labels in shards, classifiers, tasks
+of the lm-evaluation-harness."""
 
 import io
 import json
@@ -12,7 +13,7 @@ from fuzzing import Intact, changes, command, dumped, fuzzed, image, json_change
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from mc.utility_labels import LabelFolder, Labels
+from mc.arms.utility_labels import LabelFolder, Labels
 from scripts.eval import importance
 from scripts.eval.methods.token_classifier import TokenClassifier, TokenClassifierConfig, load_token_classifier, save_token_classifier
 from scripts.studies import run_ablate as ablate
@@ -73,13 +74,17 @@ def test_bytes_of_yaml(work, whole, change):
 @fuzzed(st.sampled_from([STUDY, SUITE]), json_changes(2))
 def test_values_of_yaml(work, whole, change):
     found = change(yaml.safe_load(whole))
-    study_or_suite("study, values" if whole is STUDY else "suite, values", yaml.safe_dump(found).encode("utf-8", "surrogatepass"), work)
+    study_or_suite("study, values" if whole is STUDY else "suite, values",
+                   yaml.safe_dump(found).encode("utf-8", "surrogatepass"), work)
 
 
-@fuzzed(json_changes(3), st.sampled_from(["x:1", "x:2", "x:0", "x:-1", "x:", "x", "x:9999999999999999999999", "x:²", "gone:1"]), cost=2)
+@fuzzed(json_changes(3),
+        st.sampled_from(["x:1", "x:2", "x:0", "x:-1", "x:", "x", "x:9999999999999999999999", "x:²", "gone:1"]), cost=2)
 def test_a_record_to_be_run_again(work, change, where):
-    record = {"key": "k", "name": "n", "system": "full", "task": "passkey", "length": 64, "budget": 32, "seed": 1, "documents": 2, "batch": 1, "text": None, "results": {"nll": [1.0, 2.0], "acc": [0.0, 1.0]},
-              "model": {"name": "m", "seed": 1, "tag": "t", "flags": {"depth": "1"}, "finetune": None, "keep_drop": None, "after": None}}
+    record = {"key": "k", "name": "n", "system": "full", "task": "passkey", "length": 64, "budget": 32, "seed": 1,
+              "documents": 2, "batch": 1, "text": None, "results": {"nll": [1.0, 2.0], "acc": [0.0, 1.0]},
+              "model": {"name": "m", "seed": 1, "tag": "t", "flags": {"depth": "1"}, "finetune": None,
+                        "keep_drop": None, "after": None}}
     folder = put_image(work / "rerun", {"x": dumped(change(record)) + b"\n"})
     command("record, run again", run_benchmarks.main, f"--rerun={folder}/{where}")
 
@@ -94,7 +99,9 @@ def labels(tmp_path_factory):
     folder = LabelFolder(tmp_path_factory.mktemp("labels") / "l")
     folder.begin({"model": "abc", "data": "recall"}, {"commit": "x"})
     for i in range(2):
-        folder.add(i, Labels(torch.arange(2), torch.arange(16).view(2, 8), torch.full((2, 1), 4), torch.zeros(2, 1, 3).long(), torch.zeros(2, 1, 3), torch.ones(2, 1, 3).bool(), torch.zeros(2, 1)))
+        folder.add(i, Labels(torch.arange(2), torch.arange(16).view(2, 8), torch.full((2, 1), 4),
+                             torch.zeros(2, 1, 3).long(), torch.zeros(2, 1, 3), torch.ones(2, 1, 3).bool(),
+                             torch.zeros(2, 1)))
     return image(folder.folder)
 
 
@@ -120,8 +127,10 @@ def test_arrays_of_utility_labels(labels, work, data):
     name = data.draw(st.sampled_from(sorted(made)))
     old = made.pop(name)
     what = data.draw(st.sampled_from(["gone", "shape", "longer", "type", "text", "object", "scalar"]))
-    new = {"shape": lambda: old.reshape(-1), "longer": lambda: np.concatenate([np.atleast_1d(old)] * 2), "text": lambda: np.array(["x"] * old.size), "scalar": lambda: np.array(1.0),
-           "type": lambda: old.astype(data.draw(st.sampled_from(["float64", "int8", "bool", "complex64", "float16"]))), "object": lambda: np.array([None, {}])}  # fmt: skip
+    new = {"shape": lambda: old.reshape(-1), "longer": lambda: np.concatenate([np.atleast_1d(old)] * 2),
+           "text": lambda: np.array(["x"] * old.size), "scalar": lambda: np.array(1.0),
+           "type": lambda: old.astype(data.draw(st.sampled_from(["float64", "int8", "bool", "complex64", "float16"]))),
+           "object": lambda: np.array([None, {}])}  # fmt: skip
     if what != "gone":
         made[name] = new[what]()
     np.savez(written := io.BytesIO(), **made)
@@ -136,14 +145,17 @@ def test_a_manifest_of_labels(labels, work, change):
     tried("labels' manifest", lambda: read_utilities(folder))
     tried("labels' manifest", lambda: importance.read_manifest(folder).get("base"))
     tried("labels' manifest", lambda: LabelFolder(folder).begin({"model": "abc", "data": "recall"}, {}))
-    tried("labels' manifest", lambda: importance.write_labels(folder, {"base": "b"}, lambda i: None, 0, lambda done: None))
+    tried("labels' manifest", lambda: importance.write_labels(folder, {"base": "b"}, lambda i: None,
+                                                              0, lambda done: None))
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards") / "s"
-    importance.write_labels(folder, {"base": "b"}, lambda i: (torch.arange(8).view(2, 4), torch.rand(2, 4)), 2, lambda done: None)
-    save_token_classifier(folder / "keep_drop.safetensors", TokenClassifier(TokenClassifierConfig(16, 8, 2, 1, 8)), {"share": 0.5})
+    importance.write_labels(folder, {"base": "b"}, lambda i: (torch.arange(8).view(2, 4), torch.rand(2, 4)),
+                            2, lambda done: None)
+    save_token_classifier(folder / "keep_drop.safetensors", TokenClassifier(TokenClassifierConfig(16, 8, 2, 1, 8)),
+                          {"share": 0.5})
     return image(folder)
 
 
@@ -153,19 +165,24 @@ def read_shards(folder: Path) -> None:
         importance.keep_labels(worth, 0.5)
 
 
-@fuzzed(st.sampled_from(["labels_000000.safetensors", "labels_000001.safetensors", "keep_drop.safetensors", "manifest.json"]), changes())
+@fuzzed(st.sampled_from(["labels_000000.safetensors", "labels_000001.safetensors", "keep_drop.safetensors",
+                         "manifest.json"]), changes())
 def test_bytes_of_importance_labels(shards, work, name, change):
     folder = put_image(work / "shards", {**shards, name: change(shards[name])})
-    for read in (lambda: read_shards(folder), lambda: load_token_classifier(folder / "keep_drop.safetensors"), lambda: importance.read_manifest(folder).get("base")):
+    for read in (lambda: read_shards(folder), lambda: load_token_classifier(folder
+                                                                            / "keep_drop.safetensors"), lambda: importance.read_manifest(folder).get("base")):
         tried("importance labels", read)
 
 
-@fuzzed(st.sampled_from(["gone", "longer", "integers", "vector", "empty", "three", "nan"]), st.sampled_from(["tokens", "importance"]))
+@fuzzed(st.sampled_from(["gone", "longer", "integers", "vector", "empty", "three", "nan"]),
+        st.sampled_from(["tokens", "importance"]))
 def test_tensors_of_importance_labels(shards, work, what, name):
     folder = put_image(work / "shards", shards)
     content = {"tokens": torch.arange(8).view(2, 4).int(), "importance": torch.rand(2, 4)}
     old = content.pop(name)
-    new = {"longer": lambda: torch.cat([old, old]), "integers": lambda: (old * 5).to(torch.int16 if name == "importance" else torch.float64), "vector": lambda: old[0], "empty": lambda: old[:0],
+    new = {"longer": lambda: torch.cat([old, old]),
+           "integers": lambda: (old * 5).to(torch.int16 if name == "importance" else torch.float64),
+           "vector": lambda: old[0], "empty": lambda: old[:0],
            "three": lambda: old[None], "nan": lambda: old.float() * torch.nan}  # fmt: skip
     save_file(content | ({} if what == "gone" else {name: new[what]().clone()}), folder / "labels_000001.safetensors")
     tried("importance labels, tensors", lambda: read_shards(folder))
@@ -175,5 +192,6 @@ def test_tensors_of_importance_labels(shards, work, what, name):
 def test_config_of_a_classifier(work, change):
     model, path = TokenClassifier(TokenClassifierConfig(16, 8, 2, 1, 8)), work / "keep_drop.safetensors"
     config = change({"d_model": 16, "width": 8, "n_head": 2, "n_layer": 1, "span": 8})
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, path, metadata={"config": json.dumps(config), "meta": "{}"})
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, path,
+              metadata={"config": json.dumps(config), "meta": "{}"})
     tried("classifier of tokens", lambda: load_token_classifier(path))

@@ -76,7 +76,8 @@ READ = {
     "blanks to the end": ("a.txt", WIDE[:-3].encode(), [WIDE[:-3]]),
     "only blanks": ("a.txt", b" " * 1_000_000, []),
     "blanks in jsonl": ("a.jsonl", lines(ROW % WIDE), [WIDE]),
-    "half of a pair": ("a.jsonl", lines(ROW % r"a pair cut \ud83d here", ROW % r"a pair cut \uDE00 here"), [HALF, HALF]),
+    "half of a pair": ("a.jsonl", lines(ROW % r"a pair cut \ud83d here", ROW % r"a pair cut \uDE00 here"),
+                       [HALF, HALF]),
     "both halves": ("a.jsonl", lines(ROW % r"\ud83d\ude00"), ["\U0001f600"]),
     "half in source and kind": ("a.jsonl", lines(r'{"text": "x", "source": "\ud83d", "kind": "\ud83d"}'), ["x"]),
     "NUL": ("a.txt", b"one\0two", ["one\0two"]),
@@ -99,7 +100,8 @@ READ = {
     "null in parquet": ("a.parquet", parquet(["one", None, "two"]), ["one", "two"]),
     "only null": ("a.parquet", parquet(pa.nulls(3)), []),
     "no rows of parquet": ("a.parquet", parquet(pa.array([], pa.string())), []),
-    **{f"column of {kind}": ("a.parquet", parquet(pa.array(TWO).cast(kind)), TWO) for kind in (pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())},
+    **{f"column of {kind}": ("a.parquet", parquet(pa.array(TWO).cast(kind)), TWO)
+       for kind in (pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())},
     "column of dictionary": ("a.parquet", parquet(pa.array(TWO + TWO).dictionary_encode()), TWO + TWO),
     "odd source and kind": ("a.parquet", parquet(TWO, source=[1, 2], kind=NESTED), TWO),
 }
@@ -111,7 +113,8 @@ REFUSED = {
     "UTF-16": ("a.txt", "text".encode("utf-16"), "a.txt is not UTF-8 .*UTF-16.*iconv"),
     "UTF-16 jsonl": ("a.jsonl", (ROW % "x" + "\n").encode("utf-16"), "a.jsonl is not UTF-8 .*UTF-16.*iconv"),
     "latin-1 in jsonl": ("a.jsonl", lines(ROW % "one") + (ROW % "Käse").encode("latin-1"), "a.jsonl line 2: not UTF-8"),
-    "latin-1 in parquet": ("a.parquet", parquet(binary_strings(b"one", b"two", b"K\xe4se")), "a.parquet row 3: not UTF-8"),
+    "latin-1 in parquet": ("a.parquet", parquet(binary_strings(b"one", b"two", b"K\xe4se")),
+                           "a.parquet row 3: not UTF-8"),
     "latin-1 in bytes": ("a.parquet", parquet(pa.array([b"one", b"K\xe4se"])), "a.parquet row 2: not UTF-8"),
     "a row that is a list": ("a.jsonl", lines(ROW % "one", '["text"]'), "a.jsonl line 2: it is list, not an object"),
     "a row that is null": ("a.jsonl", lines(ROW % "one", "null"), "a.jsonl line 2: it is null"),
@@ -120,7 +123,8 @@ REFUSED = {
     "another field": ("a.jsonl", lines('{"body": "x"}'), "a.jsonl line 1: no field 'text'"),
     "a torn line": ("a.jsonl", lines(ROW % "one") + b'{"text": "cut', "a.jsonl line 2: not JSON"),
     "nested too deeply": ("a.jsonl", lines('{"text": ' + "[" * 100_000), "a.jsonl line 1: JSON nested too deeply"),
-    "too many digits": ("a.jsonl", lines('{"text": "x", "n": ' + "9" * 5000 + "}"), "a.jsonl line 1: Exceeds the limit"),
+    "too many digits": ("a.jsonl", lines('{"text": "x", "n": ' + "9" * 5000 + "}"),
+                        "a.jsonl line 1: Exceeds the limit"),
     "cut gzip": ("a.jsonl.gz", gzip.compress(lines(ROW % "one"))[:-12], "damaged file .*a.jsonl.gz"),
     "no zstd": ("a.jsonl.zst", b"no such thing", "damaged file .*a.jsonl.zst"),
     "no parquet": ("a.parquet", b"PAR1 no", "damaged parquet file .*a.parquet"),
@@ -131,7 +135,8 @@ REFUSED = {
 
 
 def corpus(folder: Path, name: str, data: bytes, held_out: bool = False) -> Path:
-    """A corpus of two shards, of which the last is held out: the odd one, or that of a plain text. A text file has no shards."""
+    """A corpus of two shards, of which the last is held out: the odd one, or that of a plain
+    text. A text file has no shards."""
     folder.mkdir()
     (folder / name).write_bytes(data)
     if not name.endswith(".txt"):
@@ -146,7 +151,8 @@ def all_documents(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("case", READ)
 def test_read_alike_by_all(case, base, tmp_path, tokenizer, monkeypatch):
-    """The reader, the token cache of training and evaluation, ingest and --history give the same ids, from which the text comes back."""
+    """The reader, the token cache of training and evaluation, ingest and --history give the same ids,
+    from which the text comes back."""
     name, data, texts = READ[case]
     folder = corpus(tmp_path / "d", name, data)
     assert all_documents(folder) == texts
@@ -156,7 +162,8 @@ def test_read_alike_by_all(case, base, tmp_path, tokenizer, monkeypatch):
         (folder / "plain.txt").write_text(PLAIN)
         wanted, texts = [*wanted, tokenizer.encode(PLAIN)], [*texts, PLAIN]
         assert "".join(from_history(folder / name)) == "".join(t for t in texts if t != PLAIN) or not texts[:-1]
-        assert [i for piece in from_history(folder / name) for i in tokenizer.encode(piece)] == tokenizer.encode(read_text(folder / name))
+        assert [i for piece in from_history(folder / name)
+                for i in tokenizer.encode(piece)] == tokenizer.encode(read_text(folder / name))
     cached = []
     for split in ("train", "val"):
         with contextlib.suppress(UserError):  # a split without text
@@ -164,7 +171,8 @@ def test_read_alike_by_all(case, base, tmp_path, tokenizer, monkeypatch):
             cached += [cache.tokens[a + 1 : b].tolist() for a, b in zip(cache.docs, cache.docs[1:])]
     assert sorted(ids for ids in cached if ids != tokenizer.encode(PLAIN * 3)) == sorted(wanted)
     found = [text for path in find_files([folder]) for text in texts_of(path)]
-    assert [[i for piece in text.pieces() for i in tokenizer.encode(piece)] for text in found if text.size != 3 * len(PLAIN)] == wanted
+    assert [[i for piece in text.pieces() for i in tokenizer.encode(piece)]
+            for text in found if text.size != 3 * len(PLAIN)] == wanted
     for text in found:
         text.uri.encode(), text.kind.encode()
     for command, flags in ((tok_train, ["--vocab_size=257"]), (tok_eval, [])):
@@ -194,7 +202,8 @@ def test_refused_alike_by_all(case, base, tmp_path, tokenizer, monkeypatch, caps
     for command, held_out in ((tok_train, False), (tok_eval, True)):
         root = corpus(tmp_path / command.__name__, name, data, held_out)
         (root / "plain.txt").write_text(PLAIN)
-        monkeypatch.setattr(sys, "argv", ["x", f"--data={root}", *(["--vocab_size=257"] if command is tok_train else [])])
+        monkeypatch.setattr(sys, "argv",
+                            ["x", f"--data={root}", *(["--vocab_size=257"] if command is tok_train else [])])
         if name.endswith(".txt"):  # which of the two is held out does not matter here
             (root / "plain.txt").unlink()
             (root / "b.txt").write_bytes(data)
@@ -220,7 +229,8 @@ def test_rows_of_tasks(tmp_path, suffix):
     wide, half = "x" + " " * 1_000_000, r"a pair cut \ud83d"
     if suffix == "parquet":
         out = io.BytesIO()
-        pq.write_table(pa.table({name: pa.array([value] * 2).dictionary_encode() if name == "context" else [value] * 2 for name, value in ROW_OF_TASK.items()}), out)
+        pq.write_table(pa.table({name: pa.array([value] * 2).dictionary_encode() if name == "context" else [value] * 2
+                                 for name, value in ROW_OF_TASK.items()}), out)
         assert [e.context for e in load_examples(write(out.getvalue()), "kvpress")] == ["c", "c"]
         pq.write_table(pa.table({"context": binary_strings(b"c", b"\xff")}), out := io.BytesIO())
         path = write(out.getvalue())
@@ -233,7 +243,8 @@ def test_rows_of_tasks(tmp_path, suffix):
     row = json.dumps(ROW_OF_TASK | {"context": wide, "question": "HALF"}).replace("HALF", half)
     (example,) = load_examples(write(b"\xef\xbb\xbf" + row.encode()), "kvpress")
     assert (example.context, example.question) == (wide, "a pair cut \ufffd")
-    for bad, says in ((b"\xff\xfe{", "UTF-16"), (b'{"context": "\xe4"}', "not UTF-8"), (b"[" * 100_000, "nested too deeply"), (b'{"context": "', "not JSON"),
+    for bad, says in ((b"\xff\xfe{", "UTF-16"), (b'{"context": "\xe4"}', "not UTF-8"),
+                      (b"[" * 100_000, "nested too deeply"), (b'{"context": "', "not JSON"),
                       (b"null", "null|NoneType"), (b"", "holds no example|not JSON")):  # fmt: skip
         with pytest.raises(UserError, match=f"set.{suffix}.*({says})") as caught:
             load_examples(write(bad), "kvpress")
@@ -252,7 +263,8 @@ def test_links(tmp_path):
     (root / "sub" / "back").symlink_to(root), (elsewhere / "across").symlink_to(root)
     (root / ".hidden.txt").write_text("h"), (root / ".git").mkdir(), (root / ".git" / "x.txt").write_text("x")
     names = [path.relative_to(root).as_posix() for path in open_corpus(str(root)).files]
-    assert names == ["a.txt", "c.txt", "linked/deep/b.txt"] == [p.relative_to(root).as_posix() for p in find_files([root])]
+    assert names == ["a.txt", "c.txt", "linked/deep/b.txt"] == [p.relative_to(root).as_posix()
+                                                                for p in find_files([root])]
     (root / "gone.txt").symlink_to("nowhere")
     for read in (lambda: open_corpus(str(root)), lambda: find_files([root])):
         with pytest.raises(UserError, match="gone.txt is a link to nowhere, which is not there"):
@@ -305,7 +317,8 @@ def test_a_text_edited_in_place_is_tokenized_again(base, tmp_path, tokenizer, mo
     text = "word " * 100_000
     (root / "a.txt").write_text(text), (root / "b.txt").write_text("small")
     first = open_corpus(str(root)).fingerprint
-    assert open_corpus(str(root)).fingerprint == first and json.loads(next((base / "digests").glob("*.json")).read_text())
+    assert open_corpus(str(root)).fingerprint == first and json.loads(next((base / "digests").glob(
+        "*.json")).read_text())
     for name, at in (("a.txt", 250_000), ("b.txt", 2)):
         status = (root / name).stat()
         with open(root / name, "r+b") as f:

@@ -72,7 +72,8 @@ def test_only_the_asked_number_of_batches_is_taken():
 
 @pytest.mark.parametrize("steps, sizes, change, message", [
     (0, None, None, "0 batches"), (4, None, None, "asks for 4 batches a rank, 1 were missing"),
-    (3, torch.zeros(50), None, "stand for 0 bytes"), (3, SIZES, -1, "no target among the 3"), (3, SIZES[:49], None, "49 .* 50")])
+    (3, torch.zeros(50), None, "stand for 0 bytes"), (3, SIZES, -1, "no target among the 3"),
+    (3, SIZES[:49], None, "49 .* 50")])
 def test_nothing_to_divide_by_is_refused_with_the_numbers(steps, sizes, change, message):
     data = [b if change is None else b._replace(targets=torch.full_like(b.targets, change)) for b in batches(3)]
     with pytest.raises(UserError, match=message):

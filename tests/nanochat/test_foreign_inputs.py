@@ -1,4 +1,5 @@
-"""Inputs that the fuzzing found (tests/fuzz), at their smallest: each ended in a traceback, a panic or a hang, and is refused in one line now."""
+"""Inputs that the fuzzing found (tests/fuzz), at their smallest: each ended in a traceback, a panic or a hang, and
+is refused in one line now."""
 
 import json
 import sqlite3
@@ -13,7 +14,7 @@ from mc.store.catalog import FILE, Catalog
 from mc.store.disk.commits import SLOT_BYTES, note_bytes
 from mc.store.disk.store import DiskStore
 from mc.store.ram import StoreFormat
-from mc.utility_labels import LabelFolder
+from mc.arms.utility_labels import LabelFolder
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import UserError
 from nanochat.loading import load_model
@@ -33,14 +34,20 @@ def refused(read, *arguments) -> str:
     return str(e.value)
 
 
-@pytest.mark.parametrize("line", ['{"step": 1}', '{"step": 1, "time": NaN}', '{"step": 1, "time": 1, "train.loss": "x"}', '{"step": [], "time": 1}', '{"step": 1, "time": 1, "val.loss": 1' + 400 * "0" + "}", DEEP, "[]", '"\\ud800"'])
+@pytest.mark.parametrize("line",
+                         ['{"step": 1}', '{"step": 1, "time": NaN}', '{"step": 1, "time": 1, "train.loss": "x"}',
+                          '{"step": [], "time": 1}', '{"step": 1, "time": 1, "val.loss": 1' + 400 * "0" + "}", DEEP,
+                          "[]", '"\\ud800"'])
 def test_lines_of_metrics(line, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "time": 1}\n' + line + "\n")
     assert "line 2" in refused(mc_dash.load_run, tmp_path)
 
 
-@pytest.mark.parametrize("values", [{"train.loss": [1e308, -1e308]}, {"train.loss": [0.0, 5e-324]}, {"train.loss": [1e-15, 2e-15]}, {"train.loss{lod<0}": [1.0, 2.0]}, {"train.loss": [float("inf"), 1.0]},
-                                    {"mc.val.delta_nll{shown=lens}": [1e308, 1.0], "mc.val.delta_nll{shown=window}": [1e-300, 1.0]}])  # fmt: skip
+@pytest.mark.parametrize("values", [{"train.loss": [1e308, -1e308]}, {"train.loss": [0.0, 5e-324]},
+                                    {"train.loss": [1e-15, 2e-15]}, {"train.loss{lod<0}": [1.0, 2.0]},
+                                    {"train.loss": [float("inf"), 1.0]},
+                                    {"mc.val.delta_nll{shown=lens}": [1e308, 1.0],
+                                     "mc.val.delta_nll{shown=window}": [1e-300, 1.0]}])  # fmt: skip
 def test_numbers_at_the_ends_of_float64_are_drawn(values, tmp_path):
     rows = [{"step": i, "time": i, **{name: x[i] for name, x in values.items()}} for i in range(2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -49,10 +56,14 @@ def test_numbers_at_the_ends_of_float64_are_drawn(values, tmp_path):
 
 
 def test_an_error_is_one_printable_line():
-    assert str(UserError("a\nb \ud800 \x1b[31m" + "x" * 9000)).startswith("a b � �[31mxxx") and len(str(UserError("x" * 9000))) == 1500
+    assert str(UserError("a\nb \ud800 \x1b[31m" + "x" * 9000)).startswith(
+        "a b � �[31mxxx") and len(str(UserError("x" * 9000))) == 1500
 
 
-@pytest.mark.parametrize("changed", [{"tokens": []}, {"tokens": ["YQ==", "YQ=="]}, {"reserved": {"keys": 10**30, "aliases": 0, "values": 0}}, {"reserved": []}, {"pattern": None}, {"pattern": ""}])
+@pytest.mark.parametrize("changed",
+                         [{"tokens": []}, {"tokens": ["YQ==", "YQ=="]},
+                          {"reserved": {"keys": 10**30, "aliases": 0, "values": 0}}, {"reserved": []},
+                          {"pattern": None}, {"pattern": ""}])
 def test_tokenizers_that_tiktoken_would_panic_at(changed, tmp_path):
     path = Tokenizer([bytes([i]) for i in range(256)]).save(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
@@ -64,20 +75,25 @@ def test_tokenizers_that_tiktoken_would_panic_at(changed, tmp_path):
 SMALL = dict(sequence_len=8, vocab_size=64, n_layer=1, n_head=1, n_kv_head=1, n_embd=32)
 
 
-@pytest.mark.parametrize("changed", [{"n_layer": "1"}, {"n_layer": 10**9}, {"n_embd": 2**40}, {"vocab_size": 2**40}, {"rope_base": None}, {"smear": "no"}, {"n_head": 10**30}, {"n_layer": 0.5}])
+@pytest.mark.parametrize("changed", [{"n_layer": "1"}, {"n_layer": 10**9}, {"n_embd": 2**40}, {"vocab_size": 2**40},
+                                     {"rope_base": None}, {"smear": "no"}, {"n_head": 10**30}, {"n_layer": 0.5}])
 def test_configurations_of_no_model(changed, tmp_path):
     """Before memory is taken, and without a layer after the other being built."""
-    save_checkpoint(tmp_path, 1, model={"w": torch.zeros(2)}, optimizer_shard={}, meta={"model_config": SMALL | changed})
+    save_checkpoint(tmp_path, 1, model={"w": torch.zeros(2)}, optimizer_shard={},
+                    meta={"model_config": SMALL | changed})
     refused(load_model, tmp_path)
 
 
-@pytest.mark.parametrize("state", [{"w": 1}, {"w": None}, {1: torch.zeros(2)}, {"transformer.wte.weight": torch.zeros(64, 32).long()}])
+@pytest.mark.parametrize("state",
+                         [{"w": 1}, {"w": None}, {1: torch.zeros(2)},
+                          {"transformer.wte.weight": torch.zeros(64, 32).long()}])
 def test_weights_that_are_none(state, tmp_path):
     save_checkpoint(tmp_path, 1, model=state, optimizer_shard={}, meta={"model_config": SMALL})
     assert "do not fit" in refused(load_model, tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"levels": None}, {"levels": {"L0": [2**53, 0]}}, {"levels": {"x": [1, 0]}}, {"version": -1}, {"version": "0"}, {"sequence": None}, {"durable": 1}])
+@pytest.mark.parametrize("change", [{"levels": None}, {"levels": {"L0": [2**53, 0]}}, {"levels": {"x": [1, 0]}},
+                                    {"version": -1}, {"version": "0"}, {"sequence": None}, {"durable": 1}])
 def test_commits_that_no_store_wrote(change, tmp_path):
     with DiskStore.create(tmp_path / "s", StoreFormat(4, 6, 1, 3)) as store:
         commit = store._commits.last
@@ -86,7 +102,8 @@ def test_commits_that_no_store_wrote(change, tmp_path):
         assert "damaged" in refused(DiskStore.open, tmp_path / "s", mode)
 
 
-@pytest.mark.parametrize("column, value", [("start", 0.5), ("start", 3), ("tokens", "x"), ("tokens", -1), ("time", float("inf")), ("uri", b"\xff"), ("edits", 0.5)])
+@pytest.mark.parametrize("column, value", [("start", 0.5), ("start", 3), ("tokens", "x"), ("tokens", -1),
+                                           ("time", float("inf")), ("uri", b"\xff"), ("edits", 0.5)])
 def test_cells_that_no_catalog_wrote(column, value, tmp_path):
     with Catalog(tmp_path, 4) as catalog:
         catalog.add_source("a", 0, tokens=3, complete=True)
@@ -97,7 +114,8 @@ def test_cells_that_no_catalog_wrote(column, value, tmp_path):
         assert "catalog" in refused(catalog.sources)
 
 
-@pytest.mark.parametrize("flags", [["--span=²:³"], ["--source=9223372036854775808"], ["--limit=99999999999999999999"], ["--kind=\ud800"]])
+@pytest.mark.parametrize("flags", [["--span=²:³"], ["--source=9223372036854775808"], ["--limit=99999999999999999999"],
+                                   ["--kind=\ud800"]])
 def test_queries_that_no_column_can_answer(flags, tmp_path, monkeypatch):
     with DiskStore.create(tmp_path / "s", StoreFormat(4, 6, 1, 3)), Catalog(tmp_path / "s", 4):
         pass
@@ -105,10 +123,12 @@ def test_queries_that_no_column_can_answer(flags, tmp_path, monkeypatch):
     refused(mc_store.main)
 
 
-SUITE = "title: x\nseeds: [1]\nmodels: {m: {train: {}}}\ncells: [{model: m, tasks: %s, systems: [full], lengths: [64], budgets: [32]}]\n"
+SUITE = ("title: x\nseeds: [1]\nmodels: {m: {train: {}}}\ncells: [{model: m, tasks: %s, systems: [full], lengths: "
+         "[64], budgets: [32]}]\n")
 
 
-@pytest.mark.parametrize("text", [DEEP, "2026-13-45", SUITE % "[[]]", SUITE % "[passkey]" + "cost: [1]", SUITE % "[passkey]" + "overlay: {a: 1}", SUITE % "[passkey]" + "texts: {a: []}"])
+@pytest.mark.parametrize("text", [DEEP, "2026-13-45", SUITE % "[[]]", SUITE % "[passkey]" + "cost: [1]",
+                                  SUITE % "[passkey]" + "overlay: {a: 1}", SUITE % "[passkey]" + "texts: {a: []}"])
 def test_suites_that_are_none(text, tmp_path):
     (tmp_path / "x.yaml").write_text(text)
     refused(read_suite, tmp_path / "x.yaml")
@@ -117,8 +137,11 @@ def test_suites_that_are_none(text, tmp_path):
 def test_labels_that_do_not_fit(tmp_path):
     (tmp_path / "manifest.json").write_text("null")
     refused(read_manifest, tmp_path)
-    np.savez(tmp_path / "labels_00000.npz", row_C=np.arange(2), tokens_CT=np.zeros((2, 8), int), n_CQ=np.zeros((2, 1), int), block_CQE=np.zeros(6, int),
-             utility_CQE=np.zeros((2, 1, 3), np.float32), valid_CQE=np.ones((2, 1, 3), bool), nll_CQ=np.zeros((2, 1), np.float32))  # fmt: skip
+    np.savez(tmp_path / "labels_00000.npz", row_C=np.arange(2), tokens_CT=np.zeros((2, 8), int),
+             n_CQ=np.zeros((2, 1), int), block_CQE=np.zeros(6, int),
+             utility_CQE=np.zeros((2, 1, 3), np.float32), valid_CQE=np.ones((2, 1, 3), bool),
+             nll_CQ=np.zeros((2, 1), np.float32))  # fmt: skip
     assert "damaged" in refused(LabelFolder(tmp_path).read)
-    save_file({"tokens": torch.zeros(4, 4).int(), "importance": torch.zeros(2, 4)}, tmp_path / "labels_000000.safetensors")
+    save_file({"tokens": torch.zeros(4, 4).int(), "importance": torch.zeros(2, 4)},
+              tmp_path / "labels_000000.safetensors")
     assert "damaged" in refused(read_labels, tmp_path)

@@ -10,7 +10,7 @@ from tiny_gpt import TINY, random_tokens, tiny_gpt
 from torch import Tensor
 
 from nanochat.common import UserError
-from nanochat.gpt import GPT, Context, GPTConfig, attend, config_from_dict, mean_loss, token_losses
+from nanochat.gpt import GPT, ForwardContext, GPTConfig, attend, config_from_dict, mean_loss, token_losses
 
 torch.set_num_threads(1)
 DATA = Path(__file__).parents[1] / "fixtures" / "data"
@@ -34,7 +34,8 @@ def test_golden_as_compiled_training_on_a_gpu_saves_it(golden):
     rounded = {k: v.bfloat16() if k.startswith(tables) else v for k, v in golden["state_dict"].items()}
     model = GPT.from_nanochat(golden["config"], {"_orig_mod." + k: v for k, v in rounded.items()})
     same = GPT.from_nanochat(golden["config"], {k: v.float() for k, v in rounded.items()})
-    assert torch.equal(model(golden["idx"]), same(golden["idx"])) and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model(golden["idx"]), same(golden["idx"])) and {p.dtype
+                                                                       for p in model.parameters()} == {torch.float32}
 
 
 def test_what_a_reference_checkpoint_lacks(golden):
@@ -49,11 +50,13 @@ def test_what_a_reference_checkpoint_lacks(golden):
     assert not torch.allclose(model(idx), golden["logits"], atol=1e-3)
 
     for feature, gone in (("smear", "smear_"), ("backout", "backout_"), ("value_embeds", "value_embeds.")):
-        fewer = {k: v for k, v in neutral.items() if not k.startswith(gone) and not (gone == "value_embeds." and "ve_gate" in k)}
+        fewer = {k: v for k, v in neutral.items() if not k.startswith(gone)
+                 and not (gone == "value_embeds." and "ve_gate" in k)}
         assert not getattr(GPT.from_nanochat(config, fewer).config, feature)
     zeroed = {**neutral, "smear_lambda": torch.zeros(1), "backout_lambda": torch.zeros(1)}
     off = {k: v for k, v in neutral.items() if not k.startswith(("smear_", "backout_"))}
-    torch.testing.assert_close(GPT.from_nanochat(config, off)(idx), GPT.from_nanochat(config, zeroed)(idx), atol=1e-5, rtol=0)
+    torch.testing.assert_close(GPT.from_nanochat(config, off)(idx), GPT.from_nanochat(config, zeroed)(idx), atol=1e-5,
+                               rtol=0)
 
 
 def test_reference_checkpoints_that_do_not_fit(golden):
@@ -66,8 +69,10 @@ def test_reference_checkpoints_that_do_not_fit(golden):
         GPT.from_nanochat({k: v for k, v in config.items() if k != "n_head"}, state)
 
 
-SWITCHES = {"sequence_len": 2, "vocab_size": 40, "n_layer": 2, "n_head": 2, "n_kv_head": 4, "n_embd": 48, "window_pattern": "SL",
-            "value_embeds": False, "smear": False, "resid_scalars": False, "backout": False, "key_shift": False, "rope_fraction": 0.5,
+SWITCHES = {"sequence_len": 2, "vocab_size": 40, "n_layer": 2, "n_head": 2, "n_kv_head": 4, "n_embd": 48,
+            "window_pattern": "SL",
+            "value_embeds": False, "smear": False, "resid_scalars": False, "backout": False, "key_shift": False,
+            "rope_fraction": 0.5,
             "rope_base": 100.0, "softcap": 3.0}
 
 
@@ -75,7 +80,8 @@ SWITCHES = {"sequence_len": 2, "vocab_size": 40, "n_layer": 2, "n_head": 2, "n_k
 def test_every_switch_acts(name):
     model, other = tiny_gpt(), tiny_gpt(**{name: SWITCHES[name]})
     own = model.state_dict()
-    other.load_state_dict({k: v for k, v in own.items() if k in other.state_dict() and v.shape == other.state_dict()[k].shape}, strict=False)
+    other.load_state_dict({k: v for k, v in own.items() if k in other.state_dict()
+                           and v.shape == other.state_dict()[k].shape}, strict=False)
     a, b = (m(random_tokens(2, 9, vocab=40)) for m in (model, other))
     assert a.shape != b.shape or not torch.allclose(a, b, atol=1e-6)
 
@@ -87,8 +93,10 @@ def test_tied_start_and_that_no_switch_is_untested():
 
 
 @pytest.mark.parametrize("wrong", [
-    {"n_embd": 33}, {"n_embd": 12}, {"n_kv_head": 3}, {"window_pattern": "LX"}, {"window_pattern": ""}, {"rope_fraction": 1.5}, {"tie_qk": True},
-    {"n_layer": 0}, {"sequence_len": 0}, {"vocab_size": 0}, {"n_embd": 16, "value_embeds": False}, {"n_embd": 8, "smear": False},
+    {"n_embd": 33}, {"n_embd": 12}, {"n_kv_head": 3}, {"window_pattern": "LX"}, {"window_pattern": ""},
+    {"rope_fraction": 1.5}, {"tie_qk": True},
+    {"n_layer": 0}, {"sequence_len": 0}, {"vocab_size": 0}, {"n_embd": 16, "value_embeds": False},
+    {"n_embd": 8, "smear": False},
     {"softcap": 0.0}, {"rope_base": 0.0}, {"n_kv_head": 0}])
 def test_impossible_configs(wrong):
     with pytest.raises(UserError):
@@ -114,7 +122,8 @@ BOOLS = ("key_shift", "smear", "value_embeds", "backout", "resid_scalars")
 @pytest.mark.parametrize("window_pattern, sequence_len, rope", [("L", 5, 1.0), ("SL", 3, 0.5), ("L", 64, 0.0)])
 @pytest.mark.parametrize("on", list(itertools.product((False, True), repeat=len(BOOLS))))
 def test_no_entry_sees_what_follows(on, window_pattern, sequence_len, rope):
-    model = tiny_gpt(window_pattern=window_pattern, sequence_len=sequence_len, rope_fraction=rope, **dict(zip(BOOLS, on)))
+    model = tiny_gpt(window_pattern=window_pattern, sequence_len=sequence_len, rope_fraction=rope,
+                     **dict(zip(BOOLS, on)))
     idx = random_tokens(1, 11)
     before = model(idx)
     for t in (0, 6, 10):
@@ -125,9 +134,11 @@ def test_no_entry_sees_what_follows(on, window_pattern, sequence_len, rope):
         assert not torch.allclose(after[:, t], before[:, t], atol=1e-6)
 
 
-def slow_attention(attn, x_BSD: Tensor, ve_BSG: Tensor | None, positions_BS: Tensor, window: int, linked: Tensor, key_bias: Tensor,
+def slow_attention(attn, x_BSD: Tensor, ve_BSG: Tensor | None, positions_BS: Tensor, window: int, linked: Tensor,
+                   key_bias: Tensor,
                    frequencies: Tensor) -> Tensor:
-    """Attention one query and one key at a time, rotating by complex multiplication, normed after the rotation as nanochat does."""
+    """Attention one query and one key at a time, rotating by complex multiplication, normed after
+    the rotation as nanochat does."""
     B, S, D = x_BSD.shape
     E, H, G = attn.head_dim, attn.n_head, attn.n_kv_head
 
@@ -140,7 +151,8 @@ def slow_attention(attn, x_BSD: Tensor, ve_BSG: Tensor | None, positions_BS: Ten
     for b in range(B):
         q, k, v = ([(w.weight @ x).view(-1, E) for x in x_BSD[b]] for w in (attn.c_q, attn.c_k, attn.c_v))
         if ve_BSG is not None:
-            v = [v[t] + 3 * torch.sigmoid(attn.ve_gate.weight @ x_BSD[b, t, :12])[:, None] * ve_BSG[b, t].view(G, E) for t in range(S)]
+            v = [v[t] + 3 * torch.sigmoid(attn.ve_gate.weight @ x_BSD[b, t, :12])[:, None] * ve_BSG[b, t].view(G, E)
+                 for t in range(S)]
         a = attn.key_shift[:, None]
         k = [(1 - a) * k[t] + a * k[t - 1] if t > 0 and linked[b, t] else k[t] for t in range(S)]
         for t in range(S):
@@ -148,7 +160,8 @@ def slow_attention(attn, x_BSD: Tensor, ve_BSG: Tensor | None, positions_BS: Ten
             for h in range(H):
                 g = h // (H // G)
                 query, seen = turned(q[t][h], positions_BS[b, t]), range(max(0, t - window), t + 1)
-                weights = torch.stack([query @ turned(k[j][g], positions_BS[b, j]) / math.sqrt(E) + key_bias[b, j] for j in seen]).softmax(0)
+                weights = torch.stack([query @ turned(k[j][g], positions_BS[b, j]) / math.sqrt(E) + key_bias[b, j]
+                                       for j in seen]).softmax(0)
                 heads.append(sum(w * v[j][g] for w, j in zip(weights, seen)))
             out[b, t] = attn.c_proj.weight @ torch.cat(heads)
     return out
@@ -163,9 +176,11 @@ def test_attention_against_a_slow_one(window, rope):
     positions = torch.stack([torch.arange(7) + 3, torch.tensor([0, 1, 2.5, 10, 11, 12, 40])]).double()
     linked = torch.rand(2, 7, generator=g) < 0.6
     bias = torch.randn(2, 7, generator=g, dtype=torch.float64)
-    ctx = Context(*model.rotary(positions), linked, bias, model._masks(7, None, None, False, "cpu"), None, None, None)
+    ctx = ForwardContext(*model.rotary(positions), linked, bias, model._masks(7, None, None, False, "cpu"), None, None,
+                         None)
     fast = model.transformer.h[0].attn(x, ve, window, ctx)
-    slow = slow_attention(model.transformer.h[0].attn, x, ve, positions, window, linked, bias, model.inverse_frequencies())
+    slow = slow_attention(model.transformer.h[0].attn, x, ve, positions, window, linked, bias,
+                          model.inverse_frequencies())
     torch.testing.assert_close(fast, slow, atol=1e-9, rtol=0)
 
 
@@ -247,7 +262,8 @@ def test_entries_that_are_not_tokens_have_no_value_embedding():
 def test_lifted_windows():
     model, idx = tiny_gpt(), random_tokens(1, 12)
     unbounded = tiny_gpt(sequence_len=100)
-    assert torch.equal(model(idx, lift_windows=True), unbounded(idx)) and not torch.allclose(model(idx), unbounded(idx), atol=1e-6)
+    assert torch.equal(model(idx, lift_windows=True), unbounded(idx)) and not torch.allclose(model(idx),
+                                                                                             unbounded(idx), atol=1e-6)
 
 
 def test_capture_is_what_ran():
@@ -258,7 +274,8 @@ def test_capture_is_what_ran():
     for c in captured:
         torch.testing.assert_close(attend(c.q, c.k, c.v, None, None), c.y, atol=0, rtol=0)
     loss.backward()
-    assert all(c.y.grad_fn is not None and not c.y.retains_grad for c in captured), "of the pass itself, whose gradients nobody keeps"
+    assert all(c.y.grad_fn is not None and not c.y.retains_grad
+               for c in captured), "of the pass itself, whose gradients nobody keeps"
     assert torch.equal(model(idx), plain)
 
 
@@ -283,11 +300,13 @@ def test_head_on_targets_only_is_the_same_loss(num_targets):
     targets = torch.full((3, 9), -1)
     targets[0, [1, 4, 8]], targets[1, 0] = torch.tensor([5, 6, 0]), 7
     hidden = model.hidden(idx).detach()
-    torch.testing.assert_close(model.loss(hidden, targets, num_targets), mean_loss(token_losses(model.logits(hidden), targets), targets))
+    torch.testing.assert_close(model.loss(hidden, targets, num_targets),
+                               mean_loss(token_losses(model.logits(hidden), targets), targets))
 
 
 def test_flops_against_a_hand_count():
     model = GPT(GPTConfig(**{**TINY, "n_layer": 2, "sequence_len": 3}))  # S window 128, L window 3
-    matrices = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 2 * 4 * 32 * 32) + 12 * 2 + 24 + 32 * 64  # blocks, one value gate, smear gate, head
+    # blocks, one value gate, smear gate, head
+    matrices = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 2 * 4 * 32 * 32) + 12 * 2 + 24 + 32 * 64
     visible = 2 * (1 + 2 + 3 + 4 + 4) / 5  # keys per query in a row of 5, both layers L
     assert model.flops_per_token(5) == pytest.approx(6 * matrices + 12 * 32 * visible)

@@ -19,9 +19,12 @@ SECRET = "s3cret"  # part of every planted secret
 
 
 @pytest.mark.parametrize("url, shown", [
-    ("http://127.0.0.1:4318", "http://127.0.0.1:4318"), ("https://host/otlp/v1/metrics", "https://host/otlp/v1/metrics"),
-    ("http://alice:s3cret@host:4318", "http://***@host:4318"), ("http://s3cret@host", "http://***@host"), ("alice:s3cret@host:4317", "***@host:4317"),
-    ("http://alice:s3cret%40x@host/v1", "http://***@host/v1"), ("http://alice:s3/c@ret?#s3cret@host/v1", "http://***@host/v1"),
+    ("http://127.0.0.1:4318", "http://127.0.0.1:4318"),
+    ("https://host/otlp/v1/metrics", "https://host/otlp/v1/metrics"),
+    ("http://alice:s3cret@host:4318", "http://***@host:4318"), ("http://s3cret@host", "http://***@host"),
+    ("alice:s3cret@host:4317", "***@host:4317"),
+    ("http://alice:s3cret%40x@host/v1", "http://***@host/v1"),
+    ("http://alice:s3/c@ret?#s3cret@host/v1", "http://***@host/v1"),
     ("http://host/v1?api_key=s3cret", "http://host/v1?***"), ("http://host/v1#s3cret", "http://host/v1?***"),
     ("http://host:port with blanks s3@host", "http://***@host"), ("", "")])
 def test_an_address_to_be_shown(url, shown):
@@ -35,19 +38,26 @@ def test_whatever_a_password_is_made_of(password):
 
 
 @pytest.mark.parametrize("url, login, rest", [
-    ("http://alice:p%40ss@host:4317", "alice:p@ss", "http://host:4317"), ("alice:pw@host:4317", "alice:pw", "host:4317"),
+    ("http://alice:p%40ss@host:4317", "alice:p@ss", "http://host:4317"),
+    ("alice:pw@host:4317", "alice:pw", "host:4317"),
     ("http://host/a@b", "", "http://host/a@b"), ("host:4317", "", "host:4317")])
 def test_user_and_password_of_an_address(url, login, rest):
     assert userinfo(url) == (login, rest)
 
 
 @pytest.mark.parametrize("name, value, text", [
-    ("WANDB_API_KEY", "s3cretkey", "key s3cretkey is wrong"), ("HF_TOKEN", "s3cret", "401 for s3cret"), ("AWS_SECRET_ACCESS_KEY", "s3cret", "s3cret"),
-    ("OTEL_EXPORTER_OTLP_HEADERS", "x-key=s3cret,y=1", "header x-key: s3cret"), ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "authorization=Basic%20s3cret", "sent s3cret"),
-    ("OTEL_EXPORTER_OTLP_HEADERS", "s3cret pair", "Header format invalid: s3cret pair"), ("OTEL_RESOURCE_ATTRIBUTES", "s3cret", "Invalid pair s3cret"),
-    ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://a:s3cret%21@h", "login a, s3cret!"), ("OTEL_EXPORTER_OTLP_ENDPOINT", "a:s3cret@h:1", "dns:///a s3cret"),
-    ("HTTPS_PROXY", "http://u:s3cret@proxy:1", "proxy refuses u s3cret"), ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://h/?k=s3cret", "s3cret"),
-    ("X", "", "Max retries exceeded with url: /v1?api_key=s3cret&b=s3cret (Caused by"), ("X", "", "Failed to parse: http://a:s3cret@h:port/v1"),
+    ("WANDB_API_KEY", "s3cretkey", "key s3cretkey is wrong"), ("HF_TOKEN", "s3cret", "401 for s3cret"),
+    ("AWS_SECRET_ACCESS_KEY", "s3cret", "s3cret"),
+    ("OTEL_EXPORTER_OTLP_HEADERS", "x-key=s3cret,y=1", "header x-key: s3cret"),
+    ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "authorization=Basic%20s3cret", "sent s3cret"),
+    ("OTEL_EXPORTER_OTLP_HEADERS", "s3cret pair", "Header format invalid: s3cret pair"),
+    ("OTEL_RESOURCE_ATTRIBUTES", "s3cret", "Invalid pair s3cret"),
+    ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://a:s3cret%21@h", "login a, s3cret!"),
+    ("OTEL_EXPORTER_OTLP_ENDPOINT", "a:s3cret@h:1", "dns:///a s3cret"),
+    ("HTTPS_PROXY", "http://u:s3cret@proxy:1", "proxy refuses u s3cret"),
+    ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://h/?k=s3cret", "s3cret"),
+    ("X", "", "Max retries exceeded with url: /v1?api_key=s3cret&b=s3cret (Caused by"),
+    ("X", "", "Failed to parse: http://a:s3cret@h:port/v1"),
     ("X", "", "{'Authorization': 'Basic s3cret'}")])
 def test_a_message_without_its_secrets(name, value, text, monkeypatch):
     monkeypatch.setenv(name, value)
@@ -55,13 +65,17 @@ def test_a_message_without_its_secrets(name, value, text, monkeypatch):
 
 
 def test_messages_without_secrets_stay_as_they_are(monkeypatch):
-    for name, value in dict(TOKENIZERS_PARALLELISM="false", OTEL_EXPORTER_OTLP_CLIENT_KEY="/etc/key.pem", HF_TOKEN="", X_TOKEN="a").items():
+    for name, value in dict(TOKENIZERS_PARALLELISM="false", OTEL_EXPORTER_OTLP_CLIENT_KEY="/etc/key.pem", HF_TOKEN="",
+                            X_TOKEN="a").items():
         monkeypatch.setenv(name, value)
-    for text in ("cannot read /etc/key.pem: false", "--data=/a?b@c: no such directory", "basic training, mail a@b.c", "must begin with http:// or https://"):
+    for text in ("cannot read /etc/key.pem: false", "--data=/a?b@c: no such directory", "basic training, mail a@b.c",
+                 "must begin with http:// or https://"):
         assert scrubbed(text) == text
 
 
-@pytest.mark.parametrize("error, code", [(UserError("cannot reach http://a:s3cret@h"), 2), (ValueError("cannot reach http://a:s3cret@h"), 1)])
+@pytest.mark.parametrize("error, code",
+                         [(UserError("cannot reach http://a:s3cret@h"), 2),
+                          (ValueError("cannot reach http://a:s3cret@h"), 1)])
 def test_last_words(error, code, capsys):
     def main() -> None:
         raise error
@@ -76,8 +90,10 @@ def test_last_words(error, code, capsys):
 
 
 PLANTED = {
-    "WANDB_MODE": "offline", "WANDB_BASE_URL": "http://u:s3cret-a@127.0.0.1:9", "WANDB_API_KEY": "s3cret-b" + "0" * 32, "HF_TOKEN": "s3cret-c",
-    "HTTPS_PROXY": "http://u:s3cret-d@127.0.0.1:9", "OTEL_EXPORTER_OTLP_HEADERS": "x-key=s3cret-e,s3cret-f", "OTEL_RESOURCE_ATTRIBUTES": "s3cret-g",
+    "WANDB_MODE": "offline", "WANDB_BASE_URL": "http://u:s3cret-a@127.0.0.1:9", "WANDB_API_KEY": "s3cret-b" + "0" * 32,
+    "HF_TOKEN": "s3cret-c",
+    "HTTPS_PROXY": "http://u:s3cret-d@127.0.0.1:9", "OTEL_EXPORTER_OTLP_HEADERS": "x-key=s3cret-e,s3cret-f",
+    "OTEL_RESOURCE_ATTRIBUTES": "s3cret-g",
     "WANDB_ERROR_REPORTING": "false"}  # fmt: skip
 
 
@@ -112,7 +128,8 @@ def test_what_a_collector_is_sent_and_what_is_said_of_it(protocol, of, planted, 
     with Receiver(protocol) as receiver:
         path = "" if protocol == "grpc" or not of else f"/v1/{of[:-1].lower()}"
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
-        monkeypatch.setenv(f"OTEL_EXPORTER_OTLP_{of}ENDPOINT", f"http://al%40ice:s3cret%2Fpw@127.0.0.1:{receiver.port}{path}")
+        monkeypatch.setenv(f"OTEL_EXPORTER_OTLP_{of}ENDPOINT",
+                           f"http://al%40ice:s3cret%2Fpw@127.0.0.1:{receiver.port}{path}")
         record(tmp_path)
     printed = "".join(capfd.readouterr())
     assert "http://***@127.0.0.1" in printed and leaks(tmp_path, printed) == []
@@ -124,24 +141,26 @@ def test_what_a_collector_is_sent_and_what_is_said_of_it(protocol, of, planted, 
 
 
 @pytest.mark.parametrize("endpoint", [
-    "http://alice:s3cret-h@127.0.0.1:9", "http://127.0.0.1:9/?api_key=s3cret-h", "http://alice:s3cret/h@127.0.0.1:9", "http://alice:s3cret-h@[::1",
+    "http://alice:s3cret-h@127.0.0.1:9", "http://127.0.0.1:9/?api_key=s3cret-h", "http://alice:s3cret/h@127.0.0.1:9",
+    "http://alice:s3cret-h@[::1",
     "http://alice:s3cret-h@no.such.host.invalid:1"])
 @pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
 def test_a_collector_that_cannot_be_reached(protocol, endpoint, planted, tmp_path, monkeypatch, capfd):
     pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc")
-    from scripts.bench import otlp as mc_otel_check
+    from scripts import mc_bench
 
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "0.3")
-    monkeypatch.setattr(sys, "argv", ["mc_otel_check"])
+    monkeypatch.setattr(sys, "argv", ["mc_bench", "otlp"])
     with pytest.raises(SystemExit):
-        run_main(mc_otel_check.main)
+        run_main(mc_bench.main)
     printed = "".join(capfd.readouterr())
     assert printed and leaks(tmp_path, printed) == []
 
 
-@pytest.mark.parametrize("protocol, endpoint", [("http/protobuf", "alice:s3cret-h@127.0.0.1:9"), ("http/protobuf", "s3cret@h")])
+@pytest.mark.parametrize("protocol, endpoint",
+                         [("http/protobuf", "alice:s3cret-h@127.0.0.1:9"), ("http/protobuf", "s3cret@h")])
 def test_an_endpoint_that_is_refused(protocol, endpoint, planted, monkeypatch, tmp_path):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)
     with pytest.raises(UserError, match="must begin with") as refused:

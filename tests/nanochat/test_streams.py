@@ -1,4 +1,5 @@
-"""Standard streams that are not a UTF-8 terminal, and Ctrl-C, as every command meets them in `run_main`: each in a process of its own."""
+"""Standard streams that are not a UTF-8 terminal, and Ctrl-C, as every command meets them in `run_main`:
+each in a process of its own."""
 
 import io
 import os
@@ -17,10 +18,11 @@ from nanochat.engine import decode_stream
 from nanochat.streams import interrupt_noted
 from nanochat.tokenizer import Reserved, Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def ended(main: Callable[[], None], folder: Path, *, out: int | None = 0, err: int | None = 0, encoding: str = "utf-8", unbuffered: bool = False) -> tuple[int, str, str]:
+def ended(main: Callable[[], None], folder: Path, *, out: int | None = 0, err: int | None = 0, encoding: str = "utf-8",
+          unbuffered: bool = False) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command. out, err: a file descriptor; None: closed; 0: a file."""
     files = [folder / "out", folder / "err"]
     for path in files:
@@ -34,7 +36,8 @@ def ended(main: Callable[[], None], folder: Path, *, out: int | None = 0, err: i
                     os.dup2(wanted or os.open(path, os.O_WRONLY), number)
             for number, name, wanted in ((1, "stdout", out), (2, "stderr", err)):
                 buffer = open(number, "wb", 0 if unbuffered else -1, closefd=False) if wanted is not None else None
-                stream = buffer and io.TextIOWrapper(buffer, encoding, "strict", line_buffering=number == 2, write_through=unbuffered)
+                stream = buffer and io.TextIOWrapper(buffer, encoding, "strict", line_buffering=number == 2,
+                                                     write_through=unbuffered)
                 setattr(sys, name, stream), setattr(sys, f"__{name}__", stream)
             code = 0
             try:
@@ -64,11 +67,15 @@ def talk() -> None:
 
 @pytest.mark.parametrize("unbuffered", [False, True])
 @pytest.mark.parametrize("broken, code, message", [
-    (nobody_reads, 141, ""), (lambda: os.open("/dev/full", os.O_WRONLY), 2, "error: cannot write to standard output: No space left on device\n")])
+    (nobody_reads, 141, ""),
+    (lambda: os.open("/dev/full", os.O_WRONLY), 2,
+     "error: cannot write to standard output: No space left on device\n")])
 def test_an_output_that_takes_no_more(broken, code, message, unbuffered, tmp_path):
     assert ended(talk, tmp_path, out=broken(), unbuffered=unbuffered) == (code, "", message)
-    assert ended(lambda: print("short"), tmp_path, out=broken(), unbuffered=unbuffered) == (code, "", message), "found when it is flushed"
-    assert ended(lambda: print("note", file=sys.stderr), tmp_path, err=broken(), unbuffered=unbuffered) == (code, "", "")
+    assert ended(lambda: print("short"), tmp_path, out=broken(), unbuffered=unbuffered) == (code, "",
+                                                                                            message), "found when it is flushed"
+    assert ended(lambda: print("note", file=sys.stderr), tmp_path, err=broken(),
+                 unbuffered=unbuffered) == (code, "", "")
 
 
 def test_what_is_open_is_closed_in_order_when_nobody_reads(tmp_path):
@@ -124,7 +131,9 @@ def test_interrupted(tmp_path):
 
 def test_ctrl_c_before_the_command_has_begun():
     """While torch is imported; a traceback of the import is of no use to anybody."""
-    process = subprocess.Popen([sys.executable, "-c", "import sys; sys.argv[0] = '-m'; import scripts; print('in', flush=True); import time; time.sleep(60)"],
+    process = subprocess.Popen([sys.executable, "-c",
+                                "import sys; sys.argv[0] = '-m'; import scripts; print('in', flush=True); import time; "
+                                "time.sleep(60)"],
                                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
@@ -151,12 +160,15 @@ def test_a_noted_interrupt():
 
 # -- pieces of text ---------------------------------------------------------------------------------------------------
 
-TOKENIZER = Tokenizer([bytes([i]) for i in range(256)] + ["né".encode()[:2], "€".encode()[1:], "😀".encode()[:3], b"\xbf\xbd", b"ab"], reserved=Reserved(2, 0, 0))
+TOKENIZER = Tokenizer([bytes([i]) for i in range(256)] + ["né".encode()[:2], "€".encode()[1:], "😀".encode()[:3],
+                                                          b"\xbf\xbd", b"ab"], reserved=Reserved(2, 0, 0))
 
 
-@given(st.lists(st.one_of(st.integers(0, TOKENIZER.vocab_size - 1), st.sampled_from([*"é€😀\ufffd".encode(), 256, 257, 258, 259])), max_size=40))
+@given(st.lists(st.one_of(st.integers(0, TOKENIZER.vocab_size - 1),
+                          st.sampled_from([*"é€😀\ufffd".encode(), 256, 257, 258, 259])), max_size=40))
 def test_pieces_put_together_are_the_text(ids):
-    """Half characters, lone continuation bytes, an end in the middle of one: the pieces are what all tokens decode to."""
+    """Half characters, lone continuation bytes, an end in the middle of one: the pieces
+    are what all tokens decode to."""
     pieces = list(decode_stream(TOKENIZER, iter(ids)))
     assert "".join(pieces) == TOKENIZER.decode(ids) and all(pieces)
 

@@ -13,7 +13,8 @@ from nanochat import tokenizer as module
 from nanochat.common import UserError, whole_characters
 from nanochat.tokenizer import Reserved, Tokenizer, cut
 
-TEXTS = ["def f(x):\n    return x + 1\n\nclass A:\n    pass\n" * 20, "The quick brown fox jumps over 1234 lazy dogs. " * 30, Path(__file__).read_text()]
+TEXTS = ["def f(x):\n    return x + 1\n\nclass A:\n    pass\n" * 20,
+         "The quick brown fox jumps over 1234 lazy dogs. " * 30, Path(__file__).read_text()]
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +65,13 @@ def test_runs_beyond_any_engine(tokenizer, monkeypatch):
     text = "x" + " " * 5_000_001 + "y\nz" + "\n" * 9 + "\u3000" * 1_200_000
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert [i for piece in cut(text[at : at + 999_999] for at in range(0, len(text), 999_999)) for i in tokenizer.encode(piece)] == ids
+    assert [i for piece in cut(text[at : at + 999_999] for at in range(0, len(text), 999_999))
+            for i in tokenizer.encode(piece)] == ids
 
 
 RUNS = st.lists(st.one_of(st.sampled_from(["a", "1", ".", "\n", "\r\n", "<|bos|>", "<|key_1|>", "\x1c"]),
-                          st.builds(str.__mul__, st.sampled_from([" ", "\t", "\u3000", "\x85", " \t"]), st.integers(1, 40)))).map("".join)
+                          st.builds(str.__mul__, st.sampled_from([" ", "\t", "\u3000", "\x85", " \t"]),
+                                    st.integers(1, 40)))).map("".join)
 
 
 @given(text=RUNS, special=st.booleans(), size=st.integers(1, 9))
@@ -92,7 +95,8 @@ def test_a_cut_text_has_the_tokens_of_the_whole(tokenizer, monkeypatch, text, si
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("text, read", [("a\ud83db", "a\ufffdb"), ("\ude00\ud83d", "\ufffd\ufffd"), ("\ud83d\ude00", "\U0001f600"), ("\ufeffa\udcff", "\ufeffa\ufffd")])
+@pytest.mark.parametrize("text, read", [("a\ud83db", "a\ufffdb"), ("\ude00\ud83d", "\ufffd\ufffd"),
+                                        ("\ud83d\ude00", "\U0001f600"), ("\ufeffa\udcff", "\ufeffa\ufffd")])
 def test_halves_of_surrogate_pairs(tokenizer, text, read):
     assert whole_characters(text) == read and whole_characters(read) is read
     assert tokenizer.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text, special=True)) == read
@@ -119,7 +123,8 @@ def test_missing_tokenizer_names_the_command(tmp_path):
         Tokenizer.load(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("damage", ["cut", "not json", "a list", "other format", "changed token", "bad base64", "no tokens"])
+@pytest.mark.parametrize("damage", ["cut", "not json", "a list", "other format", "changed token", "bad base64",
+                                    "no tokens"])
 def test_damaged_tokenizer_is_refused(tokenizer, tmp_path, damage):
     path = tokenizer.save(tmp_path)
     text, payload = path.read_text(), json.loads(path.read_text())
@@ -151,7 +156,8 @@ def test_too_little_text_and_too_small_vocabulary():
 
 
 def test_commands(tmp_path):
-    """tok_train and tok_eval as a user runs them: a JSON line last; exit code 2 and one line when there is no tokenizer."""
+    """tok_train and tok_eval as a user runs them: a JSON line last; exit code 2 and one line
+    when there is no tokenizer."""
     data = tmp_path / "data"
     data.mkdir()
     for i in range(4):

@@ -18,11 +18,13 @@ torch.set_num_threads(1)
 ALLOCATORS = ["greedy", "bundle:3", "stochastic:0.5"]
 
 
-def scores(allocator: Allocator, logits_BI, *, room_B=None, shift=0.0, index_BI=None, rival_BI=None, row=0, seed=0, refocus=1):
+def scores(allocator: Allocator, logits_BI, *, room_B=None, shift=0.0, index_BI=None, rival_BI=None, row=0, seed=0,
+           refocus=1):
     B, count = logits_BI.shape
     index_BI = torch.arange(count).expand(B, count) if index_BI is None else index_BI
     rival_BI = torch.ones(B, count, dtype=torch.bool) if rival_BI is None else rival_BI
-    return allocator.scores(logits_BI, index_BI, rival_BI, torch.full((B,), 3) if room_B is None else room_B, torch.full((B,), shift).double(),
+    return allocator.scores(logits_BI, index_BI, rival_BI, torch.full((B,), 3) if room_B is None else room_B,
+                            torch.full((B,), shift).double(),
                             rows_B=torch.arange(row, row + B), seed=seed, refocus=refocus)
 
 
@@ -46,25 +48,30 @@ def test_the_market_price_lets_in_as_many_as_there_is_room_for(values, places, r
 def test_room_counts_what_the_tail_leaves(k, max_lod, n, recent, budget):
     cfg = FocusConfig(budget + 1, k, max_lod, recent=recent)
     focus = PathEdits(cfg, n)
-    tail = sum(focus.exists((lod, i)) and focus.protected((lod, i)) for lod in range(1, max_lod + 1) for i in range(n // k**lod))
+    tail = sum(focus.exists((lod, i)) and focus.protected((lod, i)) for lod in range(1, max_lod + 1)
+               for i in range(n // k**lod))
     levels = max(sum(k**lod <= n for lod in range(1, max_lod + 1)), 1)
     assert int(room(torch.tensor([n]), cfg)) == max((focus.free(cfg.budget) - tail) // levels, 1)
 
 
 def test_only_rivals_set_the_price():
-    logits_BI, rival_BI = torch.tensor([[9.0, 3.0, 2.0, 8.0, 1.0]]).double(), torch.tensor([[False, True, True, False, True]])
+    logits_BI, rival_BI = torch.tensor([[9.0, 3.0, 2.0, 8.0, 1.0]]).double(), torch.tensor([[False, True, True, False,
+                                                                                             True]])
     found = scores(Allocator(), logits_BI, room_B=torch.tensor([1]), rival_BI=rival_BI)
     np.testing.assert_allclose(found, (logits_BI - 2.5).tanh())
 
 
 def test_noise_depends_on_its_key_alone():
-    allocator, logits_BI = Allocator.parse("stochastic:0.7"), torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).double()
+    allocator, logits_BI = Allocator.parse("stochastic:0.7"), torch.randn(4, 9,
+                                                                          generator=torch.Generator().manual_seed(0)).double()
     found = scores(allocator, logits_BI)
     assert torch.equal(found, scores(allocator, logits_BI))
     assert torch.equal(found[2:3], scores(allocator, logits_BI[2:3], row=2)), "a row alone"
     few = torch.tensor([[7, 2, 5]])
-    every = scores(allocator, logits_BI[:1], room_B=torch.tensor([100]), rival_BI=torch.zeros(1, 9, dtype=torch.bool))  # a price of 0
-    some = scores(allocator, logits_BI[:1, [7, 2, 5]], room_B=torch.tensor([100]), rival_BI=torch.zeros(1, 3, dtype=torch.bool), index_BI=few)
+    # a price of 0
+    every = scores(allocator, logits_BI[:1], room_B=torch.tensor([100]), rival_BI=torch.zeros(1, 9, dtype=torch.bool))
+    some = scores(allocator, logits_BI[:1, [7, 2, 5]], room_B=torch.tensor([100]),
+                  rival_BI=torch.zeros(1, 3, dtype=torch.bool), index_BI=few)
     assert torch.equal(every[:, [7, 2, 5]], some), "a block's noise is that of its number"
     for other in (dict(seed=1), dict(refocus=2), dict(row=1)):
         assert not torch.equal(found, scores(allocator, logits_BI, **other))
@@ -73,26 +80,30 @@ def test_noise_depends_on_its_key_alone():
 def test_stochastic_shows_in_proportion():
     """Gumbel noise and the best one: a draw from softmax(logits / T)."""
     logits = torch.tensor([0.0, 0.5, 1.0, 2.0]).double()
-    found = scores(Allocator.parse("stochastic:0.8"), logits.expand(4000, 4), room_B=torch.ones(4000, dtype=torch.int64))
+    found = scores(Allocator.parse("stochastic:0.8"), logits.expand(4000, 4),
+                   room_B=torch.ones(4000, dtype=torch.int64))
     share = torch.bincount(found.argmax(1), minlength=4) / 4000
     np.testing.assert_allclose(share, (logits / 0.8).softmax(0), atol=0.03)
     assert ((found > 0).sum(1) == 1).all()
 
 
-@pytest.mark.parametrize("text", ["", "best", "greedy:1", "bundle", "bundle:1", "bundle:x", "stochastic", "stochastic:0", "stochastic:nan", "threshold:0,0,1"])
+@pytest.mark.parametrize("text", ["", "best", "greedy:1", "bundle", "bundle:1", "bundle:x", "stochastic",
+                                  "stochastic:0", "stochastic:nan", "threshold:0,0,1"])
 def test_what_is_no_allocator_is_refused(text):
     with pytest.raises(UserError, match=f"--mc_allocator={text}: use greedy"):
         SessionConfig(allocator=text)
 
 
 def process(kind: str, steps: int, n_blocks: int, gen: torch.Generator):
-    """[B, N] logits step after step: "recent" decay by age, "wander" each by itself, "jump" anew, "flat" hardly differ."""
+    """[B, N] logits step after step: "recent" decay by age, "wander" each by itself, "jump"
+    anew, "flat" hardly differ."""
     B = 6
     wander = 2 * torch.randn(B, n_blocks, generator=gen).double()
     for step in range(steps):
         noise = torch.randn(B, n_blocks, generator=gen).double()
         wander = 0.95 * wander + 0.6 * noise
-        yield {"recent": torch.arange(n_blocks) * 0.5 + 0.3 * noise, "wander": wander, "jump": 2 * noise, "flat": 0.02 * noise}[kind]
+        yield {"recent": torch.arange(n_blocks) * 0.5 + 0.3 * noise, "wander": wander, "jump": 2 * noise,
+               "flat": 0.02 * noise}[kind]
 
 
 def long_stream(kind: str, allocator: Allocator, adaptive: bool, budget: int = 96, seed: int = 0) -> torch.Tensor:
@@ -108,7 +119,8 @@ def long_stream(kind: str, allocator: Allocator, adaptive: bool, budget: int = 9
         n_B = torch.full((6,), (first + step) * k)
         state = greedy.advance(state, n_B)
         end_N = (torch.arange(blocks) + 1) * k
-        scores_BN = allocator.scores(logits_BN, torch.arange(blocks).expand(6, -1), (end_N <= n_B[:, None] - cfg.recent), room(n_B, cfg), shift_B,
+        scores_BN = allocator.scores(logits_BN, torch.arange(blocks).expand(6, -1),
+                                     (end_N <= n_B[:, None] - cfg.recent), room(n_B, cfg), shift_B,
                                      rows_B=torch.arange(6), seed=0, refocus=step)
         state, report = greedy.refocus(state, scores_BN)
         if adaptive:
@@ -118,7 +130,8 @@ def long_stream(kind: str, allocator: Allocator, adaptive: bool, budget: int = 9
     return torch.stack(used)
 
 
-@pytest.mark.parametrize("kind, allocator", [("recent", "greedy"), ("wander", "greedy"), ("jump", "greedy"), ("flat", "greedy"), ("recent", "bundle:3")])
+@pytest.mark.parametrize("kind, allocator", [("recent", "greedy"), ("wander", "greedy"), ("jump", "greedy"),
+                                             ("flat", "greedy"), ("recent", "bundle:3")])
 def test_the_adaptive_price_moves_until_the_budget_is_used(kind, allocator):
     """On logits that decay by age, wander, jump or hardly differ."""
     used = long_stream(kind, Allocator.parse(allocator), True)
@@ -140,9 +153,11 @@ def test_the_shift_falls_while_unused_returns_while_used_and_is_bounded():
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from(ALLOCATORS), st.sampled_from([31, 32, 33, 77, 1023, 1025]), st.sampled_from([4, 8, 32]), st.integers(0, 2**31))
+@given(st.sampled_from(ALLOCATORS), st.sampled_from([31, 32, 33, 77, 1023, 1025]), st.sampled_from([4, 8, 32]),
+       st.integers(0, 2**31))
 def test_the_session_decides_as_the_batch_and_a_row_as_alone(text, n, k, seed):
-    """Every allocator of a session: prices, noise, edits; `PathEdits` on the blocks that have a logit, the batched one on all."""
+    """Every allocator of a session: prices, noise, edits; `PathEdits` on the blocks that have a
+    logit, the batched one on all."""
     allocator, gen, rng = Allocator.parse(text), torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     cfg, blocks, rows = FocusConfig(330, k, 3, recent=k, span=allocator.span), n // k, torch.arange(2)
     dense, sparse, n_B = GreedyAllocator(cfg), [PathEdits(cfg), PathEdits(cfg)], torch.full((2,), n)
@@ -151,14 +166,17 @@ def test_the_session_decides_as_the_batch_and_a_row_as_alone(text, n, k, seed):
         grown = torch.full((2,), n * refocus // 6)
         there = int(grown[0]) // k
         listed = torch.from_numpy(np.flatnonzero(rng.random(there) < 0.8))
-        listed = torch.cat([listed, torch.arange(max(there - cfg.budget // k - 1, 0), there)]).unique()  # as a session lists what is new
-        listed = torch.cat([listed, torch.tensor(sorted({i for s in sparse for lod, i in s.expanded if lod == 1}), dtype=torch.int64)]).unique()
+        # as a session lists what is new
+        listed = torch.cat([listed, torch.arange(max(there - cfg.budget // k - 1, 0), there)]).unique()
+        listed = torch.cat([listed, torch.tensor(sorted({i for s in sparse for lod, i in s.expanded if lod == 1}),
+                                                 dtype=torch.int64)]).unique()
         logits = torch.randn(2, len(listed), generator=gen).double()
         shift_B, places_B = torch.rand(2, generator=gen).double() - 1, room(grown, cfg)
         rival = ((listed + 1) * k <= grown[0] - cfg.recent).expand(2, -1)
 
         def both(b: slice) -> torch.Tensor:
-            return allocator.scores(logits[b], listed.expand(2, -1)[b], rival[b], places_B[b], shift_B[b], rows_B=rows[b], seed=7, refocus=refocus)
+            return allocator.scores(logits[b], listed.expand(2, -1)[b], rival[b], places_B[b], shift_B[b],
+                                    rows_B=rows[b], seed=7, refocus=refocus)
 
         values = both(slice(None))
         assert all(torch.equal(both(slice(b, b + 1)), values[b:b + 1]) for b in (0, 1))
@@ -168,5 +186,6 @@ def test_the_session_decides_as_the_batch_and_a_row_as_alone(text, n, k, seed):
         for b, focus in enumerate(sparse):
             focus.advance(int(grown[b]), set(listed.tolist()))
             edits = focus.refocus(dict(zip(listed.tolist(), values[b].tolist())))
-            assert focus.expanded == {(lod + 1, int(i)) for lod, x in enumerate(state.expanded) for i in x[b].nonzero()[:, 0]}
+            assert focus.expanded == {(lod + 1, int(i)) for lod, x in enumerate(state.expanded)
+                                      for i in x[b].nonzero()[:, 0]}
             assert (edits.paths, edits.expands, edits.collapses, edits.forced) == tuple(int(x[b]) for x in report[:4])

@@ -1,4 +1,5 @@
-"""The search over a history's keys: exact where it scores, near-complete where it scans, the same however the history grew."""
+"""The search over a history's keys: exact where it scores, near-complete where it scans, the
+same however the history grew."""
 
 import numpy as np
 import pytest
@@ -27,7 +28,8 @@ def unit(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def tail_of(lens: LensNet, seed: int) -> torch.Tensor:
     length = lens.config.tail + LOCAL_MEAN
-    return torch.randn(1, length, lens.config.d_model, dtype=lens.log_gain.dtype, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(1, length, lens.config.d_model, dtype=lens.log_gain.dtype,
+                       generator=torch.Generator().manual_seed(seed))
 
 
 def search_of(lens: LensNet, keys_NPC: torch.Tensor, **limits) -> KeySearch:
@@ -72,7 +74,8 @@ def test_what_is_found_in_a_long_history_has_its_focus_logits(n, dtype):
 
 
 def trained_like(n: int) -> tuple[LensNet, torch.Tensor]:
-    """A lens and keys with the statistics of trained ones: half of the energy in an eighth of the dims, queries alike, trust uneven."""
+    """A lens and keys with the statistics of trained ones: half of the energy in an eighth of the dims,
+    queries alike, trust uneven."""
     generator = torch.Generator().manual_seed(0)
     lens = LensNet(LensNetConfig(128))
     spread = torch.linalg.qr(torch.randn(128, 128, generator=generator))[0] * torch.exp(-torch.arange(128) / 48)
@@ -91,7 +94,8 @@ def test_a_scan_finds_what_scoring_everything_finds():
     wanted = [reference(lens, tail, keys) for tail in tails]
 
     def mean_recall(k: int) -> float:
-        return float(np.mean([recall(*search.top(tail, 8000 * 32, k), logits, k) for tail, logits in zip(tails, wanted)]))
+        return float(np.mean([recall(*search.top(tail, 8000 * 32, k), logits, k)
+                              for tail, logits in zip(tails, wanted)]))
 
     for k in (1, 4, 16):
         assert mean_recall(k) >= 0.99, k
@@ -135,7 +139,8 @@ def test_a_scan_of_odd_keys_loses_no_score(kind):
         tail = tail_of(lens, seed)
         _, logits = search.top(tail, 16000 * 32, 8)
         wanted = reference(lens, tail, keys)
-        assert float((wanted.topk(8).values - logits.sort(descending=True).values).max()) <= 1e-2 * float(wanted.std() + 1e-3)
+        assert float((wanted.topk(8).values
+                      - logits.sort(descending=True).values).max()) <= 1e-2 * float(wanted.std() + 1e-3)
 
 
 def test_exact_scores_are_computed_for_a_bounded_number_of_blocks():

@@ -1,4 +1,5 @@
-"""The session against forward passes from scratch: whatever was appended, refocused, generated or restored, in whatever pieces."""
+"""The session against forward passes from scratch: whatever was appended, refocused, generated or
+restored, in whatever pieces."""
 
 from tempfile import TemporaryDirectory
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tiny_mc import VOCAB, randomize, tiny_base
 
 from mc import working_context as wc
-from mc.config import MCConfig
+from mc.config import MCConfig, from_dict
 from mc.focus_allocator import FocusConfig, fits
 from mc.gaussian_rope import entry_rotary
 from mc.model import MegaContext
@@ -31,13 +32,17 @@ EXACT = {"atol": 1e-9, "rtol": 0}
 K = 4
 
 
-def tiny_pool(max_sessions: int = 1, budget: int = 40, gpt: GPT | None = None, mc_config: dict | None = None, trained=(1, 2, 3),
+def tiny_pool(max_sessions: int = 1, budget: int = 40, gpt: GPT | None = None, mc_config: dict | None = None,
+              trained=(1, 2, 3),
               recorder: Recorder | None = None, **config) -> SessionPool:
     gpt = gpt or tiny_base()
-    mc = MegaContext(MCConfig(**{**dict(block_size=K, max_lod=3, gist_width=16, budget=32, horizon=8, lens_key_dim=16, lens_keys=2,
-                                        lens_queries=24, lens_horizon=4), **(mc_config or {})}), gpt.config.n_embd).double()
+    mc = MegaContext(from_dict({**dict(block_size=K, max_lod=3, gist_width=16, budget=32, horizon=8, lens_key_dim=16,
+                                       lens_keys=2,
+                                        lens_queries=24, lens_horizon=4), **(mc_config or {})}),
+                     gpt.config.n_embd).double()
     randomize(mc)
-    return SessionPool(gpt, mc, SessionConfig(budget=budget, **config), trained_lods=trained, max_sessions=max_sessions, recorder=recorder)
+    return SessionPool(gpt, mc, SessionConfig(budget=budget, **config), trained_lods=trained,
+                       max_sessions=max_sessions, recorder=recorder)
 
 
 def tokens(n: int, seed: int = 0) -> list[int]:
@@ -49,13 +54,15 @@ def history_tokens(session) -> list[int]:
 
 
 def from_scratch(session) -> torch.Tensor:
-    """[V] logits after the cut that the session shows: every node made anew from the tokens, every entry placed one by one."""
+    """[V] logits after the cut that the session shows: every node made anew from the tokens,
+    every entry placed one by one."""
     pool, all_tokens = session.pool, history_tokens(session)
     gpt, mc, c = pool.gpt, pool.mc, pool.mc.config
 
     def node(lod: int, index: int) -> torch.Tensor:
         if lod == 0:
-            return gpt.embed(torch.tensor(all_tokens[index])) if all_tokens[index] != VOID else torch.zeros(gpt.config.n_embd).double()
+            return (gpt.embed(torch.tensor(all_tokens[index])) if all_tokens[index] != VOID
+                    else torch.zeros(gpt.config.n_embd).double())
         children = torch.stack([node(lod - 1, index * K + i) for i in range(K)])
         valid = torch.tensor([lod > 1 or all_tokens[index * K + i] != VOID for i in range(K)])
         return mc.gistnet(children[None], valid[None], lod)[0, 0]
@@ -68,32 +75,41 @@ def from_scratch(session) -> torch.Tensor:
     rotary = entry_rotary(gpt, start, length, scheme=c.positions, floor=c.damping_floor)
     with torch.no_grad():
         vectors = torch.stack([node(at, i) for at, i in entries])[None]
-        hidden = gpt.hidden(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=mc.key_bias(lod), lift_windows=True)
+        hidden = gpt.hidden(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=mc.key_bias(lod),
+                            lift_windows=True)
         return gpt.logits(hidden[0, -1])
 
 
 def check_shown(session) -> None:
-    """A valid cut within the budget; every token in exactly one entry or one span that is named; every slot in use once."""
+    """A valid cut within the budget; every token in exactly one entry or one span that is
+    named; every slot in use once."""
     focus, c = session.focus, session.pool.focus_config
     lod, index = (torch.from_numpy(x)[None] for x in (session.cut_lod, session.cut_index))
     if focus.n_tokens:
-        wc.check(wc.Cut(lod, index, torch.ones_like(lod, dtype=torch.bool), K), torch.tensor([focus.n_tokens]), c.budget, c.max_lod, gaps=focus.omits)
+        wc.check(wc.Cut(lod, index, torch.ones_like(lod, dtype=torch.bool), K), torch.tensor([focus.n_tokens]),
+                 c.budget, c.max_lod, gaps=focus.omits)
         raw_tail = set(range(max(focus.n_tokens - c.recent, 0), focus.n_tokens))
         assert raw_tail <= set(index[lod == 0].tolist()) or focus.pruned
     lines = session.explain()
-    assert [line.start for line in lines] == [0, *np.cumsum([line.tokens for line in lines])[:-1]] if lines else not session.n_tokens
-    assert sum(line.tokens for line in lines) == session.n_tokens and sum(line.entries for line in lines) == len(session._shown()[0])
+    assert [line.start
+            for line in lines] == [0, *np.cumsum([line.tokens
+                                                  for line in lines])[:-1]] if lines else not session.n_tokens
+    assert sum(line.tokens for line in lines) == session.n_tokens and sum(line.entries
+                                                                          for line in lines) == len(session._shown()[0])
     out = [line for line in lines if not line.entries]
-    assert all(line.lod is None and "left out" in line.why for line in out) and all(line.lod is not None for line in lines if line.entries)
+    assert all(line.lod is None and "left out" in line.why for line in out) and all(line.lod is not None
+                                                                                    for line in lines if line.entries)
     assert sum(line.tokens for line in out) == session.status().omitted_tokens and (focus.omits or not out)
     used = session.cached.slot.tolist()
     assert sorted(used + session.free_slots) == list(range(session.pool.cache.spare))
 
 
 Action = st.one_of(
-    st.tuples(st.just("append"), st.integers(1, 40)), st.tuples(st.just("append"), st.sampled_from([1, 3, 4, 5, 31, 32, 33])),
+    st.tuples(st.just("append"), st.integers(1, 40)),
+    st.tuples(st.just("append"), st.sampled_from([1, 3, 4, 5, 31, 32, 33])),
     st.tuples(st.just("generate"), st.integers(1, 14)), st.tuples(st.just("refocus"), st.just(0)),
-    st.tuples(st.just("score"), st.integers(1, 9)), st.tuples(st.just("restore"), st.just(0)), st.tuples(st.just("end_source"), st.just(0)))
+    st.tuples(st.just("score"), st.integers(1, 9)), st.tuples(st.just("restore"), st.just(0)),
+    st.tuples(st.just("end_source"), st.just(0)))
 
 
 def act(session, action: str, n: int, seed: int):
@@ -116,7 +132,8 @@ def act(session, action: str, n: int, seed: int):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(Action, min_size=1, max_size=7), st.integers(1, 77), st.sampled_from([1, 3, K, 9]), st.integers(0, 1000))
+@given(st.lists(Action, min_size=1, max_size=7), st.integers(1, 77), st.sampled_from([1, 3, K, 9]),
+       st.integers(0, 1000))
 def test_logits_are_those_of_a_forward_pass_from_scratch(actions, n, interval, seed):
     pool = tiny_pool(interval=interval)
     session = pool.open(seed=seed)
@@ -135,7 +152,8 @@ VARIANTS = [dict(positions="contiguous"), dict(positions="centre"), dict(max_lod
 @pytest.mark.parametrize("mc_config", VARIANTS, ids=lambda c: "-".join(map(str, c)))
 def test_every_kind_of_position_is_exact(mc_config):
     gpt = tiny_base(n_kv_head=4, rope_fraction=0.5)
-    pool = tiny_pool(gpt=gpt, mc_config=mc_config, trained=(1,) if mc_config.get("max_lod") == 1 else (1, 2, 3), budget=64, interval=5)
+    pool = tiny_pool(gpt=gpt, mc_config=mc_config, trained=(1,) if mc_config.get("max_lod") == 1 else (1, 2, 3),
+                     budget=64, interval=5)
     session = pool.open()
     session.begin(tokens(77))
     edited = 0
@@ -163,11 +181,13 @@ def test_any_pieces_of_an_append_are_one(pieces, seed):
         pieced.append(text[at:at + piece])
         at += piece
     torch.testing.assert_close(whole.logits(), pieced.logits(), **EXACT)
-    assert whole.explain() == [s._replace(score=t.score) for s, t in zip(pieced.explain(), whole.explain(), strict=True)]
+    assert whole.explain() == [s._replace(score=t.score)
+                               for s, t in zip(pieced.explain(), whole.explain(), strict=True)]
     for lod, count in enumerate(whole.history.shape.counts[1:], 1):
         assert all(s.history.store.n_nodes(lod) == count for s in (whole, pieced))
         if count:
-            torch.testing.assert_close(*(s.history.store.gists(lod, torch.arange(count)) for s in (whole, pieced)), atol=1e-12, rtol=0)
+            torch.testing.assert_close(*(s.history.store.gists(lod, torch.arange(count)) for s in (whole, pieced)),
+                                       atol=1e-12, rtol=0)
     assert list(whole.generate(9)) == list(pieced.generate(9))
 
 
@@ -235,7 +255,8 @@ def test_restored_is_uninterrupted(tmp_path, after, policy):
     restored = tiny_pool(kv_policy=policy).restore(SessionState.load(tmp_path / "state"))
     assert got + list(restored.generate(24 - after)) == want
     torch.testing.assert_close(restored.logits(), session.logits(), atol=1e-12, rtol=0)
-    assert [line._replace(score=None) for line in restored.explain()] == [line._replace(score=None) for line in session.explain()]
+    assert [line._replace(score=None) for line in restored.explain()] == [line._replace(score=None)
+                                                                          for line in session.explain()]
 
 
 def test_the_approximate_policy_runs_new_entries_only():
@@ -247,13 +268,18 @@ def test_the_approximate_policy_runs_new_entries_only():
     for i in range(8):
         for session, runs in zip(sessions, ran):
             session.append(tokens(5, i))
-            before = {(lod, index): slot for lod, index, slot in zip(*(x.tolist() for x in (session.cached.lod, session.cached.index, session.cached.slot)))}
+            before = {(lod, index): slot
+                      for lod, index, slot in zip(*(x.tolist()
+                                                    for x in (session.cached.lod, session.cached.index,
+                                                              session.cached.slot)))}
             kept_kv = session.pool.cache.k.clone()
             logits = session.logits()
             runs.append(session.computed)
             if session is sessions[1]:
                 new = 0
-                for lod, index, slot in zip(*(x.tolist() for x in (session.cached.lod, session.cached.index, session.cached.slot))):
+                for lod, index, slot in zip(*(x.tolist()
+                                              for x in (session.cached.lod, session.cached.index,
+                                                        session.cached.slot))):
                     if before.get((lod, index)) == slot:
                         assert torch.equal(session.pool.cache.k[:, 0, slot], kept_kv[:, 0, slot])
                     else:
@@ -266,7 +292,8 @@ def test_the_approximate_policy_runs_new_entries_only():
 @settings(max_examples=8, deadline=None)
 @given(st.lists(Action, min_size=2, max_size=8), st.integers(0, 1000))
 def test_the_approximate_policy_errs_in_depth_only(actions, seed):
-    """With one layer, and nothing passed on from the entry before, keys and values do not depend on other entries: there it is exact."""
+    """With one layer, and nothing passed on from the entry before, keys and values do not depend on other
+    entries: there it is exact."""
     gpt = tiny_base(n_layer=1, smear=False, key_shift=False)
     session = tiny_pool(gpt=gpt, kv_policy="approximate", budget=50, interval=3).open(seed=seed)
     session.begin(tokens(90, seed))
@@ -320,7 +347,8 @@ def test_the_prefix_before_the_first_edit_is_kept():
 def big_lens_pool(budget: int = 64) -> SessionPool:
     """Untrained networks in float32: the lens still looks for blocks that are like the question."""
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(sequence_len=128, vocab_size=512, n_layer=1, n_head=2, n_kv_head=2, n_embd=32, value_embeds=False))
+    gpt = GPT(GPTConfig(sequence_len=128, vocab_size=512, n_layer=1, n_head=2, n_kv_head=2, n_embd=32,
+                        value_embeds=False))
     mc = MegaContext(MCConfig(block_size=8, max_lod=3, gist="mean", budget=budget, recent=8, lens_key_dim=32), 32)
     return SessionPool(gpt, mc, SessionConfig(budget=budget), trained_lods=[1, 2, 3])
 
@@ -330,7 +358,8 @@ def store_format_of(pool: SessionPool):
 
 
 def test_sixty_four_windows_of_history_and_the_start_is_found():
-    """Every token is covered, the lens ran, and the question brings back the block at the start (a sliding window would not)."""
+    """Every token is covered, the lens ran, and the question brings back the block at the start
+    (a sliding window would not)."""
     pool = big_lens_pool()
     session, rng = pool.open(), np.random.default_rng(0)
     n, fact = 64 * 64, list(range(500, 508))
@@ -347,9 +376,11 @@ def test_sixty_four_windows_of_history_and_the_start_is_found():
     assert line.lod == 0 and line.entries == 8 and line.score > 0 and "lens" in line.why
 
 
-@pytest.mark.parametrize("read", [lambda session: next(session.generate(1)), lambda session: session.score([1]), lambda session: session.logits()])
+@pytest.mark.parametrize("read",
+                         [lambda session: next(session.generate(1)), lambda session: session.score([1]), lambda session: session.logits()])
 def test_a_refocus_follows_every_append_however_short(read):
-    """E1a: the question is seen before it is answered, and generated tokens alone bring a refocus only when it is due."""
+    """E1a: the question is seen before it is answered, and generated tokens alone bring a
+    refocus only when it is due."""
     session = tiny_pool(interval=9).open()
     session.begin(tokens(60))
     read(session)
@@ -371,7 +402,8 @@ def test_device_memory_does_not_know_the_history():
         sizes.append(held_bytes(session.pool, session.pool.gpt, session.history.store, session.search))
     assert len(set(sizes)) == 1 and sizes[0] > session.pool.cache.nbytes()
     session.kept_by_mistake = torch.zeros(session.n_tokens)
-    assert held_bytes(session.pool, session.pool.gpt, session.history.store, session.search) == sizes[-1] + 4 * session.n_tokens
+    assert held_bytes(session.pool, session.pool.gpt, session.history.store,
+                      session.search) == sizes[-1] + 4 * session.n_tokens
 
 
 def test_pruned_blocks_stay_gists_and_say_so():
@@ -390,18 +422,22 @@ def test_pruned_blocks_stay_gists_and_say_so():
 
 
 @settings(max_examples=8, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["append", "generate", "end_source", "restart"]), st.integers(1, 60)), min_size=1, max_size=6), st.integers(0, 99))
+@given(st.lists(st.tuples(st.sampled_from(["append", "generate", "end_source", "restart"]), st.integers(1, 60)),
+                min_size=1, max_size=6), st.integers(0, 99))
 def test_on_disk_as_in_memory(actions, seed):
     """The same logits, bit for bit, and the same after a restart with the state and the store."""
     with TemporaryDirectory() as folder:
-        in_memory, on_disk = (big_lens_pool().open(store, seed=1) for store in (None, DiskStore.create(f"{folder}/store", store_format_of(big_lens_pool()))))
+        in_memory, on_disk = (big_lens_pool().open(store, seed=1)
+                              for store in (None,
+                                            DiskStore.create(f"{folder}/store", store_format_of(big_lens_pool()))))
         for session in (in_memory, on_disk):
             session.begin(tokens(77, seed))
         for i, (action, n) in enumerate(actions):
             if action == "restart":
                 on_disk.state().save(f"{folder}/state")
                 on_disk.history.store.close()
-                on_disk = big_lens_pool().restore(SessionState.load(f"{folder}/state"), DiskStore.open(f"{folder}/store"))
+                on_disk = big_lens_pool().restore(SessionState.load(f"{folder}/state"),
+                                                  DiskStore.open(f"{folder}/store"))
             for session in (in_memory, on_disk) if action != "restart" else ():
                 if action == "append":
                     session.append(tokens(n, seed + i))
@@ -420,7 +456,8 @@ def test_a_state_and_a_store_of_different_moments_are_refused(tmp_path):
     state = session.state()
     session.append(tokens(3))
     session.history.store.close()
-    with DiskStore.open(tmp_path / "store") as store, pytest.raises(UserError, match="ends at 40 stored tokens, the store at 43"):
+    with DiskStore.open(tmp_path / "store") as store, pytest.raises(UserError,
+                                                                    match="ends at 40 stored tokens, the store at 43"):
         big_lens_pool().restore(state, store)
     with pytest.raises(UserError, match="give its store"):
         big_lens_pool().restore(state)
@@ -470,11 +507,13 @@ TIGHT = [15, 16, 19, 24, 33]  # entries; the tail takes up to 11 of them, a bloc
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(Growth, min_size=1, max_size=6), st.sampled_from([1, 31, 32, 33, 77, 1023]), st.sampled_from(TIGHT), st.integers(1, 3),
+@given(st.lists(Growth, min_size=1, max_size=6), st.sampled_from([1, 31, 32, 33, 77, 1023]), st.sampled_from(TIGHT),
+       st.integers(1, 3),
        st.sampled_from([1, 3, K, 9]), st.integers(0, 1000))
 def test_no_session_ends_because_of_its_length(actions, n, budget, trained, interval, seed):
-    """C6, K4: at budgets that cannot tile the history, with levels that were not trained, whatever happens: nothing is refused, every
-    token is in one entry or one named span, and the logits are those of a forward pass from scratch over what is shown."""
+    """C6, K4: at budgets that cannot tile the history, with levels that were not trained, whatever happens: nothing is
+    refused, every token is in one entry or one named span, and the logits are those of a forward pass from
+    scratch over what is shown."""
     session = tiny_pool(budget=budget, interval=interval, trained=range(1, trained + 1)).open(seed=seed)
     session.begin(tokens(n, seed))
     for i, (action, count) in enumerate(actions):
@@ -499,7 +538,8 @@ def test_the_approximate_policy_goes_on_at_any_length(actions, budget, seed):
 @pytest.mark.parametrize("mc_config", VARIANTS, ids=lambda c: "-".join(map(str, c)))
 def test_every_kind_of_position_is_exact_where_spans_are_left_out(mc_config):
     gpt = tiny_base(n_kv_head=4, rope_fraction=0.5)
-    session = tiny_pool(gpt=gpt, mc_config=mc_config, trained=(1,) if mc_config.get("max_lod") == 1 else (1, 2, 3), budget=20, interval=5).open()
+    session = tiny_pool(gpt=gpt, mc_config=mc_config, trained=(1,) if mc_config.get("max_lod") == 1 else (1, 2, 3),
+                        budget=20, interval=5).open()
     session.begin(tokens(2000))
     for i in range(6):
         list(session.generate(7))
@@ -510,7 +550,8 @@ def test_every_kind_of_position_is_exact_where_spans_are_left_out(mc_config):
 
 
 def test_what_fits_is_tiled_and_leaves_nothing_out():
-    """Up to the first length that the budget cannot tile with a block raw nothing is left out; from there on spans are."""
+    """Up to the first length that the budget cannot tile with a block raw nothing is left
+    out; from there on spans are."""
     pool = tiny_pool(budget=36)
     session = pool.open()
     session.begin(tokens(1))
@@ -520,7 +561,8 @@ def test_what_fits_is_tiled_and_leaves_nothing_out():
         session.logits()
         left_out.append((session.n_tokens, session.omitted_tokens, fits(session.n_tokens, pool.focus_config)))
         assert session.omitted_tokens == 0 or not left_out[-1][2]
-    assert [fit for *_, fit in left_out] == sorted((fit for *_, fit in left_out), reverse=True) and left_out[0][2] and not left_out[-1][2]
+    assert [fit for *_, fit in left_out] == sorted((fit for *_, fit in left_out),
+                                                   reverse=True) and left_out[0][2] and not left_out[-1][2]
     assert left_out[-1][1] > 0
 
 
@@ -531,7 +573,8 @@ def test_a_block_that_is_left_out_is_shown_when_it_is_asked_for():
     text[800:808] = fact
     session.begin(text.tolist())
     session.logits()
-    assert next(line for line in session.explain() if line.start <= 800 < line.start + line.tokens).entries == 0, "shown before anybody asked"
+    assert next(line for line in session.explain()
+                if line.start <= 800 < line.start + line.tokens).entries == 0, "shown before anybody asked"
     session.append(fact)
     session.logits()
     (line,) = [line for line in session.explain() if line.start == 800]
@@ -542,7 +585,8 @@ def test_a_block_that_is_left_out_is_shown_when_it_is_asked_for():
 def check_shown_of(session, block_size: int) -> None:
     lod, index = (torch.from_numpy(x)[None] for x in (session.cut_lod, session.cut_index))
     c = session.pool.focus_config
-    wc.check(wc.Cut(lod, index, torch.ones_like(lod, dtype=torch.bool), block_size), torch.tensor([session.focus.n_tokens]), c.budget, c.max_lod, gaps=True)
+    wc.check(wc.Cut(lod, index, torch.ones_like(lod, dtype=torch.bool), block_size),
+             torch.tensor([session.focus.n_tokens]), c.budget, c.max_lod, gaps=True)
 
 
 def test_pruned_blocks_of_a_history_that_does_not_fit():
@@ -592,7 +636,8 @@ def test_a_state_of_before_spans_were_left_out_goes_on():
 
 def test_a_budget_that_holds_no_block_beside_the_tail_is_refused_at_start():
     tiny_pool(budget=15)
-    with pytest.raises(UserError, match="a budget of 14 entries is too small for a session: a recent tail of up to 11 tokens . one raw block of 4 = 15"):
+    with pytest.raises(UserError, match="a budget of 14 entries is too small for a session: a recent tail of up to 11 "
+                                        "tokens . one raw block of 4 = 15"):
         tiny_pool(budget=14)
 
 
@@ -606,7 +651,8 @@ def test_levels_that_were_not_trained():
     reporting = tiny_pool(trained=(1,), budget=40, untrained="report").open()
     reporting.begin(tokens(200))
     reporting.logits()
-    assert any("LOD2, which was not trained" in line.why or "LOD3, which was not trained" in line.why for line in reporting.explain())
+    assert any("LOD2, which was not trained" in line.why or "LOD3, which was not trained" in line.why
+               for line in reporting.explain())
     with pytest.raises(UserError, match="no level of gists"):
         tiny_pool(trained=())
 
@@ -636,7 +682,8 @@ def test_states_of_others_are_refused(tmp_path):
 
 
 def test_settings_that_cannot_work():
-    for config, message in ((dict(kv_policy="fast"), "use one of exact, approximate"), (dict(interval=-1), "at least 0"), (dict(candidates=0), "at least 1")):
+    for config, message in ((dict(kv_policy="fast"), "use one of exact, approximate"),
+                            (dict(interval=-1), "at least 0"), (dict(candidates=0), "at least 1")):
         with pytest.raises(UserError, match=message):
             SessionConfig(**config)
     with pytest.raises(UserError, match="moves every entry"):
@@ -658,14 +705,17 @@ def test_a_failed_pass_leaves_a_session_that_goes_on(monkeypatch):
     torch.testing.assert_close(session.logits(), from_scratch(session), **EXACT)
 
 
-FAILING = [("history.store", "append_nodes"), ("history.mc.gistnet", "forward"), ("search", "grow"), ("search", "top"), ("focus", "advance"),
-           ("focus", "refocus"), ("focus", "cut"), ("history", "gists"), ("history.store", "tokens"), ("pool.gpt", "hidden"), ("pool.gpt", "logits")]
+FAILING = [("history.store", "append_nodes"), ("history.mc.gistnet", "forward"), ("search", "grow"), ("search", "top"),
+           ("focus", "advance"),
+           ("focus", "refocus"), ("focus", "cut"), ("history", "gists"), ("history.store", "tokens"),
+           ("pool.gpt", "hidden"), ("pool.gpt", "logits")]
 
 
 @pytest.mark.parametrize("at, name", FAILING, ids=lambda x: x)
 @pytest.mark.parametrize("interval", [1, 3])
 def test_whatever_fails_leaves_a_session_that_goes_on(monkeypatch, at, name, interval):
-    """Ctrl-C or a full disk anywhere: no token is lost, doubled or stale, and the refocus that failed comes before the next token."""
+    """Ctrl-C or a full disk anywhere: no token is lost, doubled or stale, and the refocus that failed
+    comes before the next token."""
     failed = 0
     for nth in range(4):
         pool = tiny_pool(interval=interval)
@@ -751,7 +801,7 @@ def test_an_edited_history_is_not_the_one_of_the_state(tmp_path):
 def test_a_restore_that_fails_takes_no_place():
     state = _begun(tokens(30)).state()
     pool = tiny_pool()
-    with pytest.raises(KeyError):
+    with pytest.raises(UserError, match="pending missing"):
         pool.restore(state._replace(meta={name: value for name, value in state.meta.items() if name != "pending"}))
     pool.restore(state)
 
@@ -780,7 +830,8 @@ def test_a_session_that_has_nothing_to_run_beside_one_that_has():
 def test_focus_follows_the_config():
     """The pool's allocator has the session's settings, and the protected tail the lens was trained with."""
     pool = tiny_pool(max_edits=2, cooldown=1, margin=0.1, tau_expand=0.3, tau_collapse=0.4)
-    assert pool.focus_config == FocusConfig(40, K, 3, recent=pool.mc.config.protected, tau_expand=0.3, tau_collapse=0.4, margin=0.1, max_edits=2, cooldown=1)
+    assert pool.focus_config == FocusConfig(40, K, 3, recent=pool.mc.config.protected, tau_expand=0.3,
+                                            tau_collapse=0.4, margin=0.1, max_edits=2, cooldown=1)
 
 
 def test_log_probabilities_of_a_generated_text_are_those_it_was_drawn_with():
@@ -812,12 +863,16 @@ def test_the_meter_records_every_session_metric_and_nothing_per_token(tmp_path):
                     assert not calls or "gen_ai.server.request.duration" in calls, "recorded for a token"
         shown = session.status().entries_by_lod
     rows = read_metrics(tmp_path / "metrics.jsonl")
-    names = {name.partition("{")[0] for row in rows for name in row if not name.startswith("telemetry.")} - {"step", "time"}
+    names = {name.partition("{")[0] for row in rows for name in row if not name.startswith("telemetry.")} - {"step",
+                                                                                                             "time"}
     assert names == {name for name, m in METRICS.items() if m.where == "mc/session/meter.py"}
-    assert {name: sum(row.get(f"mc.session.{name}", 0) for row in rows) for name in sums} == sums and sums["expands"] > 0
-    assert sum(row.get("mc.session.undone", 0) for row in rows) >= 0 and rows[-1]["mc.session.history"] == rows[-1]["step"] - 9
+    assert {name: sum(row.get(f"mc.session.{name}", 0) for row in rows)
+            for name in sums} == sums and sums["expands"] > 0
+    assert sum(row.get("mc.session.undone", 0)
+               for row in rows) >= 0 and rows[-1]["mc.session.history"] == rows[-1]["step"] - 9
     assert all(0 < row["mc.session.utilization"] <= 1 and row["gen_ai.server.time_to_first_token"] > 0 for row in rows)
-    assert set(shown) <= {int(name[-2]) for name in rows[-1] if name.startswith("mc.session.entries")}  # of every refocus since the row before
+    # of every refocus since the row before
+    assert set(shown) <= {int(name[-2]) for name in rows[-1] if name.startswith("mc.session.entries")}
 
 
 def test_the_meter_says_how_much_is_left_out(tmp_path):
@@ -867,7 +922,7 @@ def test_noise_is_of_the_sessions_seed_and_not_of_its_place():
     assert shown[0] == shown[1] != shown[2]
 
 
-def test_an_allocator_changes_what_is_shown():
+def test_allocator_and_price_change_what_is_shown():
     def shown(**config):
         session = tiny_pool(budget=60, interval=4, max_edits=1, cooldown=0, **config).open()
         session.begin(tokens(150))
@@ -880,3 +935,23 @@ def test_an_allocator_changes_what_is_shown():
     usual = shown()
     for config in (dict(allocator="bundle:3"), dict(allocator="stochastic:2")):
         assert shown(**config) != usual, config
+
+
+@pytest.mark.parametrize("waiting", [0, 1, K - 1])
+def test_an_append_interrupted_after_it_was_stored_stores_no_token_twice(monkeypatch, waiting):
+    session = tiny_pool().open(seed=1)
+    session.begin(tokens(2 * K))
+    session.ingest(tokens(waiting, seed=1))
+    before, more, fill = history_tokens(session), tokens(5, seed=2), session.history.fill
+
+    def stored_and_interrupted(ids_N):
+        fill(ids_N)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.history, "fill", stored_and_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.append(more)
+    monkeypatch.undo()
+    assert history_tokens(session) == [*before, *more] and session.due
+    session.append(tokens(3, seed=3))
+    assert history_tokens(session) == [*before, *more, *tokens(3, seed=3)]

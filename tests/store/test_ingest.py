@@ -23,7 +23,8 @@ from nanochat.tokenizer import Reserved, Tokenizer, cut
 from tiny_mc import K, tiny_base, tiny_mc
 
 TOKENIZER = Tokenizer.train(
-    ["def f(x):\n    return x + 1\n\n\nclass A:\n    pass\n" * 3, "a b  c\n\n  d e; f\r\n g" * 3] * 4, 280, Reserved(1, 1, 1)
+    ["def f(x):\n    return x + 1\n\n\nclass A:\n    pass\n" * 3, "a b  c\n\n  d e; f\r\n g" * 3] * 4, 280,
+    Reserved(1, 1, 1)
 )
 GPT = tiny_base(dtype=torch.float32, vocab_size=TOKENIZER.vocab_size)
 MC = tiny_mc(GPT, max_lod=3).model.eval()
@@ -48,7 +49,8 @@ def folder(tmp_path):
     (root / "zeros").write_bytes(b"text \0 with a zero")
     (root / "empty.txt").write_text(" \n")
     (root / ".hidden").write_text("hidden")
-    pq.write_table(pa.table({"text": ["one row", "", "another row of it"], "kind": ["poem", "x", "prose"]}), root / "rows.parquet")
+    pq.write_table(pa.table({"text": ["one row", "", "another row of it"], "kind": ["poem", "x", "prose"]}),
+                   root / "rows.parquet")
     (root / "rows.jsonl").write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(3)))
     return root
 
@@ -78,7 +80,8 @@ def contents(history: History, catalog: Catalog) -> dict[str, str]:
 def expected(folder) -> dict[str, str]:
     texts = {p.name: p.read_text() for p in [*(folder / "sub").rglob("*.rst"), folder / "code.py", folder / "alike.md"]}
     del texts["4.rst"]  # alike.md comes first
-    rows = {"rows.parquet#0": "one row", "rows.parquet#2": "another row of it"} | {f"rows.jsonl#{i}": f"line {i}" for i in range(3)}
+    rows = {"rows.parquet#0": "one row", "rows.parquet#2": "another row of it"} | {f"rows.jsonl#{i}": f"line {i}"
+                                                                                   for i in range(3)}
     return texts | rows
 
 
@@ -87,7 +90,8 @@ def test_every_text_below_a_folder_once(opened, folder):
     assert contents(*opened) == expected(folder)
     assert (work.report.sources, work.report.known) == (15, 1)
     assert work.report.tokens == sum(s.tokens for s in opened[1].sources())
-    assert {s.kind for s in opened[1].sources(uri="*rows.parquet*")} == {"poem", "prose"} and opened[1].sources(uri="*.py")[
+    assert {s.kind for s in opened[1].sources(uri="*rows.parquet*")} == {"poem",
+                                                                         "prose"} and opened[1].sources(uri="*.py")[
         0
     ].kind == "code"
     again = run(opened, folder)
@@ -106,7 +110,8 @@ def test_the_tree_is_that_of_one_append(opened, folder):
     for lod in (1, 2, 3):
         count = made.store.n_nodes(lod)
         assert history.store.n_nodes(lod) == count > 0
-        torch.testing.assert_close(history.store.gists(lod, torch.arange(count)), made.store.gists(lod, torch.arange(count)))
+        torch.testing.assert_close(history.store.gists(lod, torch.arange(count)),
+                                   made.store.gists(lod, torch.arange(count)))
 
 
 class Killed(BaseException):
@@ -179,7 +184,8 @@ def test_paths_that_are_wrong(tmp_path):
         list(texts_of(tmp_path / "bad.jsonl"))
 
 
-@given(text=st.text(st.sampled_from("ab1 .;\n\r\t'é\u2003"), max_size=80), sizes=st.lists(st.integers(1, 9), min_size=1))
+@given(text=st.text(st.sampled_from("ab1 .;\n\r\t'é\u2003"), max_size=80),
+       sizes=st.lists(st.integers(1, 9), min_size=1))
 @example(text="a\n\nb\n \nc\n(\n\n)", sizes=[1])
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 def test_pieces_have_the_tokens_of_the_whole(text, sizes):
@@ -200,7 +206,8 @@ def test_a_text_without_a_place_to_cut_is_cut_all_the_same(monkeypatch):
 def test_a_pipe_is_named_as_what_it_is():
     read, write = os.pipe()
     try:
-        with pytest.raises(UserError, match=f"/dev/fd/{read} is a pipe or a device; hand over what it holds on standard input"):
+        with pytest.raises(UserError, match=f"/dev/fd/{read} is a pipe or a device; hand over what it holds on "
+                                            "standard input"):
             find_files([Path(f"/dev/fd/{read}")])
     finally:
         os.close(read), os.close(write)

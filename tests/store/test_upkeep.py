@@ -13,7 +13,7 @@ from mc.store.catalog import Catalog, measure_variance, open_history
 from mc.store.disk.store import DiskStore
 from mc.store.history import MAX_BLOCKS, History, store_format
 from mc.store.networks import Networks, untrained_networks
-from mc.store.pruning import choose, prune, restore
+from mc.store.pruning import least_useful, prune, restore
 from mc.store.ram import DROPPED, ERASED, VOID, RamStore, StoreFormat
 from mc.store.rebuild import regist
 from mc.store.sensitivity import CONTEXT, measure_sensitivity
@@ -59,27 +59,28 @@ def test_pruned_are_the_least_useful(ram):
         if sensitivity is not None:
             catalog.count_sensitivity(0, block, sensitivity)
     catalog.flush()
-    assert choose(history.store, catalog, max_utility=0).tolist() == [i for i in range(n)
+    assert least_useful(history.store, catalog, max_utility=0).tolist() == [i for i in range(n)
                                                                       if i not in (0, 1)], "help below 0 counts as none"
-    all_blocks = choose(history.store, catalog, share=1.0)
+    all_blocks = least_useful(history.store, catalog, share=1.0)
     assert all_blocks[-2:].tolist() == [1, 0] and sorted(all_blocks) == list(range(n))
-    assert choose(history.store, catalog, share=0.1).tolist() == [i for i in range(n)
+    assert least_useful(history.store, catalog, share=0.1).tolist() == [i for i in range(n)
                                                                   if i not in (0, 1)][: int(0.1 * n)]
-    assert max(choose(history.store, catalog, share=1.0, keep_last=33)) == (history.n_tokens - 33) // K - 1
-    assert choose(history.store, catalog, share=1.0, source=2).tolist() == list(catalog.source(2).blocks(K))
+    assert max(least_useful(history.store, catalog, share=1.0, keep_last=33)) == (history.n_tokens - 33) // K - 1
+    assert least_useful(history.store, catalog, share=1.0, source=2).tolist() == list(catalog.source(2).blocks(K))
     for wrong in (dict(), dict(share=1.5), dict(share=0.5, keep_last=-1)):
         with pytest.raises(UserError, match="--share|--keep_last"):
-            choose(history.store, catalog, **wrong)
+            least_useful(history.store, catalog, **wrong)
 
 
 def test_prune_and_restore(ram):
     history, catalog = ram
     store, n = history.store, history.store.n_nodes(1)
-    blocks = choose(store, catalog, share=0.5)
+    blocks = least_useful(store, catalog, share=0.5)
     report = prune(store, catalog, blocks)
     assert (report.blocks, report.slots, report.detailed) == (n // 2, n // 2 * K, n - n // 2)
     assert store.has_detail(torch.arange(n)).tolist() == [i not in set(blocks.tolist()) for i in range(n)]
-    assert sum(count for _, count, _ in catalog.tombstones()) == n // 2 and len(choose(store, catalog, share=0.5)) == 0
+    assert sum(count for _, count, _ in catalog.tombstones()) == n // 2 and len(least_useful(store, catalog,
+                                                                                             share=0.5)) == 0
     assert restore(store, catalog, source=2).blocks == len(catalog.source(2).blocks(K))
     store.set_detail(torch.tensor([3]), ERASED)
     report = restore(store, catalog)

@@ -12,7 +12,7 @@ from nanochat.tasks.schema import TaskBatch
 from scripts.eval.methods.interface import Models
 from scripts.studies import suite_report
 from scripts.studies.suite import by_distance, judge_cell, read_suite
-from scripts.studies.suite_report import Results, Setting, gap_closed, score_table, write_report
+from scripts.studies.suite_report import Results, Condition, gap_closed, score_table, write_report
 from tiny_mc import T, H, N, VOCAB, tiny_base, tiny_mc
 
 SUITE = """
@@ -132,7 +132,7 @@ def records(seeds=(1, 2, 3), C: int = 40, **cell) -> list[dict]:
     return found
 
 
-SETTING = Setting("m", 256, 64)
+SETTING = Condition("m", 256, 64)
 
 
 def test_scores_and_verdicts():

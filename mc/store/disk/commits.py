@@ -1,14 +1,16 @@
 """The commit point of a store: a manifest of two slots, and a note for each version.
 
-A note is JSON with a checksum, read whole or not at all. The manifest's slots hold the last commit: {sequence, version, durable,
-levels: {"L0": [records, checksum of the last partition], …}}. One slot is written when everything that the commit names is on the
-medium; the other keeps the commit before until this one is on the medium too, and then becomes its copy. So one whole commit is
-safe at any moment, and between commits there are two copies of it. A commit that is not synced ("durable": false) is written to
-the slot that does not hold the last synced one.
+A note is JSON with a checksum, read whole or not at all. The manifest's slots hold the last
+commit: {sequence, version, durable,
+levels: {"L0": [records, checksum of the last partition], …}}. One slot is written when everything that the commit names
+is on the medium; the other keeps the commit before until this one is on the medium too, and then becomes its copy. So
+one whole commit is safe at any moment, and between commits there are two copies of it. A commit that is not synced
+("durable": false) is written to the slot that does not hold the last synced one.
 
-The note of a version (`versions/000003.ctx`, twice in the file) holds what only edits change: {version, format, partition_bytes,
-files: {"L0": runs of the versions that made the partitions' files, …}, detail: runs of the blocks' states, before: the last commit
-of the version before}.
+The note of a version (`versions/000003.ctx`, twice in the file) holds what only edits change:
+{version, format, partition_bytes,
+files: {"L0": runs of the versions that made the partitions' files, …}, detail: runs of the blocks' states, before: the
+last commit of the version before}.
 """
 
 import itertools
@@ -29,7 +31,8 @@ from nanochat.common import UserError, parse_json
 SLOT_BYTES = 4096
 MAX_PARTITIONS, MAX_BLOCKS = 1 << 22, 1 << 31  # of a level, of a store: what a note may claim
 _NOTE_MAGIC = b"MCTXnote"
-_NOTE = struct.Struct("<8sII")  # magic, version of the format, length of the text; then CRC-32 of all but itself, and the text
+# magic, version of the format, length of the text; then CRC-32 of all but itself, and the text
+_NOTE = struct.Struct("<8sII")
 
 
 class Commits:
@@ -48,16 +51,20 @@ class Commits:
         self.write_version(note)
         self.last = dict(sequence=1, version=note["version"], durable=True, levels={})
         new = self.folder / "manifest.new"
+        # under another name until both slots are on the medium: a store whose creation was cut short has no
+        # manifest at all, and says so, rather than half of one
         self._fd = self.fs.create(new)
         self.fs.write(self._fd, 2 * _slot_bytes(self.last), 0)
         self.fs.fsync(self._fd, "the first commit")
         self.fs.rename(new, self.folder / "manifest")
+        # a rename is on the medium when its folder is
         self.fs.fsync_folder(self.folder, "the manifest's name")
 
     def open(self, writable: bool) -> None:
         path = self.folder / "manifest"
         if not path.is_file():
-            raise UserError(f"{self.folder} is not a MegaContext store (it has no manifest); create one, or name another folder")
+            raise UserError(f"{self.folder} is not a MegaContext store (it has no manifest); create one, or name "
+                            "another folder")
         self._fd = self.fs.open(path) if writable else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
@@ -85,12 +92,16 @@ class Commits:
     def write(self, version: int, levels: dict[str, list[int]], durable: bool) -> None:
         """The next commit; durable: everything it names is on the medium, and when this returns so is it."""
         commit = dict(sequence=self.last["sequence"] + 1, version=version, durable=durable, levels=levels)
+        # never over the last synced commit: until the new one is whole, that is the only one to come back to
         slot, data = 1 - self._durable_slot, _slot_bytes(commit)
         self.fs.write(self._fd, data, slot * SLOT_BYTES)
         if durable:
             self.fs.fsync(self._fd, "the commit")
+            # only now may the older commit go. This copy need not be synced: torn, it fails its checksum, and the slot
+            # that was just synced stands
             self.fs.write(self._fd, data, self._durable_slot * SLOT_BYTES)
             self._durable_slot = slot
+        # last of all: where something above failed, what is in force for this process is still the commit before
         self.last = commit
 
     # -- versions
@@ -103,7 +114,8 @@ class Commits:
 
     def end_of(self, version: int) -> dict:
         """The last commit of a version."""
-        return self.last if version == self.last["version"] else {**self.last, **self.read_version(version + 1)["before"]}
+        return self.last if version == self.last["version"] else {**self.last,
+                                                                  **self.read_version(version + 1)["before"]}
 
     def write_version(self, note: dict) -> None:
         """Twice in one file: either copy will do."""
@@ -115,6 +127,7 @@ class Commits:
             self.fs.fsync(fd, "a version")
         finally:
             self.fs.close(fd)
+        # whole before it has its name: whoever finds a note under a version's number may trust that it was written
         self.fs.rename(new, path)
         self.fs.fsync_folder(self.versions_folder, "a version's name")
 
@@ -122,8 +135,10 @@ class Commits:
         path = self._path(version)
         if not path.is_file():
             raise UserError(f"{self.folder}: version {version} is not there")
+        # two halves of equal length: where the first is damaged, the second begins in the middle
         data = path.read_bytes()
-        note = next((n for n in (read_note(data, path), read_note(data[len(data) // 2:], path)) if is_version(n) and n["version"] == version), None)
+        note = next((n for n in (read_note(data, path), read_note(data[len(data) // 2:], path)) if is_version(n)
+                     and n["version"] == version), None)
         if note is None:
             raise UserError(f"{path} is damaged, both copies; restore it from a backup")
         return note
@@ -173,8 +188,10 @@ def read_note(data: bytes, path: Path) -> dict | None:
 
 
 def is_commit(note: object) -> bool:
-    """Whether a slot's note is a commit, by its types and bounds: a checksum that fits does not say that a store wrote it."""
-    return isinstance(note, dict) and _is_count(note.get("sequence")) and type(note.get("durable")) is bool and _is_end(note)
+    """Whether a slot's note is a commit, by its types and bounds: a checksum that fits does
+    not say that a store wrote it."""
+    return isinstance(note,
+                      dict) and _is_count(note.get("sequence")) and type(note.get("durable")) is bool and _is_end(note)
 
 
 def is_version(note: object) -> bool:
@@ -182,9 +199,13 @@ def is_version(note: object) -> bool:
     try:
         f = format_of(note["format"])
         sizes = (f.block_size, f.d_model, f.n_keys, f.key_dim, note["partition_bytes"])
-        return (_is_count(note["version"]) and all(type(x) is int and 0 < x < 2**31 for x in sizes) and f.block_size > 1 and isinstance(f.model, str) and f.dtype in DTYPES
-                and f.n_keys < 2**16 and max(f.d_model, f.n_keys * f.key_dim) < 2**24 and isinstance(note["files"], dict) and all(_are_runs(x, MAX_PARTITIONS) for x in note["files"].values())
-                and _are_runs(note["detail"], MAX_BLOCKS) and all(state <= ERASED for state, _ in note["detail"]) and (note["before"] is None or _is_end(note["before"])))
+        return (_is_count(note["version"]) and all(type(x) is int and 0 < x < 2**31 for x in sizes)
+                and f.block_size > 1 and isinstance(f.model, str) and f.dtype in DTYPES
+                and f.n_keys < 2**16 and max(f.d_model, f.n_keys * f.key_dim) < 2**24
+                and isinstance(note["files"], dict) and all(_are_runs(x, MAX_PARTITIONS)
+                                                            for x in note["files"].values())
+                and _are_runs(note["detail"], MAX_BLOCKS) and all(state <= ERASED for state, _ in note["detail"])
+                and (note["before"] is None or _is_end(note["before"])))
     except (KeyError, TypeError, AttributeError):
         return False
 
@@ -197,11 +218,13 @@ def _is_end(note: object) -> bool:
     """Of a commit: its version, and what it says of each level."""
     levels = note.get("levels") if isinstance(note, dict) and _is_count(note.get("version")) else None
     return isinstance(levels, dict) and all(
-        re.fullmatch(r"[LK]\d{1,2}", name) and isinstance(level, list) and len(level) == 2 and all(map(_is_count, level)) for name, level in levels.items())
+        re.fullmatch(r"[LK]\d{1,2}", name) and isinstance(level, list) and len(level) == 2
+        and all(map(_is_count, level)) for name, level in levels.items())
 
 
 def _are_runs(runs: object, most: int) -> bool:
-    pairs = isinstance(runs, list) and all(isinstance(run, list) and len(run) == 2 and all(map(_is_count, run)) for run in runs)
+    pairs = isinstance(runs, list) and all(isinstance(run, list) and len(run) == 2 and all(map(_is_count, run))
+                                           for run in runs)
     return pairs and sum(count for _, count in runs) <= most
 
 
@@ -217,10 +240,10 @@ def format_of(plain: dict) -> StoreFormat:
     return StoreFormat(**{**plain, "dtype": getattr(torch, plain["dtype"])})
 
 
-def runs(values: Iterable[int]) -> list[list[int]]:
+def run_lengths(values: Iterable[int]) -> list[list[int]]:
     """[[value, how many times in a row], …]."""
     return [[value, sum(1 for _ in group)] for value, group in itertools.groupby(values)]
 
 
-def unrun(runs: list[list[int]]) -> list[int]:
+def from_run_lengths(runs: list[list[int]]) -> list[int]:
     return [value for value, count in runs for _ in range(count)]

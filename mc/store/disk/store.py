@@ -2,16 +2,17 @@
 
     manifest               two slots, each a checksummed commit (`mc.store.disk.commits`)
     versions/000003.ctx    what only edits change, once per edit: the format, the file of every partition, pruned blocks
-    L0/000000.v0000.ctx    tokens; partition 0, in the file that version 0 made (`mc.store.disk.files`: header, records, offsets)
+    L0/000000.v0000.ctx    tokens; partition 0, in the file that version 0 made
+                           (`mc.store.disk.files`: header, records, offsets)
     L1/… L2/… K1/…         gists of each level, lens keys of blocks
     lock                   held by the writer; its pid
 
-A commit says how many records each level has, and is written when all that it names is on the medium (fsync): one commit point
-for all files. What stands in files behind a commit's last record is nothing.
+A commit says how many records each level has, and is written when all that it names is on the medium (fsync): one
+commit point for all files. What stands in files behind a commit's last record is nothing.
 
-Appends write behind the last record. An edit (rewrite, truncation, pruning) never changes a record that a commit names: it writes
-the partitions concerned anew, under the next version, and the commit switches to them. The files of the versions before stay, and
-can be read (`open(version=…)`), until `compact` removes them.
+Appends write behind the last record. An edit (rewrite, truncation, pruning) never changes a record that a commit names:
+it writes the partitions concerned anew, under the next version, and the commit switches to them. The files of the
+versions before stay, and can be read (`open(version=…)`), until `compact` removes them.
 
 Shapes: as in `mc.store.ram`.
 """
@@ -29,14 +30,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mc.store.disk.commits import MAX_PARTITIONS, Commits, format_of, plain_format, runs, unrun
+from mc.store.disk.commits import MAX_PARTITIONS, Commits, format_of, plain_format, run_lengths, from_run_lengths
 from mc.store.disk.files import HEADER_BYTES, Damage, FileSystem, RecordKind, decode, encode, partition_files, partition_version
 from mc.store.disk.records import Records
 from mc.store.ram import ERASED, KEPT, VOID, Detail, StoreFormat, check_keys, check_not_erased
 from nanochat.common import UserError
 
 DURABILITY = ("block", "batch", "none")
-SYNC_BYTES, SYNC_SECONDS = 64 << 20, 2.0  # durability "batch": a commit syncs when this much, or this long ago, is not on the medium
+# durability "batch": a commit syncs when this much, or this long ago, is not on the medium
+SYNC_BYTES, SYNC_SECONDS = 64 << 20, 2.0
 PARTITION_BYTES = 1 << 20  # what an edit of one record copies, per level; and what a checksum covers
 REPAIR_RECORDS = 4096  # nodes remade at a time
 
@@ -48,15 +50,18 @@ class DiskStore:
 
     durability: what a commit promises, to the writer, when it returns.
         "block"  It is on the medium. Nothing that a commit acknowledged is lost, whatever happens.
-        "batch"  It survives the process (SIGKILL). A power cut may take the commits since the last sync, whole commits, newest
+        "batch"  It survives the process (SIGKILL). A power cut may take the commits since the
+                 last sync, whole commits, newest
                  first: at most 64 MiB, and at most those of 2 s while commits keep coming. `sync` and `close` sync.
         "none"   As "batch", but only `sync`, `close` and edits sync.
-    In no case does a power cut leave half a commit, or a commit without the ones before it. Readers see what was synced.
+    In no case does a power cut leave half a commit, or a commit without the ones before
+    it. Readers see what was synced.
 
-    A failed write (full disk, read-only medium) raises UserError and undoes what was done since the last commit. After a failed
-    commit the store is closed; opened again it holds that commit whole, or the one before.
+    A failed write (full disk, read-only medium) raises UserError and undoes what was done since the last commit. After
+    a failed commit the store is closed; opened again it holds that commit whole, or the one before.
 
-    Attributes: `dropped`, level → records beyond the last commit that opening for writing removed; `repairs`, the same in words.
+    Attributes: `dropped`, level → records beyond the last commit that opening for writing
+    removed; `repairs`, the same in words.
     """
 
     def __init__(self, path: Path, writable: bool, durability: str, fs: FileSystem):
@@ -71,7 +76,8 @@ class DiskStore:
         self._synced_at = time.monotonic()
 
     @classmethod
-    def create(cls, path: Path | str, format: StoreFormat, *, durability: str = "batch", partition_bytes: int = PARTITION_BYTES,
+    def create(cls, path: Path | str, format: StoreFormat, *, durability: str = "batch",
+               partition_bytes: int = PARTITION_BYTES,
                fs: FileSystem | None = None) -> "DiskStore":
         """An empty store in a folder that does not exist, or is empty, open for writing.
 
@@ -84,20 +90,24 @@ class DiskStore:
                     store.fs.mkdir(folder)
                     store.fs.fsync_folder(folder.parent, "the store's name")
             if others := sorted({p.name for p in store.path.iterdir()} - {"lock", "versions", "manifest.new"}):
-                there = "already holds a store; open it instead" if "manifest" in others else f"is not empty ({others[0]})"
+                there = ("already holds a store; open it instead" if "manifest" in others
+                         else f"is not empty ({others[0]})")
                 raise UserError(f"{store.path} {there}")
             store._take_lock()
-            first = dict(version=0, format=plain_format(format), partition_bytes=partition_bytes, files={}, detail=[], before=None)
+            first = dict(version=0, format=plain_format(format), partition_bytes=partition_bytes, files={}, detail=[],
+                         before=None)
             store._commits.create(first)
             store._load(first)
         return store
 
     @classmethod
-    def open(cls, path: Path | str, mode: str = "rw", *, version: int | None = None, durability: str = "batch", check: bool = True,
+    def open(cls, path: Path | str, mode: str = "rw", *, version: int | None = None, durability: str = "batch",
+             check: bool = True,
              fs: FileSystem | None = None) -> "DiskStore":
         """A store that exists; mode "rw": the one writer, "r": a reader, which changes nothing and needs no lock.
 
-        version: an older one, for reading. check=False: also a store with damaged partitions, for `verify` and `repair`.
+        version: an older one, for reading. check=False: also a store with damaged
+        partitions, for `verify` and `repair`.
         UserError: no store, a damaged or newer one, another writer.
         """
         if mode not in ("r", "rw"):
@@ -241,7 +251,8 @@ class DiskStore:
 
     @property
     def version(self) -> int:
-        """Number of the version that is read: every commit with an edit makes the next. UserError after a failed commit."""
+        """Number of the version that is read: every commit with an edit makes the next.
+        UserError after a failed commit."""
         if self._failure:
             raise self._failure
         return self._commits.last["version"]
@@ -296,16 +307,19 @@ class DiskStore:
         return found
 
     def repair(self, nodes: Callable[[int, Tensor], tuple[Tensor, Tensor | None]]) -> list[Damage]:
-        """Remake damaged partitions of gists and keys from what is below them, in a new version. The damage that is left.
+        """Remake damaged partitions of gists and keys from what is below them, in a new
+        version. The damage that is left.
 
-        nodes: (lod, index_N) -> gists [N, D] and keys [N, P, C] of blocks, as `mc.store.history.History.nodes`. Tokens cannot be
-        remade, nor gists whose tokens are damaged or erased: they are left as they are.
+        nodes: (lod, index_N) -> gists [N, D] and keys [N, P, C] of blocks, as `mc.store.history.History.nodes`. Tokens
+        cannot be remade, nor gists whose tokens are damaged or erased: they are left as they are.
         """
         left: list[Damage] = []
         for damage in sorted(self.verify(), key=lambda d: int(d.level[1:])):
             kind, lod, level = damage.level[0], int(damage.level[1:]), self._levels[damage.level]
-            below = [d for d in left if int(d.level[1:]) < lod and d.first_token < damage.last_token and damage.first_token < d.last_token]
-            if lod == 0 or below or (lod == 1 and (self.detail(torch.arange(damage.start, damage.end)) == ERASED).any()):
+            below = [d for d in left if int(d.level[1:]) < lod and d.first_token < damage.last_token
+                     and damage.first_token < d.last_token]
+            if lod == 0 or below or (lod == 1
+                                     and (self.detail(torch.arange(damage.start, damage.end)) == ERASED).any()):
                 left.append(damage)
                 continue
             made = [nodes(lod, index_N) for index_N in torch.arange(damage.start, damage.end).split(REPAIR_RECORDS)]
@@ -315,9 +329,11 @@ class DiskStore:
         return left
 
     def compact(self) -> int:
-        """Commit, and give back the room of older versions and of dropped raw tokens, which are then erased. Bytes given back.
+        """Commit, and give back the room of older versions and of dropped raw tokens, which are
+        then erased. Bytes given back.
 
-        Readers of an older version get a UserError when they touch what is gone. Erased tokens become holes in their files, in
+        Readers of an older version get a UserError when they touch what is gone. Erased tokens
+        become holes in their files, in
         whole pages of 4,096 bytes: offsets stay as they are.
         """
         before = self.disk_bytes()
@@ -336,14 +352,16 @@ class DiskStore:
     def adopt(self, other: "DiskStore") -> None:
         """Take over another store's format, gists and keys, at the next commit: its files get a second name here.
 
-        For making all nodes anew with other networks: fill a store beside this one, at leisure, adopt it, commit, and delete it.
-        The other store is closed, on the same file system, and its tokens are these (the caller's promise).
+        For making all nodes anew with other networks: fill a store beside this one, at leisure, adopt it, commit, and
+        delete it. The other store is closed, on the same file system, and its tokens are these (the caller's promise).
         """
         if other.n_tokens != self.n_tokens or other.format.block_size != self.format.block_size:
             raise UserError(f"{other.path} has {other.n_tokens} tokens in blocks of {other.format.block_size}, "
-                            f"{self.path} has {self.n_tokens} in blocks of {self.format.block_size}: they are not the same history")
+                            f"{self.path} has {self.n_tokens} in blocks of {self.format.block_size}: they are not the "
+                            "same history")
         if other.partition_bytes != self.partition_bytes:
-            raise UserError(f"{other.path} has partitions of {other.partition_bytes} bytes, {self.path} of {self.partition_bytes}")
+            raise UserError(f"{other.path} has partitions of {other.partition_bytes} bytes, {self.path} of "
+                            f"{self.partition_bytes}")
         with self._changing():
             self._edit()
             self.format = other.format
@@ -358,15 +376,18 @@ class DiskStore:
         """The records of a level, none where it is new."""
         name = f"{kind}{lod}"
         if name not in self._levels:
-            self._levels[name] = Records(self.fs, self.path / name, record_kind(name, self.format, self.partition_bytes))
+            self._levels[name] = Records(self.fs, self.path / name,
+                                         record_kind(name, self.format, self.partition_bytes))
         return self._levels[name]
 
     def _node_rows(self, lod: int, gists_ND: Tensor, keys_NPC: Tensor | None) -> list[tuple[Records, np.ndarray]]:
         """What to write where. ValueError for another shape."""
         check_keys(lod, keys_NPC)
         f = self.format
-        if gists_ND.shape[1:] != (f.d_model,) or (keys_NPC is not None and keys_NPC.shape != (len(gists_ND), f.n_keys, f.key_dim)):
-            raise ValueError(f"gists {tuple(gists_ND.shape)}, keys {None if keys_NPC is None else tuple(keys_NPC.shape)}: "
+        if gists_ND.shape[1:] != (f.d_model,) or (keys_NPC is not None
+                                                  and keys_NPC.shape != (len(gists_ND), f.n_keys, f.key_dim)):
+            raise ValueError(f"gists {tuple(gists_ND.shape)}, keys "
+                             f"{None if keys_NPC is None else tuple(keys_NPC.shape)}: "
                              f"this store holds gists of {f.d_model} and {f.n_keys} keys of {f.key_dim}")
         levels = [(self._level("L", lod), encode(gists_ND, f.dtype))]
         return levels if keys_NPC is None else [*levels, (self._level("K", 1), encode(keys_NPC, f.dtype))]
@@ -386,7 +407,8 @@ class DiskStore:
             self._levels[f"{kind}{lod}"].truncate(n, self._staged)
 
     def _edit(self) -> None:
-        """What follows, up to the commit, makes a new version. The old one stays: nothing of it is left to a later sync."""
+        """What follows, up to the commit, makes a new version. The old one stays: nothing of
+        it is left to a later sync."""
         if self._staged == self._commits.last["version"]:
             for level in self._levels.values():
                 level.sync()
@@ -402,6 +424,7 @@ class DiskStore:
         try:
             yield
         except BaseException as e:
+            # whatever the failure, Ctrl-C included: half of an append must not become part of the next commit
             self.roll_back()
             if isinstance(e, OSError):
                 raise UserError(f"{self.path}: {_reason(e)}; what was not committed is dropped") from e
@@ -414,6 +437,8 @@ class DiskStore:
         try:
             yield
         except BaseException as e:
+            # not rolled back and tried again: after a failed fsync the system may drop the pages and report success at
+            # the next one, so a second try would promise what is lost
             self._let_go()
             self._failure = UserError(f"{self.path}: {_reason(e) if isinstance(e, OSError) else repr(e)}; "
                                       "the commit failed and the store is closed, open it again")
@@ -436,7 +461,8 @@ class DiskStore:
         return {name: [level.n, level.tail_crc if level.n % level.R else 0] for name, level in self.levels.items()}
 
     def _changed(self) -> bool:
-        return self._staged != self._commits.last["version"] or {n: c[0] for n, c in self._commits.last["levels"].items()} != {
+        return self._staged != self._commits.last["version"] or {n: c[0]
+                                                                 for n, c in self._commits.last["levels"].items()} != {
             name: level.n for name, level in self.levels.items()}
 
     def _write_commit(self, durable: bool) -> None:
@@ -446,9 +472,14 @@ class DiskStore:
                 level.sync()
         if self._staged != self._commits.last["version"]:
             before = dict(version=self.version, levels=self._commits.last["levels"])
-            files = {name: runs(level.versions) for name, level in self.levels.items()}
-            self._commits.write_version(dict(version=self._staged, format=plain_format(self.format), partition_bytes=self.partition_bytes,
-                                             files=files, detail=runs(self._detail.state_N.tolist()), before=before))
+            files = {name: run_lengths(level.versions) for name, level in self.levels.items()}
+            # before the commit that names it: a crash in between leaves a note that no commit knows, and opening
+            # ignores it; the other order would leave a commit whose version cannot be read
+            self._commits.write_version(dict(version=self._staged, format=plain_format(self.format),
+                                             partition_bytes=self.partition_bytes,
+                                             files=files, detail=run_lengths(self._detail.state_N.tolist()),
+                                             before=before))
+        # everything that it names stands by now: this one write is what makes it true
         self._commits.write(self._staged, self._counts(), durable)
         if durable:
             self._synced_at = time.monotonic()
@@ -464,7 +495,8 @@ class DiskStore:
     def _take_lock(self) -> None:
         self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it with the process: a file left behind locks nothing
+            # the system frees it with the process: a file left behind locks nothing
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pid = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
             raise UserError(f"{self.path} is being written by process {pid or '(starting)'}; wait for it or end it, "
@@ -475,19 +507,22 @@ class DiskStore:
     def _load(self, note: dict) -> None:
         """Take the state of a version, at the current commit."""
         self.format, self.partition_bytes = format_of(note["format"]), note["partition_bytes"]
-        self._detail = Detail(torch.tensor(unrun(note["detail"]), dtype=torch.uint8))
+        self._detail = Detail(torch.tensor(from_run_lengths(note["detail"]), dtype=torch.uint8))
         self._levels = self._records(note, self._commits.last)
         self._staged = note["version"]
         self._keep()
 
     def _records(self, note: dict, commit: dict) -> dict[str, Records]:
-        """The levels of a version, at one of its commits. Partitions begun since the version was made are in its own files."""
+        """The levels of a version, at one of its commits. Partitions begun since the version
+        was made are in its own files."""
         levels = {}
         for name, (n, crc) in commit["levels"].items():
-            level = levels[name] = Records(self.fs, self.path / name, record_kind(name, format_of(note["format"]), note["partition_bytes"]))
-            versions, count = unrun(note["files"].get(name, [])), -(-n // level.R)
+            level = levels[name] = Records(self.fs, self.path / name,
+                                           record_kind(name, format_of(note["format"]), note["partition_bytes"]))
+            versions, count = from_run_lengths(note["files"].get(name, [])), -(-n // level.R)
             if count > MAX_PARTITIONS:
-                raise UserError(f"{self.path} is damaged: a commit tells of {n} records of {name}; restore it from a backup")
+                raise UserError(
+                    f"{self.path} is damaged: a commit tells of {n} records of {name}; restore it from a backup")
             level.set_state(n, (*versions[:count], *[note["version"]] * (count - len(versions))), crc)
         return levels
 
@@ -521,7 +556,8 @@ class DiskStore:
                 continue
             self._load(note)
             return
-        raise UserError(f"{self.path}/manifest is damaged; open the store with mode='rw' once, which repairs what can be repaired")
+        raise UserError(f"{self.path}/manifest is damaged; open the store with mode='rw' once, which repairs what can "
+                        "be repaired")
 
     def _recover(self, check: bool) -> None:
         """A writer takes the newest commit that is whole, and removes what lies beyond it."""
@@ -542,7 +578,8 @@ class DiskStore:
                 self.dropped[name] = -(-extra // level.bytes)
         self._remove_unnamed()
         if self.dropped:
-            self._say("not committed, dropped: " + ", ".join(f"{count} records of {name}" for name, count in sorted(self.dropped.items())))
+            self._say("not committed, dropped: " + ", ".join(f"{count} records of {name}"
+                                                             for name, count in sorted(self.dropped.items())))
         for version in self.versions():
             if self._commits.mend_version(version):
                 self._say(f"one copy of version {version} was damaged: written anew")
@@ -570,7 +607,8 @@ class DiskStore:
                 self._follow(version)  # a compaction may have removed the files of what this reader was opening
             if self.sequence == sequence:
                 raise UserError(f"{self.path} is damaged in {len(found)} files, the first is {found[0]}; "
-                                f"run `python -m scripts.mc_store verify --store={self.path}`: it names all, and --repair remakes gists")
+                                f"run `python -m scripts.mc_store verify --store={self.path}`: it names all, and "
+                                "--repair remakes gists")
 
     def _glance(self) -> Iterator[Damage]:
         for level in self._levels.values():
@@ -580,7 +618,8 @@ class DiskStore:
                     yield level.damage(p, fault)
 
     def _remove_unnamed(self) -> None:
-        """Partition files that no version names: left by an edit or append that was not committed, or by versions that are gone."""
+        """Partition files that no version names: left by an edit or append that was not committed,
+        or by versions that are gone."""
         named: set[Path] = set()
         for version in self.versions():
             for level in self._records(self._commits.read_version(version), self._commits.end_of(version)).values():
@@ -589,7 +628,8 @@ class DiskStore:
             if path not in named:
                 name, version = path.parent.name, partition_version(path)
                 if version == self.version:  # appended, and not committed
-                    count = (path.stat().st_size - HEADER_BYTES) // record_kind(name, self.format, self.partition_bytes).record_bytes
+                    count = (path.stat().st_size - HEADER_BYTES) // record_kind(name, self.format,
+                                                                                self.partition_bytes).record_bytes
                     self.dropped[name] = self.dropped.get(name, 0) + max(count, 0)
                 self.fs.unlink(path)
 
@@ -618,7 +658,8 @@ def record_kind(name: str, f: StoreFormat, partition_bytes: int) -> RecordKind:
 def _token_rows(ids_N: Tensor) -> np.ndarray:
     """uint32 records of token ids; VOID becomes 0xFFFFFFFF. ValueError for other negative ids, and from 2^31 on."""
     if len(ids_N) and not (VOID <= int(ids_N.min()) and int(ids_N.max()) < 2**31):
-        raise ValueError(f"token ids from {int(ids_N.min())} to {int(ids_N.max())}: a store holds 0 to 2^31 − 1, and VOID")
+        raise ValueError(
+            f"token ids from {int(ids_N.min())} to {int(ids_N.max())}: a store holds 0 to 2^31 − 1, and VOID")
     return encode(ids_N.view(-1, 1), torch.int32)
 
 

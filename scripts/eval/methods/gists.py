@@ -49,17 +49,20 @@ class Gists(Method):
 
     def read(self, tokens_BT: Tensor, n: int, shown: Cut) -> tuple[Tensor, Tensor]:
         n_B, H = torch.full((len(tokens_BT),), n, device=tokens_BT.device), tokens_BT.shape[1] - n
-        tree = self.mc.build_tree(self.gpt.embed(tokens_BT))  # the continuation is looked up here; cuts lie within [0, n)
+        # the continuation is looked up here; cuts lie within [0, n)
+        tree = self.mc.build_tree(self.gpt.embed(tokens_BT))
         entries = with_continuation(shown, n_B, H - 1)
         hidden = run_entries(self.gpt, self.mc, tree, tokens_BT, entries)
-        return take(hidden, read_rows(entries, self.block_size, H, 1, self.mc.config.gists_per_block).slot_BP), entries.used_B
+        return take(hidden,
+                    read_rows(entries, self.block_size, H, 1, self.mc.config.gists_per_block).slot_BP), entries.used_B
 
     def choosing_flops(self, n: int) -> float:
         return self.mc.gistnet.flops_per_token() * n
 
 
 class EvenGists(Gists):
-    """No focus: the whole history at one level, the finest that fits, and the recent tokens. It may use less than the budget."""
+    """No focus: the whole history at one level, the finest that fits, and the recent tokens. It
+    may use less than the budget."""
 
     name = "gists_even"
 
@@ -87,7 +90,8 @@ class RecencyGists(Gists):
 
 
 class MeanGists(RecencyGists):
-    """As `gists_recency`, each gist the mean of its block: no GistNet. Of a checkpoint whose GistNet is another, only the rest is used."""
+    """As `gists_recency`, each gist the mean of its block: no GistNet. Of a checkpoint whose GistNet is
+    another, only the rest is used."""
 
     name = "mean_gists"
     needs = ()
@@ -97,7 +101,8 @@ class MeanGists(RecencyGists):
         if models.mc is not None and models.mc.config.gist == "mean":
             return models
         base = models.mc.config if models.mc else MCConfig()
-        mean = MegaContext(replace(base, gist="mean", gist_width=MCConfig.gist_width), models.gpt.config.n_embd).to(models.gpt.lm_head.weight)
+        mean = MegaContext(replace(base, gist="mean", gist_width=MCConfig.gist_width),
+                           models.gpt.config.n_embd).to(models.gpt.lm_head.weight)
         return replace(models, mc=mean.eval())
 
 
@@ -122,7 +127,8 @@ class LensGists(Gists):
 
 
 class OracleGists(LensGists):
-    """The best cut on true NLL that is known (`scripts.eval.comparison`): what focus could reach. It alone sees the continuation."""
+    """The best cut on true NLL that is known (`scripts.eval.comparison`): what focus could reach. It
+    alone sees the continuation."""
 
     name = "gists_oracle"
     arm = "gists_lens"

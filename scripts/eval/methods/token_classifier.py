@@ -1,5 +1,6 @@
-"""Token dropping by a trained classifier, in the manner of LLMLingua-2 (Pan et al. 2024): a small bidirectional network says of every
-token whether it is worth keeping, without knowing what will be asked. Its labels: `scripts.eval.importance`.
+"""Token dropping by a trained classifier, in the manner of LLMLingua-2 (Pan et al. 2024): a small bidirectional network
+says of every token whether it is worth keeping, without knowing what will be asked. Its
+labels: `scripts.eval.importance`.
 
 Shapes: B rows, n tokens of history, D width of the base, C width of the classifier, X tokens read together.
 """
@@ -50,7 +51,8 @@ class TokenClassifier(nn.Module):
         B, n, D = embeds_BnD.shape
         span = self.config.span
         x = F.pad(embeds_BnD.detach(), (0, 0, 0, -n % span)).reshape(-1, span, D)
-        mask = (torch.arange(x.shape[0] // B * span, device=x.device) < n).view(1, -1, span).expand(B, -1, -1).reshape(-1, span)
+        mask = (torch.arange(x.shape[0] // B * span, device=x.device) < n).view(1, -1, span).expand(B, -1,
+                                                                                                    -1).reshape(-1, span)
         h = self.embed(x) + self.position_XC
         for layer in self.layers:
             h = layer(h, h, mask)
@@ -60,7 +62,8 @@ class TokenClassifier(nn.Module):
         """Forward FLOPs of n tokens."""
         c = self.config
         spans = -(-n // c.span)
-        return spans * (2.0 * c.span * c.width * (c.d_model + 1) + sum(layer.flops(c.span, c.span) for layer in self.layers))
+        return spans * (2.0 * c.span * c.width * (c.d_model + 1) + sum(layer.flops(c.span, c.span)
+                                                                       for layer in self.layers))
 
 
 class LearnedDrop(TokenDrop):
@@ -76,7 +79,8 @@ class LearnedDrop(TokenDrop):
         return self.models.classifier.flops(n)
 
 
-def train_classifier(model: TokenClassifier, gpt: GPT, shards: list[tuple[Tensor, Tensor]], *, share: float, steps: int, lr: float) -> list[float]:
+def train_classifier(model: TokenClassifier, gpt: GPT, shards: list[tuple[Tensor, Tensor]], *, share: float,
+                     steps: int, lr: float) -> list[float]:
     """Binary cross-entropy, shard by shard, `steps` of them; returns the losses."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     losses = []
@@ -111,8 +115,10 @@ def load_token_classifier(path: Path, device: torch.device | str = "cpu") -> Tok
             state = {name: file.get_tensor(name) for name in file.keys()}
         if not 0 < config.n_layer <= len(state) or min(config.n_head, config.width, config.d_model, config.span) < 1:
             raise ValueError(f"{len(state)} tensors, {config.n_layer} layers")
-        model = build(lambda: TokenClassifier(config), state, str(path), device, (config.d_model, config.width, config.n_head, config.span))
+        model = build(lambda: TokenClassifier(config), state, str(path), device,
+                      (config.d_model, config.width, config.n_head, config.span))
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, AssertionError, SafetensorError, UserError) as e:
         why = f"{type(e).__name__}: {str(e).splitlines()[0]}"
-        raise UserError(f"{path} is no keep/drop classifier ({why}); make one: python -m scripts.mc_study classifier") from None
+        raise UserError(
+            f"{path} is no keep/drop classifier ({why}); make one: python -m scripts.mc_study classifier") from None
     return model

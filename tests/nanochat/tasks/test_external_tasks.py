@@ -21,7 +21,8 @@ ROWS = {
         "answer": " red",
         "max_new_tokens": 3,
     },
-    "ruler": {"index": 0, "input": "A number for fox: 12. And 34. Numbers for fox?", "outputs": ["12", "34"], "length": 20},
+    "ruler": {"index": 0, "input": "A number for fox: 12. And 34. Numbers for fox?", "outputs": ["12", "34"],
+              "length": 20},
     "longbench": {
         "input": "Who ran?",
         "context": "The fox ran.",
@@ -36,7 +37,8 @@ ROWS = {
         "document_text": "<P> The red fox ran </P>",
         "example_id": 1,
         "annotations": [
-            {"yes_no_answer": "NONE", "short_answers": [{"start_token": 1, "end_token": 4}], "long_answer": {"start_token": 0}},
+            {"yes_no_answer": "NONE", "short_answers": [{"start_token": 1, "end_token": 4}],
+             "long_answer": {"start_token": 0}},
             {"yes_no_answer": "YES", "short_answers": [], "long_answer": {"start_token": 0}},
         ],
     },
@@ -100,12 +102,14 @@ def test_partial_credit_but_any_of_several_for_questions(tmp_path):
     needle = load_examples(write(tmp_path / "niah_multivalue.jsonl", [ROWS["ruler"]]), "ruler")[0]
     answer = load_examples(write(folder / "validation.jsonl", [ROWS["ruler"]]), "ruler")[0]
     assert (needle.task, answer.task) == ("niah_multivalue", "qa_1")
-    assert needle.score("12 only") == 0.5 and answer.score("12 only") == 1 and answer.answer == " 12" and needle.answer == " 12, 34"
+    assert needle.score("12 only") == 0.5 and answer.score(
+        "12 only") == 1 and answer.answer == " 12" and needle.answer == " 12, 34"
 
 
 def test_natural_questions_with_passages(tmp_path):
     rows = [
-        {"question": "who ran", "answers": ["fox"], "ctxs": [{"title": "Fox", "text": "It ran."}, {"title": "Dog", "text": "It sat."}]},
+        {"question": "who ran", "answers": ["fox"],
+         "ctxs": [{"title": "Fox", "text": "It ran."}, {"title": "Dog", "text": "It sat."}]},
         {"question": "who sat", "answer": "dog", "context": "The dog sat."},
     ]
     first, second = load_examples(write(tmp_path / "nq.jsonl", rows), "nq")
@@ -281,7 +285,8 @@ def test_names_and_lines_that_other_tools_write(tmp_path):
 )
 def test_lists_of_every_type_that_parquet_has(tmp_path, kind):
     value = [4410, 9921] if pa.types.is_integer(kind.value_type) else ["4410", "9921"]
-    columns = {name: [value] for name, value in KVPRESS.items()} | {"task": pa.array(["niah_multivalue"]).dictionary_encode()}
+    columns = {name: [value]
+               for name, value in KVPRESS.items()} | {"task": pa.array(["niah_multivalue"]).dictionary_encode()}
     pq.write_table(pa.table(columns | {"answer": pa.array([value], kind)}), tmp_path / "x.parquet")
     (example,) = load_examples(tmp_path / "x.parquet", "kvpress")
     assert example.references == ("4410", "9921") and example.score("9921") == 0.5

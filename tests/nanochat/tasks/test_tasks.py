@@ -39,7 +39,8 @@ def key_of(name: str) -> str:
 
 
 def facts_of(context: str) -> dict[str, list[str]]:
-    """name -> everything that ever follows it directly, in order. A name that is itself a value is skipped over by the `.` behind it."""
+    """name -> everything that ever follows it directly, in order. A name that is itself a value is
+    skipped over by the `.` behind it."""
     found, tokens = defaultdict(list), tokens_of(context)
     for name, value in zip(tokens, tokens[1:]):
         if name.startswith(("<|key", "<|alias")) and value.startswith("<|"):
@@ -76,7 +77,8 @@ def solve(e: Example) -> str:
     return "".join(name + facts[name][-1] for name in names)[len(names[0]) :]
 
 
-SIZES = {"topic": [608, 1056, 2080, 37 * 32], "topic_lm": [608, 1056, 2080, 37 * 32], "frequent": [256, 352, 1056, 2080]}
+SIZES = {"topic": [608, 1056, 2080, 37 * 32], "topic_lm": [608, 1056, 2080, 37 * 32],
+         "frequent": [256, 352, 1056, 2080]}
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -86,7 +88,8 @@ def test_the_text_alone_gives_the_answer(name):
         H = TASKS[name].answer_tokens
         assert batch.tokens.shape == batch.targets.shape == (5, n + H) and batch.tokens.dtype == batch.targets.dtype == np.int64
         for tokens, targets, e in zip(batch.tokens, batch.targets, batch.examples):
-            assert TOKENIZER.encode(e.context + e.question + e.answer_prefix + e.answer, special=True) == tokens.tolist(), (
+            assert TOKENIZER.encode(e.context + e.question + e.answer_prefix + e.answer,
+                                    special=True) == tokens.tolist(), (
                 "text and tokens are one"
             )
             assert TOKENIZER.decode(tokens[:n]) == e.context + e.question + e.answer_prefix and tokens[0] == TOKENIZER.bos_id
@@ -139,9 +142,11 @@ def test_facts_may_straddle_the_edge_of_a_block(name, block_size):
     for e in task_rows(name, WORDS, "val", np.arange(6), 640, block_size=block_size, straddle=True, **options).examples:
         assert e.answer == solve(e) if name != "copy" else e.answer in e.context
         first = [place for place in e.evidence if place - 1 not in e.evidence]
-        assert first and all((place + 1) % block_size == 0 for place in first), "the name ends a block, its value begins the next"
+        assert first and all((place + 1) % block_size == 0
+                             for place in first), "the name ends a block, its value begins the next"
     plain = task_rows("mqar", WORDS, "val", np.arange(6), 640, block_size=block_size).examples
-    assert all(place % block_size != block_size - 1 or place - 1 in e.evidence for e in plain for place in e.evidence), (
+    assert all(place % block_size != block_size - 1 or place - 1 in e.evidence for e in plain
+               for place in e.evidence), (
         "and do not by default"
     )
 
@@ -158,7 +163,8 @@ def test_long_histories_repeat_names_that_are_not_asked_for():
 def test_rows_depend_on_seed_split_task_and_row_alone(name):
     rows = task_rows(name, WORDS, "train", [7, 3, 10**12], 1056, seed=5).tokens
     assert (task_rows(name, WORDS, "train", [3], 1056, seed=5).tokens == rows[1]).all()
-    assert (task_rows(name, WORDS, "train", [10**12], 1056, seed=5, horizon=20).tokens[0, : rows.shape[1]] == rows[2]).all()
+    assert (task_rows(name, WORDS, "train", [10**12], 1056, seed=5,
+                      horizon=20).tokens[0, : rows.shape[1]] == rows[2]).all()
     for other in (task_rows(name, WORDS, "val", [3], 1056, seed=5), task_rows(name, WORDS, "train", [3], 1056, seed=6)):
         assert (other.tokens != rows[1]).any(), "another split or seed gives another row"
 
@@ -166,7 +172,8 @@ def test_rows_depend_on_seed_split_task_and_row_alone(name):
 def test_splits_are_disjoint():
     for name in TASKS:
         made = {
-            split: {row.tobytes() for row in task_rows(name, WORDS, split, np.arange(40), 608 if "topic" in name else 352).tokens}
+            split: {row.tobytes()
+                    for row in task_rows(name, WORDS, split, np.arange(40), 608 if "topic" in name else 352).tokens}
             for split in ("train", "val")
         }
         assert len(made["train"]) == len(made["val"]) == 40 and not made["train"] & made["val"]
@@ -234,18 +241,24 @@ def test_no_block_gives_the_shared_topic_away():
     topic_of_block = []
     for example in task_rows("topic", WORDS, "val", np.arange(200), 1056).examples:
         context = np.array([int(number) // 64 for number in re.findall(r"<\|key_(\d+)\|>", example.context)])
-        topic_of_block.append([context[place] == np.bincount(context).argmax() for place in range(40, len(context), 32)] + [context[-1] == np.bincount(context).argmax()])
+        topic_of_block.append([context[place] == np.bincount(context).argmax()
+                               for place in range(40, len(context),
+                                                  32)] + [context[-1] == np.bincount(context).argmax()])
     share = np.mean(topic_of_block, 0)
     assert (np.abs(share - share.mean()) < 0.15).all(), share
 
 
 def test_examples_of_any_length_become_one_batch():
-    examples = [Example("the fox and ", "who?", " the", " dog", 4, "made"), Example("it", " is", "", "<|key_3|>!", 4, "made")]
+    examples = [Example("the fox and ", "who?", " the", " dog", 4, "made"),
+                Example("it", " is", "", "<|key_3|>!", 4, "made")]
     batch = batch_of(examples, TOKENIZER, 8)
     assert batch.n % 8 == 0 and batch.tokens.shape == batch.targets.shape
     for row, targets, e in zip(batch.tokens, batch.targets, examples):
-        history, answer = (TOKENIZER.encode(text, special=True) for text in (e.context + e.question + e.answer_prefix, e.answer))
-        assert row[batch.n - len(history) : batch.n].tolist() == history and (row[: batch.n - len(history)] == TOKENIZER.bos_id).all()
+        history, answer = (TOKENIZER.encode(text, special=True)
+                           for text in (e.context + e.question + e.answer_prefix, e.answer))
+        assert row[batch.n
+                   - len(history) : batch.n].tolist() == history and (row[: batch.n
+                                                                          - len(history)] == TOKENIZER.bos_id).all()
         assert targets[batch.n - 1 :][: len(answer)].tolist() == answer and (targets >= 0).sum() == len(answer)
     with pytest.raises(UserError, match="empty answer"):
         batch_of([Example("a", "b", "", "", 1, "made")], TOKENIZER, 8)
@@ -254,7 +267,8 @@ def test_examples_of_any_length_become_one_batch():
 @pytest.mark.parametrize("most", [9, 10, 24, 32])
 def test_a_history_that_is_too_long_loses_the_middle_of_its_context(most):
     example = Example(" ".join(f"the {i}" for i in range(20)), " who?", " the", " dog", 4, "made")
-    context, asked = (TOKENIZER.encode(text, special=True) for text in (example.context, example.question + example.answer_prefix))
+    context, asked = (TOKENIZER.encode(text, special=True)
+                      for text in (example.context, example.question + example.answer_prefix))
     found = history_of(example, TOKENIZER, most)
     assert len(found) == most and found[-len(asked):] == asked
     kept = found[:-len(asked)]

@@ -121,7 +121,8 @@ def test_a_training_step_is_traced_part_by_part():
 
 def test_tracing_changes_nothing():
     gpt = tiny_base()
-    one, two = (tiny_mc(gpt).training_step(gpt, tiny_batch(), 0, trace) for trace in (None, Trace("train.step", CPU, keep=True)))
+    one, two = (tiny_mc(gpt).training_step(gpt, tiny_batch(), 0, trace)
+                for trace in (None, Trace("train.step", CPU, keep=True)))
     assert torch.equal(one.loss, two.loss)
     assert step(tiny_mc(gpt), gpt, tiny_batch()).metrics.keys() == step(tiny_mc(gpt), gpt, tiny_batch()).metrics.keys()
 

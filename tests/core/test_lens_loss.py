@@ -22,8 +22,10 @@ ASKER, ANSWER = 1, 2
 
 
 def asking_base() -> GPT:
-    """One layer without positions: ASKER attends to ANSWER, every other token to everything alike; what is attended to is predicted."""
-    gpt = GPT(GPTConfig(T, VOCAB, 1, 1, 1, 64, value_embeds=False, smear=False, resid_scalars=False, backout=False, rope_fraction=0.0)).double()
+    """One layer without positions: ASKER attends to ANSWER, every other token to everything alike; what
+    is attended to is predicted."""
+    gpt = GPT(GPTConfig(T, VOCAB, 1, 1, 1, 64, value_embeds=False, smear=False, resid_scalars=False, backout=False,
+                        rope_fraction=0.0)).double()
     layer = gpt.transformer.h[0]
     with torch.no_grad():
         gpt.transformer.wte.weight.copy_(torch.eye(64))
@@ -31,7 +33,8 @@ def asking_base() -> GPT:
         for matrix in (layer.attn.c_k, layer.attn.c_v, layer.attn.c_proj):
             matrix.weight.copy_(torch.eye(64))
         layer.mlp.c_proj.weight.zero_()
-        layer.attn.c_q.weight.zero_()[[ANSWER, *range(VOCAB, 64)], ASKER] = 1  # the unused dims keep its attention from being sure
+        # the unused dims keep its attention from being sure
+        layer.attn.c_q.weight.zero_()[[ANSWER, *range(VOCAB, 64)], ASKER] = 1
     return gpt
 
 
@@ -51,15 +54,19 @@ CASES += [(kind, {"lens_rank": 1.0}) for kind in DENSE_TEACHERS]
 @pytest.mark.parametrize("block", [0, 5, EDITABLE - 1])
 @pytest.mark.parametrize("kind, more", CASES, ids=str)
 def test_every_target_wants_the_planted_block_most(kind, block, more, monkeypatch):
-    """Utility = NLL before − NLL after, positive where detail helps: a step along −gradient raises the planted block above every other."""
+    """Utility = NLL before − NLL after, positive where detail helps: a step along −gradient raises the
+    planted block above every other."""
     gpt = asking_base()
     settings = {"counterfactual": {"lens_edits": EDITABLE}, "preference": {"variants": 12}}
-    mc = tiny_mc(gpt, gist="mean", teacher=kind, lens_horizon=1, **{"cuts": "random:1", **settings.get(kind, {}), **more})
+    mc = tiny_mc(gpt, gist="mean", teacher=kind, lens_horizon=1,
+                 **{"cuts": "random:1", **settings.get(kind, {}), **more})
     logits = torch.zeros(BLOCKS, dtype=torch.float64, requires_grad=True)
     monkeypatch.setattr(mc.model, "bilinear_logits", lambda embeds, n, keys=None: logits.expand(len(embeds), -1))
     monkeypatch.setattr(mc.model, "tail_votes", lambda embeds, n: logits.expand(len(embeds), R, -1))
     monkeypatch.setattr(mc.model.lensnet, "keys", lambda embeds: embeds.shape[1] // K)
-    monkeypatch.setattr(mc.model.lensnet, "logits", lambda embeds, count, asked: 2 * (logits[:count].expand(len(embeds), asked.stop - asked.start, -1),))
+    monkeypatch.setattr(mc.model.lensnet,
+                        "logits", lambda embeds, count, asked: 2
+                        * (logits[:count].expand(len(embeds), asked.stop - asked.start, -1),))
     for at in range(3):
         step(mc, gpt, planted_batch(block), at)
     gradient = logits.grad
@@ -71,10 +78,12 @@ def test_every_target_wants_the_planted_block_most(kind, block, more, monkeypatc
 @pytest.mark.parametrize("horizon", [1, 4])
 @pytest.mark.parametrize("place", [T - 12, T - 7])
 def test_a_query_has_read_what_stands_before_its_target_and_nothing_of_it(teacher, horizon, place, monkeypatch):
-    """At the queries that a target names, the logits depend on the last token that was read and not on the one after it (trap 12a)."""
+    """At the queries that a target names, the logits depend on the last token that was read and not on
+    the one after it (trap 12a)."""
     seen, true = [], lens_loss.lens_loss
     monkeypatch.setattr(lens_loss, "lens_loss", lambda logits, target, visible:
-                        seen.append((logits.detach().masked_fill(~visible, 0), target.sum(-1) > 0)) or true(logits, target, visible))
+                        seen.append((logits.detach().masked_fill(~visible, 0), target.sum(-1) > 0))
+                        or true(logits, target, visible))
 
     def taught(changed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, Q, N] with the tail, and which queries [B, Q] have a target."""
@@ -86,7 +95,8 @@ def test_a_query_has_read_what_stands_before_its_target_and_nothing_of_it(teache
         targets[:, place] = ANSWER
         if changed is not None:
             tokens[:, changed] = (tokens[:, changed] + 1 - 3) % (VOCAB - 3) + 3
-        step(tiny_mc(gpt, gist="mean", teacher=teacher, lens_horizon=horizon, cuts="recency:1", lens_queries=24), gpt, Batch(tokens, targets, torch.arange(4), 4))
+        step(tiny_mc(gpt, gist="mean", teacher=teacher, lens_horizon=horizon, cuts="recency:1", lens_queries=24), gpt,
+             Batch(tokens, targets, torch.arange(4), 4))
         return seen[1]
 
     plain, asked = taught()
@@ -105,12 +115,14 @@ def test_a_query_has_read_what_stands_before_its_target_and_nothing_of_it(teache
 def test_each_part_reaches_the_lens_alone():
     """Every target and term by itself: a gradient in each weight of the lens, none elsewhere (trap 6)."""
     gpt = tiny_base()
-    mc = tiny_mc(gpt, teacher="attention:1,gate:1,counterfactual:1,preference:1", variants=3, lens_rank=1.0, lens_zero_sum=1.0, lens_illegal=1.0, lens_kl=1.0)
+    mc = tiny_mc(gpt, teacher="attention:1,gate:1,counterfactual:1,preference:1", variants=3, lens_rank=1.0,
+                 lens_zero_sum=1.0, lens_illegal=1.0, lens_kl=1.0)
     lesson = lesson_of(mc, gpt, tiny_batch())
     signals = {"attention": attention_mass, "gate": mc.model.arms["gate"].signal}
     dense, _, asked = dense_parts(mc.model, lesson, signals)
     parts = dense + [part for arm in mc.model.arms.values() for part in arm.lens_parts(mc.model, lesson, asked)]
-    assert [name for name, _, _ in parts] == ["attention", "gate", "rank", "rank", "zero_sum", "illegal", "kl", "counterfactual", "preference"]
+    assert [name for name, _, _ in parts] == ["attention", "gate", "rank", "rank", "zero_sum", "illegal", "kl",
+                                              "counterfactual", "preference"]
     alone = [(name, part) for name, _, part in parts]
     everything = [*gpt.named_parameters(), *mc.model.named_parameters()]
     for name, part in alone:
