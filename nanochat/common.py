@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.redact import scrubbed
-from nanochat.streams import INTERRUPTED, READER_LEFT, StreamLost, flushed_streams, leave_at_once, on_interrupt, prepare_streams, reader_left
+from nanochat.streams import INTERRUPTED, READER_LEFT, StreamLost, flushed_streams, leave_at_once, on_interrupt, prepare_streams, reader_left  # noqa: E501
 
 T = TypeVar("T")
 
@@ -92,11 +92,16 @@ def whole_number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= 18 else None
 
 
-def switch(text: str) -> bool:
-    """The value of a flag that is 0 or 1."""
+def boolean(text: str) -> bool:
+    """What a flag that is 0 or 1 stands for; see `FlagParser.add_switch`."""
     if text not in ("0", "1"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
     return text == "1"
+
+
+def flag_type(default: object) -> Callable[[str], object]:
+    """What reads a flag that has this default: `bool("0")` would be true."""
+    return boolean if isinstance(default, bool) else type(default)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -108,7 +113,7 @@ class FlagParser(argparse.ArgumentParser):
 
     def add_switch(self, name: str, default: bool, help: str) -> None:
         """A flag that is 0 or 1 on the command line, and a bool from there on."""
-        self.add_argument(name, type=switch, default=default, metavar="{0,1}", help=help)
+        self.add_argument(name, type=boolean, default=default, metavar="{0,1}", help=help)
 
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
@@ -130,13 +135,6 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {one_line(message, 1500)} (see --help)\n")
-
-
-def boolean(text: str) -> bool:
-    """The type of a flag that is 0 or 1."""
-    if text not in ("0", "1"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 0 nor 1")
-    return text == "1"
 
 
 def import_optional(package: str, name: str):

@@ -61,8 +61,7 @@ def make_parser(with_mc: bool = True) -> FlagParser:
                         help="0 takes the likeliest token; 1 draws as the model predicts")
     parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--mc_enabled", type=int, choices=(0, 1), default=0,
-                        help="1: a session with MegaContext, whose context never ends")
+    parser.add_switch("--mc_enabled", False, "1: a session with MegaContext, whose context never ends")
     parser.add_argument("--history", type=Path,
                         help="text file of any length that is read before the first prompt (needs --mc_enabled=1)")
     if with_mc:
@@ -71,8 +70,7 @@ def make_parser(with_mc: bool = True) -> FlagParser:
         parser.add_argument("--mc_store", type=Path, help="folder of --mc_tree=disk; a history that is there goes on")
         parser.add_argument("--log_dir", type=Path,
                             help="folder of metrics.jsonl; by OTLP too, where OTEL_EXPORTER_OTLP_ENDPOINT is set")
-        parser.add_argument("--mc_explain", type=int, choices=(0, 1), default=0,
-                            help="1: after each answer, what the working context shows and why")
+        parser.add_switch("--mc_explain", False, "1: after each answer, what the working context shows and why")
         import_optional("mc", "session.config").add_flags(parser)
     return parser
 

@@ -16,7 +16,7 @@ from typing import Iterator
 import mc.telemetry  # noqa: F401  registers MegaContext's metrics
 import nanochat.telemetry.otlp  # noqa: F401  registers those of the transport
 from mc.arm import ADDED, KINDS
-from nanochat.common import FlagParser, UserError, base_dir, run_main
+from nanochat.common import FlagParser, UserError, base_dir, boolean, run_main
 from nanochat.outputs import output_folder, write_file
 from nanochat.telemetry.recorder import metric_table
 from scripts.eval.tables import table
@@ -67,7 +67,8 @@ def default_of(action: argparse.Action) -> str:
 
 
 def help_of(action: argparse.Action) -> str:
-    choices = f" One of {', '.join(f'`{c}`' for c in action.choices)}." if action.choices else ""
+    values = (0, 1) if action.type is boolean else action.choices
+    choices = f" One of {', '.join(f'`{c}`' for c in values)}." if values else ""
     text = action.help.replace("%%", "%").replace("|", r"\|").replace("<", "&lt;")
     return text + ("." if choices else "") + choices
 

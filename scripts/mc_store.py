@@ -83,7 +83,7 @@ def networks_of(args: Namespace) -> Networks:
 
 
 @contextmanager
-def stored_history(args: Namespace, networks: Networks, **options) -> Iterator[tuple[History, Catalog]]:
+def history_of(args: Namespace, networks: Networks, **options) -> Iterator[tuple[History, Catalog]]:
     """The history of --store, open for writing."""
     history, catalog = open_history(networks.gpt, networks.mc, "disk", args.store, **options)
     for note in catalog.notes:
@@ -126,7 +126,7 @@ def ingest_command(args: Namespace) -> None:
     begin = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as scratch,
-        stored_history(args, networks, dtype=DTYPES.get(args.dtype), durability=args.durability) as (history, catalog),
+        history_of(args, networks, dtype=DTYPES.get(args.dtype), durability=args.durability) as (history, catalog),
     ):
         stdin = not args.paths or args.paths == [Path("-")]
         paths = [_spool_stdin(Path(scratch))] if stdin else args.paths
@@ -219,7 +219,7 @@ def print_summary(values: dict, catalog: Catalog) -> None:
     made = [origin.get("checkpoint_dir", "untrained networks") for origin in catalog.origins(values["model"])]
     print(f"gists of model {values['model']}" + (f", {made[-1]}" if made else ""))
     if values["pruned"] or values["erased"]:
-        print(f"without raw tokens: {values['pruned']:,} blocks pruned (restorable), {values['erased']:,} compacted away")
+        print(f"without raw tokens: {values['pruned']:,} blocks pruned (restorable), {values['erased']:,} compacted away")  # noqa: E501
 
 
 def info_command(args: Namespace) -> None:
@@ -261,7 +261,7 @@ def verify_command(args: Namespace) -> None:
 
 def query_command(args: Namespace) -> None:
     if args.measure:
-        with stored_history(args, networks_of(args)) as (history, catalog):
+        with history_of(args, networks_of(args)) as (history, catalog):
             print(f"gist variance of {measure_variance(history, catalog)} nodes measured, sensitivity of "
                   f"{measure_sensitivity(history, catalog)} blocks")
     with reading(args) as (store, catalog):
@@ -339,7 +339,7 @@ def edit_command(args: Namespace) -> None:
     if args.text is not None and args.text_file is not None:
         raise UserError("--text and --text_file: give one of them")
     text = read_text(args.text_file) if args.text_file is not None else whole_characters(args.text or "")
-    with stored_history(args, networks, durability=args.durability) as (history, catalog):
+    with history_of(args, networks, durability=args.durability) as (history, catalog):
         source = catalog.source(args.source)
         if args.find is not None:
             start, removed, text = locate(history.store, networks.tokenizer, source, args.find, text)
@@ -508,9 +508,7 @@ def make_parser() -> FlagParser:
             choices=DURABILITY,
             help="what a power cut may take: nothing, the last 2 s, or all since the start",
         )
-    sub["verify"].add_argument(
-        "--repair", type=int, default=0, choices=(0, 1), help="1: remake damaged gists and keys from what is below them"
-    )
+    sub["verify"].add_switch("--repair", False, "1: remake damaged gists and keys from what is below them")
     p = sub["query"]
     p.add_argument("--uri", help="sources whose address matches this pattern, * and ? as in a shell")
     p.add_argument("--kind", help="sources of this kind")
@@ -521,15 +519,13 @@ def make_parser() -> FlagParser:
     p.add_argument("--limit", type=int, default=20, help="at most so many sources; -1: all")
     p.add_argument("--source", type=int, help="the source with this id")
     p.add_argument("--span", help="where these slots come from: START:STOP")
-    p.add_argument("--text", type=int, default=0, choices=(0, 1), help="1: print the text of what was found")
+    p.add_switch("--text", False, "1: print the text of what was found")
     p.add_argument("--top_nodes", type=int, default=0, help="instead: the nodes shown most often, so many")
-    p.add_argument(
+    p.add_switch(
         "--measure",
-        type=int,
-        default=0,
-        choices=(0, 1),
-        help="1: first measure, and keep, the gist variance of counted nodes and the ΔNLL sensitivity of counted "
-             "blocks (as a writer)",
+        False,
+        "1: first measure, and keep, the gist variance of counted nodes and the ΔNLL sensitivity of counted blocks (as "
+        "a writer)",
     )
     p = sub["edit"]
     p.add_argument("--source", type=int, required=True, help="id of the source, see query")
@@ -546,7 +542,7 @@ def make_parser() -> FlagParser:
                    help="only blocks worth at most this: accesses × mean sensitivity [nats]")
     p.add_argument("--keep_last", type=int, default=0, help="tokens at the end that keep their detail")
     p.add_argument("--source", type=int, help="only blocks of this source")
-    p.add_argument("--dry_run", type=int, default=0, choices=(0, 1), help="1: only say how many")
+    p.add_switch("--dry_run", False, "1: only say how many")
     sub["restore"].add_argument("--source", type=int, help="only blocks of this source")
     p = sub["export"]
     p.add_argument("--out", type=Path, required=True, help="folder to write, not there yet or empty")

@@ -35,10 +35,7 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     )
     parser.add_argument("--seed", type=int, default=0,
                         help="of the choice of few-shot examples and of sampling, where a task samples")
-    parser.add_argument(
-        "--mc_enabled", type=int, choices=(0, 1), default=0,
-        help="1: sessions with MegaContext, whose context is never cut"
-    )
+    parser.add_switch("--mc_enabled", False, "1: sessions with MegaContext, whose context is never cut")
     parser.add_argument("--out", type=Path, default=None,
                         help="JSON file of the results; default $NANOCHAT_BASE_DIR/evals/lm_eval.json")
     if with_mc:
@@ -175,7 +172,7 @@ def main() -> None:
                 "apart": lm.apart,
                 "left_out": left_out,
                 "checkpoint": str(args.checkpoint_dir or args.nanochat_checkpoint),
-                "mc": bool(args.mc_enabled),
+                "mc": args.mc_enabled,
                 "flags": {k: str(v) for k, v in vars(args).items()},
             },
             indent=1,

@@ -11,6 +11,7 @@ from urllib.parse import unquote
 
 import pytest
 
+from nanochat.common import boolean
 from scripts.make_docs import commands, flags_of, parser_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,7 @@ def test_generated_tables_are_current(tmp_path):
     for name in ("Flags.md", "Telemetry.md"):
         committed = VAULT / "ops" / name
         assert committed.read_text() == (tmp_path
-                                         / name).read_text(), f"{committed} is out of date: run python -m scripts.make_docs"
+                                         / name).read_text(), f"{committed} is out of date: run python -m scripts.make_docs"  # noqa: E501
 
 
 @pytest.mark.parametrize("command", commands())
@@ -48,6 +49,15 @@ def test_every_flag_has_help(command):
     for _, actions in flags_of(parser):
         for action in actions:
             assert action.help and action.help.strip(), f"{command} {action.option_strings or action.dest}"
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_flag_of_0_and_1_is_a_switch(command):
+    for _, actions in flags_of(parser_of(command)):
+        for action in actions:
+            name = f"{command} {action.option_strings or action.dest}"
+            assert tuple(action.choices or ()) != (0, 1) and action.type is not bool, f"{name}: use add_switch"
+            assert (action.type is boolean) == isinstance(action.default, bool), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from mc.session import session as sessions
 from mc.store.disk.store import DiskStore
 from mc.store.history import store_format
 from mc.store.ram import Store
-from nanochat.common import UserError, base_dir, boolean
+from nanochat.common import FlagParser, UserError, base_dir
 from nanochat.dataloader import source_of
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
@@ -263,7 +263,7 @@ def plot_decoding(found: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: FlagParser) -> None:
     add_checkpoint_flag(parser)
     parser.add_argument("--longest", type=int, default=1_048_576,
                         help=f"longest history in tokens; measured are {', '.join(f'{n:,}' for n in LENGTHS)} up to it")
@@ -271,8 +271,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                         help="longest history for vanilla: its cache grows with it")
     parser.add_argument("--vanilla_prefill", type=int, default=16_384,
                         help="history that vanilla really reads; a longer cache is filled with copies")
-    parser.add_argument("--disk", type=boolean, metavar="0|1", default=False,
-                        help="1: also sessions whose history is on disk, in a temporary folder")
+    parser.add_switch("--disk", False, "1: also sessions whose history is on disk, in a temporary folder")
     parser.add_argument("--rounds", type=int, default=16, help="refocus intervals timed at each length")
     add_device_flag(parser)
     parser.add_argument("--out", type=Path, default=None,
@@ -291,7 +290,7 @@ def run(args: argparse.Namespace) -> None:
     out = output_folder(args.out or base_dir() / "evals" / "decode", "decode.json", "decode.png")
     pool = sessions.open_pool(gpt, meta, args.checkpoint_dir, config)
     if pool.untrained:
-        print(f"note: LOD {', '.join(map(str, pool.untrained))} were not trained; what is measured here is time and memory")
+        print(f"note: LOD {', '.join(map(str, pool.untrained))} were not trained; what is measured here is time and memory")  # noqa: E501
     history_N = history_tokens(meta, Tokenizer.load(), max(lengths))
     with tempfile.TemporaryDirectory() as folder:
         results = measure_decoding(lambda: sessions.open_pool(gpt, meta, args.checkpoint_dir, config), gpt, history_N,

@@ -94,7 +94,7 @@ def fit_price(found: Examples, place: float) -> tuple[float, float, float]:
         optimizer.zero_grad()
         above_XN = logits_XN - (features_X3 @ weights_3)[:, None]
         value = (worth_XN.abs() * F.softplus(-worth_XN.sign() * above_XN)).mean() + 1e-4 * (weights_3
-                                                                                            - weights_3.new_tensor(MARKET)).square().sum()
+                                                                                            - weights_3.new_tensor(MARKET)).square().sum()  # noqa: E501
         value.backward()
         return value
 

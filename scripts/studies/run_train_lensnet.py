@@ -23,7 +23,7 @@ from mc.mega_context import Tree, TreeShape
 from mc.model import MegaContext
 from mc.store.networks import load_networks
 from nanochat.checkpoint import complete_steps, load_model_state, save_checkpoint
-from nanochat.common import FlagParser, UserError, base_dir, boolean, init_distributed, print0, seed_everything
+from nanochat.common import FlagParser, UserError, base_dir, init_distributed, print0, seed_everything
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW, assert_finite
 from nanochat.outputs import BASE_DIR, check_tag, holding, output_folder
@@ -113,16 +113,15 @@ def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--labels", type=Path, default=None,
                         help="folder that scripts.mc_study labels wrote for this base; needed unless --steps=0")
     parser.add_argument("--out_tag", required=True, help="name of the checkpoint directory that is written")
-    parser.add_argument("--new_lens", type=boolean, metavar="0|1", default=True,
-                        help="1: from a new lens; 0: from the checkpoint's")
+    parser.add_switch("--new_lens", True, "1: from a new lens; 0: from the checkpoint's")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=16, help="contexts per step")
     parser.add_argument("--lr", type=float, default=0.03, help="learning rate of the lens (Muon; half for its scalars)")
     parser.add_argument("--near", type=int, default=8, help="blocks back from the end of history that compete at first")
     parser.add_argument("--grow", type=float, default=0.5,
                         help="share of the steps over which that grows to all blocks; 0: all from the start")
-    parser.add_argument("--normalize", type=boolean, metavar="0|1", default=True,
-                        help="1: utilities in standard deviations over the edits of an end of history; 0: in nats")
+    parser.add_switch("--normalize", True,
+                      "1: utilities in standard deviations over the edits of an end of history; 0: in nats")
     parser.add_argument("--log_every", type=int, default=50, help="steps between log lines")
     parser.add_argument("--seed", type=int, default=42, help="of the new lens and the order of contexts")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
