@@ -33,6 +33,7 @@ from nanochat.common import FlagParser, UserError, init_distributed, run_main, s
 from nanochat.dataset import Progress
 from nanochat.documents import is_shard, read_text
 from nanochat.outputs import output_folder
+from nanochat.redact import scrubbed
 from nanochat.tokenizer import Tokenizer
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int8")}
@@ -83,7 +84,7 @@ def networks_of(args: Namespace) -> Networks:
 
 
 @contextmanager
-def history_of(args: Namespace, networks: Networks, **options) -> Iterator[tuple[History, Catalog]]:
+def stored_history(args: Namespace, networks: Networks, **options) -> Iterator[tuple[History, Catalog]]:
     """The history of --store, open for writing."""
     history, catalog = open_history(networks.gpt, networks.mc, "disk", args.store, **options)
     for note in catalog.notes:
@@ -126,11 +127,13 @@ def ingest_command(args: Namespace) -> None:
     begin = time.perf_counter()
     with (
         tempfile.TemporaryDirectory() as scratch,
-        history_of(args, networks, dtype=DTYPES.get(args.dtype), durability=args.durability) as (history, catalog),
+        stored_history(args, networks, dtype=DTYPES.get(args.dtype), durability=args.durability) as (history, catalog),
     ):
         stdin = not args.paths or args.paths == [Path("-")]
         paths = [_spool_stdin(Path(scratch))] if stdin else args.paths
-        name = shown(args.uri) if stdin else ""
+        name = scrubbed(shown(args.uri)) if stdin else ""
+        if stdin and name != shown(args.uri):
+            print(f"note: --uri holds a user, password or query, which are not recorded: the source is called {name}")
         files = find_files(paths)
         done, skipped, total = 0, 0, sum(path.stat().st_size for path in files)
         catalog.add_version(networks.fingerprint, networks.origin)
@@ -261,7 +264,7 @@ def verify_command(args: Namespace) -> None:
 
 def query_command(args: Namespace) -> None:
     if args.measure:
-        with history_of(args, networks_of(args)) as (history, catalog):
+        with stored_history(args, networks_of(args)) as (history, catalog):
             print(f"gist variance of {measure_variance(history, catalog)} nodes measured, sensitivity of "
                   f"{measure_sensitivity(history, catalog)} blocks")
     with reading(args) as (store, catalog):
@@ -329,7 +332,7 @@ def source_text(store: Store, tokenizer: Tokenizer, source: Source) -> tuple[str
     ids_N = store.tokens(torch.arange(source.start, source.start + source.tokens))
     if gone := int((ids_N == VOID).sum()):
         raise UserError(f"{gone} tokens of source {source.id} were pruned and compacted away")
-    return tokenizer.decode(ids_N[int(ids_N[0] == tokenizer.bos_id) :].tolist()), ids_N
+    return tokenizer.decode(ids_N[int((ids_N[:1] == tokenizer.bos_id).sum()) :].tolist()), ids_N
 
 
 def edit_command(args: Namespace) -> None:
@@ -339,7 +342,7 @@ def edit_command(args: Namespace) -> None:
     if args.text is not None and args.text_file is not None:
         raise UserError("--text and --text_file: give one of them")
     text = read_text(args.text_file) if args.text_file is not None else whole_characters(args.text or "")
-    with history_of(args, networks, durability=args.durability) as (history, catalog):
+    with stored_history(args, networks, durability=args.durability) as (history, catalog):
         source = catalog.source(args.source)
         if args.find is not None:
             start, removed, text = locate(history.store, networks.tokenizer, source, args.find, text)
@@ -494,7 +497,8 @@ def make_parser() -> FlagParser:
     p = sub["ingest"]
     p.add_argument("paths", type=Path, nargs="*", default=[], help="files and folders; none, or -: standard input")
     p.add_argument("--text_column", default="text", help="column of parquet and jsonl files that holds the text")
-    p.add_argument("--uri", default="stdin", help="what standard input is called")
+    p.add_argument("--uri", default="stdin",
+                   help="what standard input is called; of an address without user, password and query")
     p.add_argument("--kind", help="kind of all these sources; default: code for .py, what the corpus says, or text")
     p.add_argument("--retrieval_score", type=float, help="score of the retriever that chose these sources")
     p.add_argument(

@@ -218,7 +218,8 @@ figcaption { font-weight:600; margin-bottom:.3rem } svg { width:100%; display:bl
 .key { list-style:none; display:flex; flex-wrap:wrap; gap:2px 14px; padding:0; margin:.4rem 0 0; font-size:13px }
 table { border-collapse:collapse; margin:.8rem 0; font-size:14px } td, th { border:1px solid var(--edge); padding:.35rem .6rem; text-align:left; vertical-align:top }
 td.holds { color:var(--limit); font-weight:600 } td.did-hold { color:var(--limit) } nav a { margin-right:1.2rem; color:var(--c0) }
-""" + "".join(f".c{i} {{ stroke:var(--c{i}) }} .dot.c{i} {{ fill:var(--c{i}) }}\n" for i in range(COLOURS))  # fmt: skip  # noqa: E501
+""" + "".join(f".c{i} {{ stroke:var(--c{i}) }} .dot.c{i} {{ fill:var(--c{i}) }}\n"  # noqa: E501
+              for i in range(COLOURS))  # fmt: skip  # noqa: E501
 
 
 def page(runs: Sequence[Run]) -> str:

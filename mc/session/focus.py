@@ -81,8 +81,16 @@ class FocusedHistory:
 
     def flush(self) -> None:
         """Store the generated tokens that still wait for their block to be complete."""
-        self.history.append(torch.tensor(self.pending, dtype=torch.int64))
-        self.pending = []
+        self._store(torch.empty(0, dtype=torch.int64))
+
+    def _store(self, ids_N: Tensor) -> None:
+        """The tokens that wait, and these, into the history. Interrupted, what was stored waits no longer: no token is stored twice."""
+        before, asked = self.history.n_tokens, self.asked or len(ids_N) > 0
+        try:
+            self.history.append(torch.cat([torch.tensor(self.pending, dtype=torch.int64), ids_N]))
+        finally:
+            stored = self.history.n_tokens - before
+            self.pending, self.asked = self.pending[stored:], asked if stored else self.asked
         self.search.grow(self.history.store.n_nodes(1))
 
     def ingest(self, tokens: list[int]) -> None:

@@ -267,9 +267,7 @@ class Session(CachedHistory):
         if not len(ids_N):
             return
         begin = time.perf_counter()
-        self.history.append(torch.cat([torch.tensor(self.pending, dtype=torch.int64), ids_N]))
-        self.pending, self.asked = [], True
-        self.search.grow(self.history.store.n_nodes(1))
+        self._store(ids_N)
         if self.meter:
             self.meter.ingested(len(ids_N), time.perf_counter() - begin, self.n_tokens)
 

@@ -926,3 +926,23 @@ def test_allocator_and_price_change_what_is_shown():
                    dict(allocator="threshold:-2,0,1")):
         assert shown(**config) != usual, config
     assert shown(allocator="threshold:0,0,1") == usual
+
+
+@pytest.mark.parametrize("waiting", [0, 1, K - 1])
+def test_an_append_interrupted_after_it_was_stored_stores_no_token_twice(monkeypatch, waiting):
+    session = tiny_pool().open(seed=1)
+    session.begin(tokens(2 * K))
+    session.ingest(tokens(waiting, seed=1))
+    before, more, fill = history_tokens(session), tokens(5, seed=2), session.history.fill
+
+    def stored_and_interrupted(ids_N):
+        fill(ids_N)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.history, "fill", stored_and_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.append(more)
+    monkeypatch.undo()
+    assert history_tokens(session) == [*before, *more] and session.due
+    session.append(tokens(3, seed=3))
+    assert history_tokens(session) == [*before, *more, *tokens(3, seed=3)]
