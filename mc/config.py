@@ -41,7 +41,7 @@ class MCConfig:
         "other settings allow it")
     far_entries: int = setting(128, "entries that the stored history may take")
     # what is trained on it
-    start: float = setting(0.3, "share of the training after which working contexts and lens begin: recall must have formed")
+    start: float = setting(0.3, "share of the training after which working contexts and lens begin: recall must have formed")  # noqa: E501
     ramp: int = setting(20, "steps over which their losses ramp in")
     row_stride: int = setting(1, "every how many rows get a working context: the dial of its compute")
     variants: int = setting(1, "working contexts per such row")
@@ -191,7 +191,8 @@ def add_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
     """The core's flags, and those of the arms that a command line names; argv: by default this process's."""
     group = parser.add_argument_group("MegaContext (with --mc_enabled=1)")
     for f in core_settings():
-        group.add_argument(f"--mc_{f.name}", type=flag_type(f.default), default=f.default, choices=f.metadata["choices"],
+        group.add_argument(f"--mc_{f.name}", type=flag_type(f.default), default=f.default,
+                           choices=f.metadata["choices"],
                            help=f.metadata["help"])
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("arms", *KINDS):
@@ -202,7 +203,8 @@ def add_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
         if settings := load(module).SETTINGS:
             group = parser.add_argument_group(f"MegaContext's arm {module}")
             for name, known in settings.items():
-                group.add_argument(f"--mc_{name}", type=flag_type(known.default), default=known.default, choices=known.choices, help=known.help)
+                group.add_argument(f"--mc_{name}", type=flag_type(known.default), default=known.default,
+                                   choices=known.choices, help=known.help)
     for name, (module, _) in SETTINGS.items():
         if module not in arms and any(word.replace("-", "_").startswith(f"__mc_{name}") for word in rest):
             raise UserError(f"--mc_{name} is a setting of the arm {module}; name it too: {_how(module)}")

@@ -70,7 +70,7 @@ class MegaContext(nn.Module):
         """
         levels = torch.arange(1, self.config.max_lod + 1, device=lod.device)
         bias = torch.sigmoid(self.gist_bias) * (levels
-                                                * math.log(self.config.block_size) - math.log(self.config.gists_per_block))
+                                                * math.log(self.config.block_size) - math.log(self.config.gists_per_block))  # noqa: E501
         return F.pad(bias, (1, 0))[lod]
 
     def lens_logits(self, embeds_BTD: Tensor, n_B: Tensor, keys_BNPC: Tensor | None = None,

@@ -236,7 +236,7 @@ def check(cut: Cut, n_tokens_B: Tensor, capacity: int, max_lod: int | None = Non
         for w, (lod, index) in enumerate(zip(lods[:used], indices[:used])):
             assert lod >= 0 and (max_lod is None or lod <= max_lod), f"row {b}, entry {w}: no level {lod}"
             start, end = index * cut.block_size**lod, (index + 1) * cut.block_size**lod
-            assert start == time or gaps and start > time, f"row {b}, entry {w}: ({lod}, {index}) starts at {start}, not at {time}"
+            assert start == time or gaps and start > time, f"row {b}, entry {w}: ({lod}, {index}) starts at {start}, not at {time}"  # noqa: E501
             assert end <= n, f"row {b}, entry {w}: ({lod}, {index}) ends at {end}, beyond {n} tokens"
             time = end
         assert time == n, f"row {b}: covers {time} of {n} tokens"

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.redact import scrubbed
-from nanochat.streams import INTERRUPTED, READER_LEFT, StreamLost, flushed_streams, leave_at_once, on_interrupt, prepare_streams, reader_left
+from nanochat.streams import INTERRUPTED, READER_LEFT, StreamLost, flushed_streams, leave_at_once, on_interrupt, prepare_streams, reader_left  # noqa: E501
 
 T = TypeVar("T")
 

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import FlagParser, UserError, base_dir, print0, run_main, shown
-from nanochat.documents import SHARDS, TEXTS, Document, count_rows, file_key, files_below, is_shard, opened, read_documents
+from nanochat.documents import SHARDS, TEXTS, Document, count_rows, file_key, files_below, is_shard, opened, read_documents  # noqa: E501
 from nanochat.outputs import locked
 
 SPLITS = ("train", "val")

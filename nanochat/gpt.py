@@ -283,7 +283,7 @@ class GPT(nn.Module):
                                   "value_embeds": any(name.startswith("value_embeds.") for name in state),
                                   "smear": "smear_lambda" in state, "backout": "backout_lambda" in state})
         if (embedding := state.get("transformer.wte.weight")) is None or embedding.shape != (known.padded_vocab,
-                                                                                             known.n_embd) or known.n_layer > len(state):
+                                                                                             known.n_embd) or known.n_layer > len(state):  # noqa: E501
             # before memory is taken
             raise UserError("not a checkpoint of this model config: other width, vocabulary or number of layers")
         model = cls(known)

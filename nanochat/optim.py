@@ -344,7 +344,7 @@ def check_groups(modules: Mapping[str, nn.Module], groups: Iterable[dict]) -> No
     wrong = [f"{name} (in {counts[key]} groups)" for key, name in names.items() if counts[key] != 1]
     assert not wrong, f"every trainable parameter must be in exactly one optimizer group: {', '.join(wrong)}"
     strangers = sum(key not in names for key in counts)
-    assert not strangers, f"{strangers} parameter(s) in the optimizer groups are not trainable parameters of {', '.join(modules)}"
+    assert not strangers, f"{strangers} parameter(s) in the optimizer groups are not trainable parameters of {', '.join(modules)}"  # noqa: E501
 
 
 @torch.no_grad()

@@ -265,7 +265,7 @@ class StopRequest:
         if not self.signal:
             self.signal, self._since = signal.Signals(number).name, now
             if self.ranks.rank == 0:  # not by print: a signal may come in the middle of one
-                os.write(2, f"{self.signal}: the run is saved after this step and ends; Ctrl-C ends it at once\n".encode())
+                os.write(2, f"{self.signal}: the run is saved after this step and ends; Ctrl-C ends it at once\n".encode())  # noqa: E501
 
     def agreed(self) -> bool:
         """Whether to stop here: the same answer on all ranks, which call it equally often.

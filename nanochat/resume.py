@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from nanochat.checkpoint import annotate, complete_steps, load_checkpoint, load_mc_state, load_model_state, save_checkpoint, set_rng_state
+from nanochat.checkpoint import annotate, complete_steps, load_checkpoint, load_mc_state, load_model_state, save_checkpoint, set_rng_state  # noqa: E501
 from nanochat.common import Ranks, UserError, base_dir, print0
 from nanochat.controller import NullController
 from nanochat.dataloader import Loader

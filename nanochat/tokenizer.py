@@ -32,7 +32,7 @@ LONG_RUN = 1 << 17  # blanks; the pattern engines' stacks overflow between 500,0
 ENGINE_RUN = 1 << 20  # blanks that no engine takes at once, so that they may come apart: merging 10 million took 43 s
 _PLACE = re.compile(r"\n(?=\S)")
 # the pattern's \\s without CR, LF
-BLANKS = "\t\v\f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+BLANKS = "\t\v\f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"  # noqa: E501
 _BLANKS = re.compile(f"[{BLANKS}]+")
 
 
@@ -176,7 +176,7 @@ class Tokenizer:
                 raise ValueError(f"format {payload['format']!r}, expected {FORMAT!r}")
             tokens = [base64.b64decode(token, validate=True) for token in payload["tokens"]]
             if len({*tokens}) < len(tokens) or not {*tokens} >= {bytes([i])
-                                                                 for i in range(256)} or not (isinstance(payload["pattern"], str) and payload["pattern"]):
+                                                                 for i in range(256)} or not (isinstance(payload["pattern"], str) and payload["pattern"]):  # noqa: E501
                 # tiktoken would panic
                 raise ValueError("its tokens are not different strings of bytes with every byte among them")
             tokenizer = cls(tokens, payload["pattern"], from_plain(Reserved, payload["reserved"], "reserved"))

@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # torchrun scripts/base_train.py, not installed
 
-from nanochat.common import FlagParser, Ranks, UserError, import_optional, init_distributed, parse_optional, print0, run_main, seed_everything
+from nanochat.common import FlagParser, Ranks, UserError, import_optional, init_distributed, parse_optional, print0, run_main, seed_everything  # noqa: E501
 from nanochat.controller import NullController
 from nanochat.dataloader import Batch, Loader, RowSource, eval_rows, is_synthetic, is_tasks, make_source
 from nanochat.evaluation import evaluate
@@ -242,7 +242,7 @@ class HeldOut:
 
     def __init__(self, args, model: GPT, controller: NullController, data: Data, checkpoints: Checkpoints,
                  meter: TrainingMeter, stop: StopRequest):
-        self.model, self.controller, self.data, self.checkpoints, self.meter, self.stop = model, controller, data, checkpoints, meter, stop
+        self.model, self.controller, self.data, self.checkpoints, self.meter, self.stop = model, controller, data, checkpoints, meter, stop  # noqa: E501
         self.plan, self.ranks, self.autocast = checkpoints.plan, checkpoints.ranks, half_precision(args,
                                                                                                    checkpoints.ranks.device)
 

@@ -62,12 +62,14 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_switch("--mc_enabled", False, "1: a session with MegaContext, whose context never ends")
-    parser.add_argument("--history", type=Path, help="text file of any length that is read before the first prompt (needs --mc_enabled=1)")
+    parser.add_argument("--history", type=Path,
+                        help="text file of any length that is read before the first prompt (needs --mc_enabled=1)")
     if with_mc:
         parser.add_argument("--mc_tree", choices=("ram", "disk"), default="ram",
                             help="where the history is kept: gone at the end, or in --mc_store")
         parser.add_argument("--mc_store", type=Path, help="folder of --mc_tree=disk; a history that is there goes on")
-        parser.add_argument("--log_dir", type=Path, help="folder of metrics.jsonl; by OTLP too, where OTEL_EXPORTER_OTLP_ENDPOINT is set")
+        parser.add_argument("--log_dir", type=Path,
+                            help="folder of metrics.jsonl; by OTLP too, where OTEL_EXPORTER_OTLP_ENDPOINT is set")
         parser.add_switch("--mc_explain", False, "1: after each answer, what the working context shows and why")
         import_optional("mc", "session.config").add_flags(parser)
     return parser

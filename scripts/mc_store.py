@@ -222,7 +222,7 @@ def print_summary(values: dict, catalog: Catalog) -> None:
     made = [origin.get("checkpoint_dir", "untrained networks") for origin in catalog.origins(values["model"])]
     print(f"gists of model {values['model']}" + (f", {made[-1]}" if made else ""))
     if values["pruned"] or values["erased"]:
-        print(f"without raw tokens: {values['pruned']:,} blocks pruned (restorable), {values['erased']:,} compacted away")
+        print(f"without raw tokens: {values['pruned']:,} blocks pruned (restorable), {values['erased']:,} compacted away")  # noqa: E501
 
 
 def info_command(args: Namespace) -> None:
@@ -497,7 +497,8 @@ def make_parser() -> FlagParser:
     p = sub["ingest"]
     p.add_argument("paths", type=Path, nargs="*", default=[], help="files and folders; none, or -: standard input")
     p.add_argument("--text_column", default="text", help="column of parquet and jsonl files that holds the text")
-    p.add_argument("--uri", default="stdin", help="what standard input is called; of an address without user, password and query")
+    p.add_argument("--uri", default="stdin",
+                   help="what standard input is called; of an address without user, password and query")
     p.add_argument("--kind", help="kind of all these sources; default: code for .py, what the corpus says, or text")
     p.add_argument("--retrieval_score", type=float, help="score of the retriever that chose these sources")
     p.add_argument(
@@ -527,7 +528,8 @@ def make_parser() -> FlagParser:
     p.add_switch(
         "--measure",
         False,
-        "1: first measure, and keep, the gist variance of counted nodes and the ΔNLL sensitivity of counted blocks (as a writer)",
+        "1: first measure, and keep, the gist variance of counted nodes and the ΔNLL sensitivity of counted blocks (as "
+        "a writer)",
     )
     p = sub["edit"]
     p.add_argument("--source", type=int, required=True, help="id of the source, see query")

@@ -94,7 +94,7 @@ def lines_of_code(path: str) -> int:
     for node in ast.walk(tree_of(path)):
         if isinstance(node,
                       (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node,
-                                                                                                               clean=False) is not None:
+                                                                                                               clean=False) is not None:  # noqa: E501
             documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     code: set[int] = set()
     silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
@@ -106,7 +106,7 @@ def lines_of_code(path: str) -> int:
 
 def only_shrinks(found: set, allowed: set, what: str) -> None:
     assert not found - allowed, f"{what}: {sorted(map(str, found - allowed))}"
-    assert not allowed - found, f"{what}: these exceptions are not needed any more, take them out: {sorted(map(str, allowed - found))}"
+    assert not allowed - found, f"{what}: these exceptions are not needed any more, take them out: {sorted(map(str, allowed - found))}"  # noqa: E501
 
 
 def test_imports_run_downwards():
@@ -198,7 +198,7 @@ def test_every_setting_is_varied_by_a_recipe_or_a_study():
 
 def test_an_arm_is_imported_only_when_it_is_named():
     code = "import sys; from mc.runtime import MCController; from mc.config import from_dict; from_dict({}); print([m for m in sys.modules if m.startswith('mc.arms')]); " \
-           "from_dict({'arms': 'rank', 'lens': 'perceiver'}); print(sorted(m.removeprefix('mc.arms.') for m in sys.modules if m.startswith('mc.arms.')))"
+           "from_dict({'arms': 'rank', 'lens': 'perceiver'}); print(sorted(m.removeprefix('mc.arms.') for m in sys.modules if m.startswith('mc.arms.')))"  # noqa: E501
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["[]", "['lens_perceiver', 'rank', 'reader']"]
 

@@ -39,7 +39,7 @@ def test_generated_tables_are_current(tmp_path):
     for name in ("Flags.md", "Telemetry.md"):
         committed = VAULT / "ops" / name
         assert committed.read_text() == (tmp_path
-                                         / name).read_text(), f"{committed} is out of date: run python -m scripts.make_docs"
+                                         / name).read_text(), f"{committed} is out of date: run python -m scripts.make_docs"  # noqa: E501
 
 
 @pytest.mark.parametrize("command", commands())

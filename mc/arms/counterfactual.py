@@ -47,7 +47,7 @@ def draw_cut(allocator: GreedyAllocator, editable_RN: Tensor, n_R: Tensor, rows_
     cfg, n_blocks = allocator.cfg, editable_RN.shape[1]
     most = max(cfg.budget // cfg.block_size, 1)
     rank_RN = gumbel(rows_R, n_blocks, "cut to edit", *key).masked_fill(~editable_RN,
-                                                                        -torch.inf).argsort(1, descending=True).argsort(1)
+                                                                        -torch.inf).argsort(1, descending=True).argsort(1)  # noqa: E501
     wanted_RN = editable_RN & (rank_RN <= (uniform(rows_R, 1, "size of the cut", *key) * most).long())
     expanded = list(allocator.allocate(torch.where(wanted_RN, -rank_RN.float(), -torch.inf), n_R).expanded)
     last_R1 = rank_RN.masked_fill(~(expanded[0] & editable_RN), -1).argmax(1, keepdim=True)

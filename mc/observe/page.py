@@ -192,10 +192,10 @@ def alert_table(runs: Sequence[Run]) -> str:
     lines = []
     for alert, *stands in zip(ALERTS, *columns):
         cells = "".join(
-            f'<td class="{s.state.replace(" ", "-")}">{SIGNS[s.state]}{f" ({len(s.steps)} lines, last at step {s.steps[-1]})" if s.steps else ""}</td>' for s in stands)
+            f'<td class="{s.state.replace(" ", "-")}">{SIGNS[s.state]}{f" ({len(s.steps)} lines, last at step {s.steps[-1]})" if s.steps else ""}</td>' for s in stands)  # noqa: E501
         remedy = f"Cause: {alert.cause} Remedy: {alert.remedy}"
         lines.append(
-            f'<tr><th title="{html.escape(remedy)}">{alert.name}<br><small>{html.escape(alert.summary)}</small></th>{cells}</tr>')
+            f'<tr><th title="{html.escape(remedy)}">{alert.name}<br><small>{html.escape(alert.summary)}</small></th>{cells}</tr>')  # noqa: E501
     return f'<table><tr><th>Signal</th>{head}</tr>{"".join(lines)}</table>'
 
 
@@ -218,7 +218,8 @@ figcaption { font-weight:600; margin-bottom:.3rem } svg { width:100%; display:bl
 .key { list-style:none; display:flex; flex-wrap:wrap; gap:2px 14px; padding:0; margin:.4rem 0 0; font-size:13px }
 table { border-collapse:collapse; margin:.8rem 0; font-size:14px } td, th { border:1px solid var(--edge); padding:.35rem .6rem; text-align:left; vertical-align:top }
 td.holds { color:var(--limit); font-weight:600 } td.did-hold { color:var(--limit) } nav a { margin-right:1.2rem; color:var(--c0) }
-""" + "".join(f".c{i} {{ stroke:var(--c{i}) }} .dot.c{i} {{ fill:var(--c{i}) }}\n" for i in range(COLOURS))  # fmt: skip
+""" + "".join(f".c{i} {{ stroke:var(--c{i}) }} .dot.c{i} {{ fill:var(--c{i}) }}\n"  # noqa: E501
+              for i in range(COLOURS))  # fmt: skip  # noqa: E501
 
 
 def page(runs: Sequence[Run]) -> str:
@@ -228,15 +229,15 @@ def page(runs: Sequence[Run]) -> str:
 
 def _parts(runs: Sequence[Run]) -> Iterator[str]:
     names = ", ".join(run.name for run in runs)
-    yield f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(names)}</title><style>{STYLE}</style>'
+    yield f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(names)}</title><style>{STYLE}</style>'  # noqa: E501
     yield f"<h1>{html.escape(names)}</h1><p class='about'>" + "; ".join(f"{html.escape(r.name)}: {len(r.rows)} lines, "
                                                                         f"up to step {r.rows[-1]['step']}"
                                                                         for r in runs) + "</p>"
     yield "<nav>" + "".join(f'<a href="#{board.uid}">{board.title}</a>'
                             for board in DASHBOARDS) + '<a href="#signals">Signals</a></nav>'
-    yield '<h2 id="signals">Signals</h2><p class="about">Conditions of the alert rules, line by line of the run. Hover a name for cause and remedy.</p>' + alert_table(runs)
+    yield '<h2 id="signals">Signals</h2><p class="about">Conditions of the alert rules, line by line of the run. Hover a name for cause and remedy.</p>' + alert_table(runs)  # noqa: E501
     for board in DASHBOARDS:
-        yield f'<h2 id="{board.uid}">{html.escape(board.title)}</h2><p class="about">{html.escape(board.description)}</p>'
+        yield f'<h2 id="{board.uid}">{html.escape(board.title)}</h2><p class="about">{html.escape(board.description)}</p>'  # noqa: E501
         for title, row in board.rows.items():
             yield f'<h3>{html.escape(title)}</h3><div class="panels">{"".join(figure_of(p, runs) for p in row)}</div>'
     yield "</html>\n"

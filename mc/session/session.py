@@ -39,7 +39,7 @@ from mc.session.meter import SessionMeter, Timing
 from mc.session.price import Allocator
 from mc.session.refocus import PathEdits
 from mc.session.slot_cache import NOWHERE, PagedCache, Placement
-from mc.session.state import SessionState, check_fits, put_back, take
+from mc.session.state import SessionState, check_fits, put_back, take_state
 from mc.store.catalog import Catalog
 from mc.store.history import check_sessions, store_format
 from mc.store.ram import RamStore, Store
@@ -322,4 +322,4 @@ class Session(CachedHistory):
 
     def state(self) -> SessionState:
         """All that continues the session elsewhere. A history in memory is part of it; one on disk is named by its length."""
-        return take(self, self.generator)
+        return take_state(self, self.generator)

@@ -68,7 +68,7 @@ class SessionState(NamedTuple):
             raise UserError(f"{path} holds no session state ({type(e).__name__}: {e})") from None
 
 
-def take(session: CachedHistory, generator: torch.Generator) -> SessionState:
+def take_state(session: CachedHistory, generator: torch.Generator) -> SessionState:
     """All that continues the session elsewhere. A history in memory is part of it; one on disk is named by its length."""
     cache, slot = session.pool.cache, torch.from_numpy(session.cached.slot).to(session.pool.device)
     tensors = {"cut_lod": torch.from_numpy(session.cut_lod), "cut_index": torch.from_numpy(session.cut_index), "slot": torch.from_numpy(session.cached.slot),

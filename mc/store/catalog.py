@@ -76,7 +76,7 @@ CREATE TABLE versions (             -- of the gists
     id INTEGER PRIMARY KEY, model TEXT NOT NULL, time REAL NOT NULL, origin TEXT NOT NULL);
 CREATE TABLE intent (id INTEGER PRIMARY KEY CHECK (id = 1), edit TEXT NOT NULL);
 CREATE VIEW spans AS SELECT start, start + tokens AS stop, id AS source, uri FROM sources WHERE tokens > 0;
-"""
+"""  # noqa: E501
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class NodeStatistics:
     variance: float | None
 
 
-COPY_HINT = "restore it from a copy, or move it away: the history stays readable, what is known about its sources is lost"
+COPY_HINT = "restore it from a copy, or move it away: the history stays readable, what is known about its sources is lost"  # noqa: E501
 
 
 @contextmanager
@@ -634,7 +634,7 @@ def measure_variance(history: History, catalog: Catalog) -> int:
             child_N = (index_N[:, None] * K + torch.arange(K)).flatten()
             if lod == 1:
                 ids_N = store.tokens(child_N)
-                vectors_NKD, valid_NK1 = history.gpt.embed(ids_N.clamp_min(0).to(history.device)), (ids_N != VOID).view(-1, K, 1)
+                vectors_NKD, valid_NK1 = history.gpt.embed(ids_N.clamp_min(0).to(history.device)), (ids_N != VOID).view(-1, K, 1)  # noqa: E501
             else:
                 vectors_NKD, valid_NK1 = store.gists(lod - 1, child_N), torch.ones(len(index_N), K, 1, dtype=torch.bool)
             vectors_NKD = vectors_NKD.cpu().double().view(len(index_N), K, store.format.d_model) * valid_NK1

@@ -56,7 +56,7 @@ class TaskSource:
     ):
         if (schedule is None) != (total_rows is None):
             raise ValueError("a curriculum needs the number of rows of the run, and the reverse")
-        self.T, self._words, self._split, self._seed, self._schedule, self._total = T, words, split, seed, schedule, total_rows
+        self.T, self._words, self._split, self._seed, self._schedule, self._total = T, words, split, seed, schedule, total_rows  # noqa: E501
         self._names, self._ends = list(mix), np.cumsum(list(mix.values()))
         for name in mix:
             self._row(0, name)  # refuses a T that is too short

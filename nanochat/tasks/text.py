@@ -28,7 +28,7 @@ _LINES = {
     "markup": r"\s*</?\w+[^>]*>",
     "quote": r"\s*>",
     "speech": r"\s*[\"“‘—]|[A-Z][\w .]{0,24}:\s",
-    "code": r"( {4}|\t)\S|\s*(def|class|import|from|return|if|for|while|with|else|try|except|raise|@|//|#include)\b.*[:;(){}=]?\s*$",
+    "code": r"( {4}|\t)\S|\s*(def|class|import|from|return|if|for|while|with|else|try|except|raise|@|//|#include)\b.*[:;(){}=]?\s*$",  # noqa: E501
 }
 _TAGS = [(tag, re.compile(_LINES[tag])) for tag in LAYOUT if tag in _LINES]
 

@@ -81,17 +81,17 @@ def grafana_panel(panel: Panel, panel_id: int, x: int, y: int):
     built.grid_pos(dashboard.GridPos(h=HEIGHT, w=WIDTH, x=x, y=y))
     if panel.zero:
         built.min(0)
-    legend = common_builders.VizLegendOptions().show_legend(True).display_mode(common.LegendDisplayMode.LIST).placement(common.LegendPlacement.BOTTOM)
+    legend = common_builders.VizLegendOptions().show_legend(True).display_mode(common.LegendDisplayMode.LIST).placement(common.LegendPlacement.BOTTOM)  # noqa: E501
     return built.legend(legend)
 
 
 def variable(name: str, label: str, query_text: str, several: bool) -> builders.QueryVariable:
-    built = builders.QueryVariable(name).label(label).datasource(DATASOURCE).query(query_text).refresh(dashboard.VariableRefresh.ON_TIME_RANGE_CHANGED)
+    built = builders.QueryVariable(name).label(label).datasource(DATASOURCE).query(query_text).refresh(dashboard.VariableRefresh.ON_TIME_RANGE_CHANGED)  # noqa: E501
     return built.sort(dashboard.VariableSort.ALPHABETICAL_ASC).multi(several).include_all(several)
 
 
 def grafana_dashboard(board: Dashboard) -> str:
-    built = builders.Dashboard(board.title).uid(board.uid).description(board.description).tags(["megacontext"]).editable()
+    built = builders.Dashboard(board.title).uid(board.uid).description(board.description).tags(["megacontext"]).editable()  # noqa: E501
     built.refresh("30s").time("now-6h", "now").timezone(common.TimeZoneBrowser)
     built.with_variable(builders.DatasourceVariable("datasource").label("Data source").type("prometheus"))
     built.with_variable(variable("run", "Run", "label_values(mc_run_id)", several=True))

@@ -265,9 +265,12 @@ def plot_decoding(found: dict, path: Path) -> None:
 
 def add_flags(parser: FlagParser) -> None:
     add_checkpoint_flag(parser)
-    parser.add_argument("--longest", type=int, default=1_048_576, help=f"longest history in tokens; measured are {', '.join(f'{n:,}' for n in LENGTHS)} up to it")
-    parser.add_argument("--vanilla_longest", type=int, default=262_144, help="longest history for vanilla: its cache grows with it")
-    parser.add_argument("--vanilla_prefill", type=int, default=16_384, help="history that vanilla really reads; a longer cache is filled with copies")
+    parser.add_argument("--longest", type=int, default=1_048_576,
+                        help=f"longest history in tokens; measured are {', '.join(f'{n:,}' for n in LENGTHS)} up to it")
+    parser.add_argument("--vanilla_longest", type=int, default=262_144,
+                        help="longest history for vanilla: its cache grows with it")
+    parser.add_argument("--vanilla_prefill", type=int, default=16_384,
+                        help="history that vanilla really reads; a longer cache is filled with copies")
     parser.add_switch("--disk", False, "1: also sessions whose history is on disk, in a temporary folder")
     parser.add_argument("--rounds", type=int, default=16, help="refocus intervals timed at each length")
     add_device_flag(parser)
@@ -287,7 +290,7 @@ def run(args: argparse.Namespace) -> None:
     out = output_folder(args.out or base_dir() / "evals" / "decode", "decode.json", "decode.png")
     pool = sessions.open_pool(gpt, meta, args.checkpoint_dir, config)
     if pool.untrained:
-        print(f"note: LOD {', '.join(map(str, pool.untrained))} were not trained; what is measured here is time and memory")
+        print(f"note: LOD {', '.join(map(str, pool.untrained))} were not trained; what is measured here is time and memory")  # noqa: E501
     history_N = history_tokens(meta, Tokenizer.load(), max(lengths))
     with tempfile.TemporaryDirectory() as folder:
         results = measure_decoding(lambda: sessions.open_pool(gpt, meta, args.checkpoint_dir, config), gpt, history_N,

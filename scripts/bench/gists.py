@@ -64,7 +64,7 @@ class Student(NamedTuple):
 def parse(text: str, recent: int, horizon: int, n: int) -> tuple[MCConfig, bool, int]:
     """Settings, whether the base is frozen, and the window. UserError for what is no setting, or has no effect here."""
     kinds = {f.name: type(f.default) for f in core_settings()} | {name: type(value)
-                                                                  for name, (_, value) in SETTINGS.items()} | {"frozen": int, "window": int}
+                                                                  for name, (_, value) in SETTINGS.items()} | {"frozen": int, "window": int}  # noqa: E501
     values: dict = {"max_lod": 1, "wc_weight": 1.0, "kl_weight": 1.0}
     for part in text.split(","):
         name, _, value = part.partition("=")

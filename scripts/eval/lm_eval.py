@@ -205,7 +205,7 @@ class PlainLM(HarnessLM):
     def __init__(self, model: GPT, tokenizer: Tokenizer, max_length: int = 0, seed: int = 0):
         super().__init__(tokenizer, seed)
         self.model, self.engine, self.max_length, self.cut = model, Engine(model,
-                                                                           tokenizer), max_length or model.config.sequence_len, 0
+                                                                           tokenizer), max_length or model.config.sequence_len, 0  # noqa: E501
         self.shortened = False
         if self.max_length < 2:
             raise UserError(f"--max_length={max_length}: at least 2 tokens")

@@ -267,7 +267,7 @@ def run(args: Namespace) -> None:
             text_by_length(of_text, text_pool, text_tokenizer, args)
     parts = {name: t.report() for name, t in (("distance", by_place), ("length", by_length), ("text", of_text))
              if t.by_place}
-    titles = {"distance": f"Accuracy by distance in windows of {pool.focus_config.budget} entries, streams of {n:,} tokens", "length": "NLL of recall by length of the history",
+    titles = {"distance": f"Accuracy by distance in windows of {pool.focus_config.budget} entries, streams of {n:,} tokens", "length": "NLL of recall by length of the history",  # noqa: E501
               "text": "NLL of text by length of the history"}
     lines = [line for name, rows in parts.items()
              for line in stream_markdown(titles[name], rows, "acc" if name == "distance" else "nll")]

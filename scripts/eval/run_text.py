@@ -31,7 +31,7 @@ from scripts.eval.scores import tail_attention, text_contexts
 from scripts.eval.statistics import LEAST_GAP, bootstrap_interval
 from scripts.eval.subcommands import check_least
 from scripts.eval.tables import cell, table
-from scripts.eval.text_focus import HORIZONS, Predictor, Tried, far_only, features, fit, judge_cuts, utilities_by_horizon
+from scripts.eval.text_focus import HORIZONS, Predictor, Tried, far_only, features, fit, judge_cuts, utilities_by_horizon  # noqa: E501
 
 SYSTEMS = ("lens", "recency", "random", "bm25", "tail_attention", "predictor", "oracle")
 FAR = {"words used again": 1, "pairs used again": 2}  # label -> length of what stood far back and not since
@@ -157,7 +157,7 @@ def summarize(found: dict[str, np.ndarray], counts: list[int], with_predictor: b
         names = {s: of_horizon(s, HORIZONS[-1], most) for s in systems}
         summary["far"][label] = {"targets": int(mask.sum()), "share": float(mask.mean()),
                                  "nll": {name: mean(name) for name in ("full", "window", "gists")} | {s: mean(name)
-                                                                                                      for s, name in names.items()},
+                                                                                                      for s, name in names.items()},  # noqa: E501
                                  "gap_closed": {s: share(found["window"], found[name], found["full"], mask, seeds,
                                                          LEAST_GAP) for s, name in names.items()}}
     return summary

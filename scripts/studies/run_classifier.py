@@ -15,7 +15,7 @@ from nanochat.common import FlagParser, UserError, init_distributed, seed_everyt
 from nanochat.outputs import output_file
 from scripts.eval.importance import keep_labels, read_labels, read_manifest
 from scripts.eval.methods.registry import load_models
-from scripts.eval.methods.token_classifier import FILE, TokenClassifier, TokenClassifierConfig, save_token_classifier, train_classifier
+from scripts.eval.methods.token_classifier import FILE, TokenClassifier, TokenClassifierConfig, save_token_classifier, train_classifier  # noqa: E501
 from scripts.studies.run_importance import add_label_flags, base_of
 
 

@@ -109,7 +109,7 @@ def make_classifier(model: dict) -> None:
 def make_arm(model: dict, system: str) -> None:
     system = METHODS[system].arm or system
     folder, classifier = arm_folder(model,
-                                    system), {"classifier": classifier_folder(model) / FILE} if system == NEEDS_CLASSIFIER else {}
+                                    system), {"classifier": classifier_folder(model) / FILE} if system == NEEDS_CLASSIFIER else {}  # noqa: E501
     if not complete_steps(folder):
         call(run_finetune, {"method": system, "checkpoint_dir": base_folder(model), "out": folder, **classifier,
                             **model["finetune"]})
@@ -252,7 +252,7 @@ def make_tokenizer(cell: dict) -> dict:
 def run_suite(suite: Suite, seeds: list[int], records: CellRecords, jobs: int) -> None:
     cells, made = suite.cells(seeds), CellRecords(records.path.with_name("checkpoints.jsonl"))
     if not (base_dir() / "tokenizer" / "tokenizer.json").exists():
-        print0(f"{suite.name}: no tokenizer in {base_dir()}: one is trained on the embedded corpus, as the quickstart does")
+        print0(f"{suite.name}: no tokenizer in {base_dir()}: one is trained on the embedded corpus, as the quickstart does")  # noqa: E501
         run_cells([{"key": "tokenizer", "name": "tokenizer", "data": "stdlib"}],
                   "scripts.studies.run_suite:make_tokenizer", made, what=suite.name, again=True)
     for preparation in preparations(cells):
@@ -318,9 +318,12 @@ def add_flags(parser: FlagParser) -> None:
                         help="instead: RESULTS.jsonl:LINE, one cell again from its record, exit code 1 if a number "
                              "differs")
     parser.add_argument("--seeds", default="", help="seeds to run, like 1,2; default the suite's")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings and fine-tunings at a time, each a process; cells are judged one after the other")
+    parser.add_argument("--jobs", type=int, default=1,
+                        help="trainings and fine-tunings at a time, each a process; cells are judged one after the other")  # noqa: E501
     parser.add_switch("--report", False, "1: only write the report on the cells that were run")
-    parser.add_argument("--out", type=Path, default=None, help="folder of the results; default the newest $NANOCHAT_BASE_DIR/evals/DATE/SUITE, today's if there is none")
+    parser.add_argument("--out", type=Path, default=None,
+                        help="folder of the results; default the newest $NANOCHAT_BASE_DIR/evals/DATE/SUITE, today's "
+                             "if there is none")
 
 
 def run(args: Namespace) -> None:

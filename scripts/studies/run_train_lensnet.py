@@ -118,8 +118,10 @@ def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--batch", type=int, default=16, help="contexts per step")
     parser.add_argument("--lr", type=float, default=0.03, help="learning rate of the lens (Muon; half for its scalars)")
     parser.add_argument("--near", type=int, default=8, help="blocks back from the end of history that compete at first")
-    parser.add_argument("--grow", type=float, default=0.5, help="share of the steps over which that grows to all blocks; 0: all from the start")
-    parser.add_switch("--normalize", True, "1: utilities in standard deviations over the edits of an end of history; 0: in nats")
+    parser.add_argument("--grow", type=float, default=0.5,
+                        help="share of the steps over which that grows to all blocks; 0: all from the start")
+    parser.add_switch("--normalize", True,
+                      "1: utilities in standard deviations over the edits of an end of history; 0: in nats")
     parser.add_argument("--log_every", type=int, default=50, help="steps between log lines")
     parser.add_argument("--seed", type=int, default=42, help="of the new lens and the order of contexts")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")

@@ -122,7 +122,7 @@ def read_suite(path: Path) -> Suite:
         raise UserError(f"{path}: files is a mapping of names, other than those of tasks and texts, to path and format")
     for name, file in files.items():
         if not isinstance(file, dict) or set(file) != {"path", "format"} or not isinstance(file["path"],
-                                                                                           str) or file["format"] not in list(FORMATS):
+                                                                                           str) or file["format"] not in list(FORMATS):  # noqa: E501
             raise UserError(f"{path}: files: {name} is a mapping of path and format, which is one of "
                             f"{', '.join(FORMATS)}")
     for name, model in models.items():

@@ -184,6 +184,6 @@ def test_utility_order():
         lost = 0.0
         for i, j in pairs:
             winner, loser = (i, j) if utility[b, i] > utility[b, j] else (j, i)
-            lost += (utility[b, winner] - utility[b, loser]).item() * math.log1p(math.exp((logits[b, loser] - logits[b, winner]).item()))
+            lost += (utility[b, winner] - utility[b, loser]).item() * math.log1p(math.exp((logits[b, loser] - logits[b, winner]).item()))  # noqa: E501
         expected.append(lost / max(len(pairs), 1))
     check(utility_order(logits, utility, valid), torch.tensor(expected, dtype=torch.float64))

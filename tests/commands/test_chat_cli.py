@@ -141,7 +141,7 @@ def test_ctrl_c_ends_an_answer_and_the_typed_conversation_goes_on(run, interrupt
     monkeypatch.setattr(sys, "stdin", Stdin(b"one\ntwo\n", terminal=True))
     _, err = run(chat_cli.main, *CHAT, *DISK)
     assert [line.split(" tokens")[0] for line in err if line.startswith("[history")] == ["[history 8",
-                                                                                         "[history 20"], "1 + 3 + 4, 3 + 9"
+                                                                                         "[history 20"], "1 + 3 + 4, 3 + 9"  # noqa: E501
     assert stored(tmp_path) == 20
 
 
@@ -301,7 +301,7 @@ def test_a_history_on_disk_goes_on(run, tmp_path):
         with pytest.raises(UserError, match="--history="):
             run(chat_cli.main, *CHAT, *disk, flag)
     with DiskStore.open(tmp_path / "store", "r") as store, Catalog(tmp_path / "store", 8, read_only=True) as catalog:
-        assert store.n_tokens == 2549 and len(catalog.sources()) == 2, "a file that cannot be read left something behind"
+        assert store.n_tokens == 2549 and len(catalog.sources()) == 2, "a file that cannot be read left something behind"  # noqa: E501
     with pytest.raises(UserError, match="needs --mc_store=DIR"):
         run(chat_cli.main, *CHAT, "--mc_tree=disk", "--prompt=a")
 
@@ -309,7 +309,7 @@ def test_a_history_on_disk_goes_on(run, tmp_path):
 def test_metrics_of_a_conversation(run, tmp_path):
     run(chat_cli.main, *CHAT, "--history=@history.txt", "--prompt=abc", "--log_dir=@log")
     (row,) = read_metrics(tmp_path / "log" / "metrics.jsonl")
-    assert row["mc.session.history"] == 2524 and row["gen_ai.server.request.duration"] > row["gen_ai.server.time_to_first_token"] > 0
+    assert row["mc.session.history"] == 2524 and row["gen_ai.server.request.duration"] > row["gen_ai.server.time_to_first_token"] > 0  # noqa: E501
 
 
 def test_history_needs_megacontext(run, capsys):
@@ -323,7 +323,7 @@ def test_mc_bench_decode(run, tmp_path):
                  "--vanilla_prefill=1024", "--disk=1", "--out=@decode")
     found = json.loads(out[-1])
     assert found["memory_ratio_1m_over_4k"] == 1.0 and found["ratio_lengths"] == [4096,
-                                                                                  4096] and 0 < found["controller_share"] < 1
+                                                                                  4096] and 0 < found["controller_share"] < 1  # noqa: E501
     assert [c["history"] for c in found["curve"]] == [1024, 4096] and all(c["vanilla"]["bytes"] > 0
                                                                           for c in found["curve"])
     # keys and values, nothing else
@@ -340,7 +340,7 @@ def test_mc_bench_kv(run):
     out, _ = run(mc_bench.main, "kv", "--checkpoint_dir=@ckpt", "--rows=3", "--ahead=40", "--mc_interval=8",
                  "--mc_budget=60")
     found = json.loads(out[-1])
-    assert found["rows"] == 3 and found["delta_nll"] == pytest.approx(found["nll"]["approximate"] - found["nll"]["exact"])
+    assert found["rows"] == 3 and found["delta_nll"] == pytest.approx(found["nll"]["approximate"] - found["nll"]["exact"])  # noqa: E501
     assert 0 < found["computed_share"]["approximate"] <= found["computed_share"]["exact"] <= 1
     with pytest.raises(UserError, match="at least 2 rows"):
         run(mc_bench.main, "kv", "--checkpoint_dir=@ckpt", "--rows=1")

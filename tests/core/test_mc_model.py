@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mc.config import RETIRED, MCConfig, add_flags, complete, from_dict, from_flags, to_dict
 from mc.far_history import FarHistory, draw_far_history, place_far
 from mc.gaussian_rope import entry_rotary
-from mc.model import Entries, MegaContext, fingerprint, load_mega_context, read_rows, recency_scores, run_entries, take, with_continuation
+from mc.model import Entries, MegaContext, fingerprint, load_mega_context, read_rows, recency_scores, run_entries, take, with_continuation  # noqa: E501
 from mc.working_context import Cut, finest
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import FlagParser, UserError
@@ -226,7 +226,7 @@ def test_a_far_history_is_a_longer_cut_in_time_order():
                            torch.full((4,), N), 1, 0, 7)
     out = run_entries(gpt, mc, tree, tokens, entries, far)
     start, far_start, far_length = place_far(entries.index_BM * K**entries.lod_BM, far)
-    assert out.shape[1] == entries.lod_BM.shape[1] and (far_length.sum(1) > 0).sum() > 2 and len((start != entries.index_BM * K**entries.lod_BM).any(1).unique()) == 2
+    assert out.shape[1] == entries.lod_BM.shape[1] and (far_length.sum(1) > 0).sum() > 2 and len((start != entries.index_BM * K**entries.lod_BM).any(1).unique()) == 2  # noqa: E501
     for b in range(4):
         own = [(int(start[b, w]), int(entries.lod_BM[b, w]), w) for w in range(out.shape[1]) if entries.valid_BM[b, w]]
         stored = [(int(far_start[b, f]), int(far.cut.lod_BW[b, f]), ~f) for f in range(24) if far.cut.valid_BW[b, f]]
@@ -338,7 +338,7 @@ def test_settings_of_arms_are_in_what_histories_are_named_by():
     every = complete(MCConfig(gist="slots", teacher="gate"))
     assert set(BEFORE_ARMS) | set(RETIRED) <= set(every) and all(every[name] == value
                                                                  for name, value in (BEFORE_ARMS | RETIRED).items())
-    assert complete(from_dict({"gist_source": "hidden"}))["gist_source"] == "hidden" and complete(from_dict({"gists_per_block": 2}))["gists_per_block"] == 2
+    assert complete(from_dict({"gist_source": "hidden"}))["gist_source"] == "hidden" and complete(from_dict({"gists_per_block": 2}))["gists_per_block"] == 2  # noqa: E501
 
 
 @pytest.mark.parametrize("wrong, message", [

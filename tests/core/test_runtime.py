@@ -160,7 +160,7 @@ def test_the_lens_reads_nothing_of_the_full_pass(monkeypatch):
             block.attn.c_v.weight.mul_(-1.5)
             block.mlp.c_fc.weight.mul_(0.5)
     second = step(mc, gpt, batch)
-    assert first.metrics["train.loss"] != second.metrics["train.loss"] and first.metrics["mc.loss.lens"] != second.metrics["mc.loss.lens"]
+    assert first.metrics["train.loss"] != second.metrics["train.loss"] and first.metrics["mc.loss.lens"] != second.metrics["mc.loss.lens"]  # noqa: E501
     assert all(torch.equal(a, b) for a, b in zip(*seen))
 
 
@@ -286,7 +286,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts():
         rows.append(0.7 * token_losses(ours[None], wanted[None])[0][counted].mean() + 0.3 * kl[counted].mean())
     torch.testing.assert_close(result.loss,
                                result.metrics["train.loss"] + ramp(1, 0,
-                                                                   4) * (torch.stack(rows).mean() + result.metrics["mc.loss.lens"]))
+                                                                   4) * (torch.stack(rows).mean() + result.metrics["mc.loss.lens"]))  # noqa: E501
 
 
 @pytest.mark.parametrize("weights", [{"kl_weight": 0.0}, {"wc_weight": 0.01, "kl_weight": 3.0}, {"wc_weight": 0.0}])
@@ -411,7 +411,7 @@ def fingerprint(**config) -> tuple:
     rates = [(g["name"], g["lr"]) for g in mc.param_groups()]
     shapes = {k: tuple(v.shape) for k, v in mc.state_dict().items()}
     return result.loss.item(), values(result.metrics), [x.tolist()
-                                                        for x in result.primary] if result.primary else None, rates, shapes
+                                                        for x in result.primary] if result.primary else None, rates, shapes  # noqa: E501
 
 
 plain = cache(fingerprint)

@@ -14,7 +14,7 @@ def test_default_flags_and_a_long_foreign_history(base, prepared, tmp_path):
                "--device_batch_size=2", "--total_batch_size=1024",
                "--num_iterations=3", "--eval_tokens=1024", "--device=cpu", "--model_tag=m", "--mc_enabled=1").ok()
     (outlook,) = [line for line in done.out.splitlines() if line.startswith("sessions: ")]
-    assert "LOD1 to LOD4 are trained; of 1,048,576 tokens they show" in outlook and "left out and searched all the same" in outlook
+    assert "LOD1 to LOD4 are trained; of 1,048,576 tokens they show" in outlook and "left out and searched all the same" in outlook  # noqa: E501
     assert "note:" not in done.err
     (tmp_path / "foreign.txt").write_text(FOREIGN * 600)
     chat = ("--checkpoint_dir", str(base / "checkpoints" / "m"), "--mc_enabled=1", "--device=cpu")

@@ -298,7 +298,7 @@ def test_wandb_offline(base, prepared):
     assert list((base / "runs" / "t").rglob("offline-run-*/*.wandb")) and len(rows(base)) == 2
 
 
-# -- flags and plans ------------------------------------------------------------------------------------------------------
+# -- flags and plans ------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 @pytest.mark.parametrize("script", sorted(p.stem for p in (ROOT / "scripts").glob("*.py") if p.stem != "__init__"))
@@ -337,8 +337,8 @@ def test_dry_run_of_eight_ranks(depth, mc, tmp_path):
     flags = [f"--depth={depth}", f"--mc_enabled={mc}", "--max_seq_len=2048", "--vocab_size=32768", "--dry_run=1"]
     done = start(tmp_path / "base", "base_train", *flags, WORLD_SIZE="8", RANK="0").wait().ok()
     plan = json.loads(done.out)
-    assert plan["ranks"] == 8 and plan["layers"] == depth and plan["width"] == 64 * depth and plan["vocabulary"] == 32768
-    assert plan["tokens_per_step"] == plan["rows_per_step"] * 2048 and plan["rows_per_step"] % (8 * plan["accumulation"]) == 0
+    assert plan["ranks"] == 8 and plan["layers"] == depth and plan["width"] == 64 * depth and plan["vocabulary"] == 32768  # noqa: E501
+    assert plan["tokens_per_step"] == plan["rows_per_step"] * 2048 and plan["rows_per_step"] % (8 * plan["accumulation"]) == 0  # noqa: E501
     assert plan["tokens"] == plan["tokens_per_step"] * plan["iterations"] > 1e9
     assert 6 * plan["tokens"] * 1e8 < plan["flops"] and plan["memory_bytes_per_rank"] > 1e9
     assert not (tmp_path / "base").exists()

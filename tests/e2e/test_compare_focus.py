@@ -58,7 +58,7 @@ def compared(trained):
     return trained, compare(trained).ok()
 
 
-# -- report ---------------------------------------------------------------------------------------------------------------
+# -- report ---------------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def test_report(compared):
@@ -193,7 +193,7 @@ def test_mistakes_of_mc_stream(checkpoint, flags, message, trained, tmp_path):
     assert message in done.error and not (tmp_path / "out").exists()
 
 
-# -- eval_focus ---------------------------------------------------------------------------------------------------------------
+# -- eval_focus ---------------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def eval_focus(base: Path, out: Path, *flags: str):
@@ -242,9 +242,9 @@ def test_eval_focus_on_hops(trained, tmp_path):
             for row in report["hops"]] == [(0, 8, 160, 2), (5, 8, 160, 2)]
     for row in report["hops"]:
         assert set(row["systems"]) == {"refocused", "once", "oracle", "window", "full"} and all(one["mean"] < 0.5
-                                                                                                for one in row["systems"].values())
+                                                                                                for one in row["systems"].values())  # noqa: E501
     last = json.loads(done.out.splitlines()[-1])
-    assert last["accuracy_two_hops"] == report["hops"][0]["systems"]["refocused"]["mean"] and last["regret"] is None and report["settings"] == []
+    assert last["accuracy_two_hops"] == report["hops"][0]["systems"]["refocused"]["mean"] and last["regret"] is None and report["settings"] == []  # noqa: E501
 
 
 def test_blocks_of_a_model_that_are_not_the_tasks(trained, tmp_path):
@@ -259,7 +259,7 @@ def test_blocks_of_a_model_that_are_not_the_tasks(trained, tmp_path):
     eval_focus(base, tmp_path / "out", f"--recall_mc={recall}", "--recall_sizes=8:2").ok()
     (setting,) = json.loads((tmp_path / "out" / "focus.json").read_text())["settings"]
     assert (setting["n"], setting["budget"], setting["shown"]) == (288, 128,
-                                                                   13) and setting["systems"]["lens"]["hit_at_most"] is not None
+                                                                   13) and setting["systems"]["lens"]["hit_at_most"] is not None  # noqa: E501
     errors = [run(base, "mc_eval", "focus", f"--hops_mc={hops}", out).error,
               run(base, "mc_eval", "stream", f"--checkpoint_dir={recall}", out).error,
               run(base, "mc_eval", "focus", f"--recall_mc={recall},{trained / 'checkpoints' / 'recall_mc'}", out).error]
@@ -294,7 +294,7 @@ def test_text_focus_study(trained, prepared, tmp_path):
     assert len(kept) == 1 and {p: p.stat().st_mtime_ns
                                for p in (tmp_path
                                          / "out").glob(
-                                             "*.npz")} == kept and again.out.splitlines()[-1] == done.out.splitlines()[-1]
+                                             "*.npz")} == kept and again.out.splitlines()[-1] == done.out.splitlines()[-1]  # noqa: E501
     run(base, "mc_eval", "text", *flags, "--contexts=1", "--train_contexts=0").ok()
     (setting,) = json.loads((tmp_path / "out" / "text_focus.json").read_text())["settings"]
     assert "predictor@5" not in setting["summary"]["horizons"]["8"]["nll"]
@@ -317,7 +317,7 @@ def test_mistakes_of_eval_focus(flags, message, trained, tmp_path):
     assert message in done.error and not (tmp_path / "out").exists()
 
 
-# -- mistakes -------------------------------------------------------------------------------------------------------------
+# -- mistakes -------------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +390,7 @@ def test_mistakes_of_mc_bench(checkpoint, flags, message, kept):
     assert tree(kept) == before
 
 
-# -- quickstart -----------------------------------------------------------------------------------------------------------
+# -- quickstart -----------------------------------------------------------------------------------------------------------  # noqa: E501
 
 STUB = """#!/bin/sh
 printf '%s\\0' "$(basename "$0")" "$@" >> "$RECORD"

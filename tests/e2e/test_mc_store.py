@@ -199,7 +199,7 @@ def test_prune_restore_compact(base, store):
     assert before["pruned"] == blocks // 2
     assert last(command(base, "compact", store))["given_back"] > 0
     after = last(command(base, "info", store))
-    assert after["erased"] == blocks // 2 and after["pruned"] == 0 and after["bytes"] < before["bytes"] - 0.4 * 4 * before["slots"]
+    assert after["erased"] == blocks // 2 and after["pruned"] == 0 and after["bytes"] < before["bytes"] - 0.4 * 4 * before["slots"]  # noqa: E501
     assert last(command(base, "restore", store))["erased"] == blocks // 2
     assert "pruned and compacted away" in command(base, "query", store, "--source=1", "--text=1").error
     assert last(command(base, "verify", store))["ok"]
@@ -323,7 +323,7 @@ def test_benchmark(base, prepared, tmp_path):
         f"--dir={tmp_path}",
     )
     values = last(done)
-    assert values["ingest"]["tokens"] >= 200_000 and values["ingest"]["pairs"] >= 2 and values["ingest"]["store_over_alone_wall"][0] > 0
+    assert values["ingest"]["tokens"] >= 200_000 and values["ingest"]["pairs"] >= 2 and values["ingest"]["store_over_alone_wall"][0] > 0  # noqa: E501
     assert 1 <= values["sizes"]["records_over_theory"] < 1.1 and values["gathering"]["ratio"][0] > 0
     assert values["editing"]["insert"]["moved"] > 0 == values["editing"]["replace"]["moved"]
     assert abs(values["stored_dtypes"]["int8 LOD1"]["added"]) < 0.1 and list(tmp_path.iterdir()) == []

@@ -23,7 +23,7 @@ def test_every_registered_metric_is_recorded(reference, base, train):
     train(base, *MC, *GIST_LOSSES, "--num_iterations=8").ok()
     assert recorded(base) == set(METRICS) - SESSION - TRANSPORT
     assert recorded(base) - recorded(reference["mc"]) == {"mc.loss.contrast",
-                                                          "mc.loss.horizon_gist"}, "losses that are off are not recorded"
+                                                          "mc.loss.horizon_gist"}, "losses that are off are not recorded"  # noqa: E501
     assert recorded(reference["vanilla"]) == {name for name in METRICS
                                               if not name.startswith(("mc.", "gen_ai."))} - TRANSPORT
 

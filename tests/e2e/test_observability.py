@@ -23,4 +23,4 @@ def test_every_number_and_every_panel_is_in_the_store(tmp_path):
         pytest.skip(done.stderr.strip())
     assert done.returncode == 0, (done.stdout, done.stderr)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["lost"] == 0 and found["spans"] > 50 and min(found["compared"].values()) > 100 and len(found["compared"]) == 5
+    assert found["lost"] == 0 and found["spans"] > 50 and min(found["compared"].values()) > 100 and len(found["compared"]) == 5  # noqa: E501

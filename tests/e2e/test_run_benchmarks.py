@@ -18,7 +18,7 @@ models: {{m: {{train: {base}, finetune: {{steps: 1, rows: 2, lr_scales: "0.1", d
 cells:
   - {{model: m, tasks: [code], systems: [full, window, gists_lens], lengths: [64], budgets: [40, 48], documents: 4, batch: 2}}
   - {{model: m, tasks: [qa], systems: [window], lengths: [64], budgets: [40], documents: 2, batch: 2}}
-"""
+"""  # noqa: E501
 CONTEXTS = ["too short", "one two three " * 80, "four five six " * 120]
 
 
@@ -78,7 +78,7 @@ def test_a_suite_resumes_and_its_cells_can_be_run_again(suite, base, prepared, t
     changed = tmp_path / "seconds.yaml"  # the same tags: their checkpoints are no longer what the suite says
     changed.write_text(suite.read_text().replace("mc_lens_key_dim: 8", "mc_lens_key_dim: 16"))
     stale = run(base, "mc_study", "suite", str(changed))
-    assert stale.code and "was trained with --mc_lens_key_dim=8, the suite asks for 16" in stale.error and len(records(base)) == 12
+    assert stale.code and "was trained with --mc_lens_key_dim=8, the suite asks for 16" in stale.error and len(records(base)) == 12  # noqa: E501
 
 
 @pytest.mark.parametrize(("flags", "error"), [

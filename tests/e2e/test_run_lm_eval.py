@@ -69,8 +69,8 @@ def test_local_tasks_run_on_a_checkpoint(reference, folder, tmp_path, kind):
     ).ok()
     summary, found = json.loads(done.out.splitlines()[-1]), json.loads((tmp_path / "found.json").read_text())
     assert summary["results"] == found["results"] and found["documents"] == dict.fromkeys(TASKS,
-                                                                                          5) and found["mc"] == (kind == "mc")
-    assert 0 <= found["results"]["made_choice"]["acc,none"] <= 1 and found["results"]["made_answer"]["exact_match,none"] == 0
+                                                                                          5) and found["mc"] == (kind == "mc")  # noqa: E501
+    assert 0 <= found["results"]["made_choice"]["acc,none"] <= 1 and found["results"]["made_answer"]["exact_match,none"] == 0  # noqa: E501
     assert 1 < found["results"]["made_document"]["word_perplexity,none"] < 1e30
     assert (found["cut"] > 0) == (kind == "vanilla"), "sessions cut nothing"
     assert ("note: " in done.out) == (kind == "vanilla") and not any(name.startswith("mc.")

@@ -133,7 +133,7 @@ def test_a_full_disk_loses_whole_lines_and_says_so(troubled):
     assert written.endswith("}\n") and len(lines(base)) - 1 + lost == 20 + 1  # steps, what was delivered
     seen = [p.value for p in receiver.points() if p.name == "telemetry.jsonl.lost"]
     # but for the last two lines
-    assert sorted(set(seen)) == list(range(int(max(seen)) + 1)) and lost - 2 <= max(seen) <= lost, "seen from outside while it happens"
+    assert sorted(set(seen)) == list(range(int(max(seen)) + 1)) and lost - 2 <= max(seen) <= lost, "seen from outside while it happens"  # noqa: E501
     assert len([p for p in receiver.points() if p.name == "train.tokens"]) == 20, "the other sinks go on"
 
 

@@ -164,7 +164,7 @@ def test_scores():
     focus = comparison(gpt)
     random = focus.scores("random")
     assert torch.equal(random[[2]], comparison(gpt, rows=[2]).scores("random")) and not torch.equal(random,
-                                                                                                    comparison(gpt, seed=1).scores("random"))
+                                                                                                    comparison(gpt, seed=1).scores("random"))  # noqa: E501
     assert torch.equal(focus.scores("recency"), recency_scores(focus.n_B, BLOCKS))
     other = focus.tokens.clone()
     other[:, N:] = (other[:, N:] + 1) % 50

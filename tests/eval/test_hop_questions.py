@@ -82,7 +82,7 @@ def test_every_system_gets_the_same_questions(pools, monkeypatch):
             monkeypatch.setattr("scripts.eval.hop_questions.write_chain", written)
             monkeypatch.setattr("scripts.eval.hop_questions.base_writes", lambda gpt, context, chain, first: answer
                                 and torch.equal(chain,
-                                                made[:, len(context):len(context) + 3][(made[:, :len(context)] == context).all(1)][0]))
+                                                made[:, len(context):len(context) + 3][(made[:, :len(context)] == context).all(1)][0]))  # noqa: E501
             right = ask_chains(pools, TASK, 8, 2, announced)
             assert set(right) == set(SYSTEMS) and all((x == answer).all() for x in right.values())
             assert asked[2][2] == rows.episode_blocks[0].tolist() and asked[0][:2] == (32, made[0, 32:33 + 3

@@ -41,7 +41,7 @@ def test_a_lens_is_measured_against_what_each_block_wins():
         useful = utility.clamp_min(0)
         target = useful / useful.sum(1, keepdim=True)
         nats.append(-(target
-                      * logits.log_softmax(1)).sum(1)), weights.append(useful.sum(1)), hits.append((logits.argmax(1) == utility.argmax(1)).double())
+                      * logits.log_softmax(1)).sum(1)), weights.append(useful.sum(1)), hits.append((logits.argmax(1) == utility.argmax(1)).double())  # noqa: E501
         won["lens"].append(utility.gather(1, logits.topk(most, 1).indices).sum(1))
         won["best"].append(useful.topk(most, 1).values.sum(1))
         won["recency"].append(utility[:, -most:].sum(1))

@@ -80,7 +80,7 @@ def runs(tmp_path) -> dict[str, dict[str, Path]]:
             for name in ("recall", "text")}
 
 
-# -- numbers --------------------------------------------------------------------------------------------------------------
+# -- numbers --------------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def test_rows_are_the_outcomes():
@@ -89,7 +89,7 @@ def test_rows_are_the_outcomes():
     assert list(rows) == list(report.SYSTEMS) == list(found)
     for name, row in rows.items():
         full = found["vanilla_full" if "vanilla" in name else "full"]
-        assert row["nll"] == pytest.approx(float(found[name].nll_B.mean())) and row["acc"] == pytest.approx(float(found[name].acc_B.mean()))
+        assert row["nll"] == pytest.approx(float(found[name].nll_B.mean())) and row["acc"] == pytest.approx(float(found[name].acc_B.mean()))  # noqa: E501
         assert row["delta_nll"] == pytest.approx(float((found[name].nll_B - full.nll_B).mean()))
         assert row["entries"] == int(found[name].entries_B[0])
         low, high = row["delta_nll_interval"]
@@ -145,7 +145,7 @@ def test_bootstrap_draws_a_context_with_all_of_its_seeds():
     assert all((i[3:] == i[:3] + 3).all() for i in seen) and set(np.concatenate(seen)) == set(range(6))
 
 
-# -- table ----------------------------------------------------------------------------------------------------------------
+# -- table ----------------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def test_the_table_is_the_json(whole):
@@ -165,14 +165,14 @@ def test_the_table_is_the_json(whole):
                      "2.5e+12", "2e+12"):
             assert fact in sections[name], fact
     lens = whole["tasks"]["recall"]["gap_closed"]["mc_lens"]
-    assert f"closes {lens['share']:.2f} [{lens['interval'][0]:.2f}, {lens['interval'][1]:.2f}] of the gap" in sections["recall"]
+    assert f"closes {lens['share']:.2f} [{lens['interval'][0]:.2f}, {lens['interval'][1]:.2f}] of the gap" in sections["recall"]  # noqa: E501
     assert "not measurable" in sections["text"] and "closes 0" not in sections["text"]
     for name, ratio in (("recall", "1.217"), ("text", "1.100")):
         assert f"* {name}: a training step with MC takes {ratio} [1.180, 1.260] times" in sections["Cost"]
     assert "tree 3.1%, wc 12.4%, backward and optimizer 6.2%" in sections["Cost"] and "Seed 7, commit abc123." in text
 
 
-# -- files ----------------------------------------------------------------------------------------------------------------
+# -- files ----------------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def test_write(whole, runs, tmp_path):
@@ -225,7 +225,7 @@ def test_curves_are_the_logs(runs, figures):
                           "MC: working-context loss": [[100 * s, 9.5 - s] for s in (3, 4, 5)]}  # fmt: skip
 
 
-# -- step times -----------------------------------------------------------------------------------------------------------
+# -- step times -----------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def test_interval_of_the_median():
@@ -301,7 +301,7 @@ def test_telemetry_cost_is_of_real_sinks(otlp, tmp_path, monkeypatch):
         monkeypatch.delenv(name)
     with telemetry_benchmark.collector() if otlp else nullcontext():
         cost = telemetry_benchmark.telemetry_cost(meta(), TOKENIZER, tmp_path, pairs=3, steps=2)
-    assert 0 < cost.low <= cost.ratio <= cost.high and 0 < cost.cpu_low <= cost.cpu_ratio <= cost.cpu_high and cost.step_s > 0
+    assert 0 < cost.low <= cost.ratio <= cost.high and 0 < cost.cpu_low <= cost.cpu_ratio <= cost.cpu_high and cost.step_s > 0  # noqa: E501
     assert 0 < cost.accounted < 1 and cost.values_per_step > 2 * 20
     found = read_metrics(tmp_path / "metrics.jsonl")
     assert len(found) == 1 + 3 and "mc.loss.wc" in found[1] and "OTEL_EXPORTER_OTLP_ENDPOINT" not in os.environ

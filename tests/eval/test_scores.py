@@ -15,7 +15,7 @@ from nanochat.tasks.recall import RecallTask
 from scripts.eval.bm25 import bm25_scores
 from scripts.eval.comparison import FocusComparison
 from scripts.eval.run_focus import Model, seeds_gap_closed, mean_of, recall_setting
-from scripts.eval.scores import CHEATS, SCORES, all_scores, measure_scores, most_useful, recall_contexts, tail_attention, utilities
+from scripts.eval.scores import CHEATS, SCORES, all_scores, measure_scores, most_useful, recall_contexts, tail_attention, utilities  # noqa: E501
 from slow_spearman import slow_spearman
 from tiny_mc import H, K, N, R, W, tiny_base, tiny_batch, tiny_mc
 
@@ -181,7 +181,7 @@ def test_a_budget_that_shows_nothing_is_refused():
         comparison(budget=10)
 
 
-# -- contexts -----------------------------------------------------------------------------------------------------------------
+# -- contexts -----------------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 @pytest.mark.parametrize("size", [8, 4, 16])

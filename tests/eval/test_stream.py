@@ -42,7 +42,7 @@ def test_only_what_is_counted_is_judged():
     logits[1, SCORED[1]] = 50
     found = judged(logits, SCORED, counted, {})
     assert found.acc == (0.5 + 0.5
-                         * float(logits[3].argmax() == SCORED[3])) and found.nll == pytest.approx(float(torch.nn.functional.cross_entropy(logits[3], SCORED[3])) / 2, abs=1e-5)
+                         * float(logits[3].argmax() == SCORED[3])) and found.nll == pytest.approx(float(torch.nn.functional.cross_entropy(logits[3], SCORED[3])) / 2, abs=1e-5)  # noqa: E501
     store = store_of(pool, HISTORY)
     assert ask(pool, store, SAID, SCORED, counted).nll != ask(pool, store, SAID, SCORED, ALL).nll
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from scripts.eval.comparison import FocusComparison
 from scripts.eval.run_text import share
-from scripts.eval.text_focus import HORIZONS, Tried, far_only, features, fit, judge_cuts, keep_best, oracle, past_gate, search
+from scripts.eval.text_focus import HORIZONS, Tried, far_only, features, fit, judge_cuts, keep_best, oracle, past_gate, search  # noqa: E501
 from tiny_mc import H, K, N, R, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)
@@ -71,7 +71,7 @@ def test_features_have_not_read_the_continuation():
     # the distance; what helped over the last 64 tokens, for no block stands before them
     # here; the last pair, which is new
     still = {1, 9, 11}
-    assert set(range(len(changed))) - set(changed.nonzero()[:, 0].tolist()) == still, "the others look at the last token"
+    assert set(range(len(changed))) - set(changed.nonzero()[:, 0].tolist()) == still, "the others look at the last token"  # noqa: E501
     x = features(focus)
     assert x.shape[:2] == (4, FREE) and x.isfinite().all() and x.mean(1).abs().max() < 1e-4
 

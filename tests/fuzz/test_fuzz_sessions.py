@@ -107,7 +107,7 @@ def test_tensors_of_a_state(pool, state, expected, data):
                     value = data.draw(st.sampled_from([-1, -2, 0, 1, 3, 50, 51, 1000, 2**40, -(2**62), 2**63 - 1]))
                     value = value % 256 if old.dtype == torch.uint8 else value
                     tensors[name].view(-1)[data.draw(st.integers(0, min(old.numel(),
-                                                                        60) - 1))] = value if not old.is_floating_point() else data.draw(st.sampled_from([torch.nan, torch.inf]))
+                                                                        60) - 1))] = value if not old.is_floating_point() else data.draw(st.sampled_from([torch.nan, torch.inf]))  # noqa: E501
             case "shuffled":
                 tensors[name] = old.flip(0) if old.ndim else old
     restored(pool, state, expected, SessionState(state.meta, tensors), "session state, tensors")

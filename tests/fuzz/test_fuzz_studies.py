@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from mc.arms.utility_labels import LabelFolder, Labels
 from scripts.eval import importance
-from scripts.eval.methods.token_classifier import TokenClassifier, TokenClassifierConfig, load_token_classifier, save_token_classifier
+from scripts.eval.methods.token_classifier import TokenClassifier, TokenClassifierConfig, load_token_classifier, save_token_classifier  # noqa: E501
 from scripts.studies import run_ablate as ablate
 from scripts.studies import run_suite as run_benchmarks
 
@@ -27,7 +27,7 @@ arms: {wide: {mc_lens_keys: 8, mc_lens_lr: 0.05}}
 evaluate: {function: "scripts.eval.measures:focus", contexts: 8}
 report: {regret: nll_lens - nll_oracle, closed: (a - b) / (a - -c)}
 step_time: {pairs: 6, steps: 2}
-""")
+""")  # noqa: E501
 SUITE = Intact(b"""title: What does it keep?
 seeds: [1, 2]
 models:
@@ -41,7 +41,7 @@ cells:
 cost: {step: {model: tasks, command: "python -m scripts.mc_bench train --checkpoint_dir={checkpoint}"}}
 overlay: {recall: [a, b]}
 ablations: [runs/ablations/lens_targets.yaml]
-""")
+""")  # noqa: E501
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,8 +110,8 @@ def read_utilities(folder: Path) -> None:
     there.manifest()["settings"].get("model")
     found = there.read()
     C, Q, E = found.utility_CQE.shape
-    assert found.tokens_CT.shape[0] == len(found.row_C) == C and found.block_CQE.shape == found.valid_CQE.shape == (C, Q, E) and found.nll_CQ.shape == found.n_CQ.shape == (C, Q)
-    assert found.utility_CQE.dtype == torch.float32 and found.tokens_CT.dtype == torch.int64 and found.valid_CQE.dtype == torch.bool
+    assert found.tokens_CT.shape[0] == len(found.row_C) == C and found.block_CQE.shape == found.valid_CQE.shape == (C, Q, E) and found.nll_CQ.shape == found.n_CQ.shape == (C, Q)  # noqa: E501
+    assert found.utility_CQE.dtype == torch.float32 and found.tokens_CT.dtype == torch.int64 and found.valid_CQE.dtype == torch.bool  # noqa: E501
 
 
 @fuzzed(st.sampled_from(["manifest.json", "labels_00000.npz", "labels_00001.npz"]), changes())
@@ -161,7 +161,7 @@ def shards(tmp_path_factory):
 
 def read_shards(folder: Path) -> None:
     for tokens, worth in importance.read_labels(folder):
-        assert tokens.dtype == torch.int64 and worth.dtype == torch.float32 and tokens.shape == worth.shape and tokens.ndim == 2
+        assert tokens.dtype == torch.int64 and worth.dtype == torch.float32 and tokens.shape == worth.shape and tokens.ndim == 2  # noqa: E501
         importance.keep_labels(worth, 0.5)
 
 
@@ -170,7 +170,7 @@ def read_shards(folder: Path) -> None:
 def test_bytes_of_importance_labels(shards, work, name, change):
     folder = put_image(work / "shards", {**shards, name: change(shards[name])})
     for read in (lambda: read_shards(folder), lambda: load_token_classifier(folder
-                                                                            / "keep_drop.safetensors"), lambda: importance.read_manifest(folder).get("base")):
+                                                                            / "keep_drop.safetensors"), lambda: importance.read_manifest(folder).get("base")):  # noqa: E501
         tried("importance labels", read)
 
 

@@ -6,7 +6,8 @@ from nanochat.common import FlagParser, flag_type
 def test_boolean_flags(capsys):
     parser = FlagParser()
     parser.add_switch("--on", False, "")
-    assert parser.parse_args(["--on=1"]).on is True and parser.parse_args(["--on", "0"]).on is parser.parse_args([]).on is False
+    assert parser.parse_args(["--on=1"]).on is True and parser.parse_args(["--on",
+                                                                           "0"]).on is parser.parse_args([]).on is False
     with pytest.raises(SystemExit):
         parser.parse_args(["--on=yes"])
     assert "'yes' is neither 0 nor 1" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nanochat.common import UserError
-from nanochat.dataloader import Loader, LongRows, NeedleSource, PackedRows, RandomSource, RecallSource, eval_rows, judged_rows, make_source, source_of
+from nanochat.dataloader import Loader, LongRows, NeedleSource, PackedRows, RandomSource, RecallSource, eval_rows, judged_rows, make_source, source_of  # noqa: E501
 from nanochat.tasks.recall import CurriculumSchedule, RecallTask
 from nanochat.token_cache import TokenCache
 from nanochat.tokenizer import Reserved, Tokenizer
@@ -139,7 +139,7 @@ def test_long_documents_stay_whole(tmp_path):
     assert len(set(orders)) == 4 and len(phases) > 1
     tokens, mask = rows.row_tokens(np.arange(3))
     assert mask is None and np.array_equal(tokens[1], cache.tokens[orders[0][1] :][: T + 1])
-    assert f"{sum(n > T for n in LENGTHS)} of 12 documents" in rows.summary and f"of {sum(LENGTHS):,} tokens" in rows.summary
+    assert f"{sum(n > T for n in LENGTHS)} of 12 documents" in rows.summary and f"of {sum(LENGTHS):,} tokens" in rows.summary  # noqa: E501
 
 
 def test_rows_at_the_exact_length(tmp_path):

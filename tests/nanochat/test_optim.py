@@ -13,7 +13,7 @@ from torch import nn
 
 from nanochat import optim
 from nanochat.common import UserError
-from nanochat.optim import MuonAdamW, assert_finite, check_groups, global_grad_norm, gpt_param_groups, orthogonalize, relative_change
+from nanochat.optim import MuonAdamW, assert_finite, check_groups, global_grad_norm, gpt_param_groups, orthogonalize, relative_change  # noqa: E501
 
 torch.set_num_threads(1)
 

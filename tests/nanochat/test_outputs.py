@@ -121,7 +121,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, where):
     if where in ("fsync", "replace"):
         monkeypatch.setattr(os, where, full)
     with pytest.raises(KeyboardInterrupt if where == "interrupted" else UserError) as e, replacing(path,
-                                                                                                   SafetensorError) as part:
+                                                                                                   SafetensorError) as part:  # noqa: E501
         part.write_text("half")
         if where == "write":
             full()

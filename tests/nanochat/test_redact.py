@@ -136,7 +136,7 @@ def test_what_a_collector_is_sent_and_what_is_said_of_it(protocol, of, planted, 
     wanted = {"METRICS_": ["metrics"], "TRACES_": ["traces"]}.get(of, ["metrics", "traces"])
     assert [signal for signal in ("metrics", "traces") if receiver.requests[signal]] == wanted
     for headers in receiver.headers:
-        assert headers["authorization"] == f"Basic {base64.b64encode(b'al@ice:s3cret/pw').decode()}" and headers["x-key"] == "s3cret-e"
+        assert headers["authorization"] == f"Basic {base64.b64encode(b'al@ice:s3cret/pw').decode()}" and headers["x-key"] == "s3cret-e"  # noqa: E501
     assert not any(SECRET in str(request) for signal in wanted for request in receiver.requests[signal])
 
 

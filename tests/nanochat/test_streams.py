@@ -73,7 +73,7 @@ def talk() -> None:
 def test_an_output_that_takes_no_more(broken, code, message, unbuffered, tmp_path):
     assert ended(talk, tmp_path, out=broken(), unbuffered=unbuffered) == (code, "", message)
     assert ended(lambda: print("short"), tmp_path, out=broken(), unbuffered=unbuffered) == (code, "",
-                                                                                            message), "found when it is flushed"
+                                                                                            message), "found when it is flushed"  # noqa: E501
     assert ended(lambda: print("note", file=sys.stderr), tmp_path, err=broken(),
                  unbuffered=unbuffered) == (code, "", "")
 

@@ -115,7 +115,7 @@ def test_committed_dashboards_and_rules_are_current(tmp_path):
     assert done.returncode == 0, done.stderr
     for file in ("alerts.yaml", *(f"dashboards/{board.uid}.json" for board in DASHBOARDS)):
         assert (OBSERVABILITY / file).read_text() == (tmp_path
-                                                      / file).read_text(), f"{file} is out of date: run python runs/observability/make_dashboards.py"
+                                                      / file).read_text(), f"{file} is out of date: run python runs/observability/make_dashboards.py"  # noqa: E501
 
 
 @pytest.mark.parametrize("board", DASHBOARDS, ids=lambda b: b.uid)
@@ -332,7 +332,7 @@ def test_lines_of_a_panel_are_those_of_the_run():
 def test_a_long_line_keeps_its_extremes_and_its_end(count, spike):
     points = [(float(i), 1e6 if i == spike else float(i % 7)) for i in range(count)]
     drawn = thinned(points)
-    assert len(drawn) <= MOST and drawn[-1] == points[-1] and set(drawn) <= set(points) and [x for x, _ in drawn] == sorted(x for x, _ in drawn)
+    assert len(drawn) <= MOST and drawn[-1] == points[-1] and set(drawn) <= set(points) and [x for x, _ in drawn] == sorted(x for x, _ in drawn)  # noqa: E501
     assert max(y for _, y in drawn) == max(y for _, y in points) and (count > MOST or drawn == points)
 
 

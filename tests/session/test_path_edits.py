@@ -114,7 +114,7 @@ def test_any_growth_stays_within_the_budget(case, steps):
                 assert lod == 1
             else:
                 assert not edits.exists((lod + 1, index // cfg.block_size)) or (lod + 1,
-                                                                                index // cfg.block_size) in edits.expanded
+                                                                                index // cfg.block_size) in edits.expanded  # noqa: E501
 
 
 def spans_of(edits: PathEdits) -> list[tuple[int, int, int]]:

@@ -377,7 +377,7 @@ def test_sixty_four_windows_of_history_and_the_start_is_found():
 
 
 @pytest.mark.parametrize("read",
-                         [lambda session: next(session.generate(1)), lambda session: session.score([1]), lambda session: session.logits()])
+                         [lambda session: next(session.generate(1)), lambda session: session.score([1]), lambda session: session.logits()])  # noqa: E501
 def test_a_refocus_follows_every_append_however_short(read):
     """E1a: the question is seen before it is answered, and generated tokens alone bring a
     refocus only when it is due."""

@@ -37,7 +37,7 @@ def test_sources_are_found_by_what_is_known_of_them(catalog):
     catalog.add_tags(a, [(0, 2, "heading"), (2, 6, "paragraph")])
     assert [s.id for s in catalog.sources()] == [a, b, c]
     assert [s.uri
-            for s in catalog.sources(uri="*.py")] == ["src/b.py"] and [s.id for s in catalog.sources(kind="text")] == [a]
+            for s in catalog.sources(uri="*.py")] == ["src/b.py"] and [s.id for s in catalog.sources(kind="text")] == [a]  # noqa: E501
     assert [s.id for s in catalog.sources(tag="heading")] == [a] and catalog.sources(tag="table") == []
     assert [s.id for s in catalog.sources(min_score=0.4)] == [b]
     assert len(catalog.sources(since=before)) == 3 and catalog.sources(until=before) == []
@@ -89,7 +89,7 @@ def test_statistics_are_counted_in_memory_and_written_together(catalog, tmp_path
     catalog.set_variance(1, torch.tensor([16, 20]), torch.tensor([0.25, 0.5]))
     assert {s.index: s.variance for s in catalog.statistics(lod=1)} == {16: 0.25, 20: 0.5}
     utility = catalog.detail_utility(19)
-    assert utility[17] == pytest.approx(4 * 0.2) and utility[18] == pytest.approx(3 * 0.2) and utility.sum() == utility[17] + utility[18]
+    assert utility[17] == pytest.approx(4 * 0.2) and utility[18] == pytest.approx(3 * 0.2) and utility.sum() == utility[17] + utility[18]  # noqa: E501
     assert len(catalog.detail_utility(5)) == 5
 
 

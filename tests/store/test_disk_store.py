@@ -198,7 +198,7 @@ def test_a_full_disk_changes_nothing(tmp_path, edit):
             assert torch.equal(store.tokens(torch.arange(50)), torch.arange(50)) and store.n_nodes(1) == 12
     assert after > 10 and outcomes == {True, False}
     with DiskStore.open(path) as store:
-        assert store.n_tokens == 80 and store.verify() == [] and store.tokens(torch.tensor([10, 79])).tolist() == [0 if edit else 10, 79]
+        assert store.n_tokens == 80 and store.verify() == [] and store.tokens(torch.tensor([10, 79])).tolist() == [0 if edit else 10, 79]  # noqa: E501
 
 
 def test_a_read_only_medium_can_be_read(path, monkeypatch):

@@ -11,7 +11,7 @@ from scripts.eval.statistics import Bootstrap, bootstrap_p, false_discovery, int
 from scripts.studies.cells import CellRecords, read_yaml, run_cells, whole_numbers
 from scripts.studies.formula import Formula
 
-# -- statistics -----------------------------------------------------------------------------------------------------------
+# -- statistics -----------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 @pytest.mark.parametrize(("df", "quantile"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (29, 2.045)])
@@ -40,7 +40,7 @@ def test_false_discovery_by_hand():
     assert false_discovery([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.04, 0.04])
     assert false_discovery([0.5, 0.6, 0.001]) == pytest.approx([0.6, 0.6, 0.003])
     assert false_discovery([0.02, math.nan, 0.01])[0::2] == pytest.approx([0.02,
-                                                                           0.02]) and math.isnan(false_discovery([math.nan])[0])
+                                                                           0.02]) and math.isnan(false_discovery([math.nan])[0])  # noqa: E501
 
 
 def test_bootstrap_of_one_seed_is_that_of_a_mean():
@@ -73,7 +73,7 @@ def test_bootstrap_is_paired():
     difference = draws.means(noise + 0.1 + 0.01 * noise) - draws.means(noise)
     low, high = interval(difference)
     assert low < 0.1 + 0.01 * noise.mean() < high and high - low < 0.1
-    assert bootstrap_p(difference) == bootstrap_p(-difference) and bootstrap_p(draws.means(np.ones((3, 60)))) == 2 / (len(difference) + 1)
+    assert bootstrap_p(difference) == bootstrap_p(-difference) and bootstrap_p(draws.means(np.ones((3, 60)))) == 2 / (len(difference) + 1)  # noqa: E501
     assert bootstrap_p(np.r_[np.ones(50), -np.ones(50)]) == 1 and math.isnan(bootstrap_p(np.array([1.0, math.nan])))
 
 
@@ -107,7 +107,7 @@ def test_means_against_drawing_one_by_one(values):
         assert drawn == pytest.approx(by_seed + mean(columns) - mean(x.flat), abs=1e-9, nan_ok=True)
 
 
-# -- formulas -------------------------------------------------------------------------------------------------------------
+# -- formulas -------------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 @given(st.floats(-10, 10), st.floats(1, 10))
@@ -123,7 +123,7 @@ def test_formulas_are_arithmetic_only(text):
         Formula(text)
 
 
-# -- records --------------------------------------------------------------------------------------------------------------
+# -- records --------------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def test_records_survive_torn_lines(tmp_path, capsys):
@@ -182,7 +182,7 @@ def test_a_function_that_is_not_there(tmp_path):
                   what="test")
 
 
-# -- input ----------------------------------------------------------------------------------------------------------------
+# -- input ----------------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 @pytest.mark.parametrize(("text", "error"), [

@@ -10,7 +10,7 @@ from nanochat.gpt import token_losses
 from scripts.eval.importance import importance, keep_labels, read_labels, write_labels
 from scripts.eval.methods.interface import Models
 from scripts.eval.methods.registry import METHODS, make_method
-from scripts.eval.methods.token_classifier import TokenClassifier, TokenClassifierConfig, load_token_classifier, save_token_classifier, train_classifier
+from scripts.eval.methods.token_classifier import TokenClassifier, TokenClassifierConfig, load_token_classifier, save_token_classifier, train_classifier  # noqa: E501
 from scripts.eval.rows import RowBatch
 from scripts.studies.finetune import Recipe, finetune
 from tiny_mc import VOCAB, W, tiny_base, tiny_mc

@@ -85,7 +85,7 @@ def test_step_times_are_of_a_seed_that_was_run(tmp_path):
     assert study_results(study, done, [1, 2])[1] == {"mc_teacher=attention": {"ratio": 1.5}, "both": {"ratio": 1.1}}
 
 
-# -- estimates ------------------------------------------------------------------------------------------------------------
+# -- estimates ------------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def record(**results) -> dict:
@@ -104,7 +104,7 @@ def test_difference_to_the_default_is_paired():
     found = estimates(Formula("x"), records, ["default", "better", "same"])
     better, same = found["better"], found["same"]
     assert better.difference == pytest.approx(-0.2,
-                                              abs=0.03) and better.difference_interval[0] < -0.2 < better.difference_interval[1] < -0.15 and better.p < 0.01
+                                              abs=0.03) and better.difference_interval[0] < -0.2 < better.difference_interval[1] < -0.15 and better.p < 0.01  # noqa: E501
     assert better.interval[1] - better.interval[0] > 0.5  # of the mean itself: contexts differ much more
     assert (same.difference, same.difference_interval, same.p) == (0, (0, 0), 1)
     assert found["default"].mean == pytest.approx(np.mean([records["default", s]["results"]["x"]
@@ -137,8 +137,8 @@ def test_table(tmp_path):
     study = study_of(tmp_path, factors="{a: [1]}")
     records = {(arm, seed): record(x=np.arange(4.0) + (arm != "default")) for arm in study.arms for seed in (1, 2, 3)}
     text, found = study_report(study, records, {"a=1": {"ratio": 1.5, "low": 1.4, "high": 1.6}})
-    assert "| default | 3 | 1.500 [" in text and "| a=1 | 3 | 2.500 [" in text and "| +1.000 [+1.000, +1.000] | 0.0005 |" in text
-    assert "| a=1 | 1.500 [1.400, 1.600] |" in text and "paired: t-distribution over seeds and bootstrap over 4 contexts" in text and "Commits: abc. Seeds: 1, 2, 3." in text
+    assert "| default | 3 | 1.500 [" in text and "| a=1 | 3 | 2.500 [" in text and "| +1.000 [+1.000, +1.000] | 0.0005 |" in text  # noqa: E501
+    assert "| a=1 | 1.500 [1.400, 1.600] |" in text and "paired: t-distribution over seeds and bootstrap over 4 contexts" in text and "Commits: abc. Seeds: 1, 2, 3." in text  # noqa: E501
     assert found["x"]["a=1"].difference == 1
     ablation.plot_study(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.pdf").read_bytes().startswith(b"%PDF") and imread(tmp_path / "plot.png").shape[0] > 200

@@ -24,7 +24,7 @@ files: {qa: {path: $SOMEWHERE/qa.jsonl, format: longbench}}
 cells:
   - {model: m, tasks: [alias, prose], systems: [full, window, gists_lens], lengths: [256, 512], budgets: [64, 128], documents: 8}
   - {model: m, tasks: [alias], systems: [window], lengths: [256], budgets: [64], documents: 8}
-"""
+"""  # noqa: E501
 
 
 def write(path: Path, text: str = SUITE) -> Path:
@@ -65,7 +65,7 @@ def test_bad_suites(tmp_path, old, new, error):
     assert "\n" not in str(found.value)
 
 
-# -- one cell -------------------------------------------------------------------------------------------------------------
+# -- one cell -------------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def make_batch(first: int, last: int) -> TaskBatch:
@@ -101,7 +101,7 @@ def test_buckets_by_hand():
                                                                                     "<128": [2.0]} and len(found) > 2
 
 
-# -- tables ---------------------------------------------------------------------------------------------------------------
+# -- tables ---------------------------------------------------------------------------------------------------------------  # noqa: E501
 
 
 def record(system: str, task: str, seed: int, nll, acc, length: int = 256, budget: int = 64, depth=None, buckets=None,
@@ -171,7 +171,7 @@ def test_gap_closed_by_distance():
              for s in near for seed in (1, 2, 3)]
     lines = suite_report.bucket_table(Results([*texts, *records()]), SETTING)
     assert lines[2] == "| system | <128 tokens | 128-511 tokens |" and lines[4:] == ["| gists + LensNet (MC) | 0.25 "
-                                                                                     "[0.25, 0.25] | 0.75 [0.75, 0.75] |", ""]
+                                                                                     "[0.25, 0.25] | 0.75 [0.75, 0.75] |", ""]  # noqa: E501
 
 
 def test_intervals_of_accuracies_lie_between_0_and_1():
@@ -184,7 +184,7 @@ def test_what_looks_at_every_token_against_each_system():
              for seed in (1, 2, 3)]
     lines = suite_report.pair_table(Results([*records(), *again]), SETTING, "gists_lens_again")
     cells = {line.split("|")[1].strip(): [x.strip() for x in line.split("|")[2:-1]] for line in lines[4:-1]}
-    assert lines[2] == "| system | alias | topic_lm |" and "gists + LensNet (MC)" in cells and "gists + LensNet, every token" not in cells
+    assert lines[2] == "| system | alias | topic_lm |" and "gists + LensNet (MC)" in cells and "gists + LensNet, every token" not in cells  # noqa: E501
     assert cells["full context"] == ["+0.000 [+0.000, +0.000], q 1.000"] * 2
     window = np.mean([r["results"]["nll"] for r in records() if (r["system"], r["task"]) == ("window", "alias")])
     assert cells["sliding window"][0].startswith(f"{-window:+.3f} [-") and cells["sliding window"][0].endswith(
@@ -214,10 +214,10 @@ def test_report(tmp_path):
     text = write_report(suite, everything, tmp_path, costs={"decode": decode, "step": step}, trained={"m": 288},
                         overlay={}, studies=[])
     assert (tmp_path / "report.md").read_text() == text
-    assert "## m: n = 256, W = 64 (1/4)" in text and "## m: beyond the training length of 288 tokens, W = 64" in text and "| 4,096 | 14 | alias | full context | 0.00" in text
+    assert "## m: n = 256, W = 64 (1/4)" in text and "## m: beyond the training length of 288 tokens, W = 64" in text and "| 4,096 | 14 | alias | full context | 0.00" in text  # noqa: E501
     # gaps, the last of prose
     assert "| gists + LensNet (MC) | 0.75 [0.75, 0.75] | 0.75 [0.75, 0.75] | 0.50 [0.50, 0.50] |" in text
-    assert "MC takes 1.200 [1.100, 1.300] times a vanilla step. In shares of a vanilla step: wc 10.0%." in text and "| 4,096 | 1.00 | 4.10 | 4.10 [1.00, 9.00] | 1,000 | 4,096 |" in text
+    assert "MC takes 1.200 [1.100, 1.300] times a vanilla step. In shares of a vanilla step: wc 10.0%." in text and "| 4,096 | 1.00 | 4.10 | 4.10 [1.00, 9.00] | 1,000 | 4,096 |" in text  # noqa: E501
     assert "Commits abc." in text and "only: these numbers" not in text
     for name in ("buckets", "gap", "depth_m", "beyond_m_64", "decode"):
         assert f"({name}.png)" in text and (tmp_path / f"{name}.pdf").read_bytes().startswith(

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from mc.store.disk.commits import MAX_PARTITIONS, Commits, format_of, plain_format, run_lengths, from_run_lengths
-from mc.store.disk.files import HEADER_BYTES, Damage, FileSystem, RecordKind, decode, encode, partition_files, partition_version
+from mc.store.disk.files import HEADER_BYTES, Damage, FileSystem, RecordKind, decode, encode, partition_files, partition_version  # noqa: E501
 from mc.store.disk.records import Records
 from mc.store.ram import ERASED, KEPT, VOID, Detail, StoreFormat, check_keys, check_not_erased
 from nanochat.common import UserError
@@ -285,7 +285,7 @@ class DiskStore:
         for level in {*self._levels.values(), *self._kept_levels.values()}:
             level.roll_back()
         self._levels = dict(self._kept_levels)
-        self.format, self._detail, self._staged = self._kept_format, Detail(self._kept_detail), self._commits.last["version"]
+        self.format, self._detail, self._staged = self._kept_format, Detail(self._kept_detail), self._commits.last["version"]  # noqa: E501
 
     def disk_bytes(self) -> int:
         """Room that the files take on the medium, all versions and pages of holes not counted."""

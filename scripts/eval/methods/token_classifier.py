@@ -52,7 +52,7 @@ class TokenClassifier(nn.Module):
         span = self.config.span
         x = F.pad(embeds_BnD.detach(), (0, 0, 0, -n % span)).reshape(-1, span, D)
         mask = (torch.arange(x.shape[0] // B * span, device=x.device) < n).view(1, -1, span).expand(B, -1,
-                                                                                                    -1).reshape(-1, span)
+                                                                                                    -1).reshape(-1, span)  # noqa: E501
         h = self.embed(x) + self.position_XC
         for layer in self.layers:
             h = layer(h, h, mask)

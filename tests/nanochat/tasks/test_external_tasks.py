@@ -93,7 +93,7 @@ def test_every_format_from_every_kind_of_file(tmp_path, format, suffix):
     history = (example.context + example.question + example.answer_prefix).encode()
     assert bytes(batch.tokens[0, batch.n - len(history) : batch.n].tolist()) == history
     judged = batch.targets[0][batch.targets[0] >= 0]
-    assert bytes(judged.tolist()) == example.answer.encode() and len(np.flatnonzero(batch.targets[0] >= 0)) == len(example.answer.encode())
+    assert bytes(judged.tolist()) == example.answer.encode() and len(np.flatnonzero(batch.targets[0] >= 0)) == len(example.answer.encode())  # noqa: E501
 
 
 def test_partial_credit_but_any_of_several_for_questions(tmp_path):

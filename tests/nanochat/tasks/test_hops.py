@@ -38,7 +38,7 @@ def check_row(task: HopTask, tokens, mask, num_blocks, last_blocks, T):
     for last in range(len(chains), 0, -P):
         episode = chains[max(last - P, 0):last, 0].tolist()
         assert len(set(episode)) == len(episode) and len({facts[key_of[a]][0]
-                                                          for a in episode}) == 1, "an episode asks for the links of one block"
+                                                          for a in episode}) == 1, "an episode asks for the links of one block"  # noqa: E501
     asked, named, _ = chains[-1].tolist()
     assert last_blocks.tolist() == [facts[key_of[asked]][0], facts[key_of[named]][0]]
 

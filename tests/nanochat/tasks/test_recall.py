@@ -171,7 +171,7 @@ def test_a_stream_holds_each_fact_once_where_it_should(first, shape):
     places = np.stack([rng.permutation(blocks)[: 2 * Q].reshape(Q, 2) for _ in range(2)])
     stream = task.stream_rows("val", np.arange(first, first + 2), 32 * blocks, places)
     assert stream.tokens.shape == (2, 32 * blocks) and stream.questions.shape == (2, Q,
-                                                                                  64) and stream.tokens.dtype == np.int64
+                                                                                  64) and stream.tokens.dtype == np.int64  # noqa: E501
     for tokens, questions, row in zip(stream.tokens, stream.questions, places):
         pairs = tokens.reshape(blocks, 16, 2)
         assert np.isin(pairs[..., 0], task.keys).all() and np.isin(pairs[..., 1], task.values).all()

@@ -86,13 +86,13 @@ def test_the_text_alone_gives_the_answer(name):
     for n in SIZES.get(name, [352, 608, 1056, 2080]):
         batch = task_rows(name, WORDS, "val", np.arange(5), n, seed=n)
         H = TASKS[name].answer_tokens
-        assert batch.tokens.shape == batch.targets.shape == (5, n + H) and batch.tokens.dtype == batch.targets.dtype == np.int64
+        assert batch.tokens.shape == batch.targets.shape == (5, n + H) and batch.tokens.dtype == batch.targets.dtype == np.int64  # noqa: E501
         for tokens, targets, e in zip(batch.tokens, batch.targets, batch.examples):
             assert TOKENIZER.encode(e.context + e.question + e.answer_prefix + e.answer,
                                     special=True) == tokens.tolist(), (
                 "text and tokens are one"
             )
-            assert TOKENIZER.decode(tokens[:n]) == e.context + e.question + e.answer_prefix and tokens[0] == TOKENIZER.bos_id
+            assert TOKENIZER.decode(tokens[:n]) == e.context + e.question + e.answer_prefix and tokens[0] == TOKENIZER.bos_id  # noqa: E501
             if name != "topic_lm":
                 assert e.answer == solve(e)
             assert e.max_new_tokens == H and ruler_score(e.answer, e.references) == 1

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from nanochat.common import UserError
-from nanochat.tasks.text import BUCKETS, LAYOUT, TextRows, bucket_of, judged_buckets, layout, layout_of_tokens, repeat_distance
+from nanochat.tasks.text import BUCKETS, LAYOUT, TextRows, bucket_of, judged_buckets, layout, layout_of_tokens, repeat_distance  # noqa: E501
 from nanochat.tokenizer import Reserved, Tokenizer
 
 BYTES = Tokenizer([bytes([i]) for i in range(256)], reserved=Reserved(0, 0, 0))

@@ -95,16 +95,16 @@ def test_what_is_recorded_arrives(protocol, tmp_path, monkeypatch, capsys):
     spans = {s.name: s for s in receiver.spans()}
     assert len(receiver.spans()) == 9 and set(spans) == {"train.step", "train.forward", "mc.step"}
     assert len({s.trace_id for s in receiver.spans()}) == 3
-    assert not spans["train.step"].parent_span_id and spans["train.forward"].parent_span_id == spans["train.step"].span_id
+    assert not spans["train.step"].parent_span_id and spans["train.forward"].parent_span_id == spans["train.step"].span_id  # noqa: E501
     assert spans["mc.step"].parent_span_id == spans["train.forward"].span_id
     assert all(s.end_time_unix_nano - s.start_time_unix_nano > 2e6
                and abs(s.start_time_unix_nano / 1e9 - time.time()) < 60 for s in receiver.spans())
     (event,) = spans["mc.step"].events
     assert event.name == "mc.wc.snapshot" and event.attributes[0].value.string_value.endswith(
         "…") and event.ByteSize() < 1000
-    assert rows[-1]["telemetry.otlp.delivered"] == len(points) + 9 and rows[-1]["telemetry.otlp.lost"] == rows[-1]["telemetry.otlp.failures"] == 0
+    assert rows[-1]["telemetry.otlp.delivered"] == len(points) + 9 and rows[-1]["telemetry.otlp.lost"] == rows[-1]["telemetry.otlp.failures"] == 0  # noqa: E501
     out = capsys.readouterr().out
-    assert f"OTLP: {len(points)} data points delivered to {protocol} {receiver.url}, 0 lost" in out and "9 spans delivered" in out
+    assert f"OTLP: {len(points)} data points delivered to {protocol} {receiver.url}, 0 lost" in out and "9 spans delivered" in out  # noqa: E501
 
 
 @settings(max_examples=60, deadline=None)
@@ -283,7 +283,7 @@ def test_a_collector_in_trouble_costs_no_time_and_losses_are_counted(protocol, f
     else:
         assert health["telemetry.otlp.lost"] == sent and health["telemetry.otlp.delivered"] == 0
         assert (health["telemetry.otlp.failures"] > 0) == (fault
-                                                           == "500"), "the others' first request is still under way at the end"
+                                                           == "500"), "the others' first request is still under way at the end"  # noqa: E501
         assert f"OTLP: 0 data points delivered to {protocol}" in captured.out and f"{sent} lost" in captured.out
         (warning,) = captured.err.splitlines()
         assert warning.startswith(f"warning: {protocol} http://") and "Training goes on" in warning
@@ -302,7 +302,7 @@ def test_a_collector_that_comes_back_gets_what_waited(tmp_path, monkeypatch):
                 time.sleep(0.02)
     assert [p.value for p in receiver.points() if p.name == "train.tokens"] == list(range(20))
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]
-    assert last["telemetry.otlp.delivered"] == len(receiver.points()) and last["telemetry.otlp.lost"] == 0 < last["telemetry.otlp.failures"]
+    assert last["telemetry.otlp.delivered"] == len(receiver.points()) and last["telemetry.otlp.lost"] == 0 < last["telemetry.otlp.failures"]  # noqa: E501
 
 
 @settings(max_examples=100, deadline=None)

@@ -15,7 +15,7 @@ import torch
 import mc.telemetry  # noqa: F401  registers MegaContext's metrics
 from nanochat.common import UserError
 from nanochat.telemetry import recorder as recorder_module
-from nanochat.telemetry.recorder import METRICS, ConsoleSink, Metric, Recorder, Sink, WandbSink, duration, metric_table, open_recorder, read_metrics, register
+from nanochat.telemetry.recorder import METRICS, ConsoleSink, Metric, Recorder, Sink, WandbSink, duration, metric_table, open_recorder, read_metrics, register  # noqa: E501
 from wandb_file import wandb_history
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -288,7 +288,7 @@ def test_a_line_that_cannot_be_written_is_left_out_whole(tmp_path, capsys):
                     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 5, 6]
     assert [row["telemetry.jsonl.lost"] for row in sink.own] == [0, 0, 0, 1, 2,
-                                                                 2] and [s for s, _, _ in sink.rows] == list(range(1, 7))
+                                                                 2] and [s for s, _, _ in sink.rows] == list(range(1, 7))  # noqa: E501
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and "Training goes on" in errors[0] and "lacks 2 lines" in errors[1]
 
@@ -335,4 +335,4 @@ def test_weights_and_biases_lost_during_the_run(tmp_path, no_credentials, monkey
             r.flush(step)
     assert [row["test.last"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert len(errors) == 3 and "Training goes on" in errors[0] and "could not be closed" in errors[1] and "lacks 2 lines" in errors[2]
+    assert len(errors) == 3 and "Training goes on" in errors[0] and "could not be closed" in errors[1] and "lacks 2 lines" in errors[2]  # noqa: E501

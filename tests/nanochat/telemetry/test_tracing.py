@@ -37,7 +37,7 @@ def test_spans_nest_and_last_as_long_as_what_they_hold():
     trace.finish()
     assert [s.name for s in trace.root.children] == ["outer", "next"] and [s.name for s in outer.children] == ["inner"]
     assert trace.root.attributes == {"step": 3} and outer.attributes == {"part": "a"}
-    assert 0.01 <= float(inner.elapsed) <= float(outer.elapsed) - 0.02 and float(outer.elapsed) <= float(trace.root.elapsed) < 0.5
+    assert 0.01 <= float(inner.elapsed) <= float(outer.elapsed) - 0.02 and float(outer.elapsed) <= float(trace.root.elapsed) < 0.5  # noqa: E501
     assert abs(trace.unix_time_ns(trace.root.end) - time.time_ns()) < 0.1e9
     assert trace.unix_time_ns(inner.begin) - trace.unix_time_ns(outer.begin) >= 0.02e9
     assert 0 < trace.spent < 0.01
