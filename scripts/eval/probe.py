@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mc.focus_allocator import FocusReport, FocusState, GreedyAllocator
+from mc.focus_allocator import FocusState, GreedyAllocator
 from mc.keyed_random import uniform
 from mc.lensnet import focus_scores
 from mc.mega_context import tiling
@@ -35,6 +35,7 @@ from mc.runtime import MCController
 from mc.telemetry import Metrics
 from nanochat.gpt import GPT
 from nanochat.telemetry.recorder import Labelled
+from scripts.eval.replay import FocusReport, ReplayAllocator
 from scripts.eval.agreement import best_of, hit_at, spearman
 from scripts.eval.comparison import FocusComparison, Outcome, plain_outcomes
 
@@ -67,7 +68,7 @@ class FocusDynamics:
         self._age_BN = torch.zeros(0)  # refocuses that a block shown by an edit has stayed shown; −1: not shown by one
 
     def update(self, before: FocusState, after: FocusState, report: FocusReport) -> Flips:
-        """before: the state that `GreedyAllocator.refocus` was given; after, report: what it returned."""
+        """before: the state that `ReplayAllocator.refocus` was given; after, report: what it returned."""
         now_B1 = after.refocus_B[:, None]
         if not self._set_to:
             self._set_to, self._age_BN = list(before.expanded), torch.full_like(before.changed_at[0], -1)
@@ -108,7 +109,7 @@ def _widen(x_BN: Tensor, n: int, value: float) -> Tensor:
     return torch.nn.functional.pad(x_BN, (0, n - x_BN.shape[1]), value=value)
 
 
-def market_price(allocator: GreedyAllocator, logits_BN: Tensor, n_B: Tensor) -> Tensor:
+def just_fitting_price(allocator: GreedyAllocator, logits_BN: Tensor, n_B: Tensor) -> Tensor:
     """[B, 1] λ: the price of an entry at which the budget is just used, half way between the lowest block that an
     allocation from scratch shows and the highest that it does not; recent blocks, which are shown anyway, left out."""
     K, recent = allocator.cfg.block_size, allocator.cfg.recent
@@ -126,7 +127,7 @@ def replay(mc: MegaContext, embeds_BTD: Tensor, n: int, logits_of=None) -> Focus
     """The allocator as histories grow from just above the budget to n tokens, one refocus per block, by the lens's
     scores: tanh(logit − λ), λ the market price. logits_of(n_B) [B, N]: another scorer than the lens. At
     most REFOCUSES, the last ones."""
-    K, allocator = mc.config.block_size, mc.allocator
+    K, allocator = mc.config.block_size, ReplayAllocator(mc.focus_config())
     n = n // K * K
     keys = mc.lensnet.keys(embeds_BTD[:, :n])
     tree = None if mc.lensnet.reader is None else mc.build_tree(embeds_BTD[:, :n])
@@ -137,7 +138,7 @@ def replay(mc: MegaContext, embeds_BTD: Tensor, n: int, logits_of=None) -> Focus
     for tokens in range(start + K, n + 1, K):
         logits = logits_of(at(tokens))
         before = allocator.advance(state, at(tokens))
-        state, report = allocator.refocus(before, focus_scores(logits, market_price(allocator, logits, at(tokens))))
+        state, report = allocator.refocus(before, focus_scores(logits, just_fitting_price(allocator, logits, at(tokens))))
         dynamics.update(before, state, report)
     return dynamics
 

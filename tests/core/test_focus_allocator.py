@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mc import working_context as wc
-from mc.focus_allocator import FocusConfig, FocusReport, FocusState, GreedyAllocator, check_feasible, utilization
+from mc.focus_allocator import FocusConfig, FocusState, check_feasible, utilization
+from scripts.eval.replay import FocusReport, ReplayAllocator
 from mc.mega_context import tiling
 from nanochat.common import UserError
 
@@ -15,7 +16,7 @@ SIZES = [1, 31, 32, 33, 77, 1023, 1025]
 quick = settings(max_examples=40, deadline=None)
 
 
-def check_state(allocator: GreedyAllocator, state: FocusState) -> wc.Cut:
+def check_state(allocator: ReplayAllocator, state: FocusState) -> wc.Cut:
     """The cut within the budget, its tail raw, expanded nodes existing and closed upward."""
     cfg = allocator.cfg
     cut, fits_B = allocator.cut(state)
@@ -67,7 +68,7 @@ def test_allocate_fills_the_budget_and_keeps_every_invariant(case, n_gists):
     k, max_lod, sizes, recent, slack, seed, span = case
     cfg = feasible(k, max_lod, recent, sizes, slack, span, min(n_gists, k - 1))
     n_B, gen = torch.tensor(sizes), torch.Generator().manual_seed(seed)
-    allocator, n_blocks = GreedyAllocator(cfg), max(sizes) // k
+    allocator, n_blocks = ReplayAllocator(cfg), max(sizes) // k
     logits_BN1 = 10 * torch.randn(len(sizes), n_blocks, generator=gen)
     state = allocator.allocate(logits_BN1, n_B)
     cut = check_state(allocator, state)
@@ -88,7 +89,7 @@ def test_refocus_and_growth_keep_every_invariant(case, n_gists):
     gen = torch.Generator().manual_seed(seed)
     steps = [torch.tensor(sizes) + extra for extra in (0, 0, 1, 5, 38, 40)]
     cfg = feasible(k, max_lod, recent, {n for step in steps for n in step.tolist()}, slack, span, min(n_gists, k - 1))
-    allocator, n_blocks = GreedyAllocator(cfg), int(steps[-1].max()) // k
+    allocator, n_blocks = ReplayAllocator(cfg), int(steps[-1].max()) // k
     state = allocator.allocate(torch.randn(len(sizes), n_blocks, generator=gen), steps[0])
     for n_B in steps:
         grown = allocator.advance(state, n_B)
@@ -106,7 +107,7 @@ def test_fixed_scores_settle(case):
     k, max_lod, sizes, recent, slack, seed, span = case
     cfg, n_B, gen = feasible(k, max_lod, recent, sizes, slack,
                              span), torch.tensor(sizes), torch.Generator().manual_seed(seed)
-    allocator, n_blocks = GreedyAllocator(cfg), max(sizes) // k
+    allocator, n_blocks = ReplayAllocator(cfg), max(sizes) // k
     state = allocator.allocate(torch.randn(len(sizes), n_blocks, generator=gen), n_B)
     scores_BN1 = torch.randn(len(sizes), n_blocks, generator=gen).tanh()
     calm = 0
@@ -126,12 +127,12 @@ def flat(score: float, n_blocks: int, **blocks: float) -> torch.Tensor:
     return out
 
 
-def shown(allocator: GreedyAllocator, state: FocusState) -> list[int]:
+def shown(allocator: ReplayAllocator, state: FocusState) -> list[int]:
     return raw_blocks(check_state(allocator, state), state.expanded[0].shape[1])[0].nonzero()[:, 0].tolist()
 
 
-def start(cfg: FocusConfig, n: int, **blocks: float) -> tuple[GreedyAllocator, FocusState]:
-    allocator = GreedyAllocator(cfg)
+def start(cfg: FocusConfig, n: int, **blocks: float) -> tuple[ReplayAllocator, FocusState]:
+    allocator = ReplayAllocator(cfg)
     return allocator, allocator.allocate(flat(-torch.inf, n // cfg.block_size, **blocks), torch.tensor([n]))
 
 
@@ -206,7 +207,7 @@ def test_a_bundle_is_worth_its_mean():
 
 def test_growth_starts_raw_then_is_forced_down_lowest_first_nearest_the_tail():
     cfg = FocusConfig(budget=24, block_size=4, recent=4, cooldown=100)
-    allocator = GreedyAllocator(cfg)
+    allocator = ReplayAllocator(cfg)
     n_B = torch.tensor([16])
     state = allocator.allocate(torch.zeros(1, 12), n_B)
     assert shown(allocator, state) == [0, 1, 2, 3]
@@ -220,7 +221,7 @@ def test_growth_starts_raw_then_is_forced_down_lowest_first_nearest_the_tail():
 @pytest.mark.parametrize("span", [1, 4])
 def test_permuting_the_batch_permutes_the_result(span):
     gen, order, n_B = torch.Generator().manual_seed(0), torch.tensor([2, 0, 3, 1]), torch.tensor([1025, 31, 77, 1023])
-    allocator = GreedyAllocator(feasible(8, 2, 16, n_B.tolist(), 60, span))
+    allocator = ReplayAllocator(feasible(8, 2, 16, n_B.tolist(), 60, span))
     scores, later = torch.randn(4, 128, generator=gen), torch.randn(4, 128, generator=gen).tanh()
 
     def run(scores, later, n_B):
@@ -233,7 +234,7 @@ def test_permuting_the_batch_permutes_the_result(span):
 
 def test_scores_are_only_compared():
     """Any sign and size, -inf and NaN never shown; utilities at or below zero are not shown either."""
-    allocator = GreedyAllocator(FocusConfig(budget=8 + 9, block_size=4, recent=0))
+    allocator = ReplayAllocator(FocusConfig(budget=8 + 9, block_size=4, recent=0))
     n_B = torch.tensor([32])
     logits = torch.tensor([[-900.0, -3.0, -torch.inf, torch.nan, -5e6, -2.0, -80.0, -4.0]])
     assert shown(allocator, allocator.allocate(logits, n_B)) == [1, 5, 7]
@@ -258,7 +259,7 @@ def test_opening_a_node_adds_its_price(k, max_lod, n, n_gists, seed):
     """Against the cut itself: entries of any state = the tiling + the prices of the expanded nodes."""
     cfg, gen = FocusConfig(n + 1, k, max_lod, recent=0, n_gists=n_gists if n_gists < k
                            else 1), torch.Generator().manual_seed(seed)
-    allocator = GreedyAllocator(cfg)
+    allocator = ReplayAllocator(cfg)
     state = allocator.allocate(torch.randn(1, n // k,
                                            generator=gen).masked_fill(torch.rand(1, n // k, generator=gen) < 0.5,
                                                                       -torch.inf), torch.tensor([n]))
@@ -283,7 +284,7 @@ def test_compiles_once_for_changing_values():
         graphs.append(module)
         return module.forward
 
-    allocator = GreedyAllocator(FocusConfig(budget=60, block_size=8, max_lod=2, recent=8, max_edits=2, span=2))
+    allocator = ReplayAllocator(FocusConfig(budget=60, block_size=8, max_lod=2, recent=8, max_edits=2, span=2))
 
     def step(scores, later, n_B):
         state, report = allocator.refocus(allocator.advance(allocator.allocate(scores, n_B), n_B + 3), later)

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc.focus_allocator import FocusConfig, GreedyAllocator
+from mc.focus_allocator import FocusConfig
+from scripts.eval.replay import ReplayAllocator
 from mc.mega_context import Tree, TreeShape
 from mc.telemetry import gist_statistics, shares_by_lod, spread
 from mc.working_context import from_expanded
@@ -30,7 +31,7 @@ def rand(seed: int, *shape: int) -> torch.Tensor:
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds, n=st.integers(8, 70))
 def test_shares_by_lod_count_entries_and_tokens(seed, n):
-    allocator = GreedyAllocator(FocusConfig(budget=n, block_size=4, max_lod=2, recent=4))
+    allocator = ReplayAllocator(FocusConfig(budget=n, block_size=4, max_lod=2, recent=4))
     n_B = torch.tensor([n, max(n - 7, 4)])
     scores = rand(seed, 2, n // 4).masked_fill(rand(seed + 1, 2, n // 4) < 0.5, -torch.inf)
     cut, fits = from_expanded(allocator.allocate(scores, n_B).expanded, n_B, 4, n)
@@ -119,7 +120,7 @@ def slow_dynamics(steps, cooldown: int) -> dict[str, float]:
 @given(seed=seeds, cooldown=st.integers(0, 3), max_lod=st.integers(1, 2), growing=st.booleans())
 def test_dynamics_against_a_history_of_every_node(seed, cooldown, max_lod, growing):
     """Also where the number of blocks grows, as in a session."""
-    allocator = GreedyAllocator(FocusConfig(budget=24, block_size=4, max_lod=max_lod, recent=4, cooldown=cooldown,
+    allocator = ReplayAllocator(FocusConfig(budget=24, block_size=4, max_lod=max_lod, recent=4, cooldown=cooldown,
                                             max_edits=3))
     blocks, rows = 14, 2
     n = lambda t: torch.full((rows,), (6 + min(t, 8)) * 4)  # noqa: E731
@@ -156,7 +157,7 @@ def test_a_calm_lens_is_calm_and_a_fickle_one_thrashes():
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds, n=st.integers(10, 16))
 def test_the_market_price_parts_what_the_budget_shows_from_what_it_does_not(seed, n):
-    allocator = GreedyAllocator(FocusConfig(budget=28, block_size=4, max_lod=1, recent=4))
+    allocator = ReplayAllocator(FocusConfig(budget=28, block_size=4, max_lod=1, recent=4))
     logits, n_B = 10 * rand(seed, 2, 16), torch.tensor([4 * n, 40])
     price, shown = market_price(allocator, logits, n_B), allocator.allocate(logits, n_B).expanded[0]
     for b in range(2):

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_focus_allocator import check_state
 
-from mc.focus_allocator import FocusConfig, GreedyAllocator, utilization
+from mc.focus_allocator import FocusConfig, utilization
+from scripts.eval.replay import ReplayAllocator
 from mc.session.price import LOWEST, TARGET, Allocator, market_price, next_shift, room
 from mc.session.refocus import PathEdits
 from mc.session.config import SessionConfig
@@ -110,7 +111,7 @@ def long_stream(kind: str, allocator: Allocator, adaptive: bool, budget: int = 9
     """[steps, B] utilization as histories grow block by block from 2 budgets to 12."""
     k = 8
     cfg = FocusConfig(budget, k, 2, recent=8, span=allocator.span)
-    greedy, blocks = GreedyAllocator(cfg), 12 * budget // k
+    greedy, blocks = ReplayAllocator(cfg), 12 * budget // k
     first, used = 2 * budget // k, []
     gen = torch.Generator().manual_seed(seed)
     state = greedy.allocate(torch.full((6, blocks), -torch.inf).double(), torch.full((6,), first * k))
@@ -160,7 +161,7 @@ def test_the_session_decides_as_the_batch_and_a_row_as_alone(text, n, k, seed):
     logit, the batched one on all."""
     allocator, gen, rng = Allocator.parse(text), torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     cfg, blocks, rows = FocusConfig(330, k, 3, recent=k, span=allocator.span), n // k, torch.arange(2)
-    dense, sparse, n_B = GreedyAllocator(cfg), [PathEdits(cfg), PathEdits(cfg)], torch.full((2,), n)
+    dense, sparse, n_B = ReplayAllocator(cfg), [PathEdits(cfg), PathEdits(cfg)], torch.full((2,), n)
     state = dense.advance(dense.allocate(torch.full((2, blocks), -torch.inf), 0 * n_B), 0 * n_B)
     for refocus in range(1, 7):
         grown = torch.full((2,), n * refocus // 6)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mc import working_context as wc
-from mc.focus_allocator import FocusConfig, GreedyAllocator, check_budget, check_feasible, entries_needed, fits
+from mc.focus_allocator import FocusConfig, check_budget, check_feasible, entries_needed, fits
+from scripts.eval.replay import ReplayAllocator
 from mc.session.refocus import UNSCORED, PathEdits
 from nanochat.common import UserError
 
@@ -59,7 +60,7 @@ def test_decides_as_the_batched_allocator(case):
     config, steps, slack, seed = case
     K, n_blocks = config["block_size"], sum(steps) // config["block_size"]
     cfg = feasible_config(sum(steps), slack, **config)
-    dense, sparse = GreedyAllocator(cfg), PathEdits(cfg)
+    dense, sparse = ReplayAllocator(cfg), PathEdits(cfg)
     state = dense.allocate(torch.full((1, n_blocks), -torch.inf), torch.tensor([0]))
     rng, n = np.random.default_rng(seed), 0
     for step in steps:
