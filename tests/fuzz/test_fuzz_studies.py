@@ -17,6 +17,8 @@ from mc.arms.utility_labels import LabelFolder, Labels
 from scripts.eval import importance
 from scripts.eval.methods.token_classifier import TokenClassifier, TokenClassifierConfig, load_token_classifier, save_token_classifier
 from scripts import mc_study
+from scripts.studies import run_ablate as ablate
+from scripts.studies import run_suite as run_benchmarks
 
 STUDY = Intact(b"""question: Which?
 base: {data: recall, depth: 2, max_seq_len: 352, recall_blocks: 8, num_iterations: 4, mc_enabled: 1, init_from: "$HOME/{seed}"}
