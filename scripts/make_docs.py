@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Iterator
 
-import mc.telemetry  # noqa: F401  registers MegaContext's metrics
+import mc.observe.metrics  # noqa: F401  registers MegaContext's metrics
 import nanochat.telemetry.otlp  # noqa: F401  registers those of the transport
 from mc.arm import ADDED, KINDS
 from nanochat.common import FlagParser, UserError, base_dir, boolean, run_main

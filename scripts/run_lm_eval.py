@@ -60,7 +60,7 @@ def build_lm(args):
     ranks = init_distributed(args.device)
     model, tokenizer, meta = model_from_flags(args, ranks.device)
     if not args.mc_enabled:
-        from scripts.eval.lm_eval import PlainLM
+        from nanochat.harness import PlainLM
 
         return PlainLM(model, tokenizer, args.max_length, args.seed)
     if args.max_length:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-import mc.telemetry  # noqa: F401  registers MegaContext's metrics
+import mc.observe.metrics  # noqa: F401  registers MegaContext's metrics
 import nanochat.telemetry.otlp  # noqa: F401  and those of the exporter
 from mc.config import POLICIES
 from nanochat.telemetry.recorder import METRICS, Metric

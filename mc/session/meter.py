@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-import mc.telemetry  # noqa: F401  registers the metrics
+import mc.observe.metrics  # noqa: F401  registers the metrics
 from mc.session.refocus import Edits, Node
 from nanochat.telemetry.recorder import Recorder
 

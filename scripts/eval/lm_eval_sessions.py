@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mc.session.session import SessionPool
 from nanochat.tokenizer import Tokenizer
-from scripts.eval.lm_eval import HarnessLM
+from nanochat.harness import HarnessLM
 
 
 class SessionLM(HarnessLM):

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import mc.observe.metrics  # noqa: F401  registers what is recorded here
 from mc.focus_allocator import FocusState, GreedyAllocator
 from mc.keyed_random import uniform
 from mc.lensnet import focus_scores

@@ -8,10 +8,10 @@ from tiny_mc import K, N, R, T, tiny_base, tiny_batch, tiny_mc
 from torch import Tensor
 
 from mc.config import MCConfig, from_dict
-from mc.session.refocus import session_note
 from mc.far_history import BLOCKS_OF_A_ROW, NODES_OF_A_LEVEL, FarHistory, draw_far_cut, draw_far_history, make_pools, most_entries, place_far, with_far_tokens  # noqa: E501
 from mc.working_context import Cut, check, spans
 from nanochat.common import UserError
+from scripts.eval.outlook import session_note
 
 FAR = dict(far_tokens=400, far_entries=40)
 ROWS = torch.arange(4)

@@ -2,7 +2,7 @@
 
 import json
 
-import mc.telemetry  # noqa: F401  registers MegaContext's metrics
+import mc.observe.metrics  # noqa: F401  registers MegaContext's metrics
 import nanochat.telemetry.otlp  # noqa: F401  and those of the exporter
 from nanochat.telemetry.recorder import METRICS
 

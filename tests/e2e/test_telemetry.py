@@ -12,7 +12,7 @@ from e2e_commands import GIST_LOSSES, KINDS, MC, last_checkpoint, losses, run, s
 
 pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc")
 
-import mc.telemetry  # noqa: F401  registers MegaContext's metrics
+import mc.observe.metrics  # noqa: F401  registers MegaContext's metrics
 from nanochat.telemetry import otlp as otel
 from nanochat.telemetry.recorder import METRICS, open_recorder
 from otlp_receiver import Receiver, unused_port

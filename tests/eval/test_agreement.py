@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_spearman import slow_spearman
 
 from scripts.eval.agreement import average_ranks, best_of, hit_at, spearman
-from slow_spearman import slow_spearman
 
 torch.set_num_threads(1)
 

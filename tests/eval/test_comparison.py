@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from tiny_mc import H, K, N, R, T, W, tiny_base, tiny_batch, tiny_mc
 
 from mc.model import recency_scores, run_entries, with_continuation
 from mc.teachers import attention_mass, gate_utility, keep_gradients
 from nanochat.gpt import GPT, GPTConfig, token_losses
 from scripts.eval.comparison import FocusComparison, Outcome, plain_outcomes
-from tiny_mc import H, K, N, R, T, W, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)
 POLICIES = ("random", "recency", "lens")

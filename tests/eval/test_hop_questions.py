@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from tiny_mc import K, tiny_base, tiny_mc
 
 from mc.session.config import SessionConfig
 from mc.session.session import Session, SessionPool
 from nanochat.tasks.hops import HopTask
 from scripts.eval.hop_questions import SYSTEMS, ask_chains, base_writes, write_chain
 from scripts.eval.stream import store_of
-from tiny_mc import K, tiny_base, tiny_mc
 
 torch.set_num_threads(1)
 TASK = HopTask(range(16), range(16, 32), range(32, 40), block=K, blocks=8, announce=2, ask=2)

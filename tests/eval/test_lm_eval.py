@@ -6,16 +6,16 @@ import torch
 pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
+from tiny_gpt import tiny_gpt
+from tiny_mc import tiny_mc
 
 from mc.session.config import SessionConfig
 from mc.session.session import SessionPool
 from nanochat.common import UserError
 from nanochat.engine import Engine, sample
+from nanochat.harness import PlainLM, read_options
 from nanochat.tokenizer import Reserved, Tokenizer
-from scripts.eval.lm_eval import PlainLM, read_options
 from scripts.eval.lm_eval_sessions import SessionLM
-from tiny_gpt import tiny_gpt
-from tiny_mc import tiny_mc
 
 TOKENIZER = Tokenizer([bytes([i]) for i in range(256)], reserved=Reserved(4, 4, 4))
 GPT = tiny_gpt(vocab_size=TOKENIZER.vocab_size, sequence_len=128, n_kv_head=4, rope_fraction=0.5)

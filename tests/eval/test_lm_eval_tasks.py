@@ -9,16 +9,16 @@ import torch
 lm_eval = pytest.importorskip("lm_eval")
 import yaml
 from lm_eval.tasks import TaskManager
+from tiny_gpt import tiny_gpt
+from tiny_mc import tiny_mc
 
 from mc.session.config import SessionConfig
 from mc.session.session import SessionPool
 from nanochat.common import UserError
+from nanochat.harness import PlainLM
 from nanochat.tokenizer import Reserved, Tokenizer
-from scripts.eval.lm_eval import PlainLM
 from scripts.eval.lm_eval_sessions import SessionLM
 from scripts.run_lm_eval import loads_checked
-from tiny_gpt import tiny_gpt
-from tiny_mc import tiny_mc
 
 MERGES = [b"wa", b"te", b"wate", b"water", b" h", b"ou", b"se", b" hou"]
 TOKENIZER = Tokenizer([*(bytes([i]) for i in range(256)), *MERGES], reserved=Reserved(4, 4, 4))

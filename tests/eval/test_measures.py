@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_mc import VOCAB, H, K, R, T, W, tiny_base, tiny_batch, tiny_mc
 
 from mc.teachers import gate_utility, keep_gradients
 from nanochat.gpt import token_losses
@@ -9,7 +10,6 @@ from scripts.eval import measures
 from scripts.eval.measures import taught
 from scripts.eval.methods.interface import Models
 from scripts.eval.methods.registry import make_method
-from tiny_mc import H, K, R, T, VOCAB, W, tiny_base, tiny_batch, tiny_mc
 
 torch.set_num_threads(1)
 CURSORS, HORIZON = torch.tensor([41, 48, 55]), 3

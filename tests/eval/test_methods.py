@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_mc import VOCAB, K, R, W, tiny_base, tiny_mc
 
 from mc.working_context import check
 from nanochat.common import UserError
@@ -15,7 +17,6 @@ from scripts.eval.methods.interface import KVChoice, Models, View, best, kv_byte
 from scripts.eval.methods.kv import PAGE
 from scripts.eval.methods.registry import METHODS, make_method
 from scripts.eval.methods.token_classifier import TokenClassifier, TokenClassifierConfig
-from tiny_mc import K, R, VOCAB, W, tiny_base, tiny_mc
 
 H = 6
 CHEAP = ["random_blocks", "dense_mean", "dense_learned", "sinks", "gists_random", "drop_surprisal", "drop_learned"]

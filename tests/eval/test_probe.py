@@ -5,16 +5,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_spearman import slow_spearman
+from tiny_mc import K, N, tiny_base, tiny_batch, tiny_mc
 
 from mc.focus_allocator import FocusConfig
-from scripts.eval.replay import ReplayAllocator
 from mc.mega_context import Tree, TreeShape
 from mc.telemetry import gist_statistics, shares_by_lod, spread
 from mc.working_context import from_expanded
 from scripts.eval.comparison import FocusComparison, plain_outcomes
-from scripts.eval.probe import SAMPLED, FocusDynamics, market_price, probe_batch, replay
-from slow_spearman import slow_spearman
-from tiny_mc import K, N, tiny_base, tiny_batch, tiny_mc
+from scripts.eval.probe import SAMPLED, FocusDynamics, just_fitting_price, probe_batch, replay
+from scripts.eval.replay import ReplayAllocator
 
 torch.set_num_threads(1)
 seeds = st.integers(0, 2**32 - 1)
@@ -156,10 +156,10 @@ def test_a_calm_lens_is_calm_and_a_fickle_one_thrashes():
 
 @settings(max_examples=30, deadline=None)
 @given(seed=seeds, n=st.integers(10, 16))
-def test_the_market_price_parts_what_the_budget_shows_from_what_it_does_not(seed, n):
+def test_the_just_fitting_price_parts_what_the_budget_shows_from_what_it_does_not(seed, n):
     allocator = ReplayAllocator(FocusConfig(budget=28, block_size=4, max_lod=1, recent=4))
     logits, n_B = 10 * rand(seed, 2, 16), torch.tensor([4 * n, 40])
-    price, shown = market_price(allocator, logits, n_B), allocator.allocate(logits, n_B).expanded[0]
+    price, shown = just_fitting_price(allocator, logits, n_B), allocator.allocate(logits, n_B).expanded[0]
     for b in range(2):
         free = range(int(n_B[b]) // 4 - 1)  # without the recent block
         assert [bool(logits[b, i] > price[b]) for i in free] == [bool(shown[b, i]) for i in free]

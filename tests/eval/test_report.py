@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from tiny_mc import SMALL, T
 
 from mc import runtime
 from mc.config import MCConfig, to_dict
@@ -20,12 +21,11 @@ from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.telemetry import tracing
 from nanochat.telemetry.recorder import read_metrics
-from scripts.bench import train_step as benchmark
 from scripts.bench import telemetry as telemetry_benchmark
+from scripts.bench import train_step as benchmark
 from scripts.eval import report
 from scripts.eval.comparison import Outcome
 from scripts.eval.statistics import bootstrap_interval, median_interval
-from tiny_mc import SMALL, T
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)

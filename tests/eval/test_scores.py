@@ -8,16 +8,25 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from slow_spearman import slow_spearman
+from tiny_mc import H, K, N, R, W, tiny_base, tiny_batch, tiny_mc
 
 from mc.teachers import attention_mass
 from nanochat.common import UserError
 from nanochat.tasks.recall import RecallTask
 from scripts.eval.bm25 import bm25_scores
 from scripts.eval.comparison import FocusComparison
-from scripts.eval.run_focus import Model, seeds_gap_closed, mean_of, recall_setting
-from scripts.eval.scores import CHEATS, SCORES, all_scores, measure_scores, most_useful, recall_contexts, tail_attention, utilities  # noqa: E501
-from slow_spearman import slow_spearman
-from tiny_mc import H, K, N, R, W, tiny_base, tiny_batch, tiny_mc
+from scripts.eval.run_focus import Model, mean_of, recall_setting, seeds_gap_closed
+from scripts.eval.scores import (  # noqa: E501
+    CHEATS,
+    SCORES,
+    all_scores,
+    measure_scores,
+    most_useful,
+    recall_contexts,
+    tail_attention,
+    utilities,
+)
 
 torch.set_num_threads(1)
 BLOCKS, FREE = N // K, (N - R) // K

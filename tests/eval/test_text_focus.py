@@ -4,12 +4,24 @@ have read the continuation."""
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_mc import H, K, N, R, tiny_base, tiny_batch, tiny_mc
 
 from scripts.eval.comparison import FocusComparison
 from scripts.eval.run_text import share
-from scripts.eval.text_focus import HORIZONS, Tried, far_only, features, fit, judge_cuts, keep_best, oracle, past_gate, search  # noqa: E501
-from tiny_mc import H, K, N, R, tiny_base, tiny_batch, tiny_mc
+from scripts.eval.text_focus import (  # noqa: E501
+    HORIZONS,
+    Tried,
+    far_only,
+    features,
+    fit,
+    judge_cuts,
+    keep_best,
+    oracle,
+    past_gate,
+    search,
+)
 
 torch.set_num_threads(1)
 FREE = (N - R) // K

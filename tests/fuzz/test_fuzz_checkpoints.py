@@ -14,8 +14,8 @@ from fuzzing import EDGES, Image, changes, command, dumped, fuzzed, image, json_
 from hypothesis import strategies as st
 
 from mc.store.networks import load_networks
-from nanochat.telemetry import meter
 from nanochat.loading import load_model, load_nanochat_dir
+from nanochat.telemetry import meter
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train, chat_cli
 from scripts.eval.methods.registry import load_models

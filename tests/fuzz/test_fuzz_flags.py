@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fuzzing import command, fuzzed, image
 from hypothesis import strategies as st
+from test_fuzz_checkpoints import TRAIN
 
 from nanochat.telemetry import meter
 from nanochat.tokenizer import Tokenizer
@@ -17,7 +18,6 @@ from scripts.eval import run_focus as eval_focus
 from scripts.studies import run_classifier as keep_drop
 from scripts.studies import run_labels as label_utility
 from scripts.studies import run_train_lensnet as train_lensnet
-from test_fuzz_checkpoints import TRAIN
 
 SCRIPTS = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "scripts").glob("[!_]*.py"))
 NUMBERS = st.one_of(st.integers(-2, 130).map(str),

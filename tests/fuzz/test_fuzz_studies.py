@@ -14,8 +14,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mc.arms.utility_labels import LabelFolder, Labels
+from scripts import mc_study
 from scripts.eval import importance
-from scripts.eval.methods.token_classifier import TokenClassifier, TokenClassifierConfig, load_token_classifier, save_token_classifier  # noqa: E501
+from scripts.eval.methods.token_classifier import (  # noqa: E501
+    TokenClassifier,
+    TokenClassifierConfig,
+    load_token_classifier,
+    save_token_classifier,
+)
 from scripts.studies import run_ablate as ablate
 from scripts.studies import run_suite as run_benchmarks
 
@@ -62,7 +68,7 @@ def nothing_runs(tmp_path_factory):
 
 def study_or_suite(kind: str, data: bytes, work: Path) -> None:
     folder = put_image(work / "yaml", {"x.yaml": data})
-    command(kind, ablate.main if kind.startswith("study") else run_benchmarks.main, str(folder / "x.yaml"))
+    command(kind, mc_study.main, "ablate" if kind.startswith("study") else "suite", str(folder / "x.yaml"))
     assert image(folder) == {"x.yaml": data}
 
 
@@ -86,7 +92,7 @@ def test_a_record_to_be_run_again(work, change, where):
               "model": {"name": "m", "seed": 1, "tag": "t", "flags": {"depth": "1"}, "finetune": None,
                         "keep_drop": None, "after": None}}
     folder = put_image(work / "rerun", {"x": dumped(change(record)) + b"\n"})
-    command("record, run again", run_benchmarks.main, f"--rerun={folder}/{where}")
+    command("record, run again", mc_study.main, "suite", f"--rerun={folder}/{where}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

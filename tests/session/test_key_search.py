@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_mc import randomize
 
 from mc.lensnet import LOCAL_MEAN, LensNet, LensNetConfig
 from mc.session.key_search import PAGE, KeySearch
-from tiny_mc import randomize
 
 torch.set_num_threads(1)
 K, TAIL, D = 4, 8, 16

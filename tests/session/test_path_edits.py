@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from mc import working_context as wc
 from mc.focus_allocator import FocusConfig, check_budget, check_feasible, entries_needed, fits
-from scripts.eval.replay import ReplayAllocator
 from mc.session.refocus import UNSCORED, PathEdits
 from nanochat.common import UserError
+from scripts.eval.replay import ReplayAllocator
 
 torch.set_num_threads(1)
 

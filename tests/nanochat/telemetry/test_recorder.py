@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import mc.telemetry  # noqa: F401  registers MegaContext's metrics
+import mc.observe.metrics  # noqa: F401  registers MegaContext's metrics
 from nanochat.common import UserError
 from nanochat.telemetry import recorder as recorder_module
 from nanochat.telemetry.recorder import METRICS, ConsoleSink, Metric, Recorder, Sink, WandbSink, duration, metric_table, open_recorder, read_metrics, register  # noqa: E501
