@@ -151,8 +151,9 @@ def build_controller(args, plan: Plan, model: GPT) -> NullController:
 
 def say_what_sessions_show(controller: NullController) -> None:
     for mc in controller.modules.values():
-        print0(import_optional("mc", "session.refocus").session_note(mc.focus_config(),
-                                                                     controller.meta()["trained_lods"]))
+        from scripts.eval.outlook import session_note  # imports mc
+
+        print0(session_note(mc.focus_config(), controller.meta()["trained_lods"]))
 
 
 def build_optimizer(args, plan: Plan, model: GPT, controller: NullController) -> MuonAdamW:
