@@ -86,6 +86,6 @@ def test_the_window_is_the_base_on_the_last_tokens():
 
 
 def test_an_answer_says_what_had_no_entry():
-    small, large = tiny_pool(budget=20), tiny_pool(budget=60)
+    small, large = tiny_pool(budget=20, trained=(1,)), tiny_pool(budget=60)  # 20 entries of at most 4 tokens for 400
     left_out = [ask(pool, store_of(pool, HISTORY), SAID, SCORED, ALL).omitted for pool in (small, large)]
     assert left_out[0] > 100 and left_out[1] == 0
