@@ -28,7 +28,7 @@ HOME = {  # files that still stand in another room than theirs
 }
 
 UPWARD: set = set()
-CIRCLES = {frozenset({"nanochat/telemetry/recorder.py", "nanochat/telemetry/otlp.py"})}
+CIRCLES: set = set()
 DOUBLES = {
     "Arm", "Context", "Cost", "Edits", "Records", "Rows", "Setting", "Source", "by_distance", "cell", "choose", "describe",
     "draw_cut", "evaluate", "examples", "fingerprint", "fit", "from_flags", "gap_closed", "hit_at", "interval", "judge", "judged", "load",

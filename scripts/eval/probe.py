@@ -31,7 +31,7 @@ from mc.model import MegaContext
 from mc.runtime import MCController
 from mc.telemetry import Metrics
 from nanochat.gpt import GPT
-from nanochat.telemetry.recorder import Labelled
+from nanochat.telemetry.metrics import Labelled
 from scripts.eval.comparison import FocusComparison, Outcome, plain_outcomes
 
 SAMPLED = 32  # blocks whose utility a probe measures: one pass over a working context each

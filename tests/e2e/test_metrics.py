@@ -4,7 +4,7 @@ import json
 
 import mc.telemetry  # noqa: F401  registers MegaContext's metrics
 import nanochat.telemetry.otlp  # noqa: F401  and those of the exporter
-from nanochat.telemetry.recorder import METRICS
+from nanochat.telemetry.metrics import METRICS
 
 TRANSPORT = {name for name in METRICS if name.startswith(("telemetry.otlp", "telemetry.preflight"))}  # see test_telemetry.py
 SESSION = {name for name, m in METRICS.items() if m.where == "mc/session/meter.py"}  # tests/session/test_session.py records each of them
