@@ -23,7 +23,7 @@ from mc.model import MegaContext, take
 from mc.teachers import attention_mass, beyond_average, over_horizon
 from mc.telemetry import spread
 from nanochat.gpt import Captured
-from nanochat.telemetry.recorder import Labelled
+from nanochat.telemetry.metrics import Labelled
 
 Target = tuple[Tensor, Tensor]  # distribution over the visible blocks [B, Q, N], weight of each query [B, Q]
 

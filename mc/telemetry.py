@@ -10,7 +10,9 @@ from torch import Tensor
 from mc.config import POLICIES
 from mc.mega_context import Tree
 from mc.working_context import Cut, entries_used, spans
-from nanochat.telemetry.recorder import DELTA_NATS, NATS, NORMS, SECONDS, SHARES, Labelled, Metric, one_two_five, register  # noqa: E501
+from nanochat.telemetry.metrics import (
+    DELTA_NATS, NATS, NORMS, SECONDS, SHARES, Labelled, Metric, one_two_five, register,
+)  # fmt: skip
 
 RUNTIME = "mc/runtime.py"
 TRAIN = "scripts/base_train.py"

@@ -27,7 +27,7 @@ from nanochat.engine import Engine, decode_stream
 from nanochat.gpt import GPT
 from nanochat.loading import add_model_flags, model_from_flags
 from nanochat.streams import interrupt_noted
-from nanochat.telemetry.recorder import open_recorder
+from nanochat.telemetry.opening import open_recorder
 from nanochat.tokenizer import Tokenizer, cut
 
 

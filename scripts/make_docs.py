@@ -18,7 +18,7 @@ import nanochat.telemetry.otlp  # noqa: F401  registers those of the transport
 from mc.arm import ADDED, KINDS
 from nanochat.common import FlagParser, UserError, base_dir, boolean, run_main
 from nanochat.outputs import output_folder, write_file
-from nanochat.telemetry.recorder import metric_table
+from nanochat.telemetry.metrics import metric_table
 from scripts.eval.tables import table
 
 ROOT = Path(__file__).resolve().parent.parent

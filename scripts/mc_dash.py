@@ -11,7 +11,7 @@ from pathlib import Path
 from mc.observe.page import Run, page, standings
 from nanochat.common import FlagParser, UserError, run_main
 from nanochat.outputs import output_file, write_file
-from nanochat.telemetry.recorder import read_metrics
+from nanochat.telemetry.sinks import read_metrics
 
 
 def make_parser() -> FlagParser:

@@ -19,7 +19,7 @@ from functools import cache
 import mc.observe.metrics  # noqa: F401  registers MegaContext's metrics
 import nanochat.telemetry.otlp  # noqa: F401  and those of the exporter
 from mc.config import POLICIES
-from nanochat.telemetry.recorder import METRICS, Metric
+from nanochat.telemetry.metrics import METRICS, Metric
 
 RUN = ("mc_run_id", "mc_variant")  # labels of a run, as `mc.run.id` and `mc.variant` arrive in a Prometheus store
 WINDOW = "$__rate_interval"  # Grafana's: several scrape intervals

@@ -26,7 +26,7 @@ from nanochat.optim import assert_finite, global_grad_norm, relative_change
 from nanochat.plan import Plan, run_tag, step_flops
 from nanochat.resume import RunProgress
 from nanochat.schedule import muon_momentum
-from nanochat.telemetry.recorder import open_recorder
+from nanochat.telemetry.opening import open_recorder
 from nanochat.telemetry.tracing import Reading, Trace
 
 # dense bf16, data sheets

@@ -29,7 +29,8 @@ from itertools import islice
 
 from nanochat.common import UserError
 from nanochat.redact import redacted, scrubbed, userinfo
-from nanochat.telemetry.recorder import SECONDS, Metric, Sample, Sink, register
+from nanochat.telemetry.metrics import SECONDS, Metric, Sample, register
+from nanochat.telemetry.sinks import Sink
 from nanochat.telemetry.tracing import Span, Trace
 
 INTERVAL_MS = 5000  # between exports, unless OTEL_METRIC_EXPORT_INTERVAL says otherwise

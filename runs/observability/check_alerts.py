@@ -20,7 +20,8 @@ import yaml
 
 from mc.observe.dashboards import keys_of, prometheus_name
 from nanochat.common import FlagParser, UserError, run_main
-from nanochat.telemetry.recorder import METRICS, read_metrics
+from nanochat.telemetry.metrics import METRICS
+from nanochat.telemetry.sinks import read_metrics
 
 
 def promtool() -> str | None:

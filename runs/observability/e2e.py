@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fixtures")]
 import nanochat.telemetry.otlp  # noqa: F401  registers the transport's metrics
 from mc.observe.dashboards import prometheus_name
 from nanochat.common import FlagParser, UserError, run_main
-from nanochat.telemetry.recorder import METRICS
+from nanochat.telemetry.metrics import METRICS
 
 TOLERANCE = 1e-6  # relative
 MODEL = ["--depth=2", "--aspect_ratio=16", "--head_dim=16", "--max_seq_len=128", "--device_batch_size=2",

@@ -11,7 +11,7 @@ import torch
 
 from nanochat.common import FlagParser, UserError
 from nanochat.telemetry.otlp import otlp_sink
-from nanochat.telemetry.recorder import METRICS, Sample
+from nanochat.telemetry.metrics import METRICS, Sample
 from nanochat.telemetry.tracing import Trace
 from scripts.bench.base import print_json
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanochat.telemetry.recorder import open_recorder
+from nanochat.telemetry.opening import open_recorder
 from nanochat.telemetry.tracing import Trace
 from nanochat.tokenizer import Tokenizer
 from scripts.bench.base import add_block_flags, print_json, synchronize, timed_meta

@@ -35,10 +35,10 @@ from mc.model import MegaContext
 from mc.runtime import MCController
 from mc.telemetry import Metrics
 from nanochat.gpt import GPT
-from nanochat.telemetry.recorder import Labelled
-from scripts.eval.replay import FocusReport, ReplayAllocator
+from nanochat.telemetry.metrics import Labelled
 from scripts.eval.agreement import best_of, hit_at, spearman
 from scripts.eval.comparison import FocusComparison, Outcome, plain_outcomes
+from scripts.eval.replay import FocusReport, ReplayAllocator
 
 SAMPLED = 32  # blocks whose utility a probe measures: one pass over a working context each
 REFOCUSES = 64  # that a probe replays at most

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 from nanochat.outputs import write_file
-from nanochat.telemetry.recorder import read_metrics
+from nanochat.telemetry.sinks import read_metrics
 from scripts.eval.comparison import Outcome
 from scripts.eval.figures import BLUE, GREEN, VERMILION, new_figure, save_figure
 from scripts.eval.statistics import LEAST_GAP, bootstrap_interval, share_of_gap

@@ -21,7 +21,7 @@ import yaml
 
 from nanochat.common import UserError, one_line, parse_json, print0
 from nanochat.outputs import locked
-from nanochat.telemetry.recorder import duration
+from nanochat.telemetry.sinks import duration
 from scripts.eval.provenance import commit, environment
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.outputs import write_file
-from nanochat.telemetry.recorder import read_metrics
+from nanochat.telemetry.sinks import read_metrics
 from scripts.bench.decode import plot_decoding
 from scripts.eval.figures import COLOURS, GREY, MARKERS, legend_below, new_figure, save_figure
 from scripts.eval.methods.registry import INTERVALS

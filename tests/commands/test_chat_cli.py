@@ -20,7 +20,7 @@ from nanochat import documents
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.telemetry.recorder import read_metrics
+from nanochat.telemetry.sinks import read_metrics
 from nanochat.tokenizer import Reserved, Tokenizer
 from scripts import chat_cli, mc_bench
 

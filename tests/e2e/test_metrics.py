@@ -4,7 +4,7 @@ import json
 
 import mc.observe.metrics  # noqa: F401  registers MegaContext's metrics
 import nanochat.telemetry.otlp  # noqa: F401  and those of the exporter
-from nanochat.telemetry.recorder import METRICS
+from nanochat.telemetry.metrics import METRICS
 
 # see test_telemetry.py
 TRANSPORT = {name for name in METRICS if name.startswith(("telemetry.otlp", "telemetry.preflight"))}

@@ -14,7 +14,8 @@ pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc")
 
 import mc.observe.metrics  # noqa: F401  registers MegaContext's metrics
 from nanochat.telemetry import otlp as otel
-from nanochat.telemetry.recorder import METRICS, open_recorder
+from nanochat.telemetry.metrics import METRICS
+from nanochat.telemetry.opening import open_recorder
 from otlp_receiver import Receiver, unused_port
 from test_session import tiny_pool, tokens
 from wandb_file import wandb_history

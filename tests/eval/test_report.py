@@ -20,7 +20,7 @@ from mc.config import MCConfig, to_dict
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.telemetry import tracing
-from nanochat.telemetry.recorder import read_metrics
+from nanochat.telemetry.sinks import read_metrics
 from scripts.bench import telemetry as telemetry_benchmark
 from scripts.bench import train_step as benchmark
 from scripts.eval import report

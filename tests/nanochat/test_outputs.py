@@ -26,7 +26,9 @@ from nanochat.checkpoint import annotate, damage, load_model_state, save_checkpo
 from nanochat.common import FlagParser, Ranks, UserError, run_main
 from nanochat.dataset import open_corpus
 from nanochat.outputs import StopRequest, check_tag, holding, locked, output_file, output_folder, replacing, write_file
-from nanochat.telemetry.recorder import METRICS, Metric, Recorder, Sink, read_metrics, run_id
+from nanochat.telemetry.metrics import METRICS, Metric
+from nanochat.telemetry.recorder import Recorder
+from nanochat.telemetry.sinks import Sink, read_metrics, run_id
 from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from nanochat.common import UserError, run_main
 from nanochat.redact import redacted, scrubbed, userinfo
-from nanochat.telemetry.recorder import WandbSink, open_recorder
+from nanochat.telemetry.opening import open_recorder
+from nanochat.telemetry.sinks import WandbSink
 from nanochat.telemetry.tracing import Trace
 
 SECRET = "s3cret"  # part of every planted secret

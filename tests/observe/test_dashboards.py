@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from mc.observe.dashboards import ALERTS, DASHBOARDS, TRAINING, WINDOW, Alert, Value, panel, prometheus_name
 from mc.observe.page import MOST, Run, figure, page, series_of, standings, thinned, ticks
 from nanochat.common import UserError
-from nanochat.telemetry.recorder import METRICS, SHARES, Metric, read_metrics
+from nanochat.telemetry.metrics import METRICS, SHARES, Metric
+from nanochat.telemetry.sinks import read_metrics
 from scripts.mc_dash import load_run
 
 ROOT = Path(__file__).resolve().parents[2]

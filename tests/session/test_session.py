@@ -24,7 +24,9 @@ from mc.store.history import store_format
 from mc.store.ram import VOID, RamStore
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.telemetry.recorder import METRICS, Recorder, read_metrics
+from nanochat.telemetry.metrics import METRICS
+from nanochat.telemetry.recorder import Recorder
+from nanochat.telemetry.sinks import read_metrics
 from scripts.bench.decode import held_bytes
 
 torch.set_num_threads(1)

@@ -23,7 +23,10 @@ from nanochat.common import UserError
 from nanochat.telemetry import otlp as otel
 from nanochat.telemetry import recorder as recorder_module
 from nanochat.telemetry.otlp import otlp_sink
-from nanochat.telemetry.recorder import METRICS, NATS, Metric, Recorder, Sample, open_recorder, read_metrics
+from nanochat.telemetry.metrics import METRICS, NATS, Metric, Sample
+from nanochat.telemetry.opening import open_recorder
+from nanochat.telemetry.recorder import Recorder
+from nanochat.telemetry.sinks import read_metrics
 from nanochat.telemetry.tracing import Trace
 from otlp_receiver import Receiver, unused_port
 from scripts.bench import otlp as preflight
@@ -163,7 +166,7 @@ OFF = [{}, {"OTEL_EXPORTER_OTLP_ENDPOINT": ""},
 def test_off_and_nothing_is_imported(tmp_path):
     code = f"""
 import os, sys
-from nanochat.telemetry.recorder import open_recorder
+from nanochat.telemetry.opening import open_recorder
 for settings in {OFF!r}:
     os.environ.update(settings)
     with open_recorder({str(tmp_path)!r}, config={{}}, total_steps=1) as recorder:

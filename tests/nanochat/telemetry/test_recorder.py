@@ -15,7 +15,10 @@ import torch
 import mc.observe.metrics  # noqa: F401  registers MegaContext's metrics
 from nanochat.common import UserError
 from nanochat.telemetry import recorder as recorder_module
-from nanochat.telemetry.recorder import METRICS, ConsoleSink, Metric, Recorder, Sink, WandbSink, duration, metric_table, open_recorder, read_metrics, register  # noqa: E501
+from nanochat.telemetry.metrics import METRICS, Metric, metric_table, register
+from nanochat.telemetry.opening import open_recorder
+from nanochat.telemetry.recorder import Recorder
+from nanochat.telemetry.sinks import ConsoleSink, Sink, WandbSink, duration, read_metrics
 from wandb_file import wandb_history
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.telemetry.recorder import Recorder, Sink
+from nanochat.telemetry.recorder import Recorder
+from nanochat.telemetry.sinks import Sink
 from nanochat.telemetry.tracing import MOST_RUNS, Trace, now, runs
 from tiny_mc import step, tiny_base, tiny_batch, tiny_mc
 
