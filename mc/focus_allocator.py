@@ -1,12 +1,14 @@
 """Which spans of the history deserve their detail: a knapsack on the tree, solved greedily and in batch.
 
 A state says which nodes are expanded; the cut follows from it (`working_context.from_expanded`). Expanding a node adds
-K - 1 entries (with G gists per node K - G at LOD1 and (K - 1) * G above), so entries = tiling(n) + what the expanded nodes
-added: the whole budget is counting. Expanded nodes are closed upward (an expanded node's existing ancestors are expanded);
-every edit keeps that.
+K - 1 entries (with G gists per node K - G at LOD1 and (K - 1) * G above), so entries =
+tiling(n) + what the expanded nodes
+added: the whole budget is counting. Expanded nodes are closed upward (an expanded node's existing ancestors are
+expanded); every edit keeps that.
 
 A cut is allocated afresh here, as training does for every row; a session edits its cut a little at a time
-(`mc.session.refocus`). Showing a block expands it and its closed ancestors. Only blocks (LOD1) have scores of their own.
+(`mc.session.refocus`). Showing a block expands it and its closed ancestors. Only blocks
+(LOD1) have scores of their own.
 
 Nodes of all levels lie in one axis, level after level: [LOD1 | LOD2 | …]. Every operation acts on [B, N] at once;
 the only Python loops are over levels and over the (static) number of blocks that fit.
@@ -76,7 +78,8 @@ def entries_needed(n_tokens: int, cfg: FocusConfig, deep_blocks: int = 1) -> tup
 
 
 def fits(n_tokens: int, cfg: FocusConfig) -> bool:
-    """Whether the budget tiles every history of up to n_tokens with a block shown raw besides the tail: once false, always false.
+    """Whether the budget tiles every history of up to n_tokens with a block shown raw besides the
+    tail: once false, always false.
 
     A tiling takes most entries where the lower digits of what lies before the tail are all block_size - 1.
     """
@@ -86,11 +89,13 @@ def fits(n_tokens: int, cfg: FocusConfig) -> bool:
 
 
 def check_budget(cfg: FocusConfig) -> None:
-    """Refuse (UserError, with the numbers) a budget that, whatever the length, cannot show the tail and one block raw and nothing else."""
+    """Refuse (UserError, with the numbers) a budget that, whatever the length, cannot show the tail and one
+    block raw and nothing else."""
     tail = cfg.recent + cfg.block_size - 1
     if cfg.budget < (need := tail + cfg.block_size):
         raise UserError(
-            f"a budget of {cfg.budget} entries is too small for a session: a recent tail of up to {tail} tokens + one raw block of "
+            f"a budget of {cfg.budget} entries is too small for a session: a recent tail of up to {tail} tokens + one "
+            "raw block of "
             f"{cfg.block_size} = {need}; raise --mc_budget to {need}"
         )
 
@@ -101,7 +106,8 @@ def check_feasible(n_tokens: int, cfg: FocusConfig, deep_blocks: int = 1) -> Non
     if (need := tiles + deep + tail) > cfg.budget:
         raise UserError(
             f"a budget of {cfg.budget} entries is too small for {n_tokens} tokens: tiling {tiles} + "
-            f"{deep_blocks} raw block(s) {deep} + recent tail {tail} = {need} (block size {cfg.block_size}, max_lod {cfg.max_lod}); "
+            f"{deep_blocks} raw block(s) {deep} + recent tail {tail} = {need} (block size {cfg.block_size}, max_lod "
+            f"{cfg.max_lod}); "
             f"raise the budget to {need}, raise max_lod, or lower recent={cfg.recent}"
         )
 
@@ -174,7 +180,8 @@ class NodeAxis(NamedTuple):
 
 
 def pick_best(score_BC: Tensor, cost_BC: Tensor, can_BC: Tensor) -> Tensor:
-    """The allowed choice of highest score; ties: the cheapest, then the last, which is the nearest to the tail. int64 [B, 1]."""
+    """The allowed choice of highest score; ties: the cheapest, then the last, which is the
+    nearest to the tail. int64 [B, 1]."""
     best_B1 = score_BC.masked_fill(~can_BC, -torch.inf).amax(1, keepdim=True)
     choices = score_BC.shape[1]
     tie_BC = torch.arange(choices, device=score_BC.device) - cost_BC * choices
@@ -184,8 +191,8 @@ def pick_best(score_BC: Tensor, cost_BC: Tensor, can_BC: Tensor) -> Tensor:
 def utilization(entries_B: Tensor, n_tokens_B: Tensor, cfg: FocusConfig) -> Tensor:
     """Entries used / the largest count reachable within the budget (a full, calm context reads 1). float32 [B].
 
-    Where prices differ by level (several gists per node, two levels or more) that count is taken from above: the largest that any
-    mixture of the prices could reach.
+    Where prices differ by level (several gists per node, two levels or more) that count is taken from above: the
+    largest that any mixture of the prices could reach.
     """
     least_B = tiling(n_tokens_B, cfg.block_size, cfg.max_lod, cfg.n_gists)
     step = math.gcd(*(cfg.price(lod) for lod in range(1, cfg.max_lod + 1)))

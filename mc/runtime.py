@@ -4,14 +4,15 @@
     (result.loss / accumulation).backward()
     loss, metrics = mc.after_backward(accumulation)      # of what needs the gradients of that pass: nothing by default
 
-One micro-batch: the ordinary LM pass; a tree of gists on the same embeddings; per row one or more cuts of its history at the
-budget, chosen by a random, recency, lens or teacher policy; one packed pass [cut ‖ continuation]; next-token loss and KL from the
-LM pass. The lens learns, on detached inputs, which blocks the LM pass attended to.
+One micro-batch: the ordinary LM pass; a tree of gists on the same embeddings; per row one or more cuts of its history
+at the budget, chosen by a random, recency, lens or teacher policy; one packed pass [cut ‖ continuation]; next-token
+loss and KL from the LM pass. The lens learns, on detached inputs, which blocks the LM pass attended to.
 
-Every random draw is keyed by (seed, step, global row), so it does not depend on ranks or micro-steps. Nothing is carried over
-between micro-batches. Before `start` a step is the vanilla step.
+Every random draw is keyed by (seed, step, global row), so it does not depend on ranks or micro-steps. Nothing is
+carried over between micro-batches. Before `start` a step is the vanilla step.
 
-Shapes: B rows, R rows with a working context (V variants of each: RV), T tokens, D width, N blocks, P positions read, Q queries.
+Shapes: B rows, R rows with a working context (V variants of each: RV), T tokens, D width, N
+blocks, P positions read, Q queries.
 """
 
 import sys
@@ -69,27 +70,35 @@ class MCController:
         K, R, H = config.block_size, config.protected, config.horizon
         history = (T - H) // K * K
         if history // K <= config.budget // K:
-            raise UserError(f"--mc_budget={config.budget} holds the whole history of {history} tokens: nothing to focus on; "
+            raise UserError(f"--mc_budget={config.budget} holds the whole history of {history} tokens: nothing to "
+                            "focus on; "
                             f"lower the budget or raise --max_seq_len")
         for name in ("row_stride", "lens_row_stride"):
             if micro_batch % getattr(config, name):
-                raise UserError(f"--mc_{name}={getattr(config, name)} does not divide the micro-batch of {micro_batch} rows")
+                raise UserError(
+                    f"--mc_{name}={getattr(config, name)} does not divide the micro-batch of {micro_batch} rows")
         if config.far_tokens and micro_batch < 2:
-            raise UserError("--mc_far_tokens shows gists of the other rows of a micro-batch, which has one row; raise --device_batch_size")
+            raise UserError("--mc_far_tokens shows gists of the other rows of a micro-batch, which has one row; raise "
+                            "--device_batch_size")
         if config.far_tokens and config.far_entries < (most := most_entries(config)):
-            raise UserError(f"--mc_far_entries={config.far_entries} does not hold {config.far_tokens} tokens, which take up to {most} entries; "
+            raise UserError(f"--mc_far_entries={config.far_entries} does not hold {config.far_tokens} tokens, which "
+                            f"take up to {most} entries; "
                             f"raise it or --mc_max_lod, or lower --mc_far_tokens")
         if config.lens_queries > T - R - K:
-            raise UserError(f"--mc_lens_queries={config.lens_queries} leaves no history in rows of {T} tokens; lower it")
+            raise UserError(
+                f"--mc_lens_queries={config.lens_queries} leaves no history in rows of {T} tokens; lower it")
         if min(gpt.config.windows()) < T:
-            raise UserError(f"--window_pattern={gpt.config.window_pattern}: windowed layers cannot see distant gists; use L with --mc_enabled=1")
-        self.config, self.T, self.history, self.seed = config, T, history, seed  # history: the longest before a continuation
+            raise UserError(f"--window_pattern={gpt.config.window_pattern}: windowed layers cannot see distant gists; "
+                            "use L with --mc_enabled=1")
+        # history: the longest before a continuation
+        self.config, self.T, self.history, self.seed = config, T, history, seed
         self._far_entries = config.far_entries if config.far_tokens else 0
         self.model = MegaContext(config, gpt.config.n_embd).to(gpt.lm_head.weight.device)
         check_feasible(history, self.model.focus_config())
         untrained = [lod for lod in range(1, config.max_lod + 1) if lod not in self.meta()["trained_lods"]]
         if nothing_far and untrained:
-            print0(f"note: gists of LOD {', '.join(map(str, untrained))} will not be trained ({nothing_far}); sessions leave out what only they would show",
+            print0(f"note: gists of LOD {', '.join(map(str, untrained))} will not be trained ({nothing_far}); sessions "
+                   "leave out what only they would show",
                    file=sys.stderr)
         self.start_step, self.num_iterations = int(config.start * num_iterations), num_iterations
         for arm in self.model.arms.values():
@@ -98,7 +107,8 @@ class MCController:
         self._pending: _Pending | None = None
         self._begun = -1  # the step that arms were told of last
 
-    # -- the training loop's interface ------------------------------------------------------------------------------------
+    # -- the training loop's interface
+    # ------------------------------------------------------------------------------------
 
     def param_groups(self, lr_scale: float = 1.0) -> list[dict]:
         """Optimizer groups of GistNet and LensNet; lr_scale as for the base's rates."""
@@ -114,7 +124,8 @@ class MCController:
         """What a checkpoint must say about its MegaContext: the settings, and which levels were trained."""
         K, history = self.config.block_size, self.history
         return {"config": to_dict(self.config),
-                "trained_lods": [lod for lod in range(1, self.config.max_lod + 1) if K ** lod <= max(history, self.config.far_tokens)]}
+                "trained_lods": [lod for lod in range(1, self.config.max_lod + 1)
+                                 if K ** lod <= max(history, self.config.far_tokens)]}
 
     def settings(self, meta: dict | None = None) -> dict[str, Any]:
         """All settings of this run, or of the one that a checkpoint's `meta` describes, as this version reads them."""
@@ -133,7 +144,8 @@ class MCController:
         entries = c.budget + c.horizon - 1 + self._far_entries
         read = c.protected + c.horizon - 1
         more = sum(arm.more_passes() for arm in self.model.arms.values())
-        passes = (gpt.flops_per_token(entries, read) * entries + 2 * read * gpt.lm_head.weight.numel()) * (c.variants + more) / c.row_stride
+        passes = (gpt.flops_per_token(entries, read) * entries + 2 * read * gpt.lm_head.weight.numel()) * (c.variants
+                                                                                                           + more) / c.row_stride  # noqa: E501
         tree = 3 * self.model.gistnet.flops_per_token() / c.row_stride
         lens = self.model.lensnet.config
         nodes, width = T // c.block_size * c.lens_keys, gpt.config.n_embd
@@ -144,16 +156,18 @@ class MCController:
         if (network := self.model.lensnet.reader) is not None:
             counts = TreeShape(T, c.block_size, c.max_lod).counts[1:]
             per_reread = network.flops(CURSORS, counts[0], sum(counts), c.protected)
-            reader = (3 * per_reread / T + self.model.gistnet.flops_per_token()) / c.lens_row_stride  # on gists of its own rows
+            # on gists of its own rows
+            reader = (3 * per_reread / T + self.model.gistnet.flops_per_token()) / c.lens_row_stride
         return passes / T + tree + 6 * per_row / T / c.lens_row_stride + reader
 
     def activation_bytes(self, gpt: GPT, micro_batch: int) -> int:
-        """Bytes of float32 that MegaContext adds to a micro-batch, from shapes: the working-context pass, the student's and the
-        teacher's logits, and q, k, v and y of every layer of the LM pass."""
+        """Bytes of float32 that MegaContext adds to a micro-batch, from shapes: the working-context pass, the student's
+        and the teacher's logits, and q, k, v and y of every layer of the LM pass."""
         c, g = self.config, gpt.config
         entries = c.budget + c.horizon + self._far_entries
         read = c.protected + c.horizon
-        per_row = entries * g.n_layer * 24 * g.n_embd + read * 2 * 4 * g.vocab_size  # as many copies of each as in the LM pass
+        # as many copies of each as in the LM pass
+        per_row = entries * g.n_layer * 24 * g.n_embd + read * 2 * 4 * g.vocab_size
         captured = micro_batch * self.T * g.n_layer * 4 * g.n_embd
         return 4 * (micro_batch // c.row_stride * c.variants * per_row + captured)
 
@@ -161,7 +175,8 @@ class MCController:
         return step >= self.start_step
 
     def training_step(self, gpt: GPT, batch, step: int, trace: Trace | None = None) -> StepResult:
-        """One micro-batch, timed in `trace`. batch: inputs, targets [B, T] int64 (−1 ignored), rows [B] global row numbers, num_targets."""
+        """One micro-batch, timed in `trace`. batch: inputs, targets [B, T] int64 (−1 ignored), rows [B]
+        global row numbers, num_targets."""
         trace = trace or Trace("mc.step", batch.inputs.device)
         with trace.span("mc.step"):
             return self._training_step(gpt, batch, step, trace)
@@ -188,7 +203,8 @@ class MCController:
         metrics["train.loss"] = loss.detach()
         primary = None
         if captured is not None:
-            extra, primary, lesson = self._working_context(gpt, tokens, targets, rows, step, embeds, hidden, middle[0], captured, metrics, trace)
+            extra, primary, lesson = self._working_context(gpt, tokens, targets, rows, step, embeds, hidden, middle[0],
+                                                           captured, metrics, trace)
             loss = loss + weight * extra
             if self._waits:
                 self._pending = _Pending(lesson, weight)
@@ -203,7 +219,8 @@ class MCController:
         return {name: found for name, params in networks.items() if (found := list(params))}  # the masked mean has none
 
     def after_backward(self, accumulation: int = 1, trace: Trace | None = None) -> tuple[Tensor | float, Metrics]:
-        """Teach the lens what only the backward pass that has just run can say: adds to the lens's gradients only. Its loss and metrics."""
+        """Teach the lens what only the backward pass that has just run can say: adds to the lens's gradients
+        only. Its loss and metrics."""
         if self._pending is None:
             return 0.0, {}
         pending, self._pending = self._pending, None
@@ -214,33 +231,41 @@ class MCController:
     def _teach_lens(self, lesson: Lesson, trace: Trace) -> tuple[Tensor, Metrics]:
         """The lens's loss, which reaches the lens alone."""
         metrics: Metrics = {}
-        with timed(trace, metrics, "lens"), torch.autocast(lesson.embeds_BTD.device.type, enabled=False):  # small, and what it sums up is long
+        # small, and what it sums up is long
+        with timed(trace, metrics, "lens"), torch.autocast(lesson.embeds_BTD.device.type, enabled=False):
             loss, found = lens_objective(self.model, lesson)
         return loss, metrics | found
 
-    # -- the working context -----------------------------------------------------------------------------------------------
+    # -- the working context
+    # -----------------------------------------------------------------------------------------------
 
     def _working_context(self, gpt: GPT, tokens: Tensor, targets: Tensor, rows: Tensor, step: int, embeds: Tensor,
-                         hidden: Tensor, middle: Tensor, captured: list[Captured], metrics: Metrics, trace: Trace) -> tuple[Tensor, Entries, Lesson]:
-        """Losses of the working contexts of every `row_stride`-th row, the entries of each row's best variant, and what all of it teaches the lens."""
+                         hidden: Tensor, middle: Tensor, captured: list[Captured], metrics: Metrics,
+                         trace: Trace) -> tuple[Tensor, Entries, Lesson]:
+        """Losses of the working contexts of every `row_stride`-th row, the entries of each row's best variant, and what
+        all of it teaches the lens."""
         c, chosen, every_row, every_target = self.config, slice(None, None, self.config.row_stride), rows, targets
         tokens, targets, rows, hidden = tokens[chosen], targets[chosen], rows[chosen], hidden[chosen]
         with timed(trace, metrics, "tree"):
-            tree, n_R, far = self.model.build_tree(embeds[chosen], middle[chosen]), torch.full_like(rows, self.history), None
+            tree, n_R, far = self.model.build_tree(embeds[chosen], middle[chosen]), torch.full_like(rows,
+                                                                                                    self.history), None
             gist_loss = self._gist_loss(tree, hidden, metrics)
             hidden = hidden.detach()
             trees = tree.with_table(tree.table_BND.detach())
             if c.far_tokens:
-                far = draw_far_history(c, self.model.gistnet, embeds, every_row, chosen, n_R, c.variants, self.seed, step)
+                far = draw_far_history(c, self.model.gistnet, embeds, every_row, chosen, n_R, c.variants, self.seed,
+                                       step)
         with timed(trace, metrics, "score"):
             row = (gpt, trees, tokens, targets, rows, n_R)
-            tree, tokens, targets, rows, hidden, n_RV, variant = self._variants(tree, tokens, targets, rows, hidden, n_R)
+            tree, tokens, targets, rows, hidden, n_RV, variant = self._variants(tree, tokens, targets, rows, hidden,
+                                                                                n_R)
             scores, policy = self._scores(tree, captured, chosen, rows, variant, n_RV, step, metrics)
         with timed(trace, metrics, "focus"):
             state = self.model.allocator.allocate(scores, n_RV)
             cut, _ = self.model.allocator.cut(state)
             entries = with_continuation(cut, n_RV, c.horizon - 1)
-            trace.event("mc.wc.snapshot", row=rows[0], tokens=n_RV[0], lods=torch.where(cut.valid_BW, cut.lod_BW, -1)[0])
+            trace.event("mc.wc.snapshot", row=rows[0], tokens=n_RV[0],
+                        lods=torch.where(cut.valid_BW, cut.lod_BW, -1)[0])
         with timed(trace, metrics, "wc"):
             out = run_entries(gpt, self.model, tree, tokens, entries, far)
             read = read_rows(entries, c.block_size, c.protected + c.horizon - 1, c.protected, c.gists_per_block)
@@ -267,14 +292,16 @@ class MCController:
         best = nll_RV.detach().view(c.variants, -1).argmin(0) * len(n_R) + torch.arange(len(n_R), device=rows.device)
         for i, name in enumerate(POLICIES):
             metrics[f"mc.cuts.best.{name}"] = (policy[best] == i).float().mean()
-        seen = Seen(*row, state.expanded[0].unflatten(0, (c.variants, -1)), nll_RV.detach().view(c.variants, -1), (self.seed, step))
+        seen = Seen(*row, state.expanded[0].unflatten(0, (c.variants, -1)), nll_RV.detach().view(c.variants, -1),
+                    (self.seed, step))
         watched = {name: found for name, arm in self.model.arms.items() if (found := arm.watch(self, seen)) is not None}
         lesson = Lesson(captured, embeds.detach(), every_target, every_row, trees, (self.seed, step), watched)
         return loss_RV.mean() + gist_loss, Entries(*(x[best] for x in entries)), lesson
 
     def _gist_loss(self, tree: Tree, hidden: Tensor, metrics: Metrics) -> Tensor | float:
         """What arms add on gists themselves, weighted. hidden [R, T, D]: of the LM pass, with gradients."""
-        parts = [part for arm in self.model.arms.values() if (part := arm.gist_part(self.model, tree, hidden)) is not None]
+        parts = [part for arm in self.model.arms.values()
+                 if (part := arm.gist_part(self.model, tree, hidden)) is not None]
         metrics |= {f"mc.loss.{name}": found.detach() for name, _, found in parts}
         return sum((weight * found for _, weight, found in parts), 0.0)
 
@@ -288,27 +315,31 @@ class MCController:
         return tree.with_table(again[0]), *again[1:], variant
 
     @torch.no_grad()
-    def _scores(self, tree: Tree, captured: list[Captured], chosen: slice, rows: Tensor, variant: Tensor, n: Tensor, step: int,
+    def _scores(self, tree: Tree, captured: list[Captured], chosen: slice, rows: Tensor, variant: Tensor, n: Tensor,
+                step: int,
                 metrics: Metrics) -> tuple[Tensor, Tensor]:
-        """[RV, N] one row per row and variant, by a policy drawn from the mixture; a random number of blocks is left to show. And the policies, [RV]."""
+        """[RV, N] one row per row and variant, by a policy drawn from the mixture; a random number of blocks is left to
+        show. And the policies, [RV]."""
         c, count = self.config, tree.shape.counts[1]
         key = rows * self.config.variants + variant
         draw = uniform(key, 2, self.seed, "policy", step)
         bounds = list(accumulate(c.cut_shares()[p] for p in POLICIES))[:-1]
         policy = sum((draw[:, :1] >= bound).long() for bound in bounds)
         noise = gumbel(key, count, self.seed, "cut", step)
-        by_policy = torch.stack([noise, recency_scores(n, count), self.model.lens_logits(tree.levels[0], n, tree=tree) + noise,
+        by_policy = torch.stack([noise, recency_scores(n, count),
+                                 self.model.lens_logits(tree.levels[0], n, tree=tree) + noise,
                                  self._teacher_scores(captured, chosen, n, count, len(rows))], 1)
         scores = by_policy.gather(1, policy[..., None].expand(-1, -1, count))[:, 0]
         end = (torch.arange(count, device=rows.device) + 1) * c.block_size
-        scores = scores.masked_fill(end > (n - c.protected)[:, None], -torch.inf)  # the tail is shown anyway, the rest is the future
+        # the tail is shown anyway, the rest is the future
+        scores = scores.masked_fill(end > (n - c.protected)[:, None], -torch.inf)
         for i, name in enumerate(POLICIES):
             metrics[f"mc.cuts.{name}"] = (policy == i).float().mean()
         return scores.masked_fill(self._unwanted(scores, draw[:, 1], n, step), -torch.inf), policy[:, 0]
 
     def _unwanted(self, scores: Tensor, draw: Tensor, n: Tensor, step: int) -> Tensor:
-        """Mask all but the best m blocks: in three rows of four m is what the budget holds, else fewer, so that coarse cuts and
-        levels above LOD1 are trained too; or what an arm says."""
+        """Mask all but the best m blocks: in three rows of four m is what the budget holds, else fewer, so that coarse
+        cuts and levels above LOD1 are trained too; or what an arm says."""
         rank = scores.argsort(1, descending=True).argsort(1)
         done = (step - self.start_step) / (self.num_iterations - self.start_step)
         for arm in self.model.arms.values():
@@ -318,16 +349,19 @@ class MCController:
         return rank >= torch.where(draw < 0.75, most, (draw - 0.75) * 4 * most).long()[:, None]
 
     def _teacher_scores(self, captured: list[Captured], chosen: slice, n: Tensor, count: int, rows: int) -> Tensor:
-        """[RV, N] attention mass of the continuation's queries in the full pass: the best that is known before its backward."""
+        """[RV, N] attention mass of the continuation's queries in the full pass: the best that
+        is known before its backward."""
         if not self.config.cut_shares()["teacher"]:
             return torch.zeros(rows, count, device=n.device)
         last = slice(self.history - 1, self.history + self.config.horizon - 1)
         seen = self.history // self.config.block_size
         mass = attention_mass(captured, chosen, last, seen, self.config.block_size).sum(1)
-        return F.pad(mass, (0, count - seen)).repeat(self.config.variants, 1)  # what lies beyond any history is never shown
+        # what lies beyond any history is never shown
+        return F.pad(mass, (0, count - seen)).repeat(self.config.variants, 1)
 
 
-SPANS = {"lm": "mc.lm.forward", "tree": "mc.tree.build", "score": "mc.lens.score", "focus": "mc.focus.apply", "wc": "mc.wc.forward",
+SPANS = {"lm": "mc.lm.forward", "tree": "mc.tree.build", "score": "mc.lens.score", "focus": "mc.focus.apply",
+         "wc": "mc.wc.forward",
          "lens": "mc.lens.teach"}  # part of mc.time.<part> -> span
 
 

@@ -1,4 +1,5 @@
-"""The metrics that sessions and probes record, added to nanochat's registry on import; `mc.telemetry` has those of a training step."""
+"""The metrics that sessions and probes record, added to nanochat's registry on import; `mc.telemetry`
+has those of a training step."""
 
 import mc.telemetry  # noqa: F401  those of a training step
 from nanochat.telemetry.metrics import SECONDS, SHARES, Metric, one_two_five, register

@@ -14,10 +14,14 @@ class SessionConfig:
 
     budget: int = setting(0, "W: entries of the working context, tokens since the last refocus apart; 0: as trained")
     interval: int = setting(0, "tokens between two refocuses; 0: the block size")
-    kv_policy: str = setting("exact", "after an edit: run everything behind it again, or (approximate) the new entries only", ("exact", "approximate"))
-    untrained: str = setting("refuse", "levels of gists that were not trained: refuse to show them, leaving out what only they could show, or show and report them", ("refuse", "report"))
+    kv_policy: str = setting("exact",
+                             "after an edit: run everything behind it again, or (approximate) the new entries only",
+                             ("exact", "approximate"))
+    untrained: str = setting("refuse", "levels of gists that were not trained: refuse to show them, leaving out what "
+                                       "only they could show, or show and report them", ("refuse", "report"))
     candidates: int = setting(32, "blocks that the search of the history proposes at a refocus")
-    allocator: str = setting("greedy", "how detail is chosen: greedy; bundle:BLOCKS, one edit shows up to so many adjacent blocks; stochastic:TEMPERATURE, with noise")
+    allocator: str = setting("greedy", "how detail is chosen: greedy; bundle:BLOCKS, one edit shows up to so many "
+                                       "adjacent blocks; stochastic:TEMPERATURE, with noise")
     max_edits: int = setting(4, "path edits per refocus")
     cooldown: int = setting(2, "refocuses during which an edit is not reversed")
     tau_expand: float = setting(0.2, "a block is shown above this score")
@@ -38,7 +42,8 @@ def add_flags(parser: argparse.ArgumentParser, **defaults) -> None:
     """Flags `--mc_…` of all settings; `defaults` where a command has others."""
     group = parser.add_argument_group("the session")
     for f in fields(SessionConfig):
-        group.add_argument(f"--mc_{f.name}", type=type(f.default), default=defaults.get(f.name, f.default), choices=f.metadata["choices"], help=f.metadata["help"])
+        group.add_argument(f"--mc_{f.name}", type=type(f.default), default=defaults.get(f.name, f.default),
+                           choices=f.metadata["choices"], help=f.metadata["help"])
 
 
 def from_flags(args: argparse.Namespace, **changes) -> SessionConfig:

@@ -1,7 +1,7 @@
 """What of a session's working context is run through the base model, and what is kept of it in the cache.
 
-Only entries that are not in the cache are run. Under the exact policy those are all from the first edit on, so that the logits are
-those of a forward pass over the cut from scratch; under the approximate policy only the new entries.
+Only entries that are not in the cache are run. Under the exact policy those are all from the first edit on, so that the
+logits are those of a forward pass over the cut from scratch; under the approximate policy only the new entries.
 
 Shapes: A sessions of a pass, S entries of a pass, D width.
 """
@@ -20,7 +20,8 @@ from mc.store.catalog import Catalog
 from mc.store.ram import VOID, Store
 from nanochat.common import UserError
 
-FIELDS = {"lod": 0, "index": 0, "ids": VOID, "slot": -1, "before": -1, "linked": 0}  # of entries to be run, with what pads them
+# of entries to be run, with what pads them
+FIELDS = {"lod": 0, "index": 0, "ids": VOID, "slot": -1, "before": -1, "linked": 0}
 FIELD_SLOT = list(FIELDS).index("slot")
 
 
@@ -83,7 +84,8 @@ class CachedHistory(FocusedHistory):
         return edits
 
     def missing(self) -> Missing:
-        """The entries that are shown and not in the cache, with slots for them; the slots of what is no longer shown are free."""
+        """The entries that are shown and not in the cache, with slots for them; the slots of what
+        is no longer shown are free."""
         if not self.n_tokens:
             raise UserError("the session is empty: begin with at least one token")
         read, cached, recut = self.n_read, self.cached, self.recut
@@ -111,9 +113,11 @@ class CachedHistory(FocusedHistory):
         before, lod_before, index_before = (np.concatenate([[-1], x[:-1]]) for x in (slot, lod, index))
         linked = (lod == 0) & (lod_before == 0) & (index == index_before + 1)
         self.cached, self.n_read = _Cached(lod, index, slot), self.n_tokens
-        self.recut = bool((index[-1] + 1) * self.history.block_size ** lod[-1] < self.n_tokens)  # void slots end it: contiguous positions move
+        # void slots end it: contiguous positions move
+        self.recut = bool((index[-1] + 1) * self.history.block_size ** lod[-1] < self.n_tokens)
         coarse = run & (lod > 0)
-        gists = self.history.gists(torch.from_numpy(lod[coarse]), torch.from_numpy(index[coarse])) if coarse.any() else None
+        gists = self.history.gists(torch.from_numpy(lod[coarse]),
+                                   torch.from_numpy(index[coarse])) if coarse.any() else None
         return Missing(lod[run], index[run], ids[run], slot[run], before[run], linked[run], gists, recut)
 
     def _slots_kept(self, lod: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -126,7 +130,9 @@ class CachedHistory(FocusedHistory):
         if self.pool.config.kv_policy == "exact":
             same &= np.minimum.accumulate(same & (place == np.arange(len(lod))))
             ahead = slice(len(cached.lod) - 1, None)
-            if self.pool.mc.config.positions == "contiguous" and not (same[:len(cached.lod)].all() and not lod[ahead].any() and (np.diff(index[ahead]) == 1).all()):
+            if self.pool.mc.config.positions == "contiguous" and not (same[:len(cached.lod)].all()
+                                                                      and not lod[ahead].any()
+                                                                      and (np.diff(index[ahead]) == 1).all()):
                 same[:] = False  # the number of entries decides where each stands
         same[-1] &= same.all()  # the last entry sees all that is new
         return np.where(same, cached.slot[place], -1)

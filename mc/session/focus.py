@@ -1,8 +1,8 @@
 """What a session shows now: a history with the cut of it that stands for all of it, chosen anew at each refocus.
 
-A refocus scores blocks of the whole history by the last tokens (`mc.session.key_search`), prices them (`mc.session.price`) and edits
-the cut on a few nodes (`mc.session.refocus`). Tokens that do not fill a block yet wait in `pending`; those that came since the last
-refocus are shown raw.
+A refocus scores blocks of the whole history by the last tokens (`mc.session.key_search`), prices them
+(`mc.session.price`) and edits the cut on a few nodes (`mc.session.refocus`). Tokens that do not fill a block yet wait
+in `pending`; those that came since the last refocus are shown raw.
 
 Shapes: W entries of a cut, D width, N blocks.
 """
@@ -64,7 +64,8 @@ class FocusedHistory:
         self.focus, self.scores, self.last_edits, self.price_shift = focus, {}, Edits(), 0.0
         self.cut_lod, self.cut_index, self.cut_tokens = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), 0
         self.asked = self.n_tokens > 0  # appended to since the last refocus
-        self.store_reads, self.refocus_seconds = 0, 0.0  # records read, and time spent, since the last report of a refocus
+        # records read, and time spent, since the last report of a refocus
+        self.store_reads, self.refocus_seconds = 0, 0.0
 
     # -- the history ----------------------------------------------------------------------
 
@@ -84,7 +85,8 @@ class FocusedHistory:
         self._store(torch.empty(0, dtype=torch.int64))
 
     def _store(self, ids_N: Tensor) -> None:
-        """The tokens that wait, and these, into the history. Interrupted, what was stored waits no longer: no token is stored twice."""
+        """The tokens that wait, and these, into the history. Interrupted, what was stored waits no
+        longer: no token is stored twice."""
         before, asked = self.history.n_tokens, self.asked or len(ids_N) > 0
         try:
             self.history.append(torch.cat([torch.tensor(self.pending, dtype=torch.int64), ids_N]))
@@ -104,7 +106,8 @@ class FocusedHistory:
         """[1, ≤ tail, D] embeddings of the last tokens, as the lens reads them."""
         count = self.pool.mc.lensnet.config.tail + LOCAL_MEAN
         stored = torch.arange(max(self.n_tokens - count, 0), self.history.n_tokens)
-        ids = torch.cat([self.history.store.tokens(stored), torch.tensor(self.pending, dtype=torch.int64)])[-count:].to(self.pool.device)
+        ids = torch.cat([self.history.store.tokens(stored),
+                         torch.tensor(self.pending, dtype=torch.int64)])[-count:].to(self.pool.device)
         return (self.pool.gpt.embed(ids.clamp_min(0)) * (ids != VOID)[:, None])[None]
 
     def _ids(self, lod: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -132,7 +135,8 @@ class FocusedHistory:
             if blocks:
                 reader, count = self.pool.mc.lensnet.reader, self.pool.config.candidates
                 with torch.inference_mode():
-                    index_N, logits_N = self.search.top(self._tail(), self.n_tokens, count if reader is None else max(count, RERANKED), torch.tensor(also))
+                    index_N, logits_N = self.search.top(self._tail(), self.n_tokens, count if reader is None
+                                                        else max(count, RERANKED), torch.tensor(also))
                     if reader is not None:
                         logits_N = self._reread(reader, index_N, logits_N)
         with timing("allocator"):
@@ -141,7 +145,8 @@ class FocusedHistory:
             focus.advance(self.n_tokens, set(logits))
             self.scores = self._scores(logits)
             self.last_edits = edits = focus.refocus(self.scores)
-            self.price_shift = float(next_shift(torch.tensor(self.price_shift, dtype=torch.float64), torch.tensor(self.utilization)))
+            self.price_shift = float(next_shift(torch.tensor(self.price_shift, dtype=torch.float64),
+                                                torch.tensor(self.utilization)))
             before, after = self._shown(), focus.cut()
             self.recut |= not all(map(np.array_equal, before, after))
             (self.cut_lod, self.cut_index), self.cut_tokens = after, focus.n_tokens
@@ -164,7 +169,8 @@ class FocusedHistory:
         tail_TD = self._tail()[0, -reader.recent:]
         cursor_BQ = torch.tensor([[self.n_tokens]], device=device)
         gists_ED = self.history.gists(lod_E, index_E).to(device)
-        return reader(logits_N.to(device)[None, None], tail_TD[None, None], cursor_BQ, gists_ED[None], lod_E.to(device), index_E.to(device))[0, 0].cpu()
+        return reader(logits_N.to(device)[None, None], tail_TD[None, None], cursor_BQ, gists_ED[None],
+                      lod_E.to(device), index_E.to(device))[0, 0].cpu()
 
     def _shown(self) -> tuple[np.ndarray, np.ndarray]:
         """(lod, index) of all that is shown: the cut, and the tokens since."""
@@ -175,19 +181,23 @@ class FocusedHistory:
         """Focus scores in [−1, 1]."""
         focus, n_B = self.focus, torch.tensor([self.focus.n_tokens])
         fixed = torch.tensor(sorted({*focus.tail_blocks(), *focus.pruned}), dtype=torch.int64)
-        index_BI, logits_BI = torch.tensor([list(logits)], dtype=torch.int64), torch.tensor([list(logits.values())], dtype=torch.float64)
+        index_BI, logits_BI = torch.tensor([list(logits)], dtype=torch.int64), torch.tensor([list(logits.values())],
+                                                                                            dtype=torch.float64)
         room_B = torch.tensor([focus.room]) if focus.omits else room(n_B, focus.cfg)
         scores_BI = self.pool.allocator.scores(
-            logits_BI, index_BI, ~torch.isin(index_BI, fixed), room_B, torch.tensor([self.price_shift], dtype=torch.float64),
+            logits_BI, index_BI, ~torch.isin(index_BI, fixed), room_B,
+            torch.tensor([self.price_shift], dtype=torch.float64),
             rows_B=torch.zeros(1, dtype=torch.int64), seed=self.seed, refocus=focus.refocuses)
         return dict(zip(logits, scores_BI[0].tolist()))
 
     @property
     def utilization(self) -> float:
-        """Of the cut that the last refocus left, see `mc.focus_allocator.utilization`; where spans are left out of blocks alone, gists filling up."""
+        """Of the cut that the last refocus left, see `mc.focus_allocator.utilization`; where spans are left out of
+        blocks alone, gists filling up."""
         if self.focus.omits:
             return self.focus.utilization
-        return float(utilization(torch.tensor([self.focus.entries]), torch.tensor([self.focus.n_tokens]), self.focus.cfg))
+        return float(utilization(torch.tensor([self.focus.entries]), torch.tensor([self.focus.n_tokens]),
+                                 self.focus.cfg))
 
     @property
     def due(self) -> bool:
@@ -197,20 +207,24 @@ class FocusedHistory:
     # -- what is shown ------------------------------------------------------------------
 
     def status(self) -> Status:
-        return Status(self.n_tokens, dict(sorted(Counter(self._shown()[0].tolist()).items())), self.focus.n_tokens, self.last_edits, self.omitted_tokens)
+        return Status(self.n_tokens, dict(sorted(Counter(self._shown()[0].tolist()).items())), self.focus.n_tokens,
+                      self.last_edits, self.omitted_tokens)
 
     @property
     def omitted_tokens(self) -> int:
-        """Tokens of the history that no entry stands for since the last refocus: they are searched, and shown when they are asked for."""
+        """Tokens of the history that no entry stands for since the last refocus: they are searched, and
+        shown when they are asked for."""
         return self.cut_tokens - int((self.history.block_size ** self.cut_lod).sum())
 
     def explain(self) -> list[Shown]:
-        """The history as a table: every gist, the raw tokens block by block, and the spans that are left out, each token in one line."""
+        """The history as a table: every gist, the raw tokens block by block, and the spans that are left
+        out, each token in one line."""
         K, focus, lines, end = self.history.block_size, self.focus, [], 0
         for at, i in zip(*(x.tolist() for x in self._shown())):
             start, block = i * K ** at, i if at == 1 else i // K
             if start > end:
-                lines.append(Shown(end, start - end, 0, None, None, "left out: no entry has room for it; searched at every refocus"))
+                lines.append(Shown(end, start - end, 0, None, None,
+                                   "left out: no entry has room for it; searched at every refocus"))
             end = start + K ** at
             score = self.scores.get(block) if at < 2 else None
             if at == 0 and lines and lines[-1].lod == 0 and lines[-1].start // K == block:
@@ -218,7 +232,8 @@ class FocusedHistory:
                 continue
             if at == 0:
                 recent = start + K > focus.n_tokens - focus.cfg.recent
-                why = "recent tokens" if recent else "detail the lens asks for" if score is not None and score > 0 else "detail, until something else needs its place"
+                why = ("recent tokens" if recent else "detail the lens asks for" if score is not None
+                       and score > 0 else "detail, until something else needs its place")
             elif at == 1 and block in focus.pruned:
                 why = "gist: its tokens were pruned"
             else:

@@ -1,16 +1,18 @@
 """The lens's search over the keys of a whole history, on the host, once per refocus.
 
-A block's score is `LensNet.focus_logits`: a sum over tail tokens of the maximum over its keys, plus a bias by distance. Up to
-`flat_limit` blocks it is computed for all. Beyond, a scan in int8 of every block proposes `keep` candidates, whose exact scores are
-computed from keys read from the store.
+A block's score is `LensNet.focus_logits`: a sum over tail tokens of the maximum over its keys, plus a bias by distance.
+Up to `flat_limit` blocks it is computed for all. Beyond, a scan in int8 of every block proposes `keep` candidates,
+whose exact scores are computed from keys read from the store.
 
-A code is a key in 63 of its dims (the leading principal directions of the keys so far, found again at every doubling of the
-history), and the length of what they leave of it. A query's last coordinate is a share of what they leave of the query: a block that
-is unlike the rest of the history, a fact in a long text say, is given the benefit of the doubt. Without it such blocks were lost.
+A code is a key in 63 of its dims (the leading principal directions of the keys so far, found again at every doubling of
+the history), and the length of what they leave of it. A query's last coordinate is a share of what they leave of the
+query: a block that is unlike the rest of the history, a fact in a long text say, is given the benefit of the doubt.
+Without it such blocks were lost.
 
-Exact scores are bounded in number; the scan touches 64 bytes per key. There is no index of sublinear cost: lens keys are sums over a
-quarter of a block and what ranks high does so by many tokens at once, each a little, so there are no clusters to probe. An inverted
-file had to visit half of a million tokens for what this finds (obsidian/log/2026-11-22 Searching the keys.md).
+Exact scores are bounded in number; the scan touches 64 bytes per key. There is no index of sublinear cost: lens keys
+are sums over a quarter of a block and what ranks high does so by many tokens at once, each a little, so there are no
+clusters to probe. An inverted file had to visit half of a million tokens for what this finds
+(obsidian/log/2026-11-22 Searching the keys.md).
 
 Shapes: N blocks, P keys per block, C key width, T tail tokens, M of them that are scanned.
 """
@@ -31,10 +33,13 @@ TOKENS = 8  # it takes tokens in steps of this: what an int8 matrix product does
 
 
 class KeySearch:
-    """The best blocks of one history of any length. Same keys, same answers: whatever the pieces in which the history grew."""
+    """The best blocks of one history of any length. Same keys, same answers: whatever the
+    pieces in which the history grew."""
 
-    def __init__(self, lens: LensNet, read_keys: Callable[[Tensor], Tensor], *, flat_limit: int = 1024, keep: int = 1024):
-        """read_keys: unit keys [N, P, C] on the CPU of blocks int64 [N], any float dtype (`Store.keys`). Limits in blocks."""
+    def __init__(self, lens: LensNet, read_keys: Callable[[Tensor], Tensor], *, flat_limit: int = 1024,
+                 keep: int = 1024):
+        """read_keys: unit keys [N, P, C] on the CPU of blocks int64 [N], any float dtype
+        (`Store.keys`). Limits in blocks."""
         if flat_limit < 1 or flat_limit % PAGE:
             raise ValueError(f"flat_limit={flat_limit} must be a positive multiple of {PAGE}")
         self.lens, self.read_keys = lens, read_keys
@@ -48,7 +53,8 @@ class KeySearch:
 
     @torch.inference_mode()
     def grow(self, n_blocks: int) -> None:
-        """The history now has n_blocks ≥ before; what is new is read. Encoding costs a matrix product per page, and all over
+        """The history now has n_blocks ≥ before; what is new is read. Encoding costs a matrix
+        product per page, and all over
         again at each doubling of the history: amortized a constant per block."""
         if n_blocks < self.n_blocks:
             raise ValueError(f"{n_blocks} blocks after {self.n_blocks}: use truncate")
@@ -70,7 +76,8 @@ class KeySearch:
     def top(self, tail_BTD: Tensor, cursor: int, m: int, also_I: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The m best blocks (or all) and `also_I`: indices int64 [I], ascending, each once, and their focus logits [I].
 
-        tail_BTD [1, T, D] and cursor: as `LensNet.focus_logits` takes them. ValueError unless the index holds the cursor's blocks.
+        tail_BTD [1, T, D] and cursor: as `LensNet.focus_logits` takes them. ValueError unless the
+        index holds the cursor's blocks.
         """
         if (blocks := cursor // self.lens.config.block_size) != self.n_blocks:
             raise ValueError(f"{cursor} tokens hold {blocks} blocks, the index has {self.n_blocks}: grow it first")
@@ -93,7 +100,7 @@ class KeySearch:
         chosen[torch.searchsorted(index_I, also_I)] = True
         return index_I[chosen], logits_I[chosen]
 
-    # -- codes ------------------------------------------------------------------------------------------------------------
+    # -- codes ------------------------------------------------------------------------------------------------------------  # noqa: E501
 
     def _encode(self) -> None:
         """Bring directions and codes up to date with n_blocks: both a function of the keys alone."""
@@ -106,11 +113,13 @@ class KeySearch:
         for start in range(self._encoded, self.n_blocks // PAGE * PAGE if wanted else 0, PAGE):
             keys = self.read_keys(torch.arange(start, start + PAGE)).float()
             codes = coordinates(keys.flatten(0, 1), self._directions)
-            self._codes[:, start:start + PAGE] = (127 * codes).round().to(torch.int8).unflatten(0, keys.shape[:2]).transpose(0, 1)
+            self._codes[:, start:start
+                        + PAGE] = (127 * codes).round().to(torch.int8).unflatten(0, keys.shape[:2]).transpose(0, 1)
             self._encoded = start + PAGE
 
     def _fit(self) -> None:
-        """Principal directions of a sample of the first `_fitted` blocks, and room for codes until the next doubling."""
+        """Principal directions of a sample of the first `_fitted` blocks, and room for
+        codes until the next doubling."""
         if not self._fitted:
             self._directions = self._codes = self._bias = None
             return
@@ -118,13 +127,14 @@ class KeySearch:
         self._directions = torch.linalg.eigh(sample.T @ sample).eigenvectors.flip(1)[:, :DIMS].float().contiguous()
         capacity = 2 * self._fitted
         self._codes = torch.empty(self._flat.shape[1], capacity, self._directions.shape[1] + 1, dtype=torch.int8)
-        self._bias = self._distance(capacity * self.lens.config.block_size, torch.arange(capacity)).float()  # by distance, the farthest first
+        # by distance, the farthest first
+        self._bias = self._distance(capacity * self.lens.config.block_size, torch.arange(capacity)).float()
 
     def _distance(self, cursor: int, index_N: Tensor) -> Tensor:
         """[N] on the CPU: the lens's bias of blocks by their distance to the cursor."""
         return self.lens.distance(torch.tensor([cursor]), index_N)[0].cpu()
 
-    # -- scanning ---------------------------------------------------------------------------------------------------------
+    # -- scanning ---------------------------------------------------------------------------------------------------------  # noqa: E501
 
     def _scan(self, queries_TC: Tensor, weight_T: Tensor, count: int) -> Tensor:
         """int64 [≤ count]: encoded blocks that look best."""

@@ -1,6 +1,7 @@
 """What an inference session reports: once per append, refocus and request, never per token.
 
-A `SessionPool` with a recorder gives every session a meter. Times of generation follow OpenTelemetry's `gen_ai.server.*`.
+A `SessionPool` with a recorder gives every session a meter. Times of generation follow
+OpenTelemetry's `gen_ai.server.*`.
 """
 
 import time
@@ -15,11 +16,13 @@ from nanochat.telemetry.recorder import Recorder
 
 
 class SessionMeter:
-    """Records through `recorder`; `step` of what it flushes is the session's number of tokens. cooldown: the allocator's."""
+    """Records through `recorder`; `step` of what it flushes is the session's number of
+    tokens. cooldown: the allocator's."""
 
     def __init__(self, recorder: Recorder, cooldown: int):
         self.recorder, self.within = recorder, 2 * max(cooldown, 1)
-        self._flips: dict[Node, tuple[int, bool]] = {}  # refocus at which an edit flipped a node last, and whether it opened it
+        # refocus at which an edit flipped a node last, and whether it opened it
+        self._flips: dict[Node, tuple[int, bool]] = {}
         self._shown: dict[int, int] = {}  # refocus at which an edit showed a block that is still shown
         self._begun: float | None = None  # of the request that is being answered
         self._first: float | None = None
@@ -31,10 +34,11 @@ class SessionMeter:
         self.recorder.record("mc.session.ingest_rate", tokens / max(seconds, 1e-9))
         self.recorder.record("mc.session.history", history)
 
-    def refocused(self, at: int, edits: Edits, *, seconds: float, entries_by_lod: dict[int, int], omitted: int, swappable: int, utilization: float,
+    def refocused(self, at: int, edits: Edits, *, seconds: float, entries_by_lod: dict[int, int], omitted: int,
+                  swappable: int, utilization: float,
                   kv_kept: int, kv_recomputed: int, store_reads: int) -> None:  # fmt: skip
-        """Refocus number `at` and the pass after it are done. omitted: tokens in no entry; swappable: blocks shown raw or as LOD1; entries whose keys and values
-        were kept or computed; records read since the refocus before."""
+        """Refocus number `at` and the pass after it are done. omitted: tokens in no entry; swappable: blocks shown raw
+        or as LOD1; entries whose keys and values were kept or computed; records read since the refocus before."""
         record = self.recorder.record
         self._end_interval()
         record("mc.session.refocus_time", seconds)
@@ -81,7 +85,8 @@ class SessionMeter:
             self.recorder.record("gen_ai.server.time_per_output_token", spent / tokens)
 
     def finished(self, began: float, history: int) -> None:
-        """A request is answered that was asked for at `began`, or at the append before it; the sinks get everything so far."""
+        """A request is answered that was asked for at `began`, or at the append before it; the
+        sinks get everything so far."""
         began = min(began, self._begun or began)
         self._end_interval()
         if self._first is not None:
@@ -92,7 +97,8 @@ class SessionMeter:
 
 
 class Timing:
-    """Seconds by part. `synchronize`: wait for the device at each end, so that times belong to their part (benchmarks only)."""
+    """Seconds by part. `synchronize`: wait for the device at each end, so that times belong to
+    their part (benchmarks only)."""
 
     def __init__(self):
         self.seconds: Counter[str] = Counter()

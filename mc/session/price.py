@@ -4,11 +4,14 @@
 
     greedy               the market price: half way between the worst logit that fits and the best that does not
     bundle:S             the same; one edit shows up to S adjacent siblings (`mc.focus_allocator`)
-    stochastic:T         the same, on logits with Gumbel noise of temperature T, drawn anew at every refocus: blocks are then drawn without
-                         replacement in proportion to exp(logit / T). Keyed by (seed, row, refocus, block): nothing else changes a draw.
-                         A session is row 0 of its own seed, so that the sessions beside it do not matter: other draws, another seed
+    stochastic:T         the same, on logits with Gumbel noise of temperature T, drawn anew at every
+                         refocus: blocks are then drawn without
+                         replacement in proportion to exp(logit / T). Keyed by (seed, row, refocus, block): nothing else
+                         changes a draw. A session is row 0 of its own seed, so that the sessions beside it do not
+                         matter: other draws, another seed
 
-The adaptive price adds a shift of its own to λ, which falls while less than TARGET of the budget is used and returns slowly towards 0
+The adaptive price adds a shift of its own to λ, which falls while less than TARGET of the budget is
+used and returns slowly towards 0
 while it is: between the market price and +tau_expand lie blocks that would fit but are not shown.
 
 Shapes: B rows, I blocks that have a logit (of a session, those that its search names).
@@ -50,11 +53,14 @@ class Allocator:
                 return Allocator(temperature=float(values))
         except ValueError:
             pass
-        raise UserError(f"--mc_allocator={text}: use {SYNTAX}, with blocks of 2 or more and a finite temperature above 0")
+        raise UserError(
+            f"--mc_allocator={text}: use {SYNTAX}, with blocks of 2 or more and a finite temperature above 0")
 
-    def scores(self, logits_BI: Tensor, index_BI: Tensor, rival_BI: Tensor, room_B: Tensor, shift_B: Tensor, *, rows_B: Tensor, seed: int,
+    def scores(self, logits_BI: Tensor, index_BI: Tensor, rival_BI: Tensor, room_B: Tensor, shift_B: Tensor, *,
+               rows_B: Tensor, seed: int,
                refocus: int) -> Tensor:
-        """[B, I] scores in [−1, 1] of the blocks `index`. rival: those that compete for the `room` (in blocks) that is to be had."""
+        """[B, I] scores in [−1, 1] of the blocks `index`. rival: those that compete for the `room`
+        (in blocks) that is to be had."""
         if self.temperature:
             logits_BI = logits_BI + self.temperature * gumbel_at(rows_B, index_BI, seed, "refocus", refocus)
         price_B = market_price(logits_BI.masked_fill(~rival_BI, -torch.inf), room_B) + shift_B
@@ -62,7 +68,8 @@ class Allocator:
 
 
 def market_price(logits_BI: Tensor, room_B: Tensor) -> Tensor:
-    """[B] half way between the logit of rank room ≥ 1 and the next; the lowest − 1 where all fit, 0 without any. −inf: no rival."""
+    """[B] half way between the logit of rank room ≥ 1 and the next; the lowest − 1 where all fit, 0
+    without any. −inf: no rival."""
     count_B = logits_BI.isfinite().sum(1)
     if not logits_BI.shape[1]:
         return logits_BI.new_zeros(len(logits_BI))
@@ -73,7 +80,8 @@ def market_price(logits_BI: Tensor, room_B: Tensor) -> Tensor:
 
 
 def room(n_tokens_B: Tensor, cfg: FocusConfig) -> Tensor:
-    """[B] blocks that the budget shows raw beside the protected tail, each at the full price of its path; at least 1. int64."""
+    """[B] blocks that the budget shows raw beside the protected tail, each at the full price of
+    its path; at least 1. int64."""
     k, widths = cfg.block_size, [cfg.block_size**lod for lod in range(1, cfg.max_lod + 1)]
     nodes_B = (cfg.budget - tiling(n_tokens_B, k, cfg.max_lod)) // (k - 1)
     tail_B = sum(n_tokens_B // w - (n_tokens_B - cfg.recent).clamp(min=0) // w for w in widths)

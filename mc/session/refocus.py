@@ -1,16 +1,20 @@
-"""The focus of one session: `GreedyAllocator.refocus`, kept to the few nodes that matter, so that its cost does not grow with history.
+"""The focus of one session: `GreedyAllocator.refocus`, kept to the few nodes that matter, so that its
+cost does not grow with history.
 
-A cut within the budget has at most (W − tiling) / (K − 1) expanded nodes, whatever the length of the history, and only blocks that
-the search names can be shown next. So the state is a small set, and a refocus handles tens of nodes on the host, where the lens keys
-are searched too. Blocks without a score count as −1: they are never shown, and are the first to be collapsed.
+A cut within the budget has at most (W − tiling) / (K − 1) expanded nodes, whatever the length of the history, and only
+blocks that the search names can be shown next. So the state is a small set, and a refocus handles tens of nodes on the
+host, where the lens keys are searched too. Blocks without a score count as −1: they are never shown, and
+are the first to be collapsed.
 
-Edits, thresholds, payment, ties, cooldown and forced collapses are those of `mc.focus_allocator`, and tested against it.
+Edits, thresholds, payment, ties, cooldown and forced collapses are those of
+`mc.focus_allocator`, and tested against it.
 
-A history may be too long for all that: where the coarsest tiling, a block shown raw in it and the tail exceed the budget, spans are
-left out (`omits`). Then only blocks are opened, each at its own K entries: what lies around it has no claim to entries. Those that
-blocks and tail leave over are filled with the coarsest gists of the rest, the newest first, so that as few tokens as possible are left
-out; the others stand in no entry. They stay in the history, are searched at every refocus like all others, and any block of them can
-be shown. From the first length on that does not fit all do so, also those whose tiling happens to be small again.
+A history may be too long for all that: where the coarsest tiling, a block shown raw in it and the tail exceed the
+budget, spans are left out (`omits`). Then only blocks are opened, each at its own K entries: what lies around it has no
+claim to entries. Those that blocks and tail leave over are filled with the coarsest gists of the rest, the newest
+first, so that as few tokens as possible are left out; the others stand in no entry. They stay in the history, are
+searched at every refocus like all others, and any block of them can be shown. From the first length on that does not
+fit all do so, also those whose tiling happens to be small again.
 """
 
 from bisect import bisect_left
@@ -29,7 +33,8 @@ UNSCORED = -1.0
 
 @dataclass
 class Edits:
-    """What one refocus did: path edits, the nodes that they opened and closed, and apart those that the budget collapsed by force."""
+    """What one refocus did: path edits, the nodes that they opened and closed, and apart those that
+    the budget collapsed by force."""
 
     paths: int = 0
     opened: list[Node] = field(default_factory=list)
@@ -51,7 +56,8 @@ class Edits:
 
 @dataclass
 class PathEdits:
-    """Which nodes of a growing history are expanded. `changed`: the refocus whose edit flipped a node last, while it cools down."""
+    """Which nodes of a growing history are expanded. `changed`: the refocus whose edit flipped a
+    node last, while it cools down."""
 
     cfg: FocusConfig
     n_tokens: int = 0
@@ -72,7 +78,7 @@ class PathEdits:
         if self.omits:
             self.expanded = {node for node in self.expanded if node[0] == 1}
 
-    # -- geometry ---------------------------------------------------------------------------------------------------------
+    # -- geometry ---------------------------------------------------------------------------------------------------------  # noqa: E501
 
     def exists(self, node: Node) -> bool:
         lod, index = node
@@ -128,13 +134,14 @@ class PathEdits:
         K, end = self.cfg.block_size, self.n_tokens // self.cfg.block_size
         return range(min(max(self.n_tokens - self.cfg.recent, 0) // K, end), end)
 
-    # -- what happens -----------------------------------------------------------------------------------------------------
+    # -- what happens -----------------------------------------------------------------------------------------------------  # noqa: E501
 
     def advance(self, n_tokens: int, listed: set[int]) -> None:
         """The history has grown to n_tokens. listed: the blocks that will have a score.
 
-        Nodes that became complete start expanded, which leaves the cut as it was plus the new tokens raw. When more blocks are
-        new than the budget can show, those start collapsed that neither are protected nor contain a block that is listed or
+        Nodes that became complete start expanded, which leaves the cut as it was plus the new tokens raw. When more
+        blocks are new than the budget can show, those start collapsed that neither are protected nor
+        contain a block that is listed or
         expanded: they would be the first to be collapsed by force.
         """
         c, before = self.cfg, self.n_tokens
@@ -142,7 +149,8 @@ class PathEdits:
         K = c.block_size
         self._keep_blocks()
         if n_tokens // K - before // K <= c.budget // K:
-            new = [(lod, i) for lod in range(1, self.levels + 1) for i in range(before // K ** lod, n_tokens // K ** lod)]
+            new = [(lod, i) for lod in range(1, self.levels + 1)
+                   for i in range(before // K ** lod, n_tokens // K ** lod)]
         else:
             blocks = listed | set(self.tail_blocks()) | {self._first_block(node) for node in self.expanded}
             new = [node for block in blocks for node in self.path(block) if (node[1] + 1) * K ** node[0] > before]
@@ -157,7 +165,8 @@ class PathEdits:
         c, edits = self.cfg, Edits()
         self.refocuses += 1
         self.changed = {node: at for node, at in self.changed.items() if self.refocuses - at <= c.cooldown}
-        scores = {block: score for block, score in scores.items() if block not in self.pruned and self.exists((1, block))}
+        scores = {block: score for block, score in scores.items() if block not in self.pruned
+                  and self.exists((1, block))}
         best: dict[Node, float] = {}
         for block, score in scores.items():
             for node in self.path(block):
@@ -221,10 +230,11 @@ class PathEdits:
     def _inside(self, node: Node, above: Node) -> bool:
         return node[0] <= above[0] and node[1] // self.cfg.block_size ** (above[0] - node[0]) == above[1]
 
-    # -- what it shows ----------------------------------------------------------------------------------------------------
+    # -- what it shows ----------------------------------------------------------------------------------------------------  # noqa: E501
 
     def cut(self) -> tuple[np.ndarray, np.ndarray]:
-        """(lod, index) int64 [W] of the entries in time order: they tile [0, n_tokens), or what of it is not left out."""
+        """(lod, index) int64 [W] of the entries in time order: they tile [0, n_tokens), or
+        what of it is not left out."""
         if self.omits:
             return self._cut_with_gaps()
         c, lods, indices = self.cfg, [], []
@@ -235,7 +245,8 @@ class PathEdits:
             lods.append(np.full(len(shown), lod))
             indices.append(shown)
             children = (open_nodes[:, None] * K + np.arange(K)).ravel()
-            nodes = np.concatenate([children, np.arange(self.n_tokens // K ** lod * K, self.n_tokens // K ** (lod - 1))])
+            nodes = np.concatenate([children,
+                                    np.arange(self.n_tokens // K ** lod * K, self.n_tokens // K ** (lod - 1))])
         lod = np.concatenate([*lods, np.zeros(len(nodes), dtype=np.int64)])
         index = np.concatenate([*indices, nodes])
         order = np.argsort(index * K ** lod, kind="stable")
@@ -246,7 +257,8 @@ class PathEdits:
         K, end, shown = c.block_size, n // c.block_size, {block for _, block in self.expanded}
         raw = [(0, token) for block in sorted(shown) for token in range(block * K, (block + 1) * K)]
         raw += [(0, token) for token in range(end * K, n)]
-        tail = [(1, block) for block in self.tail_blocks() if block not in shown]  # pruned: their gists come before all others
+        # pruned: their gists come before all others
+        tail = [(1, block) for block in self.tail_blocks() if block not in shown]
         left = c.budget - len(raw) - len(tail)
         gists = islice(self._around(shown | set(self.tail_blocks())), left)
         nodes = sorted([*raw, *tail, *gists], key=lambda node: node[1] * K ** node[0])
@@ -254,7 +266,8 @@ class PathEdits:
         return lod.copy(), index.copy()
 
     def _around(self, opened: set[int]) -> Iterator[Node]:
-        """The largest nodes that hold none of these blocks, and with them tile all complete blocks: the coarsest first, then the newest."""
+        """The largest nodes that hold none of these blocks, and with them tile all complete blocks: the
+        coarsest first, then the newest."""
         c, K, blocks, above = self.cfg, self.cfg.block_size, self.n_tokens // self.cfg.block_size, []
         for lod in range(c.max_lod, 0, -1):
             size = K ** (lod - 1)
@@ -263,6 +276,7 @@ class PathEdits:
                 candidates: Iterable[int] = range(blocks // size - 1, -1, -1)
             else:
                 rest = range(blocks // (size * K) * K, blocks // size)
-                candidates = sorted({child for node in above for child in range(node * K, (node + 1) * K)} | set(rest), reverse=True)
+                candidates = sorted({child for node in above for child in range(node * K, (node + 1) * K)} | set(rest),
+                                    reverse=True)
             yield from ((lod, index) for index in candidates if index not in held)
             above = [node for node in held if (node + 1) * size <= blocks]

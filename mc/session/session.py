@@ -5,17 +5,21 @@
     session.begin(tokens)                      # any length; append more at any time
     for token in session.generate(100): ...
 
-The order is always: ingest (user's or generated tokens alike), refocus if due, decode. A refocus is due after a user's append and
-before the first token that is generated then, so that the question is seen, and every `interval` tokens. It scores blocks of the
-whole history by the last tokens (`mc.session.key_search`), edits the cut on a few nodes (`mc.session.refocus`) and leaves the rest to the next
-pass: only entries that are not in the cache are run. Under the exact policy those are all from the first edit on, so that the
-logits are those of a forward pass over the cut from scratch; under the approximate policy only the new entries.
+The order is always: ingest (user's or generated tokens alike), refocus if due, decode. A refocus is due after a user's
+append and before the first token that is generated then, so that the question is seen, and every `interval` tokens. It
+scores blocks of the whole history by the last tokens (`mc.session.key_search`), edits the cut on a few nodes
+(`mc.session.refocus`) and leaves the rest to the next
+pass: only entries that are not in the cache are run. Under the exact policy those are all from the first edit on, so
+that the logits are those of a forward pass over the cut from scratch; under the
+approximate policy only the new entries.
 
-No session ends because of its length: where the budget no longer tiles the history, spans of it are left out of the working context
-(`mc.session.refocus`); `explain`, `status` and the metrics name them, the search covers them, and the lens can have any of their blocks shown.
+No session ends because of its length: where the budget no longer tiles the history, spans of it are left out of the
+working context (`mc.session.refocus`); `explain`, `status` and the metrics name them, the search covers them, and the
+lens can have any of their blocks shown.
 
-Entries before the continuation stay within the budget, and at most `interval` tokens are read between two refocuses: a row of the
-cache holds budget + interval slots, whatever the length of the history. Tokens that do not fill a block yet wait in `pending`.
+Entries before the continuation stay within the budget, and at most `interval` tokens are read between two refocuses: a
+row of the cache holds budget + interval slots, whatever the length of the history. Tokens that do not fill
+a block yet wait in `pending`.
 
 Shapes: A sessions of a pass, S entries of a pass, W entries of a cut, D width, V vocabulary, N tokens or blocks.
 """
@@ -52,11 +56,12 @@ from nanochat.telemetry.recorder import Recorder
 class SessionPool:
     """One model and the device memory of up to `max_sessions` sessions that share it.
 
-    trained_lods: levels of gists that the model was trained on, as its checkpoint says. recorder: gets what `mc.session.meter`
-    reports of every session. UserError for settings that cannot work.
+    trained_lods: levels of gists that the model was trained on, as its checkpoint says. recorder: gets what
+    `mc.session.meter` reports of every session. UserError for settings that cannot work.
     """
 
-    def __init__(self, gpt: GPT, mc: MegaContext, config: SessionConfig = SessionConfig(), *, trained_lods: Sequence[int], max_sessions: int = 1,
+    def __init__(self, gpt: GPT, mc: MegaContext, config: SessionConfig = SessionConfig(), *,
+                 trained_lods: Sequence[int], max_sessions: int = 1,
                  recorder: Recorder | None = None):
         check_sessions(mc)
         c = mc.config
@@ -68,17 +73,21 @@ class SessionPool:
         if max_sessions < 1:
             raise UserError(f"max_sessions {max_sessions}: at least 1")
         if max_lod < 1:
-            raise UserError("the model was trained on no level of gists; train it on longer rows, or show them all the same with --mc_untrained=report")
+            raise UserError("the model was trained on no level of gists; train it on longer rows, or show them all the "
+                            "same with --mc_untrained=report")
         if config.kv_policy == "approximate" and c.positions == "contiguous":
-            raise UserError("--mc_kv_policy=approximate: with --mc_positions=contiguous an edit moves every entry; use exact")
+            raise UserError(
+                "--mc_kv_policy=approximate: with --mc_positions=contiguous an edit moves every entry; use exact")
         self.allocator = Allocator.parse(config.allocator)
         self.focus_config = FocusConfig(
             config.budget or c.budget, c.block_size, max_lod, recent=c.protected, tau_expand=config.tau_expand,
-            tau_collapse=config.tau_collapse, margin=config.margin, max_edits=config.max_edits, cooldown=config.cooldown, span=self.allocator.span)
+            tau_collapse=config.tau_collapse, margin=config.margin, max_edits=config.max_edits,
+            cooldown=config.cooldown, span=self.allocator.span)
         check_budget(self.focus_config)
         slots = self.focus_config.budget + self.interval
         if min(gpt.config.windows()) < min(slots, gpt.config.sequence_len):
-            raise UserError(f"window_pattern {gpt.config.window_pattern}: its short layers see {min(gpt.config.windows())} of {slots} entries; use a model with L only")
+            raise UserError(f"window_pattern {gpt.config.window_pattern}: its short layers see "
+                            f"{min(gpt.config.windows())} of {slots} entries; use a model with L only")
         self.cache = PagedCache(gpt.config, max_sessions, slots, self.device, self.dtype)
         self.sessions: dict[int, Session] = {}
         self.recorder = recorder
@@ -88,7 +97,8 @@ class SessionPool:
     def fingerprint(self) -> str:
         """Of all weights and settings, base and MegaContext."""
         focus = list(asdict(self.focus_config).items())
-        focus.insert(3, ("soft_budget", self.focus_config.budget))  # a setting that is gone: states from when it was there still load
+        # a setting that is gone: states from when it was there still load
+        focus.insert(3, ("soft_budget", self.focus_config.budget))
         digest = hashlib.sha256(repr((asdict(self.gpt.config), asdict(self.mc.config), dict(focus))).encode())
         for module in (self.gpt, self.mc):
             for name, tensor in sorted(module.state_dict().items()):
@@ -97,19 +107,22 @@ class SessionPool:
 
     @property
     def pass_bytes(self) -> int:
-        """Bytes that the longest pass needs for its entries, from shapes: vectors, rotary tables, mask and integers of a full cache."""
+        """Bytes that the longest pass needs for its entries, from shapes: vectors, rotary tables, mask
+        and integers of a full cache."""
         size, slots, g = torch.finfo(self.dtype).bits // 8, self.cache.slots, self.gpt.config
         return self.max_sessions * slots * (size * (g.n_embd + g.head_dim + slots) + 8 * len(FIELDS))
 
     def open(self, store: Store | None = None, *, seed: int = 0, catalog: Catalog | None = None) -> "Session":
-        """A session on a store, with what it holds as history; default: an empty one in memory. seed: of its draws, of tokens and of the
-        allocator's noise; sessions of one seed draw alike. catalog: counts at each refocus what is shown.
+        """A session on a store, with what it holds as history; default: an empty one in memory. seed: of its draws, of
+        tokens and of the allocator's noise; sessions of one seed draw alike. catalog: counts
+        at each refocus what is shown.
 
         UserError when all places are taken, or the store's history is not the model's.
         """
         row = next((row for row in range(self.max_sessions) if row not in self.sessions), None)
         if row is None:
-            raise UserError(f"all {self.max_sessions} sessions of this pool are in use; close one, or make a pool with a larger max_sessions")
+            raise UserError(f"all {self.max_sessions} sessions of this pool are in use; close one, or make a pool with "
+                            "a larger max_sessions")
         session = Session(self, row, store or RamStore(store_format(self.gpt, self.mc)), seed, catalog)
         self.sessions[row] = session
         return session
@@ -117,7 +130,8 @@ class SessionPool:
     def restore(self, state: SessionState, store: Store | None = None, *, catalog: Catalog | None = None) -> "Session":
         """The session that `state` was taken of, in a free place. store: its history, unless that was in memory.
 
-        UserError for the state of another model, version or configuration, or a store that is not at the moment of the state.
+        UserError for the state of another model, version or configuration, or a store that is
+        not at the moment of the state.
         """
         check_fits(state, self, store)
         meta, tensors = state
@@ -131,11 +145,12 @@ class SessionPool:
             raise
         return session
 
-    # -- the base model ---------------------------------------------------------------------------------------------------
+    # -- the base model ---------------------------------------------------------------------------------------------------  # noqa: E501
 
     @torch.inference_mode()
     def catch_up(self, sessions: Sequence["Session"]) -> list[Tensor]:
-        """Run every entry that is shown and not in the cache. Hidden states [S, D] of those entries for each session."""
+        """Run every entry that is shown and not in the cache. Hidden states [S, D] of
+        those entries for each session."""
         self.check_open(sessions)
         order = sorted(range(len(sessions)), key=lambda i: sessions[i].row)
         begin = time.perf_counter()
@@ -160,7 +175,8 @@ class SessionPool:
 
     def step(self, sessions: Sequence["Session"], temperature: float = 1.0, top_k: int | None = None,
              top_p: float = 1.0) -> list[int]:
-        """One step of `generate`: the next token of each session, drawn by its own generator, and part of its history afterwards."""
+        """One step of `generate`: the next token of each session, drawn by its own generator, and
+        part of its history afterwards."""
         for session in sessions:
             if session.due:
                 session.refocus()
@@ -176,13 +192,15 @@ class SessionPool:
             session.ingest([token])
         return tokens
 
-    def generate(self, sessions: Sequence["Session"], max_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
+    def generate(self, sessions: Sequence["Session"], max_tokens: int, *, temperature: float = 1.0,
+                 top_k: int | None = None,
                  top_p: float = 1.0, seed: int | None = None,
                  stop_ids: Sequence[int] = ()) -> Iterator[list[int | None]]:
-        """Per step, each session's new token, None for those that have stopped; sampling as `nanochat.engine.Engine.generate`.
+        """Per step, each session's new token, None for those that have stopped; sampling as
+        `nanochat.engine.Engine.generate`.
 
-        seed: start every session's draws anew; None: go on with them. A session's tokens do not depend on those beside it.
-        UserError, before anything runs, as the engine, and for an empty session.
+        seed: start every session's draws anew; None: go on with them. A session's tokens do not depend on those beside
+        it. UserError, before anything runs, as the engine, and for an empty session.
         """
         check_sampling(self.gpt.config.vocab_size, max_tokens, temperature, top_k, stop_ids, top_p)
         self.check_open(sessions)
@@ -196,7 +214,8 @@ class SessionPool:
     def check_open(self, sessions: Sequence["Session"]) -> None:
         if not sessions:
             raise UserError("no session was given to decode")
-        if len({session.row for session in sessions}) != len(sessions) or any(self.sessions.get(s.row) is not s for s in sessions):
+        if len({session.row for session in sessions}) != len(sessions) or any(self.sessions.get(s.row) is not s
+                                                                              for s in sessions):
             raise UserError("a session takes part once, and only in its own pool until it is closed")
 
     def _stream(self, sessions: list["Session"], max_tokens: int, temperature: float, top_k: int | None, top_p: float,
@@ -236,18 +255,22 @@ class SessionPool:
             rotary = entry_rotary(self.gpt, start_AS, length_AS, scheme=c.positions, floor=c.damping_floor)
         centre_AS = torch.where(slot_AS == self.cache.spare, NOWHERE, centre_AS)
         self.cache.place(Placement(rows_A, slot_AS, before_AS, centre_AS, bias_AS))
-        return self.gpt.hidden(ids_AS, inputs_embeds=embeds_ASD, rotary=rotary, linked=linked_AS.bool(), cache=self.cache, lift_windows=True)
+        return self.gpt.hidden(ids_AS, inputs_embeds=embeds_ASD, rotary=rotary, linked=linked_AS.bool(),
+                               cache=self.cache, lift_windows=True)
 
 
 def open_pool(gpt: GPT, meta: dict, checkpoint_dir: Path | str, config: SessionConfig, max_sessions: int = 1,
               recorder: Recorder | None = None) -> SessionPool:
-    """A pool for a model that `nanochat.loading` has loaded from checkpoint_dir; UserError when it has no MegaContext."""
+    """A pool for a model that `nanochat.loading` has loaded from checkpoint_dir; UserError
+    when it has no MegaContext."""
     mc = load_mega_context(checkpoint_dir, meta["step"], meta, gpt.config.n_embd, gpt.lm_head.weight.device)
-    return SessionPool(gpt, mc, config, trained_lods=meta["mc"]["trained_lods"], max_sessions=max_sessions, recorder=recorder)
+    return SessionPool(gpt, mc, config, trained_lods=meta["mc"]["trained_lods"], max_sessions=max_sessions,
+                       recorder=recorder)
 
 
 class Session(CachedHistory):
-    """One history and its working context. Made by `SessionPool.open`; methods raise UserError and then have changed nothing."""
+    """One history and its working context. Made by `SessionPool.open`; methods raise UserError
+    and then have changed nothing."""
 
     def __init__(self, pool: SessionPool, row: int, store: Store, seed: int, catalog: Catalog | None):
         super().__init__(pool, row, store, seed, catalog)
@@ -264,7 +287,8 @@ class Session(CachedHistory):
         self.append(tokens)
 
     def append(self, tokens: Sequence[int] | Tensor) -> None:
-        """The user's next tokens, any number: stored with every node they complete; nothing is run through the base yet."""
+        """The user's next tokens, any number: stored with every node they complete; nothing
+        is run through the base yet."""
         ids_N = torch.as_tensor(tokens, dtype=torch.int64).cpu()
         if not len(ids_N):
             return
@@ -279,8 +303,10 @@ class Session(CachedHistory):
             lods = self.status().entries_by_lod
             raw = sum(lod == 1 for lod, _ in self.focus.expanded)
             self.meter.refocused(
-                self.focus.refocuses, self.last_edits, seconds=self.refocus_seconds + pass_seconds, entries_by_lod=lods, omitted=self.omitted_tokens, swappable=raw + lods.get(1, 0),
-                utilization=self.utilization, kv_kept=self.kept, kv_recomputed=self.computed, store_reads=self.store_reads)
+                self.focus.refocuses, self.last_edits, seconds=self.refocus_seconds + pass_seconds,
+                entries_by_lod=lods, omitted=self.omitted_tokens, swappable=raw + lods.get(1, 0),
+                utilization=self.utilization, kv_kept=self.kept, kv_recomputed=self.computed,
+                store_reads=self.store_reads)
             self.store_reads = 0
         self.refocus_seconds = 0.0
 
@@ -300,8 +326,8 @@ class Session(CachedHistory):
             return self.pool.gpt.logits(self.last_hidden_D)
 
     def score(self, tokens: Sequence[int] | Tensor) -> Tensor:
-        """[N, V] logits at which each of these tokens would have been drawn, read as if they were generated: with a refocus
-        first if the user has appended, and then every `interval` tokens. They are history afterwards."""
+        """[N, V] logits at which each of these tokens would have been drawn, read as if they were generated: with a
+        refocus first if the user has appended, and then every `interval` tokens. They are history afterwards."""
         left, parts = torch.as_tensor(tokens, dtype=torch.int64).cpu(), []
         self.history.check_ids(left)
         while len(left):
@@ -321,5 +347,6 @@ class Session(CachedHistory):
             del self.pool.sessions[self.row]
 
     def state(self) -> SessionState:
-        """All that continues the session elsewhere. A history in memory is part of it; one on disk is named by its length."""
+        """All that continues the session elsewhere. A history in memory is part of it; one on
+        disk is named by its length."""
         return take_state(self, self.generator)

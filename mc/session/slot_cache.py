@@ -1,9 +1,9 @@
 """KV of working contexts that are edited: entries in slots of any order.
 
-A slot is a page of one entry: an entry keeps its slot while it is shown, and an edit writes only the slots of its new entries; no
-tensor is ever concatenated or moved. Each slot knows the global position of its entry's centre, which decides causality, for the
-entries of a cut do not overlap, and the logit bias of its entry. Rows are sessions; a pass may run some of them, and what pads its
-shorter rows goes to a spare slot that nobody sees.
+A slot is a page of one entry: an entry keeps its slot while it is shown, and an edit writes only the slots of its new
+entries; no tensor is ever concatenated or moved. Each slot knows the global position of its entry's centre, which
+decides causality, for the entries of a cut do not overlap, and the logit bias of its entry. Rows are sessions; a pass
+may run some of them, and what pads its shorter rows goes to a spare slot that nobody sees.
 
 Shapes: B rows, M slots, A rows of a pass, S entries of a pass.
 """
@@ -59,8 +59,8 @@ class PagedCache(KVCache):
         return buffer_BM if len(self.rows) == self.batch else buffer_BM[self.rows]
 
     def mask(self, slots_AS: Tensor, reach: float) -> Tensor:
-        """Float [A, 1, S, M] to add to the logits: the key's bias, −inf for keys that stand after the entry. No window is
-        applied, `mc.session` refuses models whose windows are shorter than a working context."""
+        """Float [A, 1, S, M] to add to the logits: the key's bias, −inf for keys that stand after the entry. No window
+        is applied, `mc.session` refuses models whose windows are shorter than a working context."""
         behind = (self.visible(self.centre_BM)[:, None] - self.placement.centre_AS[..., None])[:, None]
         return torch.where(behind <= 0, self.visible(self.bias_BM)[:, None, None], -torch.inf)
 

@@ -1,7 +1,9 @@
-"""A session's state: all of it that a pool does not know, as values and tensors; to a file, from one, and back into a session.
+"""A session's state: all of it that a pool does not know, as values and tensors; to a file,
+from one, and back into a session.
 
-A state comes from a file, and an index out of bounds would be found only later, in another place. So every value is checked by type
-and range, every tensor by shape, and that the cut, the cache and the tokens that were read fit each other, before anything is changed.
+A state comes from a file, and an index out of bounds would be found only later, in another place. So every value is
+checked by type and range, every tensor by shape, and that the cut, the cache and the tokens that were read fit each
+other, before anything is changed.
 
 Shapes: N tokens of history, W entries of the cut, M entries in the cache.
 """
@@ -33,7 +35,8 @@ DAMAGED = "the session state is damaged, or another program's: {}; open a new se
 
 
 class SessionState(NamedTuple):
-    """All of a session that a pool does not know: plain values, and tensors by name. The history itself only if it is in memory."""
+    """All of a session that a pool does not know: plain values, and tensors by name. The history
+    itself only if it is in memory."""
 
     meta: dict
     tensors: dict[str, Tensor]
@@ -48,8 +51,10 @@ class SessionState(NamedTuple):
         """CRC-32 of values and tensors: a flipped bit in a key or value of the cache has no other sign."""
         crc = zlib.crc32(json.dumps(self.meta).encode())
         for name, t in sorted(self.tensors.items()):
-            whole = t.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()  # of one element, `contiguous` leaves any stride
-            crc = zlib.crc32(whole.view(torch.uint8).numpy(), zlib.crc32(repr((name, t.dtype, tuple(t.shape))).encode(), crc))
+            # of one element, `contiguous` leaves any stride
+            whole = t.detach().cpu().clone(memory_format=torch.contiguous_format).flatten()
+            crc = zlib.crc32(whole.view(torch.uint8).numpy(),
+                             zlib.crc32(repr((name, t.dtype, tuple(t.shape))).encode(), crc))
         return f"{crc:08x}"
 
     @staticmethod
@@ -69,10 +74,13 @@ class SessionState(NamedTuple):
 
 
 def take_state(session: CachedHistory, generator: torch.Generator) -> SessionState:
-    """All that continues the session elsewhere. A history in memory is part of it; one on disk is named by its length."""
+    """All that continues the session elsewhere. A history in memory is part of it; one on
+    disk is named by its length."""
     cache, slot = session.pool.cache, torch.from_numpy(session.cached.slot).to(session.pool.device)
-    tensors = {"cut_lod": torch.from_numpy(session.cut_lod), "cut_index": torch.from_numpy(session.cut_index), "slot": torch.from_numpy(session.cached.slot),
-               "lod": torch.from_numpy(session.cached.lod), "index": torch.from_numpy(session.cached.index), "rng": generator.get_state(),
+    tensors = {"cut_lod": torch.from_numpy(session.cut_lod), "cut_index": torch.from_numpy(session.cut_index),
+               "slot": torch.from_numpy(session.cached.slot),
+               "lod": torch.from_numpy(session.cached.lod), "index": torch.from_numpy(session.cached.index),
+               "rng": generator.get_state(),
                "k": cache.k[:, session.row, slot], "v": cache.v[:, session.row, slot]}
     if cache.k_unshifted is not None:
         tensors["k_unshifted"] = cache.k_unshifted[:, session.row, slot]
@@ -84,28 +92,37 @@ def take_state(session: CachedHistory, generator: torch.Generator) -> SessionSta
     if isinstance(session.history.store, RamStore):
         tensors["history"] = session.history.store.tokens(torch.arange(session.history.n_tokens))
     focus = session.focus
-    meta = {"version": STATE_VERSION, "model": session.pool.fingerprint, "config": asdict(session.pool.config), "n_stored": session.history.n_tokens,
-            "store_version": session.history.store.version, "pending": list(session.pending), "asked": session.asked, "recut": session.recut, "n_read": session.n_read, "cut_tokens": session.cut_tokens, "kept": session.kept, "computed": session.computed, "seed": session.seed, "price_shift": session.price_shift,
+    meta = {"version": STATE_VERSION, "model": session.pool.fingerprint, "config": asdict(session.pool.config),
+            "n_stored": session.history.n_tokens,
+            "store_version": session.history.store.version, "pending": list(session.pending), "asked": session.asked,
+            "recut": session.recut, "n_read": session.n_read, "cut_tokens": session.cut_tokens, "kept": session.kept,
+            "computed": session.computed, "seed": session.seed, "price_shift": session.price_shift,
             "scores": list(session.scores.items()), "last_edits": asdict(session.last_edits),
             "focus": {"n_tokens": focus.n_tokens, "refocuses": focus.refocuses, "expanded": sorted(focus.expanded),
-                      "changed": sorted([*node, at] for node, at in focus.changed.items()), "pruned": sorted(focus.pruned)}}
+                      "changed": sorted([*node, at] for node, at in focus.changed.items()),
+                      "pruned": sorted(focus.pruned)}}
     return SessionState(meta, {name: t.detach().cpu().clone() for name, t in tensors.items()})
 
 
 def put_back(session: CachedHistory, generator: torch.Generator, meta: dict, tensors: dict[str, Tensor]) -> None:
-    """Continue where a state was taken, whose values `check_fits` has checked by themselves. UserError where they do not fit the
-    history and each other, before the cache is touched."""
+    """Continue where a state was taken, whose values `check_fits` has checked by themselves. UserError where they do
+    not fit the history and each other, before the cache is touched."""
     focus, cache = meta["focus"], session.pool.cache
     session.pending = list(meta["pending"])
     session.history.check_ids(torch.tensor(session.pending, dtype=torch.int64))
-    edits = PathEdits(session.pool.focus_config, focus["n_tokens"], focus["refocuses"], {tuple(node) for node in focus["expanded"]},
+    edits = PathEdits(session.pool.focus_config, focus["n_tokens"], focus["refocuses"],
+                      {tuple(node) for node in focus["expanded"]},
                       {(lod, index): at for lod, index, at in focus["changed"]}, set(focus["pruned"]))
     check_focus(edits, meta, session.n_tokens)
     check_entries(tensors, edits, cache, meta, session._ids)
     check_cache(tensors, cache, session.pool.gpt.config.n_embd, session.pool.device)
     slot = tensors["slot"]
     session._restart(edits)
-    session.scores, session.last_edits = {block: score for block, score in meta["scores"]}, Edits(**{name: value if name == "paths" else [tuple(node) for node in value] for name, value in meta["last_edits"].items()})
+    session.scores, session.last_edits = {block: score
+                                          for block, score in meta["scores"]}, Edits(**{name: value if name == "paths"
+                                                                                        else [tuple(node)
+                                                                                              for node in value]
+                                                                                        for name, value in meta["last_edits"].items()})  # noqa: E501
     for name in ("asked", "recut", "n_read", "cut_tokens", "kept", "computed", "seed", "price_shift"):
         setattr(session, name, meta[name])
     session.cut_lod, session.cut_index = tensors["cut_lod"].numpy(), tensors["cut_index"].numpy()
@@ -126,25 +143,34 @@ def put_back(session: CachedHistory, generator: torch.Generator, meta: dict, ten
 
 
 def check_fits(state: SessionState, pool: Any, store: Store | None) -> None:
-    """UserError for the state of another model, version or configuration than the pool's, or a store that is not at its moment."""
+    """UserError for the state of another model, version or configuration than the pool's, or a
+    store that is not at its moment."""
     meta, tensors = state
     if not isinstance(meta, dict) or meta.get("version") != STATE_VERSION:
-        raise UserError(f"a session state of version {one_line(meta.get('version') if isinstance(meta, dict) else meta)}; this program reads version {STATE_VERSION}")
+        raise UserError("a session state of version "
+                        f"{one_line(meta.get('version') if isinstance(meta, dict) else meta)}; this program reads "
+                        f"version {STATE_VERSION}")
     check_meta(meta, tensors)
     if meta.get("model") != pool.fingerprint:
-        raise UserError(f"the session state was taken with model {meta.get('model')}, this is {pool.fingerprint}; load that checkpoint")
+        raise UserError(f"the session state was taken with model {meta.get('model')}, this is {pool.fingerprint}; load "
+                        "that checkpoint")
     gone = {"price": "adaptive"} | meta["config"]
     if gone["price"] != "adaptive" or str(gone.get("allocator")).startswith("threshold"):
-        raise UserError("the session state was taken with --mc_price=market or --mc_allocator=threshold, which this version does not have; "
+        raise UserError("the session state was taken with --mc_price=market or --mc_allocator=threshold, which this "
+                        "version does not have; "
                         "open a new session on its history")
     if different := [name for name, value in asdict(pool.config).items() if meta["config"].get(name) != value]:
-        raise UserError("the session state was taken with other settings: " + ", ".join(f"--mc_{name}={meta['config'].get(name)}" for name in different))
+        raise UserError("the session state was taken with other settings: "
+                        + ", ".join(f"--mc_{name}={meta['config'].get(name)}" for name in different))
     if (store is None) != ("history" in tensors):
-        raise UserError("the session state " + ("holds its history: give no store" if store else "has its history on disk: give its store"))
+        raise UserError("the session state " + ("holds its history: give no store" if store
+                                                else "has its history on disk: give its store"))
     if store is not None and store.n_tokens != meta["n_stored"]:
-        raise UserError(f"the session state ends at {meta['n_stored']} stored tokens, the store at {store.n_tokens}: they are not of one moment")
+        raise UserError(f"the session state ends at {meta['n_stored']} stored tokens, the store at {store.n_tokens}: "
+                        "they are not of one moment")
     if store is not None and store.version != meta["store_version"]:
-        raise UserError(f"the history was edited since the session state was taken (version {meta['store_version']}, now {store.version}): open a new session on it")
+        raise UserError(f"the history was edited since the session state was taken (version {meta['store_version']}, "
+                        f"now {store.version}): open a new session on it")
     if store is None:
         check_history(tensors["history"], meta["n_stored"], pool.gpt.config.vocab_size)
 
@@ -167,9 +193,12 @@ def check_meta(meta: object, tensors: object) -> None:
     require(_rows_of(meta.get("pending"), _is_count), "pending", meta.get("pending", "missing"))
     require(_rows_of(meta.get("scores"), _is_count, _is_finite), "scores", meta.get("scores", "missing"))
     edits, focus = meta.get("last_edits"), meta.get("focus")
-    require(isinstance(edits, dict) and set(edits) == {"paths", "opened", "closed", "collapsed"} and _is_count(edits["paths"]), "last_edits", edits)
-    require(all(_rows_of(edits[name], _is_count, _is_count) for name in ("opened", "closed", "collapsed")), "last_edits", edits)
-    require(isinstance(focus, dict) and all(_is_count(focus.get(name)) for name in ("n_tokens", "refocuses")), "focus", focus)
+    require(isinstance(edits, dict) and set(edits) == {"paths", "opened", "closed", "collapsed"}
+            and _is_count(edits["paths"]), "last_edits", edits)
+    require(all(_rows_of(edits[name], _is_count, _is_count) for name in ("opened", "closed", "collapsed")),
+            "last_edits", edits)
+    require(isinstance(focus, dict) and all(_is_count(focus.get(name)) for name in ("n_tokens", "refocuses")), "focus",
+            focus)
     for name, width in (("expanded", 2), ("changed", 3), ("pruned", 1)):
         require(_rows_of(focus.get(name), *[_is_count] * width), name, focus.get(name, "missing"))
 
@@ -188,35 +217,44 @@ def _rows_of(rows: object, *columns) -> bool:
         return False
     if len(columns) == 1:
         return all(map(columns[0], rows))
-    return all(isinstance(row, list | tuple) and len(row) == len(columns) and all(of(x) for of, x in zip(columns, row)) for row in rows)
+    return all(isinstance(row, list | tuple) and len(row) == len(columns) and all(of(x) for of, x in zip(columns, row))
+               for row in rows)
 
 
 def check_history(tokens_N: Tensor, n_stored: int, vocab: int) -> None:
     """The tokens of a history that is part of the state."""
     require(tokens_N.dtype == torch.int64 and tokens_N.shape == (n_stored,), "history", list(tokens_N.shape))
-    require(not len(tokens_N) or (VOID <= int(tokens_N.min()) and int(tokens_N.max()) < vocab), "its history has token ids outside the vocabulary")
+    require(not len(tokens_N) or (VOID <= int(tokens_N.min()) and int(tokens_N.max()) < vocab),
+            "its history has token ids outside the vocabulary")
 
 
 def check_focus(focus: PathEdits, meta: dict, n: int) -> None:
     """Nodes that exist, in a cut of the n tokens."""
-    require(meta["cut_tokens"] == focus.n_tokens <= n and meta["n_read"] <= n, f"of {n} tokens it has read {meta['n_read']} and focused on {focus.n_tokens}")
+    require(meta["cut_tokens"] == focus.n_tokens <= n and meta["n_read"] <= n,
+            f"of {n} tokens it has read {meta['n_read']} and focused on {focus.n_tokens}")
     nodes = [*focus.expanded, *focus.changed]
-    require(all(1 <= lod <= focus.cfg.max_lod and focus.exists((lod, index)) for lod, index in nodes), "a node that is not there")
+    require(all(1 <= lod <= focus.cfg.max_lod and focus.exists((lod, index)) for lod, index in nodes),
+            "a node that is not there")
     require(all(at <= focus.refocuses for at in focus.changed.values()), "an edit that is to come")
-    require(all(block * focus.cfg.block_size < n for block in (*focus.pruned, *(block for block, _ in meta["scores"]))), "a block that is not there")
+    require(all(block * focus.cfg.block_size < n
+                for block in (*focus.pruned, *(block for block, _ in meta["scores"]))), "a block that is not there")
 
 
 def check_entries(tensors: dict[str, Tensor], focus: PathEdits, cache: PagedCache, meta: dict, shown_ids) -> None:
-    """The cut is the focus's, the cache holds what has been read of it, and a slot holds one entry. shown_ids: (lod, index) -> ids, VOID where
-    a source has ended."""
+    """The cut is the focus's, the cache holds what has been read of it, and a slot holds one entry. shown_ids: (lod,
+    index) -> ids, VOID where a source has ended."""
     arrays = {name: _array(tensors, name) for name in ("cut_lod", "cut_index", "lod", "index", "slot")}
     cut = focus.cut()
-    require(np.array_equal(arrays["cut_lod"], cut[0]) and np.array_equal(arrays["cut_index"], cut[1]), "its cut is not that of its focus")
+    require(np.array_equal(arrays["cut_lod"], cut[0]) and np.array_equal(arrays["cut_index"], cut[1]),
+            "its cut is not that of its focus")
     require(_in_order(*cut, focus.cfg.block_size), "its cut shows a token twice")
     lod, index, slot = arrays["lod"], arrays["index"], arrays["slot"]
-    require(len(lod) == len(index) == len(slot) <= cache.spare, f"entries of the cache {len(lod)}, {len(index)}, {len(slot)}")
-    require(len(np.unique(slot)) == len(slot) and (not len(slot) or 0 <= slot.min() <= slot.max() < cache.spare), "slots of the cache")
-    fits = not len(lod) or (0 <= lod.min() <= lod.max() <= focus.cfg.max_lod and 0 <= index.min() <= index.max() < 2**53)
+    require(len(lod) == len(index) == len(slot) <= cache.spare,
+            f"entries of the cache {len(lod)}, {len(index)}, {len(slot)}")
+    require(len(np.unique(slot)) == len(slot) and (not len(slot) or 0 <= slot.min() <= slot.max() < cache.spare),
+            "slots of the cache")
+    fits = not len(lod) or (0 <= lod.min() <= lod.max() <= focus.cfg.max_lod
+                            and 0 <= index.min() <= index.max() < 2**53)
     require(fits and _in_order(lod, index, focus.cfg.block_size), "entries of the cache")
     ends = (index + 1) * focus.cfg.block_size**lod
     require(not len(lod) or ends[-1] <= meta["n_read"], "entries that were not read")
@@ -236,7 +274,8 @@ def _without_void(lod: np.ndarray, index: np.ndarray, shown_ids) -> tuple[np.nda
 
 def _array(tensors: dict[str, Tensor], name: str) -> np.ndarray:
     x = tensors.get(name)
-    require(x is not None and x.dtype == torch.int64 and x.ndim == 1, name, "missing" if x is None else f"{x.dtype} {list(x.shape)}")
+    require(x is not None and x.dtype == torch.int64 and x.ndim == 1, name,
+            "missing" if x is None else f"{x.dtype} {list(x.shape)}")
     return x.numpy()
 
 
@@ -259,7 +298,8 @@ def check_cache(tensors: dict[str, Tensor], cache: PagedCache, width: int, devic
         shapes["last_hidden"] = (width,)
     for name, shape in shapes.items():
         x = tensors.get(name)
-        require(x is not None and x.shape == shape and x.is_floating_point(), name, "missing" if x is None else f"{x.dtype} {list(x.shape)}")
+        require(x is not None and x.shape == shape and x.is_floating_point(), name,
+                "missing" if x is None else f"{x.dtype} {list(x.shape)}")
         require(bool(x.isfinite().all()), f"{name} is not finite")
     require("last_hidden" not in tensors or tensors["last_hidden"].shape == (width,), "last_hidden")
     try:

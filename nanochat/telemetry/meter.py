@@ -35,14 +35,16 @@ PRODUCTS = 8  # of matrices that a device without a data sheet is timed by
 
 
 class TrainingMeter:
-    """Measures one run; use as a context manager. progress: its step is the loop's, flops and trained_s are counted here."""
+    """Measures one run; use as a context manager. progress: its step is the loop's, flops and
+    trained_s are counted here."""
 
     def __init__(self, args, plan: Plan, model: GPT, controller: NullController, progress: RunProgress, ranks: Ranks):
         self.plan, self.model, self.controller, self.progress, self.ranks = plan, model, controller, progress, ranks
         self.trace_every, self.device, self.frozen = args.trace_every, ranks.device, args.freeze_base
         self.recorder = open_recorder(
             base_dir() / "runs" / run_tag(args), run=args.run, config=vars(args), total_steps=plan.num_iterations,
-            first_step=progress.step, rank=ranks.rank, labels={"mc.stage": "train", "mc.variant": "mc" if controller.modules else "vanilla"},
+            first_step=progress.step, rank=ranks.rank,
+            labels={"mc.stage": "train", "mc.variant": "mc" if controller.modules else "vanilla"},
         )  # fmt: skip
         self.peak = peak_flops(self.device) * ranks.world_size
         self.unlogged: list[Metrics] = []  # of the micro-steps since the last log line
@@ -56,11 +58,12 @@ class TrainingMeter:
     def __exit__(self, *exception) -> None:
         self.recorder.close()
 
-    # -- one step ---------------------------------------------------------------------------------------------------------
+    # -- one step ---------------------------------------------------------------------------------------------------------  # noqa: E501
 
     def begin_step(self) -> None:
         step = self.progress.step
-        self.trace = Trace("train.step", self.device, keep=bool(self.trace_every) and step % self.trace_every == 0, step=step)
+        self.trace = Trace("train.step", self.device, keep=bool(self.trace_every) and step % self.trace_every == 0,
+                           step=step)
         self.waited, self.losses = 0.0, 0.0
         self.speed: dict[str, float] | None = None  # at a log line, since the last one
         self.networks = {}
@@ -80,7 +83,8 @@ class TrainingMeter:
         """after: what the controller's `after_backward` gave."""
         self.losses = self.losses + result.loss.detach() + after[0]
         self.unlogged.append(result.metrics | after[1])
-        self.progress.flops += step_flops(self.model, self.controller, self.plan, self.progress.step, num_targets) / self.plan.accumulation
+        self.progress.flops += step_flops(self.model, self.controller, self.plan, self.progress.step,
+                                          num_targets) / self.plan.accumulation
 
     def read_losses(self) -> None:
         """At a log line, before the update: UserError where a loss is not finite, and it is on record then."""
@@ -92,7 +96,8 @@ class TrainingMeter:
         step_time = elapsed / (progress.step + 1 - self.logged_step)
         self.speed = {
             "train.step_time": step_time, "train.tokens_per_second": self.plan.tokens_per_step / step_time,
-            "train.mfu": (progress.flops - self.logged_flops) / elapsed / self.peak, "train.elapsed": progress.trained_s,
+            "train.mfu": (progress.flops - self.logged_flops) / elapsed / self.peak,
+            "train.elapsed": progress.trained_s,
         }  # fmt: skip
         self.elapsed = elapsed
         self.clock, self.logged_step, self.logged_flops = self.clock + elapsed, progress.step + 1, progress.flops
@@ -115,7 +120,8 @@ class TrainingMeter:
         self.recorder.record("train.nonfinite", 0)
 
     def gradients(self, clip: float) -> None:
-        """Clip those of the base to a norm, 0: not at all; norms are recorded when they were taken, and at log lines."""
+        """Clip those of the base to a norm, 0: not at all; norms are recorded when they
+        were taken, and at log lines."""
         if (clip or self.speed) and not self.frozen:
             norm = global_grad_norm(self.model.parameters(), self.ranks.world_size, clip or None)
             self.recorder.record("train.grad_norm", norm)
@@ -137,7 +143,8 @@ class TrainingMeter:
             self.recorder.record("mc.update", relative_change(params, before[name]), network=name)
 
     def log(self, multiplier: float) -> None:
-        """At a log line, after the update: what the run has come to. multiplier: of all learning rates, in this step."""
+        """At a log line, after the update: what the run has come to. multiplier: of all
+        learning rates, in this step."""
         record, progress = self.recorder.record, self.progress
         record("telemetry.overhead", self.recorder.take_spent() / self.elapsed)
         self.record(self.speed)
@@ -169,7 +176,8 @@ def mean_over_ranks(metrics: list[Metrics], ranks: Ranks) -> list[Metrics]:
     if ranks.world_size == 1:
         return metrics
     read = lambda v: float(v) if isinstance(v, Reading) else v.detach().reshape(())  # noqa: E731
-    values = torch.stack([torch.as_tensor(read(v)).to(ranks.device, torch.float32) for m in metrics for v in m.values()])
+    values = torch.stack([torch.as_tensor(read(v)).to(ranks.device, torch.float32) for m in metrics
+                          for v in m.values()])
     dist.all_reduce(values)
     means = iter(values / ranks.world_size)
     return [{name: next(means) for name in m} for m in metrics]
@@ -183,7 +191,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def peak_flops(device: torch.device) -> float:
-    """FLOP/s that MFU is a share of: the data sheet's dense bf16 figure, or on other devices what a matrix product reaches now."""
+    """FLOP/s that MFU is a share of: the data sheet's dense bf16 figure, or on other devices what a
+    matrix product reaches now."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for known, peak in PEAK_FLOPS.items():

@@ -5,8 +5,8 @@ A package adds its metrics with one entry each, on import:
     register(Metric("mc.loss.wc", "{nat}", "histogram", "Mean next-token loss in the working context.", short="wc",
                     healthy="falls", where="mc/runtime.py", buckets=NATS))
 
-Several values of a metric between two flushes of the recorder become one by its kind: the last (gauge), the sum (counter)
-or the mean (histogram).
+Several values of a metric between two flushes of the recorder become one by its kind: the last (gauge), the sum
+(counter) or the mean (histogram).
 """
 
 import math
@@ -20,9 +20,9 @@ from typing import Literal
 class Metric:
     """What is measured, and how to read it.
 
-    name: dotted lower case, without the unit. unit: UCUM ("s", "By", "{token}", "{nat}", "1"). description: what it is, with
-    its formula. short: label on the console line. healthy: the values or the course of a run that goes well. where: the file
-    that records it. buckets: ascending upper bounds that a histogram's values are counted by.
+    name: dotted lower case, without the unit. unit: UCUM ("s", "By", "{token}", "{nat}", "1"). description: what it is,
+    with its formula. short: label on the console line. healthy: the values or the course of a run that goes well.
+    where: the file that records it. buckets: ascending upper bounds that a histogram's values are counted by.
     """
 
     name: str
@@ -51,7 +51,8 @@ METRICS: dict[str, Metric] = {}
 
 
 def register(*metrics: Metric) -> None:
-    """Add metrics to the registry. Raises ValueError for a malformed name, kind or buckets, or a name taken by another definition."""
+    """Add metrics to the registry. Raises ValueError for a malformed name, kind or buckets, or a name
+    taken by another definition."""
     for metric in metrics:
         if not re.fullmatch(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)+", metric.name):
             raise ValueError(f"metric name {metric.name!r} is not dotted lower case")
@@ -68,40 +69,56 @@ TRAIN = "scripts/base_train.py"
 register(
     Metric("train.loss", "{nat}", "histogram", "Next-token loss of the training batch.", short="loss",
            healthy="falls; below ln(vocabulary) from the first steps on", where=TRAIN, buckets=NATS),
-    Metric("train.tokens", "{token}", "gauge", "Tokens trained on since the start of the run.", healthy="rises", where=TRAIN),
-    Metric("train.flops", "{flop}", "gauge", "Floating-point operations since the start of the run, counted from shapes.",
+    Metric("train.tokens", "{token}", "gauge", "Tokens trained on since the start of the run.", healthy="rises",
+           where=TRAIN),
+    Metric("train.flops", "{flop}", "gauge",
+           "Floating-point operations since the start of the run, counted from shapes.",
            healthy="rises", where=TRAIN),
-    Metric("train.tokens_per_second", "{token}/s", "gauge", "Training throughput since the last log line, all ranks; evaluating and saving apart.",
+    Metric("train.tokens_per_second", "{token}/s", "gauge",
+           "Training throughput since the last log line, all ranks; evaluating and saving apart.",
            short="tok/s", healthy="steady", where=TRAIN),
-    Metric("train.mfu", "1", "gauge", "Share of the devices' peak FLOP/s that counted FLOPs reach, over the time of train.tokens_per_second.",
+    Metric("train.mfu", "1", "gauge", "Share of the devices' peak FLOP/s that counted FLOPs reach, over the time of "
+                                      "train.tokens_per_second.",
            short="mfu", healthy="steady; a drop means waiting for data, a slower device or more work", where=TRAIN),
-    Metric("train.step_time", "s", "gauge", "Wall time of a step, mean since the last log line; evaluating and saving apart.",
+    Metric("train.step_time", "s", "gauge",
+           "Wall time of a step, mean since the last log line; evaluating and saving apart.",
            short="s/step", healthy="steady", where=TRAIN),
-    Metric("train.data_wait", "s", "histogram", "Part of a step spent waiting for its batch.", healthy="below 5 % of train.step_time",
+    Metric("train.data_wait", "s", "histogram", "Part of a step spent waiting for its batch.",
+           healthy="below 5 % of train.step_time",
            where=TRAIN, buckets=SECONDS),
     Metric("train.optimizer_time", "s", "histogram", "Part of a step spent in the optimizer, on CPU.", healthy="steady",
            where=TRAIN, buckets=SECONDS),
-    Metric("train.elapsed", "s", "gauge", "Wall time of all steps since the start of the run; evaluating, probing and saving apart.", healthy="rises", where=TRAIN),
-    Metric("train.nonfinite", "1", "gauge", "1 when a loss was not finite, which stops the run; else 0.", healthy="0", where=TRAIN),
-    Metric("train.memory", "By", "gauge", "Peak memory: of the device on CUDA, else of the process.", healthy="flat after the first steps", where=TRAIN),
+    Metric("train.elapsed", "s", "gauge", "Wall time of all steps since the start of the run; evaluating, probing and "
+                                          "saving apart.", healthy="rises", where=TRAIN),
+    Metric("train.nonfinite", "1", "gauge", "1 when a loss was not finite, which stops the run; else 0.", healthy="0",
+           where=TRAIN),
+    Metric("train.memory", "By", "gauge", "Peak memory: of the device on CUDA, else of the process.",
+           healthy="flat after the first steps", where=TRAIN),
     Metric("train.grad_norm", "1", "histogram", "L2 norm of the base model's gradients together, before clipping.",
            healthy="falls, then steady; no jumps", where=TRAIN, buckets=NORMS),
-    Metric("optim.lr", "1", "gauge", "Multiplier on every learning rate.", short="lr", healthy="the schedule: rises, stays at 1, falls", where=TRAIN),
+    Metric("optim.lr", "1", "gauge", "Multiplier on every learning rate.", short="lr",
+           healthy="the schedule: rises, stays at 1, falls", where=TRAIN),
     Metric("optim.momentum", "1", "gauge", "Muon's momentum.", healthy="the schedule: 0.85 to 0.95", where=TRAIN),
     Metric("val.loss", "{nat}", "gauge", "Next-token loss on held-out documents.", healthy="falls", where=TRAIN),
-    Metric("val.bpb", "{bit}/By", "gauge", "Bits per byte on held-out documents.", short="val bpb", healthy="falls", where=TRAIN),
-    Metric("telemetry.overhead", "1", "gauge", "Time that recording, flushing and timing spans took the training thread ÷ time of the steps, since the last log line.",
+    Metric("val.bpb", "{bit}/By", "gauge", "Bits per byte on held-out documents.", short="val bpb", healthy="falls",
+           where=TRAIN),
+    Metric("telemetry.overhead", "1", "gauge",
+           "Time that recording, flushing and timing spans took the training thread ÷ time of the steps, since the "
+           "last log line.",
            healthy="below 0.01", where=TRAIN),
-    Metric("telemetry.not_finite", "{value}", "gauge", "Recorded values that were NaN or infinite since the process began; null in metrics.jsonl, left out of OTLP.",
+    Metric("telemetry.not_finite", "{value}", "gauge",
+           "Recorded values that were NaN or infinite since the process began; null in metrics.jsonl, left out of OTLP.",  # noqa: E501
            healthy="0", where="nanochat/telemetry/recorder.py"),
-    Metric("telemetry.jsonl.lost", "{line}", "gauge", "Lines that metrics.jsonl lacks since the process began, because they could not be written.",
+    Metric("telemetry.jsonl.lost", "{line}", "gauge",
+           "Lines that metrics.jsonl lacks since the process began, because they could not be written.",
            healthy="0", where="nanochat/telemetry/sinks.py"),
     Metric("checkpoint.save_time", "s", "gauge", "Wall time of the last checkpoint.", healthy="steady", where=TRAIN),
 )
 
 
 class Labelled(str):
-    """A metric's name with attributes, as one dictionary key: `labelled == "name{lod=1}"`. `Recorder.record` takes it for a name."""
+    """A metric's name with attributes, as one dictionary key: `labelled == "name{lod=1}"`.
+    `Recorder.record` takes it for a name."""
 
     def __new__(cls, name: str, **attributes: str | int | float):
         key = super().__new__(cls, key_of(name, attributes))

@@ -7,12 +7,14 @@ from nanochat.telemetry.recorder import Recorder
 from nanochat.telemetry.sinks import ConsoleSink, WandbSink, run_id
 
 
-def open_recorder(run_dir: str | Path, *, run: str = "", config: dict, total_steps: int, first_step: int = 0, rank: int = 0,
+def open_recorder(run_dir: str | Path, *, run: str = "", config: dict, total_steps: int, first_step: int = 0,
+                  rank: int = 0,
                   labels: dict[str, str] | None = None) -> Recorder:
-    """The recorder of a training run: JSONL, console, W&B unless `run` is empty or "dummy", and OTLP where the environment names an endpoint.
+    """The recorder of a training run: JSONL, console, W&B unless `run` is empty or "dummy", and OTLP where the
+    environment names an endpoint.
 
-    run_dir: see Recorder. config: what W&B shows as the run's configuration. labels: attributes of all that goes out by OTLP; mc.run.id,
-    the directory's name and the run's id, comes with them. Raises UserError as the sinks do.
+    run_dir: see Recorder. config: what W&B shows as the run's configuration. labels: attributes of all that goes out by
+    OTLP; mc.run.id, the directory's name and the run's id, comes with them. Raises UserError as the sinks do.
     """
     if rank != 0:
         return Recorder(run_dir, rank=rank)

@@ -1,16 +1,18 @@
 """OTLP: metrics and traces to a collector, by a thread of its own, so that training never waits for one.
 
-    sink = otlp_sink("megacontext", instance="d6-1a2b3c4d/0", labels={"mc.run.id": "d6-1a2b3c4d"})    # None: nothing is asked for
+    sink = otlp_sink("megacontext", instance="d6-1a2b3c4d/0", labels={"mc.run.id": "d6-1a2b3c4d"})
+      # None: nothing is asked for
 
-The standard variables decide. Off unless OTEL_EXPORTER_OTLP_ENDPOINT, or that of one signal (OTEL_EXPORTER_OTLP_METRICS_ENDPOINT,
-…_TRACES_ENDPOINT), is set; OTEL_EXPORTER_OTLP_PROTOCOL is http/protobuf or grpc. OpenTelemetry's packages (extra `otel`) are imported
-only then. Its exporters do the sending; aggregation is done here, because the SDK's histogram drops negative values and ΔNLL can be
-negative. Cumulative by default: a collector that was away for a while lacks some points of the curves, but no sum.
+The standard variables decide. Off unless OTEL_EXPORTER_OTLP_ENDPOINT, or that of one signal
+(OTEL_EXPORTER_OTLP_METRICS_ENDPOINT, …_TRACES_ENDPOINT), is set; OTEL_EXPORTER_OTLP_PROTOCOL is http/protobuf or grpc.
+OpenTelemetry's packages (extra `otel`) are imported only then. Its exporters do the sending; aggregation is done here,
+because the SDK's histogram drops negative values and ΔNLL can be negative. Cumulative by default: a collector that was
+away for a while lacks some points of the curves, but no sum.
 
 An endpoint's user and password go to the collector as a header, and into no message (`nanochat.redact`).
 
-Every flush becomes points with its own time, kept in a bounded queue until the thread sends them. What is not accepted is sent again
-with what follows; when the queue is full the oldest go first, and are counted.
+Every flush becomes points with its own time, kept in a bounded queue until the thread sends them. What is not accepted
+is sent again with what follows; when the queue is full the oldest go first, and are counted.
 """
 
 import base64
@@ -40,21 +42,26 @@ PROTOCOLS = ("http/protobuf", "grpc")
 HERE = "nanochat/telemetry/otlp.py"
 
 register(
-    Metric("telemetry.otlp.delivered", "{item}", "gauge", "Data points and spans that a collector has accepted since the process began.",
+    Metric("telemetry.otlp.delivered", "{item}", "gauge",
+           "Data points and spans that a collector has accepted since the process began.",
            healthy="rises", where=HERE),
-    Metric("telemetry.otlp.lost", "{item}", "gauge", "Data points and spans given up since the process began: the queue was full, or the run ended.",
+    Metric("telemetry.otlp.lost", "{item}", "gauge",
+           "Data points and spans given up since the process began: the queue was full, or the run ended.",
            healthy="0", where=HERE),
-    Metric("telemetry.otlp.failures", "{request}", "gauge", "Export requests since the process began that no collector accepted; they are repeated.",
+    Metric("telemetry.otlp.failures", "{request}", "gauge",
+           "Export requests since the process began that no collector accepted; they are repeated.",
            healthy="0", where=HERE),
     Metric("telemetry.preflight", "1", "gauge", "1, sent by a preflight.", healthy="1", where="scripts/bench/otlp.py"),
-    Metric("telemetry.preflight_time", "s", "histogram", "Time that a collector took to accept a preflight's first request of each signal.",
+    Metric("telemetry.preflight_time", "s", "histogram",
+           "Time that a collector took to accept a preflight's first request of each signal.",
            healthy="below 0.5", where="scripts/bench/otlp.py", buckets=SECONDS),
 )
 
 
 def otlp_sink(service: str, instance: str, labels: dict[str, str], background: bool = True) -> "OtlpSink | None":
-    """The sink that the environment asks for, or None. service, instance: the resource's name and instance id, unless the environment
-    names others. labels: attributes of every data point and of every trace's root. background: send from a thread, every few seconds.
+    """The sink that the environment asks for, or None. service, instance: the resource's name and instance id, unless
+    the environment names others. labels: attributes of every data point and of every trace's root. background: send
+    from a thread, every few seconds.
 
     Raises UserError for settings that cannot work, and without the packages.
     """
@@ -66,7 +73,8 @@ def otlp_sink(service: str, instance: str, labels: dict[str, str], background: b
 
 def _setting(signal: str, name: str) -> str:
     """A signal's own variable, else the one for all signals."""
-    return os.environ.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_{name}") or os.environ.get(f"OTEL_EXPORTER_OTLP_{name}", "")
+    return os.environ.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_{name}") or os.environ.get(
+        f"OTEL_EXPORTER_OTLP_{name}", "")
 
 
 def _endpoint(signal: str) -> str:
@@ -74,14 +82,16 @@ def _endpoint(signal: str) -> str:
 
 
 def _login(signal: str) -> dict:
-    """What an exporter by gRPC needs to be told of an endpoint with user and password; the one by HTTP reads them itself."""
+    """What an exporter by gRPC needs to be told of an endpoint with user and password; the
+    one by HTTP reads them itself."""
     login, endpoint = userinfo(_endpoint(signal))
     if not login:
         return {}
     from opentelemetry.util.re import parse_env_headers
 
     headers = parse_env_headers(_setting(signal, "HEADERS"), liberal=True)
-    return {"endpoint": endpoint, "headers": headers | {"authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}}
+    return {"endpoint": endpoint,
+            "headers": headers | {"authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}}
 
 
 def _wanted(signal: str) -> bool:
@@ -97,7 +107,8 @@ def _protocol(signal: str) -> str:
     if protocol not in PROTOCOLS:
         raise UserError(f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol} for {signal} is not one of {', '.join(PROTOCOLS)}")
     if protocol == PROTOCOLS[0] and not _endpoint(signal).startswith(("http://", "https://")):
-        raise UserError(f"the OTLP endpoint {redacted(_endpoint(signal))} for {signal} must begin with http:// or https://")
+        raise UserError(f"the OTLP endpoint {redacted(_endpoint(signal))} for {signal} must begin with http:// or "
+                        "https://")
     compression = _setting(signal, "COMPRESSION").strip().lower()
     if compression not in ("", "none", "gzip", "deflate"):
         raise UserError(f"OTEL_EXPORTER_OTLP_COMPRESSION={compression} for {signal} is not one of none, gzip, deflate")
@@ -116,7 +127,8 @@ def _number(name: str, default: float) -> float:
 
 
 class _Reason(logging.Handler):
-    """Keeps the first complaint of OpenTelemetry since it was last cleared; it would print every one, with the headers and addresses it is about."""
+    """Keeps the first complaint of OpenTelemetry since it was last cleared; it would print every one, with the headers
+    and addresses it is about."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -166,12 +178,14 @@ class _Signal:
 
 
 class OtlpSink(Sink):
-    """See the module. Points and spans wait in one queue per signal; `deliver` sends them, from the thread or, without one, when called."""
+    """See the module. Points and spans wait in one queue per signal; `deliver` sends them, from the thread
+    or, without one, when called."""
 
     def __init__(self, signals: Sequence[str], service: str, instance: str, labels: dict[str, str], background: bool):
         self.labels = dict(labels)
         self.start_ns = time.time_ns()
-        self.delta = os.environ.get("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "").lower() in ("delta", "lowmemory")
+        self.delta = os.environ.get("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE",
+                                    "").lower() in ("delta", "lowmemory")
         self.interval = _number("OTEL_METRIC_EXPORT_INTERVAL", INTERVAL_MS) / 1e3
         self.reason = _Reason()
         self._totals: dict[str, tuple[list[int], float]] = {}  # by key: values per bucket, sum
@@ -183,7 +197,8 @@ class OtlpSink(Sink):
             if "traces" in self._signals:
                 self._tracer = _tracer(resource, self._signals["traces"])
         except ImportError as e:
-            raise UserError(f"an OTLP endpoint is set, but the package of {e.name} is missing: pip install 'megacontext[otel]', "
+            raise UserError(f"an OTLP endpoint is set, but the package of {e.name} is missing: pip install "
+                            "'megacontext[otel]', "
                             f"or unset OTEL_EXPORTER_OTLP_ENDPOINT") from None
         if self.reason.text:  # of a setting that OpenTelemetry passes over
             print(f"warning: {self.reason.text}", file=sys.stderr, flush=True)
@@ -206,9 +221,12 @@ class OtlpSink(Sink):
         else:
             exporter = importlib.import_module(f"{package}.metric_exporter").OTLPMetricExporter(**options)
             pack = _packer(resource, self.delta)
-        return _Signal(signal, f"{protocol} {redacted(_endpoint(signal))}", lambda items: exporter.export(pack(items)).name == "SUCCESS", exporter.shutdown)
+        return _Signal(signal,
+                       f"{protocol} {redacted(_endpoint(signal))}", lambda items: exporter.export(pack(items)).name
+                       == "SUCCESS", exporter.shutdown)
 
-    # -- what the recorder calls; nothing here waits for a collector --------------------------------------------------------
+    # -- what the recorder calls; nothing here waits for a collector
+    # --------------------------------------------------------
 
     def write(self, step: int, now: float, samples: Sequence[Sample]) -> None:
         if "metrics" not in self._signals:
@@ -217,7 +235,8 @@ class OtlpSink(Sink):
         for sample in samples:
             values = [v for v in sample.values if math.isfinite(v)]
             if values:
-                points.append((sample.metric, {**self.labels, **sample.attributes}, self.start_ns, time_ns, self._aggregate(sample, values)))
+                points.append((sample.metric, {**self.labels, **sample.attributes}, self.start_ns, time_ns,
+                               self._aggregate(sample, values)))
         self._put("metrics", points)
         if self.delta:
             self._totals.clear()
@@ -249,7 +268,8 @@ class OtlpSink(Sink):
 
     def health(self) -> dict[str, float]:
         signals = self._signals.values()
-        return {"telemetry.otlp.delivered": sum(s.delivered for s in signals), "telemetry.otlp.lost": sum(s.evicted for s in signals),
+        return {"telemetry.otlp.delivered": sum(s.delivered for s in signals),
+                "telemetry.otlp.lost": sum(s.evicted for s in signals),
                 "telemetry.otlp.failures": sum(s.failures for s in signals)}
 
     def accepted(self) -> dict[str, int]:
@@ -263,7 +283,8 @@ class OtlpSink(Sink):
         if self._thread:
             self._thread.join(GRACE)
             if self._thread.is_alive():
-                self._warn([f"{signal.url} has not taken all {signal.name} {GRACE} s after the end" for signal in self._signals.values()])
+                self._warn([f"{signal.url} has not taken all {signal.name} {GRACE} s after the end"
+                            for signal in self._signals.values()])
         for signal in self._signals.values():
             signal.shutdown()
             with signal.lock:
@@ -276,9 +297,10 @@ class OtlpSink(Sink):
         """The first trouble of a run is told; the end tells what was lost."""
         if not self._warned:
             self._warned = True
-            print(f"warning: {'; '.join(problems)}. Training goes on; what is lost is counted", file=sys.stderr, flush=True)
+            print(f"warning: {'; '.join(problems)}. Training goes on; what is lost is counted", file=sys.stderr,
+                  flush=True)
 
-    # -- sending ------------------------------------------------------------------------------------------------------------
+    # -- sending ------------------------------------------------------------------------------------------------------------  # noqa: E501
 
     def deliver(self) -> dict[str, str]:
         """Send what waits. What went wrong, by signal."""
@@ -287,11 +309,13 @@ class OtlpSink(Sink):
             self.reason.text = ""
             try:
                 accepted = signal.send()
-            except Exception as e:  # of a third party's exporter: it must not end the thread, and is reported like any failure
+            # of a third party's exporter: it must not end the thread, and is reported like any failure
+            except Exception as e:
                 accepted, self.reason.text = False, scrubbed(f"{type(e).__name__}: {e}")
                 signal.failures += 1
             if not accepted:
-                problems[signal.name] = f"{signal.url} did not accept {signal.name}: {self.reason.text or 'no reason given'}"
+                problems[signal.name] = (f"{signal.url} did not accept {signal.name}: "
+                                         f"{self.reason.text or 'no reason given'}")
         return problems
 
     def _run(self) -> None:
@@ -316,7 +340,8 @@ def _resource(service: str, instance: str):
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 
     own = Resource({"service.name": service, "service.instance.id": instance})
-    return Resource.create().merge(own).merge(OTELResourceDetector().detect())  # OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES win
+    # OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES win
+    return Resource.create().merge(own).merge(OTELResourceDetector().detect())
 
 
 def _packer(resource, delta: bool) -> Callable[[list], object]:
@@ -332,7 +357,8 @@ def _packer(resource, delta: bool) -> Callable[[list], object]:
 
     def histogram(metric, attributes, start_ns, time_ns, totals):
         counts, total = totals
-        return otel.HistogramDataPoint(attributes, start_ns, time_ns, sum(counts), total, counts, metric.buckets, None, None)
+        return otel.HistogramDataPoint(attributes, start_ns, time_ns, sum(counts), total, counts, metric.buckets, None,
+                                       None)
 
     def pack(points: list):
         by_name: dict[str, tuple[Metric, list]] = {}
@@ -355,7 +381,8 @@ def _packer(resource, delta: bool) -> Callable[[list], object]:
 
 
 def _tracer(resource, signal: _Signal) -> Callable[[Trace, dict, list], None]:
-    """Appends a trace's spans as the SDK makes them, by its sampler and limits (OTEL_TRACES_SAMPLER, OTEL_SPAN_*_LIMIT)."""
+    """Appends a trace's spans as the SDK makes them, by its sampler and limits
+    (OTEL_TRACES_SAMPLER, OTEL_SPAN_*_LIMIT)."""
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
     from opentelemetry.trace import set_span_in_context
@@ -387,7 +414,8 @@ def _tracer(resource, signal: _Signal) -> Callable[[Trace, dict, list], None]:
 
 
 def _keep_random_apart() -> None:
-    """OpenTelemetry draws ids and waiting times from Python's global generator, whose state belongs to the training run: give it one of its own."""
+    """OpenTelemetry draws ids and waiting times from Python's global generator, whose state belongs to the training
+    run: give it one of its own."""
     own = random.Random()
     for name, module in list(sys.modules.items()):
         if name.startswith("opentelemetry.") and getattr(module, "random", None) is random:

@@ -1,8 +1,8 @@
 """The one place that every measurement passes through: a Recorder takes values and hands samples to sinks.
 
-`record(name, value)` costs no synchronization: a tensor stays on its device until `flush(step)`, which fetches all of them with
-one copy per device and hands the samples to each sink (`sinks`, `otlp`): a JSONL file always. Only rank 0 records; elsewhere the
-calls do nothing but check the name. `opening.open_recorder` makes the recorder of a run.
+`record(name, value)` costs no synchronization: a tensor stays on its device until `flush(step)`, which fetches all of
+them with one copy per device and hands the samples to each sink (`sinks`, `otlp`): a JSONL file always. Only rank 0
+records; elsewhere the calls do nothing but check the name. `opening.open_recorder` makes the recorder of a run.
 """
 
 import math
@@ -39,7 +39,8 @@ class Recorder:
         self._warned: set[type[Sink]] = set()
 
     def record(self, name: str, value: float | Tensor | Reading, **attributes: str | int | float) -> None:
-        """Note one value; a tensor has one element and may be overwritten by the caller afterwards. A Reading is read at the flush.
+        """Note one value; a tensor has one element and may be overwritten by the caller afterwards.
+        A Reading is read at the flush.
 
         Raises KeyError for a name that is not registered, ValueError for a tensor with several elements.
         """
@@ -117,10 +118,12 @@ class Recorder:
             if type(sink) not in self._warned:
                 self._warned.add(type(sink))
                 with suppress(OSError):
-                    print(f"warning: {type(sink).__name__} takes no metrics ({reason(e)}). Training goes on", file=sys.stderr, flush=True)
+                    print(f"warning: {type(sink).__name__} takes no metrics ({reason(e)}). Training goes on",
+                          file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Flush what is left and close the sinks, the file last: it hears of what the others lost. A second call does nothing."""
+        """Flush what is left and close the sinks, the file last: it hears of what the others lost.
+        A second call does nothing."""
         self.flush(self.step)
         while self.sinks:
             sink = self.sinks.pop()

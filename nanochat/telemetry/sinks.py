@@ -41,10 +41,12 @@ class Sink:
 
 
 class JsonlSink(Sink):
-    """One JSON object per flush: {"step": n, "time": Unix seconds, metric: value, ...}; a value that is not finite is null.
+    """One JSON object per flush: {"step": n, "time": Unix seconds, metric: value, ...}; a
+    value that is not finite is null.
 
-    An existing file is continued; a last line cut short by a crash is removed first. A line that cannot be written during the run
-    (no space left) is left out whole and counted; one warning is printed, training goes on, and later lines are tried again.
+    An existing file is continued; a last line cut short by a crash is removed first. A line that cannot be written
+    during the run (no space left) is left out whole and counted; one warning is printed, training goes on,
+    and later lines are tried again.
     """
 
     def __init__(self, path: Path):
@@ -65,7 +67,8 @@ class JsonlSink(Sink):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as e:
             if not self.lost:
-                print(f"warning: cannot write metrics to {self.path}: {e.strerror}. Training goes on; lines that are lost are counted", file=sys.stderr, flush=True)
+                print(f"warning: cannot write metrics to {self.path}: {e.strerror}. Training goes on; lines that are "
+                      "lost are counted", file=sys.stderr, flush=True)
             self.lost += 1
             self.file.truncate(whole)
             self.file.seek(whole)
@@ -76,7 +79,8 @@ class JsonlSink(Sink):
     def close(self) -> None:
         self.file.close()
         if self.lost:
-            print(f"warning: {self.path} lacks {self.lost} lines that could not be written", file=sys.stderr, flush=True)
+            print(f"warning: {self.path} lacks {self.lost} lines that could not be written", file=sys.stderr,
+                  flush=True)
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -89,9 +93,9 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The rows of a metrics file, one per step in order. Where a resumed run repeated a step, or a step was flushed twice,
-    later values win. Lines that are no row (torn when a run was killed, blank, foreign) are counted on stderr and left out; UserError
-    where there are no others, OSError where there is no file."""
+    """The rows of a metrics file, one per step in order. Where a resumed run repeated a step, or a step was flushed
+    twice, later values win. Lines that are no row (torn when a run was killed, blank, foreign) are counted on stderr
+    and left out; UserError where there are no others, OSError where there is no file."""
     rows: dict[int, dict] = {}
     strange, lines = [], Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
@@ -105,16 +109,19 @@ def read_metrics(path: str | Path) -> list[dict]:
     if strange and not rows:
         raise UserError(f"{path} is no metrics file: {strange[0]}; name another file")
     if strange:
-        print(f"warning: {path}: {len(strange)} of {len(lines)} lines are no rows of metrics, the first is {strange[0]}; they are left out", file=sys.stderr, flush=True)
+        print(f"warning: {path}: {len(strange)} of {len(lines)} lines are no rows of metrics, the first is "
+              f"{strange[0]}; they are left out", file=sys.stderr, flush=True)
     return [rows[step] for step in sorted(rows)]
 
 
 def checked_row(row: object) -> dict[str, int | float | None]:
-    """A line of metrics.jsonl: {"step": n, "time": s, metric: value, …}. What is not finite is None, as the recorder writes it; ValueError for
-    another thing than an object with a step and a time, and for a value that is no number."""
-    if not isinstance(row, dict) or type(row.get("step")) is not int or type(row.get("time")) not in (int, float) or not math.isfinite(row["time"]):
+    """A line of metrics.jsonl: {"step": n, "time": s, metric: value, …}. What is not finite is None, as the recorder
+    writes it; ValueError for another thing than an object with a step and a time, and for a value that is no number."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int or type(row.get(
+        "time")) not in (int, float) or not math.isfinite(row["time"]):
         raise ValueError("not an object with a step and a time")
-    if other := [name for name, x in row.items() if not (x is None or type(x) in (int, float) and (type(x) is float or abs(x) < 2**63))]:
+    if other := [name for name, x in row.items()
+                 if not (x is None or type(x) in (int, float) and (type(x) is float or abs(x) < 2**63))]:
         raise ValueError(f"{other[0]!r} has no number that a metric can be")
     return {name: x if x is None or math.isfinite(x) else None for name, x in row.items()}
 
@@ -140,7 +147,8 @@ class ConsoleSink(Sink):
         shown = [s for s in samples if s.metric.short and not s.attributes]
         if not shown:
             return
-        parts = [f"step {step:>{len(str(self.total_steps))}}/{self.total_steps} ({step / max(self.total_steps, 1):4.0%})"]
+        parts = [f"step {step:>{len(str(self.total_steps))}}/{self.total_steps} "
+                 f"({step / max(self.total_steps, 1):4.0%})"]
         parts += [f"{s.metric.short} {_figure(s.value, s.metric.unit)}" for s in shown]
         if (left := self._seconds_left(step, now)) is not None:
             parts.append(f"eta {duration(left)}")
@@ -178,12 +186,12 @@ def duration(seconds: float) -> str:
 
 
 class WandbSink(Sink):
-    """Weights & Biases. WANDB_MODE is honoured (online, offline, disabled); without a key or network the run is kept offline,
-    and stderr says so. Metric names get "/" for ".", by which W&B groups panels; `step` is the x axis.
+    """Weights & Biases. WANDB_MODE is honoured (online, offline, disabled); without a key or network the run is kept
+    offline, and stderr says so. Metric names get "/" for ".", by which W&B groups panels; `step` is the x axis.
 
-    Where its background process is lost during the run, one warning is printed, training goes on, and the end says how many lines are missing.
-    A run resumed in the same run_dir continues under the same W&B id. Raises UserError without the wandb package, or if wandb
-    cannot even start offline.
+    Where its background process is lost during the run, one warning is printed, training goes on, and the end says how
+    many lines are missing. A run resumed in the same run_dir continues under the same W&B id. Raises UserError without
+    the wandb package, or if wandb cannot even start offline.
     """
 
     INIT_TIMEOUT = 20  # [s] wandb's own patience without network is 90
@@ -192,9 +200,11 @@ class WandbSink(Sink):
         try:
             import wandb
         except ImportError:
-            raise UserError("--run needs the wandb package: pip install 'megacontext[wandb]', or leave --run out") from None
+            raise UserError(
+                "--run needs the wandb package: pip install 'megacontext[wandb]', or leave --run out") from None
         self.wandb, self.lost, run_dir = wandb, 0, Path(run_dir)
-        options = {"project": os.environ.get("WANDB_PROJECT", "megacontext"), "name": name, "dir": str(run_dir), "config": config}
+        options = {"project": os.environ.get("WANDB_PROJECT", "megacontext"), "name": name, "dir": str(run_dir),
+                   "config": config}
         options["id"] = run_id(run_dir)
         mode, obstacle = os.environ.get("WANDB_MODE", "online"), ""
         if mode not in ("online", "offline", "disabled"):
@@ -209,7 +219,8 @@ class WandbSink(Sink):
             if mode != "online":
                 raise UserError(f"wandb cannot start: {obstacle}; leave --run out to go without") from e
         if obstacle:
-            print(f"warning: W&B cannot be used online ({obstacle}); the run is kept offline in {run_dir}", file=sys.stderr, flush=True)
+            print(f"warning: W&B cannot be used online ({obstacle}); the run is kept offline in {run_dir}",
+                  file=sys.stderr, flush=True)
             self.run = self._start("offline", options)
         self.run.define_metric("*", step_metric="step")
 
@@ -223,7 +234,7 @@ class WandbSink(Sink):
             self.run.log({"step": step, **{s.key.replace(".", "/"): s.value for s in samples}})
         except (OSError, self.wandb.Error) as e:
             if not self.lost:
-                print(f"warning: W&B takes no more metrics ({scrubbed(str(e))}). Training goes on; metrics.jsonl has them", file=sys.stderr, flush=True)
+                print(f"warning: W&B takes no more metrics ({scrubbed(str(e))}). Training goes on; metrics.jsonl has them", file=sys.stderr, flush=True)  # noqa: E501
             self.lost += 1
 
     def close(self) -> None:

@@ -5,10 +5,11 @@
         ...
         trace.event("mc.wc.snapshot", tokens=n, lods=lods_W)   # noted at the innermost open span
     seconds = part.elapsed                                     # a Reading: float(seconds) when it is wanted
-    recorder.trace(trace)                                      # ends it; a kept one goes to the sinks that draw time lines
+    recorder.trace(trace)                                      # ends it; a kept one goes to
+                                                               the sinks that draw time lines
 
-On CUDA the times are those of the device: events in the current stream, read at the recorder's next flush. Reading one earlier
-waits for that event alone.
+On CUDA the times are those of the device: events in the current stream, read at the recorder's next flush. Reading one
+earlier waits for that event alone.
 """
 
 import time
@@ -34,7 +35,8 @@ def now(device: torch.device) -> Mark:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The time between two marks; float(reading) is in seconds, and on CUDA waits until the device has passed the second."""
+    """The time between two marks; float(reading) is in seconds, and on CUDA waits until the
+    device has passed the second."""
 
     begin: Mark
     end: Mark
@@ -63,7 +65,8 @@ class Span:
 
 
 class Trace:
-    """The spans of one step under a root that is open from the start. keep: whether events are noted and sinks shall have it."""
+    """The spans of one step under a root that is open from the start. keep: whether events are
+    noted and sinks shall have it."""
 
     def __init__(self, name: str, device: torch.device, keep: bool = False, **attributes: str | int | float):
         self.device, self.keep = device, keep
@@ -74,7 +77,8 @@ class Trace:
 
     @contextmanager
     def span(self, name: str, /, **attributes: str | int | float) -> Iterator[Span]:
-        """Time what runs inside; a child of the span around it. Left by an exception, it is not ended and its trace is not to be used."""
+        """Time what runs inside; a child of the span around it. Left by an exception, it is not ended and
+        its trace is not to be used."""
         entered = time.perf_counter()
         span = Span(name, now(self.device), attributes)
         self._open[-1].children.append(span)
@@ -87,7 +91,8 @@ class Trace:
         self.spent += time.perf_counter() - left
 
     def event(self, name: str, /, **attributes: str | int | float | Tensor) -> None:
-        """Note something at the innermost open span, if the trace is kept. A tensor stays on its device until the flush."""
+        """Note something at the innermost open span, if the trace is kept. A tensor stays on
+        its device until the flush."""
         if self.keep:
             noted = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in attributes.items()}
             self._open[-1].events.append((name, now(self.device), noted))

@@ -139,7 +139,8 @@ def replay(mc: MegaContext, embeds_BTD: Tensor, n: int, logits_of=None) -> Focus
     for tokens in range(start + K, n + 1, K):
         logits = logits_of(at(tokens))
         before = allocator.advance(state, at(tokens))
-        state, report = allocator.refocus(before, focus_scores(logits, just_fitting_price(allocator, logits, at(tokens))))
+        state, report = allocator.refocus(before,
+                                          focus_scores(logits, just_fitting_price(allocator, logits, at(tokens))))
         dynamics.update(before, state, report)
     return dynamics
 

@@ -1,16 +1,17 @@
-"""The refocus of a session (`mc.session.refocus`) for many rows at once: what the probe replays histories with, and the sessions' edits are
-tested against.
+"""The refocus of a session (`mc.session.refocus`) for many rows at once: what the probe replays histories with, and the
+sessions' edits are tested against.
 
 An edit is a *path edit*. Showing a block expands it and its closed ancestors, and includes the collapses that pay for
 them; hiding a node collapses it and those ancestors that are left with nothing expanded and are dull too. With a span
 above 1 showing is a *bundle*: one decision opens adjacent blocks and coarsens what lies around them.
 
 A node's score is the best of its subtree, both ways: it is worth expanding if any block below it is, and siblings that
-pull in different directions keep their parent expanded, since it can be collapsed only when nothing below it is expanded,
-at the score of the best of them. Hence a node never sorts before an expanded descendant, and "collapse the lowest that pay
-for it" is a prefix of one sorted list: no search, no loop.
+pull in different directions keep their parent expanded, since it can be collapsed only when nothing below it is
+expanded, at the score of the best of them. Hence a node never sorts before an expanded descendant, and "collapse the
+lowest that pay for it" is a prefix of one sorted list: no search, no loop.
 
-Shapes: B rows, N nodes of all levels, N1 blocks (LOD1 nodes), L levels, S lengths of a span in blocks. Counts are int64.
+Shapes: B rows, N nodes of all levels, N1 blocks (LOD1 nodes), L levels, S lengths of a
+span in blocks. Counts are int64.
 """
 
 from typing import NamedTuple
@@ -34,8 +35,8 @@ class FocusReport(NamedTuple):
 
 
 def span_paths(nodes: NodeAxis, span: int) -> Tensor:
-    """[N1, S, L] what a span from a block on is made of, step by step: the block's own node and ancestors, then one sibling after
-    the other; N (one past the end) where there is none."""
+    """[N1, S, L] what a span from a block on is made of, step by step: the block's own node and ancestors, then one
+    sibling after the other; N (one past the end) where there is none."""
     n_blocks, none = len(nodes.path_NL), sum(nodes.sizes)
     block_N1 = torch.arange(n_blocks, device=nodes.lod_N.device)[:, None]
     step_S = torch.arange(span, device=nodes.lod_N.device)
@@ -95,14 +96,16 @@ class ReplayAllocator(GreedyAllocator):
 
         First, over the hard budget, the lowest nodes are collapsed by force, ties nearest the tail; thresholds and
         cooldown do not count then, nor does this count as an edit. Then each edit is the best that can be had:
-        - show the span of highest summed score, up to `span` adjacent closed siblings of mean score above +tau_expand, that
+        - show the span of highest summed score, up to `span` adjacent closed siblings of
+        mean score above +tau_expand, that
           fits the budget. Nodes that score lower than this mean by more than `margin` pay for what does not fit: those
           that lie within span - 1 blocks of it first, then the lowest;
         - else hide the lowest node below -tau_collapse.
-        With a span of 1 that is the highest block, paid for by the lowest nodes. Nodes flipped by an edit are not flipped
-        back within `cooldown` refocuses. At fixed scores the summed score of expanded nodes, taken from -tau_collapse,
-        rises with each edit (a shared ancestor scores at least the mean), so that it settles and then changes nothing; where
-        prices differ by level (several gists per node) many cheap nodes may pay for a dear one, and it may not.
+        With a span of 1 that is the highest block, paid for by the lowest nodes. Nodes flipped by an edit are not
+        flipped back within `cooldown` refocuses. At fixed scores the summed score of expanded nodes, taken from
+        -tau_collapse, rises with each edit (a shared ancestor scores at least the mean), so that it settles and then
+        changes nothing; where prices differ by level (several gists per node) many cheap nodes may pay
+        for a dear one, and it may not.
         """
         cfg, n_blocks, n_tokens_B = self.cfg, scores_BN1.shape[1], state.n_tokens_B
         nodes = self._nodes(state)
