@@ -118,6 +118,16 @@ def test_cells_that_no_catalog_wrote(column, value, tmp_path):
         assert "catalog" in refused(catalog.sources)
 
 
+def test_a_foreign_file_among_the_versions_of_a_store_is_left_alone(tmp_path):
+    with DiskStore.create(tmp_path / "s", StoreFormat(4, 6, 1, 3)) as store:
+        store.commit()
+    (tmp_path / "s" / "versions" / "x.ctx").write_bytes(b"mine")
+    for mode in ("r", "rw"):
+        with DiskStore.open(tmp_path / "s", mode) as store:
+            assert store.n_tokens == 0
+    assert (tmp_path / "s" / "versions" / "x.ctx").read_bytes() == b"mine"
+
+
 @pytest.mark.parametrize("flags", [["--span=²:³"], ["--source=9223372036854775808"], ["--limit=99999999999999999999"]])
 def test_queries_that_no_column_can_answer(flags, tmp_path, monkeypatch, capsys):
     with DiskStore.create(tmp_path / "s", StoreFormat(4, 6, 1, 3)), Catalog(tmp_path / "s", 4):

@@ -108,7 +108,7 @@ class Commits:
 
     def versions(self) -> list[int]:
         """Those that can be read: the last, and each before it whose end the next one tells."""
-        found = sorted(int(path.stem) for path in self.versions_folder.glob("*.ctx"))
+        found = sorted(self._version_files())
         last = self.last["version"]
         return [v for v in found if v == last or (v < last and v + 1 in found)]
 
@@ -153,10 +153,15 @@ class Commits:
 
     def forget_versions(self) -> None:
         """All but the last."""
-        for path in self.versions_folder.glob("*.ctx"):
-            if int(path.stem) != self.last["version"]:
+        for version, path in self._version_files().items():
+            if version != self.last["version"]:
                 self.fs.unlink(path)
         self.fs.fsync_folder(self.versions_folder, "that older versions are gone")
+
+    def _version_files(self) -> dict[int, Path]:
+        """Version -> its file; what else lies in the folder is somebody else's, and stays."""
+        names = ((path, path.stem) for path in self.versions_folder.glob("*.ctx"))
+        return {int(stem): path for path, stem in names if stem.isascii() and stem.isdecimal()}
 
     def _path(self, version: int) -> Path:
         return self.versions_folder / f"{version:06d}.ctx"
