@@ -26,6 +26,8 @@ KINDS = {  # setting -> its values that are arms -> module of mc.arms
     "lens": {"transformer": "lens_transformer", "perceiver": "lens_perceiver", "slots": "lens_slots"},
     "teacher": {"gate": "gate", "counterfactual": "counterfactual", "preference": "preference"},
 }
+# Values of a session's --mc_allocator, before the colon -> module of mc.arms
+ALLOCATORS = {"bundle": "bundle", "stochastic": "stochastic"}
 # Values of --mc_arms, and their modules
 ADDED = ("several", "hidden", "contrast", "horizon", "bands", "rank", "zero_sum", "illegal", "kl")
 SETTINGS = {  # setting of an arm -> the arm, and the value at which it did nothing when every run had it

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
 
-from mc.arm import ADDED, KINDS
+from mc.arm import ADDED, ALLOCATORS, KINDS
 from mc.config import core_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,6 +212,7 @@ def test_every_arm_is_registered_and_has_its_test():
     elsewhere = {"gist_slots": "core/test_gistnet",
                  "several": "core/test_gistnet"} | dict.fromkeys(KINDS["lens"].values(), "arms/test_reader")
     modules = {Path(path).stem for path in FILES if path.startswith(f"{ARMS}/")} - {"__init__"} - shared
-    assert modules == {*ADDED, *(module for values in KINDS.values() for module in values.values())}
+    of_kinds = {module for values in KINDS.values() for module in values.values()}
+    assert modules == {*ADDED, *ALLOCATORS.values(), *of_kinds}
     tests = {name: ROOT / "tests" / f"{elsewhere.get(name, 'arms/test_' + name)}.py" for name in modules}
     assert sorted(name for name, path in tests.items() if not path.exists()) == []

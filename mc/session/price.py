@@ -1,14 +1,10 @@
-"""From the lens's logits to the scores that a refocus goes by, for each allocator of `--mc_allocator`.
+"""From the lens's logits to the scores that a refocus goes by.
 
-    score = tanh(logit − λ)        λ, the price of an entry: what fits in the budget scores above 0, what does not below
+    score = tanh(logit − λ)        λ, the price of an entry: half way between the worst logit that fits the budget and
+                                   the best that does not, so that what fits scores above 0
 
-    greedy               the market price: half way between the worst logit that fits and the best that does not
-    bundle:S             the same; one edit shows up to S adjacent siblings (`mc.focus_allocator`)
-    stochastic:T         the same, on logits with Gumbel noise of temperature T, drawn anew at every
-                         refocus: blocks are then drawn without
-                         replacement in proportion to exp(logit / T). Keyed by (seed, row, refocus, block): nothing else
-                         changes a draw. A session is row 0 of its own seed, so that the sessions beside it do not
-                         matter: other draws, another seed
+Allocators other than greedy are arms (`--mc_allocator=bundle:…`, `stochastic:…`): how many adjacent blocks one edit
+may show, and noise on the logits.
 
 The adaptive price adds a shift of its own to λ, which falls while less than TARGET of the budget is
 used and returns slowly towards 0
@@ -18,51 +14,53 @@ Shapes: B rows, I blocks that have a logit (of a session, those that its search 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mc.arm import ALLOCATORS, load
 from mc.focus_allocator import FocusConfig
-from mc.keyed_random import gumbel_at
 from mc.lensnet import focus_scores
 from mc.mega_context import tiling
 from nanochat.common import UserError
 
 TARGET = 0.95  # utilization below which the adaptive price falls
 FALL, RETURN, LOWEST = 0.2, 0.02, -3.0  # of the shift, per refocus [logits]; there tanh has saturated
-SYNTAX = "greedy, bundle:BLOCKS or stochastic:TEMPERATURE"
 
 
 @dataclass(frozen=True)
 class Allocator:
-    """A value of `--mc_allocator`."""
+    """A value of `--mc_allocator`: greedy without an arm."""
 
-    span: int = 1
-    temperature: float = 0.0
+    arm: Any = None
+
+    @property
+    def span(self) -> int:
+        """Adjacent blocks that one edit may show."""
+        return self.arm.span if self.arm else 1
 
     @staticmethod
     def parse(text: str) -> "Allocator":
-        """UserError for anything but SYNTAX."""
+        """UserError for anything but greedy and the arms."""
         name, colon, values = text.partition(":")
-        try:
-            if name == "greedy" and not colon:
-                return Allocator()
-            if name == "bundle" and int(values) > 1:
-                return Allocator(span=int(values))
-            if name == "stochastic" and 0 < float(values) < float("inf"):
-                return Allocator(temperature=float(values))
-        except ValueError:
-            pass
-        raise UserError(
-            f"--mc_allocator={text}: use {SYNTAX}, with blocks of 2 or more and a finite temperature above 0")
+        if name in ALLOCATORS:
+            arm = load(ALLOCATORS[name])
+            try:
+                return Allocator(arm.parse(values))
+            except ValueError:
+                raise UserError(f"--mc_allocator={text}: use greedy, or {arm.SYNTAX}") from None
+        if text != "greedy":
+            raise UserError(f"--mc_allocator={text}: use greedy, or the arms {', '.join(f'{x}:…' for x in ALLOCATORS)}")
+        return Allocator()
 
     def scores(self, logits_BI: Tensor, index_BI: Tensor, rival_BI: Tensor, room_B: Tensor, shift_B: Tensor, *,
                rows_B: Tensor, seed: int,
                refocus: int) -> Tensor:
         """[B, I] scores in [−1, 1] of the blocks `index`. rival: those that compete for the `room`
         (in blocks) that is to be had."""
-        if self.temperature:
-            logits_BI = logits_BI + self.temperature * gumbel_at(rows_B, index_BI, seed, "refocus", refocus)
+        if self.arm:
+            logits_BI = self.arm.disturb(logits_BI, index_BI, rows_B, seed, refocus)
         price_B = market_price(logits_BI.masked_fill(~rival_BI, -torch.inf), room_B) + shift_B
         return focus_scores(logits_BI, price_B[:, None])
 
