@@ -10,7 +10,7 @@ from typing import Any
 from mc.arm import ADDED, KINDS, SETTINGS, load, named
 from mc.gaussian_rope import SCHEMES
 from mc.gistnet import VARIANTS as GIST_VARIANTS
-from nanochat.common import UserError, flag_type, from_plain, one_line
+from nanochat.common import FlagParser, UserError, flag_type, from_plain, one_line
 
 POLICIES = ("random", "recency", "lens", "teacher")
 TEACHERS = ("attention", *KINDS["teacher"])
@@ -194,7 +194,7 @@ def add_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
         group.add_argument(f"--mc_{f.name}", type=flag_type(f.default), default=f.default,
                            choices=f.metadata["choices"],
                            help=f.metadata["help"])
-    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen = FlagParser(add_help=False)
     for name in ("arms", *KINDS):
         chosen.add_argument(f"--mc_{name}", f"--mc-{name}", default="")
     words, rest = chosen.parse_known_args(sys.argv[1:] if argv is None else list(argv))

@@ -28,7 +28,7 @@ from mc.lensnet import LOCAL_MEAN, LensNet, LensNetConfig
 from mc.mega_context import Tree, build_tree
 from mc.working_context import Cut, by_entry, entries_used, width
 from nanochat.checkpoint import load_mc_state
-from nanochat.common import UserError
+from nanochat.common import UserError, one_line
 from nanochat.gpt import GPT
 from nanochat.loading import build
 
@@ -231,7 +231,9 @@ def load_mega_context(checkpoint_dir: Path | str, step: int, meta: dict, d_model
     state = load_mc_state(checkpoint_dir, step, device)
     if state is None or not meta.get("mc"):
         raise UserError(f"the checkpoint in {checkpoint_dir} has no MegaContext: it was trained with --mc_enabled=0")
-    config = from_dict(meta["mc"].get("config"))
+    config, lods = from_dict(meta["mc"].get("config")), meta["mc"].get("trained_lods", [])
+    if not (isinstance(lods, list) and all(type(lod) is int for lod in lods)):
+        raise UserError(f"the checkpoint in {checkpoint_dir} names no levels that were trained but {one_line(lods)}")
     sizes = (config.block_size, config.max_lod, config.lens_key_dim, 1 if config.gist == "mean" else config.gist_width)
     return build(lambda: MegaContext(config, d_model), state, f"{checkpoint_dir} do not fit its MC config", device,
                  sizes)

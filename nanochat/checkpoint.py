@@ -273,9 +273,12 @@ def load_mc_state(directory: str | Path, step: int, device: torch.device | str =
 
 
 def _read_model(directory: Path, step: int, device: torch.device | str) -> tuple[dict[str, Tensor], dict]:
-    record = json.loads((directory / f"complete_{step:06d}.json").read_text())
+    record = directory / f"complete_{step:06d}.json"
+    facts = json.loads(record.read_text()).get("facts", {})
+    if not isinstance(facts, dict):
+        raise UserError(f"{record}: facts is {one_line(facts)}; it was written by another version, or damaged")
     meta = read_meta(directory / f"meta_{step:06d}.json", step)
-    return read_tensors(directory / f"model_{step:06d}.pt", device), meta | record.get("facts", {})
+    return read_tensors(directory / f"model_{step:06d}.pt", device), meta | facts
 
 
 def read_meta(path: Path, step: int) -> dict:

@@ -137,6 +137,8 @@ def _errors(where: str) -> Iterator[None]:
         yield
     except OverflowError:  # of a value that is looked for or written
         raise UserError(f"catalog {where}: a number beyond 64 bits") from None
+    except UnicodeDecodeError as e:  # of a damaged page: SQLite hands its bytes, or its message with them, on as text
+        raise UserError(f"catalog {where}: bytes that are no text ({e.reason}); {COPY_HINT}") from None
     except UnicodeEncodeError as e:
         raise UserError(f"catalog {where}: {e.object[e.start]!r} is no character of a text") from None
     except sqlite3.Error as e:

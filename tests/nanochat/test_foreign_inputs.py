@@ -10,16 +10,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mc.model import load_mega_context
 from mc.store.catalog import FILE, Catalog
 from mc.store.disk.commits import SLOT_BYTES, note_bytes
 from mc.store.disk.store import DiskStore
 from mc.store.ram import StoreFormat
 from mc.arms.utility_labels import LabelFolder
-from nanochat.checkpoint import save_checkpoint
+from nanochat.checkpoint import load_model_state, save_checkpoint
 from nanochat.common import UserError
 from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
-from scripts import mc_dash, mc_store
+from scripts import base_train, mc_dash, mc_store
 from scripts.eval.importance import read_labels, read_manifest
 from scripts.studies.suite import read_suite
 
@@ -160,3 +161,32 @@ def test_labels_that_do_not_fit(tmp_path):
     save_file({"tokens": torch.zeros(4, 4).int(), "importance": torch.zeros(2, 4)},
               tmp_path / "labels_000000.safetensors")
     assert "damaged" in refused(read_labels, tmp_path)
+
+
+def test_facts_of_a_checkpoint_that_are_none(tmp_path):
+    save_checkpoint(tmp_path, 1, model={"w": torch.zeros(1)}, optimizer_shard={}, meta={"model_config": {}})
+    record = tmp_path / "complete_000001.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"facts": None}))
+    assert "facts is None" in refused(load_model_state, tmp_path)
+
+
+def test_levels_that_were_trained_are_numbers(tmp_path):
+    save_checkpoint(tmp_path, 1, model={}, optimizer_shard={}, meta={}, mc={"w": torch.zeros(1)})
+    assert "names no levels" in refused(load_mega_context, tmp_path, 1, {"mc": {"config": {}, "trained_lods": None}}, 8)
+
+
+def test_bytes_of_a_catalog_that_are_no_text(tmp_path):
+    with Catalog(tmp_path, 4) as catalog:
+        catalog.add_source("a.txt", 0, hash="aa", kind="text", tokens=4, complete=True)
+    db = sqlite3.connect(tmp_path / FILE, isolation_level=None)
+    db.execute("UPDATE sources SET uri = CAST(x'61c4' AS TEXT)")
+    db.close()
+    with Catalog(tmp_path, 4, read_only=True) as catalog:
+        assert "catalog" in refused(catalog.sources)
+
+
+def test_a_flag_that_names_an_arm_and_has_no_value(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["base_train", "--mc_enabled=1", "--mc_lens"])
+    with pytest.raises(SystemExit) as e:
+        base_train.main()
+    assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1
