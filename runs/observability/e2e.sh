@@ -4,6 +4,10 @@
 # BACKEND=DIR keeps the fetched store for the next time. Exit code 3: the store cannot be fetched here.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+"${PYTHON:-python}" -c 'import grpc, opentelemetry.exporter.otlp.proto.http, opentelemetry.proto, opentelemetry.sdk' 2> /dev/null || {
+  echo "error: needs the extra otel, which is not installed: pip install 'megacontext[otel]'" >&2
+  exit 2
+}
 if ! command -v victoria-metrics > /dev/null; then
   backend=${BACKEND:-$(mktemp -d)}
   [ -n "${BACKEND:-}" ] || trap 'rm -rf "$backend"' EXIT

@@ -24,3 +24,12 @@ def test_every_number_and_every_panel_is_in_the_store(tmp_path):
     assert done.returncode == 0, (done.stdout, done.stderr)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["lost"] == 0 and found["spans"] > 50 and min(found["compared"].values()) > 100 and len(found["compared"]) == 5  # noqa: E501
+
+
+def test_what_is_not_installed_is_said_in_a_line(tmp_path):
+    """A Python without the extra: the script names it, before anything is fetched."""
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    done = subprocess.run(["bash", "runs/observability/e2e.sh"], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHON": str(tmp_path / "python")})
+    assert done.returncode == 2 and done.stderr == "error: needs the extra otel, which is not installed: pip install 'megacontext[otel]'\n"  # noqa: E501
