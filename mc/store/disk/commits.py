@@ -222,9 +222,11 @@ def _is_count(x: object) -> bool:
 def _is_end(note: object) -> bool:
     """Of a commit: its version, and what it says of each level."""
     levels = note.get("levels") if isinstance(note, dict) and _is_count(note.get("version")) else None
+    records = lambda name: levels[name][0] if name in levels else 0
     return isinstance(levels, dict) and all(
         re.fullmatch(r"[LK]\d{1,2}", name) and isinstance(level, list) and len(level) == 2
-        and all(map(_is_count, level)) for name, level in levels.items())
+        and all(map(_is_count, level)) for name, level in levels.items()) \
+        and records("K1") == records("L1")  # a block has its gist and its keys in one commit
 
 
 def _are_runs(runs: object, most: int) -> bool:
