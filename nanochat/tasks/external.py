@@ -166,8 +166,9 @@ def _texts(row: dict, *names: str) -> tuple[str, ...]:
 def _most(row: dict, default: int) -> int:
     most = row.get("max_new_tokens")
     most = default if most is None else most
-    if isinstance(most, bool) or not isinstance(most, (int, float)) or most < 1 or not float(most).is_integer():
-        raise _Unfit(f"max_new_tokens is {most!r}, not a number above 0")
+    # the bounds first: they leave no NaN, no infinity, and no integer that float64 cannot hold
+    if isinstance(most, bool) or not isinstance(most, (int, float)) or not 1 <= most < 2**31 or most != int(most):
+        raise _Unfit(f"max_new_tokens is {most!r}, not a number above 0 and below 2**31")
     return int(most)
 
 

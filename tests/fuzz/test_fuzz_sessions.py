@@ -68,6 +68,14 @@ def restored(pool: SessionPool, state: SessionState, expected: list[int], change
     assert going_on(pool, state) == expected, "another session of the pool is not what it was"
 
 
+def test_a_state_as_it_was_written_is_read(pool, state, expected, written, work):
+    """The refusals below are of what was changed."""
+    (work / "s").write_bytes(written)
+    assert tried("session state, unchanged", lambda: going_on(pool, SessionState.load(work / "s"))) == expected
+    assert tried("session state, unchanged", lambda: going_on(pool, SessionState(json.loads(json.dumps(state.meta)),
+                                                                                dict(state.tensors)))) == expected
+
+
 @fuzzed(changes())
 def test_bytes_of_a_state(pool, state, expected, written, work, change):
     (work / "s").write_bytes(change(written))

@@ -19,6 +19,7 @@ from mc.arms.utility_labels import LabelFolder
 from nanochat.checkpoint import load_model_state, save_checkpoint
 from nanochat.common import UserError
 from nanochat.loading import load_model
+from nanochat.tasks.external import load_examples
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train, mc_dash, mc_store
 from scripts.eval.importance import read_labels, read_manifest
@@ -148,6 +149,12 @@ SUITE = ("title: x\nseeds: [1]\nmodels: {m: {train: {}}}\ncells: [{model: m, tas
 def test_suites_that_are_none(text, tmp_path):
     (tmp_path / "x.yaml").write_text(text)
     refused(read_suite, tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("most", ["1" + 320 * "0", "1e308", "Infinity", "NaN", "2147483648", "0.5"])
+def test_lengths_that_no_answer_has(most, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "canonical_solution": "b", "max_new_tokens": %s}\n' % most)
+    assert "row 1: no humaneval example: max_new_tokens" in refused(load_examples, tmp_path / "x.jsonl", "humaneval")
 
 
 def test_labels_that_do_not_fit(tmp_path):
