@@ -139,8 +139,9 @@ def test_lenses_in_use(monkeypatch):
     other = copy.deepcopy(one)
     randomize(other.lensnet, seed=5)
     monkeypatch.setattr(measures, "held_out", lambda *_: [(batch.rows, batch.inputs, batch.targets)])
-    judged = lambda lenses, **options: {name: torch.tensor(x, dtype=torch.float64) for name, x in measures.lenses_in_use(
-        gpt, lenses, {"flags": {"seed": 0}}, 4, **options).items()}
+    judge = lambda lenses, **options: measures.lenses_in_use(gpt, lenses, {"flags": {"seed": 0}}, 4, **options)
+    judged = lambda lenses, **options: {name: torch.tensor(x, dtype=torch.float64)
+                                        for name, x in judge(lenses, **options).items()}
     found = judged({"one": one, "other": other})
     assert not torch.equal(found["nll_one"], found["nll_other"])
     comparison = FocusComparison(gpt, one, batch.inputs, batch.targets, n, 0, batch.rows)
