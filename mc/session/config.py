@@ -35,6 +35,7 @@ class SessionConfig:
         for name, least in dict(budget=0, interval=0, candidates=1).items():
             if getattr(self, name) < least:
                 raise UserError(f"--mc_{name}={getattr(self, name)} must be at least {least}")
+        # for its errors alone
         Allocator.parse(self.allocator)
 
 

@@ -114,9 +114,8 @@ def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--contexts", type=int, default=64, help="held-out contexts per task")
     parser.add_argument("--batch", type=int, default=32, help="contexts at a time")
     parser.add_argument("--pairs", type=int, default=6, help="pairs of blocks of steps timed per task")
-    parser.add_argument("--seed", type=int, default=0, help="of random focus")
-    parser.add_argument("--out", type=Path, default=None,
-                        help="where the report goes; default $NANOCHAT_BASE_DIR/quickstart")
+    parser.add_seed("random focus")
+    parser.add_out("where the report goes", "quickstart")
 
 
 def run(args: Namespace) -> None:

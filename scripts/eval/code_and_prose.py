@@ -1,19 +1,20 @@
 """Code and prose as three corpora that hold out the same documents: DIR/code, DIR/prose and
 DIR/mix, each a train and a val shard.
 
-    python -m scripts.make_text_corpus --prose=NOVELS --held_out=persuasion.txt --out=DIR
+    python -m scripts.make_data corpus --prose=NOVELS --held_out=persuasion.txt --out=DIR
 
 Code is the embedded corpus (the standard library); prose is a folder of .txt files, one document each. A model trained
 on DIR/mix can be judged on code and prose apart without having seen either's held-out documents.
 """
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import FlagParser, UserError, run_main, shown
+from nanochat.common import FlagParser, UserError, shown
 from nanochat.dataset import SPLITS, build_stdlib
 from nanochat.documents import files_below, read_text
 from nanochat.outputs import output_folder, replacing
@@ -32,16 +33,13 @@ def prose_documents(folder: Path, held_out: str) -> dict[str, list[dict]]:
     return rows
 
 
-def make_parser() -> FlagParser:
-    parser = FlagParser(prog="python -m scripts.make_text_corpus", description=__doc__.split("\n\n")[0])
+def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--prose", required=True, type=Path, help="folder of .txt files")
     parser.add_argument("--held_out", required=True, help="the one of them that is held out")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the three corpora")
-    return parser
+    parser.add_out("folder for the three corpora")
 
 
-def main() -> None:
-    args = make_parser().parse_args()
+def run(args: Namespace) -> None:
     prose = prose_documents(args.prose, args.held_out)
     for name in ("code", "prose", "mix"):
         output_folder(args.out / name, *(f"{split}-00000.parquet" for split in SPLITS))
@@ -55,7 +53,3 @@ def main() -> None:
                 pq.write_table(pa.Table.from_pylist(rows), part)
             counts[f"{name}/{split}"] = len(rows)
     print(json.dumps({"out": str(args.out), "documents": counts}))
-
-
-if __name__ == "__main__":
-    run_main(main)
