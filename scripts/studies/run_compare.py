@@ -88,7 +88,7 @@ def log_of(checkpoint_dir: Path) -> Path:
     return base_dir() / "runs" / tag / "metrics.jsonl"
 
 
-class Judged(NamedTuple):
+class JudgedRows(NamedTuple):
     """Held-out rows of a task."""
 
     tokens_BT: Tensor
@@ -96,16 +96,16 @@ class Judged(NamedTuple):
     evidence_BN: Tensor | None  # bool: blocks that hold what is asked for, where the task says
 
 
-def rows_of(source: RowSource, rows: np.ndarray, n: int, horizon: int, block_size: int) -> Judged:
+def rows_of(source: RowSource, rows: np.ndarray, n: int, horizon: int, block_size: int) -> JudgedRows:
     if not isinstance(source, FactSource):
         tokens, targets = (x[:, :n + horizon] for x in judged_rows(source, rows))
-        return Judged(tokens, targets, None)
+        return JudgedRows(tokens, targets, None)
     made, K = source.made(rows), block_size
     targets = np.where(made.asked[:, 1:], made.tokens[:, 1:], -1)[:, :n + horizon]
     block = np.arange(n // K)
     last = made.note_at + source.task.note_tokens - 1
     evidence = (block >= made.note_at[:, None] // K) & (block <= last[:, None] // K)
-    return Judged(*map(torch.from_numpy, (made.tokens[:, :n + horizon], targets, evidence)))
+    return JudgedRows(*map(torch.from_numpy, (made.tokens[:, :n + horizon], targets, evidence)))
 
 
 def compare(pair: Pair, tokenizer: Tokenizer, args, task: str) -> dict:
