@@ -15,7 +15,7 @@
     python -m scripts.mc_bench labels --checkpoint_dir=DIR     labels of what detail is worth per second, keys and
                                                                values reused and not
     python -m scripts.mc_bench otlp                            is a collector there, and how soon does it accept
-    python -m scripts.mc_bench store --checkpoint_dir=DIR --text=DIR   a history on disk: ingest,
+    python -m scripts.mc_bench store --checkpoint_dir=DIR --texts=DIR   a history on disk: ingest,
                                                                        opening, gathering, sizes, edits
 """
 

@@ -127,6 +127,7 @@ def put_back(session: CachedHistory, generator: torch.Generator, meta: dict, ten
         setattr(session, name, meta[name])
     session.cut_lod, session.cut_index = tensors["cut_lod"].numpy(), tensors["cut_index"].numpy()
     session.cached = _Cached(tensors["lod"].numpy(), tensors["index"].numpy(), slot.numpy())
+    # in any order: what an entry sees goes by positions, not by slots
     session.free_slots = sorted(set(range(cache.spare)) - set(slot.tolist()))
     for name in ("k", "v", "k_unshifted"):
         if name in tensors:
@@ -204,6 +205,7 @@ def check_meta(meta: object, tensors: object) -> None:
 
 
 def _is_count(x: object) -> bool:
+    # type: True is an int, too. 2^53: positions are float64
     return type(x) is int and 0 <= x < 2**53
 
 
