@@ -14,23 +14,23 @@ import torch
 from mc.arms.utility_labels import Labels, cursors, measure
 from mc.store.networks import load_networks
 from nanochat.checkpoint import load_model_state
-from nanochat.common import UserError
+from nanochat.common import FlagParser, UserError, pick_device
 from nanochat.dataloader import judged_rows, source_of
-from scripts.bench.base import add_checkpoint_flag, add_device_flag, check_device, print_json, ratio_of, synchronize
+from scripts.bench.base import TRAINED_WITH_MC, print_json, ratio_of, synchronize
 from scripts.eval.subcommands import check_least
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    add_checkpoint_flag(parser)
+def add_flags(parser: FlagParser) -> None:
+    parser.add_checkpoint(TRAINED_WITH_MC)
     parser.add_argument("--pairs", type=int, default=12, help="pairs of blocks, from scratch and reused in turn")
     parser.add_argument("--contexts", type=int, default=4, help="held-out rows of a block")
     parser.add_argument("--edits", type=int, default=16, help="edits per row, as for scripts.mc_study labels")
-    add_device_flag(parser)
+    parser.add_device()
 
 
 def run(args: argparse.Namespace) -> None:
     check_least(args, pairs=1, contexts=1, edits=2)
-    check_device(args.device)
+    args.device = pick_device(args.device)
     found, meta = load_networks(args.checkpoint_dir, device=args.device), load_model_state(args.checkpoint_dir)[1]
     gpt, mc, source = found.gpt, found.mc, source_of(meta, "val", tokenizer=found.tokenizer)
     at, rows = cursors(mc, gpt.config.sequence_len, 1), np.arange(args.contexts)
