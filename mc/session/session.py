@@ -348,8 +348,9 @@ class Session(CachedHistory):
             self.ingest(piece.tolist())
             (hidden_SD,) = self.pool.catch_up([self])
             with torch.inference_mode():
-                # the last one's are the next piece's first: a refocus may come before them
-                parts.append(self.pool.gpt.logits(hidden_SD[:-1]))
+                # the piece's own: more is run where void slots moved what stood before. The last one's are the next
+                # piece's first: a refocus may come before them
+                parts.append(self.pool.gpt.logits(hidden_SD[-len(piece):][:-1]))
         return torch.cat(parts) if parts else torch.empty(0, self.pool.gpt.config.vocab_size, device=self.pool.device)
 
     def close(self) -> None:

@@ -206,6 +206,21 @@ def test_score_is_decoding_with_the_tokens_given():
     torch.testing.assert_close(scored.logits(), stepped.logits(), **EXACT)
 
 
+@pytest.mark.parametrize("positions", ["gaussian", "contiguous"])
+def test_score_after_the_end_of_a_source_has_a_row_per_token(positions):
+    """Also where void slots move what comes after them, so that everything shown is run again."""
+    scored, stepped = (tiny_pool(mc_config=dict(positions=positions), interval=9).open() for _ in range(2))
+    for session in (scored, stepped):
+        session.begin(tokens(50))
+        session.logits()
+        session.end_source()
+    want, more = [], tokens(5, 5)
+    for token in more:
+        want.append(stepped.logits())
+        stepped.ingest([token])
+    torch.testing.assert_close(scored.score(more), torch.stack(want), **EXACT)
+
+
 def test_sessions_together_are_sessions_alone():
     together = tiny_pool(max_sessions=4)
     crowd = [together.open(seed=i) for i in range(4)]
