@@ -21,7 +21,7 @@ from mc.session.session import SessionPool
 from mc.session.state import SessionState
 from mc.store.disk.store import DiskStore
 from mc.store.history import store_format
-from mc.store.ram import VOID, RamStore
+from mc.store.ram import DROPPED, KEPT, VOID, RamStore
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.telemetry.metrics import METRICS
@@ -90,8 +90,8 @@ def check_shown(session) -> None:
     if focus.n_tokens:
         wc.check(wc.Cut(lod, index, torch.ones_like(lod, dtype=torch.bool), K), torch.tensor([focus.n_tokens]),
                  c.budget, c.max_lod, gaps=focus.omits)
-        raw_tail = set(range(max(focus.n_tokens - c.recent, 0), focus.n_tokens))
-        assert raw_tail <= set(index[lod == 0].tolist()) or focus.pruned
+        tail = range(max(focus.n_tokens - c.recent, 0), focus.n_tokens)
+        assert {token for token in tail if token // K not in focus.pruned} <= set(index[lod == 0].tolist())
     lines = session.explain()
     assert [line.start
             for line in lines] == [0, *np.cumsum([line.tokens
@@ -620,6 +620,20 @@ def test_pruned_blocks_of_a_history_that_does_not_fit():
     (tail,) = [line for line in lines if line.start == 4792]
     assert tail.lod == 1 and "pruned" in tail.why
     check_shown_of(session, 8)
+
+
+@pytest.mark.parametrize("n", [61, 4096])
+def test_detail_of_the_tail_that_is_given_back_is_shown_again(n):
+    session = tiny_pool(budget=24, interval=1).open()
+    session.begin(tokens(n))
+    session.logits()
+    last = torch.tensor([n // K - 1])
+    for state in (DROPPED, KEPT):
+        session.history.store.set_detail(last, state)
+        list(session.generate(2))
+        assert (1, int(last)) in session.focus.expanded or state == DROPPED
+        check_shown(session)
+        torch.testing.assert_close(session.logits(), from_scratch(session), **EXACT)
 
 
 def test_sessions_that_leave_spans_out_are_alone_in_a_crowd():
