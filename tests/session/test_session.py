@@ -649,6 +649,18 @@ def test_sessions_that_leave_spans_out_are_alone_in_a_crowd():
         torch.testing.assert_close(crowd[i].logits(), from_scratch(crowd[i]), **EXACT)
 
 
+@pytest.mark.parametrize("n", [77, 4096])
+def test_a_state_that_expands_more_than_the_budget_holds_is_refused(n):
+    session = tiny_pool().open()
+    session.begin(tokens(n))
+    session.logits()
+    state = session.state()
+    state.meta["focus"]["expanded"] = [(1, block) for block in range(19)]
+    session.close()
+    with pytest.raises(UserError, match="more is expanded than the budget holds"):
+        session.pool.restore(state)
+
+
 def test_a_state_of_before_spans_were_left_out_goes_on():
     """Nodes above LOD1 that it lists as expanded, at a length that is no longer tiled, are no entries."""
     session = tiny_pool(budget=36).open()
