@@ -161,10 +161,10 @@ class SessionPool:
         try:
             work = [sessions[i].missing() for i in order]
             counts = [len(w.lod) for w in work]
-            if not any(counts):
-                return [torch.empty(0, self.gpt.config.n_embd, device=self.device)] * len(sessions)
-            with self.timing("refill" if any(w.recut for w in work) else "base"):
-                hidden_ASD = self._run([sessions[i] for i in order], work, max(counts))
+            hidden_ASD = torch.empty(len(order), 0, self.gpt.config.n_embd, device=self.device)
+            if any(counts):
+                with self.timing("refill" if any(w.recut for w in work) else "base"):
+                    hidden_ASD = self._run([sessions[i] for i in order], work, max(counts))
         except BaseException:
             # `missing` has entered as cached what was never run, or only in part
             for session in sessions:
@@ -176,6 +176,7 @@ class SessionPool:
             if counts[place]:
                 # a copy: a view would hold the hidden states of the whole pass
                 sessions[i].last_hidden_D = out[i][-1].clone()
+            # with nothing run, too: what follows is no part of this refocus
             sessions[i].report_refocus(time.perf_counter() - begin)
         return out
 
@@ -308,7 +309,7 @@ class Session(CachedHistory):
             self.meter.ingested(len(ids_N), time.perf_counter() - begin, self.n_tokens)
 
     def report_refocus(self, pass_seconds: float) -> None:
-        """Tell the meter of a refocus whose pass has just run."""
+        """Tell the meter of a refocus whose pass, if it needed one, has just run."""
         if self.meter and self.refocus_seconds:
             lods = self.status().entries_by_lod
             raw = sum(lod == 1 for lod, _ in self.focus.expanded)

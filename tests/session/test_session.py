@@ -918,6 +918,22 @@ def test_the_meter_records_every_session_metric_and_nothing_per_token(tmp_path):
     assert set(shown) <= {int(name[-2]) for name in rows[-1] if name.startswith("mc.session.entries")}
 
 
+def test_a_refocus_that_leaves_nothing_to_run_is_reported_at_once(tmp_path):
+    reported = []
+    with Recorder(tmp_path) as recorder:
+        pool = tiny_pool(recorder=recorder, max_sessions=2)
+        sessions = [_begun_in(pool, tokens(24, i)) for i in range(2)]
+        pool.catch_up(sessions)
+        recorder.record = lambda name, value, **kwargs: reported.append(value) if "refocus_time" in name else None
+        for session in sessions:
+            session.refocus()
+            assert not session.last_edits.paths
+        hidden = pool.catch_up(sessions)
+        assert [len(x) for x in hidden] == [0, 0] and len(reported) == 2
+        pool.catch_up(sessions)
+        assert len(reported) == 2, "once"
+
+
 def test_the_meter_says_how_much_is_left_out(tmp_path):
     with Recorder(tmp_path) as recorder:
         session = tiny_pool(budget=24, recorder=recorder).open()
