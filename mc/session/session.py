@@ -317,8 +317,8 @@ class Session(CachedHistory):
                 self.focus.refocuses, self.last_edits, seconds=self.refocus_seconds + pass_seconds,
                 entries_by_lod=lods, omitted=self.omitted_tokens, swappable=raw + lods.get(1, 0),
                 utilization=self.utilization, kv_kept=self.kept, kv_recomputed=self.computed,
-                store_reads=self.store_reads)
-            self.store_reads = 0
+                store_reads=self.history.reads)
+            self.history.reads = 0
         self.refocus_seconds = 0.0
 
     def generate(self, max_tokens: int, *, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,

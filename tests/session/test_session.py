@@ -934,6 +934,43 @@ def test_a_refocus_that_leaves_nothing_to_run_is_reported_at_once(tmp_path):
         assert len(reported) == 2, "once"
 
 
+class CountingStore(RamStore):
+    """Counts the records that it gives."""
+
+    given = 0
+
+    def tokens(self, index_N):
+        self.given += len(index_N)
+        return super().tokens(index_N)
+
+    def gists(self, lod, index_N):
+        self.given += len(index_N)
+        return super().gists(lod, index_N)
+
+    def keys(self, index_N):
+        self.given += len(index_N)
+        return super().keys(index_N)
+
+
+@pytest.mark.parametrize("n", [77, 4500])
+def test_store_reads_are_the_records_that_the_store_gave(tmp_path, n):
+    """Where all blocks are scored from memory, and where the search reads keys."""
+    reported, given = [], []
+    with Recorder(tmp_path) as recorder:
+        pool = tiny_pool(recorder=recorder, budget=24 if n > 77 else 50)
+        session = pool.open(store := CountingStore(store_format_of(pool)))
+        recorder.record = lambda name, value, **kwargs: name == "mc.session.store_reads" and (
+            reported.append(value), given.append(store.given))
+        session.begin(tokens(n))
+        session.logits()
+        session.refocus()
+        session.logits()
+        list(session.generate(9))
+        session.append(tokens(33, 1))
+        session.logits()
+    assert len(reported) == 5 and reported == np.diff([0, *given]).tolist()
+
+
 def test_the_meter_says_how_much_is_left_out(tmp_path):
     with Recorder(tmp_path) as recorder:
         session = tiny_pool(budget=24, recorder=recorder).open()
