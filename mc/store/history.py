@@ -50,6 +50,7 @@ class History:
     """
 
     def __init__(self, gpt: GPT, mc: MegaContext, store: Store):
+        # in whatever dtype it keeps them: that is the store's choice, and not the networks'
         if store.format != (expected := store_format(gpt, mc, store.format.dtype)):
             different = [name for name in ("block_size", "d_model", "n_keys", "key_dim", "model")
                          if getattr(store.format, name) != getattr(expected, name)]
@@ -122,6 +123,7 @@ class History:
             return self.mc.gistnet(children.unflatten(0, child_NK.shape), None, lod)[:, 0].cpu(), None
         ids_NK = self.store.tokens(child_NK.flatten()).view_as(child_NK).to(self.device)
         valid_NK = ids_NK != VOID
+        # VOID has no embedding: it gets one that is masked, for the keys too, which see no mask
         embeds_NKD = self.gpt.embed(ids_NK.clamp_min(0)) * valid_NK[..., None]
         keys_NPC = self.mc.lensnet.keys(embeds_NKD.flatten(0, 1)[None])[0]
         return self.mc.gistnet(embeds_NKD, valid_NK, lod)[:, 0].cpu(), keys_NPC.cpu()
