@@ -14,12 +14,10 @@ from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
 
+from import_graph import FILES, ROOT, imports, tree_of
 from mc.arm import ADDED, ALLOCATORS, KINDS
 from mc.config import core_settings
 
-ROOT = Path(__file__).resolve().parents[1]
-FILES = {p.relative_to(ROOT).as_posix(): p for top in ("nanochat", "mc", "scripts")
-         for p in sorted((ROOT / top).rglob("*.py"))}
 CORE, SESSION, ARMS, OBSERVE = "mc", "mc/session", "mc/arms", "mc/observe"
 # from the lowest up
 ROOMS = ("nanochat", CORE, "mc/store", SESSION, "mc/serve", "scripts/eval", "scripts/bench", "scripts/studies",
@@ -58,36 +56,6 @@ def may_import(importer: str, imported: str) -> bool:
     if imported in BESIDE:
         return ROOMS.index(importer) > ROOMS.index(CORE)
     return ROOMS.index(imported) < ROOMS.index(importer)
-
-
-@cache
-def tree_of(path: str) -> ast.Module:
-    return ast.parse(FILES[path].read_text())
-
-
-def file_of(module: str) -> str | None:
-    name = module.replace(".", "/")
-    return next((found for found in (f"{name}.py", f"{name}/__init__.py") if found in FILES), None)
-
-
-@cache
-def imports(path: str) -> frozenset[str]:
-    """Files of this repository that a file imports anywhere: at its top, in a function, or by
-    `import_optional` and `import_module`."""
-    package, found = path.split("/")[:-1], set()
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*package[: len(package) - node.level + 1],
-                             *([node.module] if node.module else [])]) if node.level else node.module
-            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Call) and getattr(node.func, "id",
-                                                    getattr(node.func, "attr", "")) in ("import_optional",
-                                                                                        "import_module"):
-            words = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-            found.add(".".join(words))
-    return frozenset(f for f in map(file_of, found) if f and f != path and not f.endswith("__init__.py"))
 
 
 @cache

@@ -239,7 +239,6 @@ def test_speed_is_of_the_logging_interval(base, prepared, monkeypatch):
         assert row["train.mfu"] == pytest.approx((row["train.flops"] - before) / steps / row["train.step_time"] / 1e6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("teacher", ["gate", "attention"])
 def test_frozen_base_only_megacontext_learns(teacher, base, train, reference):
     """E5: the base starts from another run's weights and ends with them; GistNet and LensNet have moved,
