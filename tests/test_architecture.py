@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
 
-from import_graph import FILES, ROOT, imports, tree_of
+from import_graph import FILES, ROOT, by_name, imports, tree_of
 from mc.arm import ADDED, ALLOCATORS, KINDS
 from mc.config import core_settings
 
@@ -26,6 +26,7 @@ BESIDE = (ARMS, OBSERVE)  # on top of the core; what is above the core may use t
 
 CIRCLES: set[frozenset[str]] = set()
 DOUBLES: set[str] = set()
+BY_NAME = {("mc/arm.py", ARMS)}  # an arm is found by its registered name when a run asks for it
 INTERFACE = {"main", "make_parser", "add_flags", "from_flags", "run"}  # what commands, and groups of flags, have
 NOT_VARIED = {
     "far_entries",  # a bound that follows from the row's length and memory; no study asks how many distractors are best
@@ -34,6 +35,7 @@ NOT_VARIED = {
 # 1,800 and 2,900 were the aim; sessions of any length and the checks of states that others wrote or damaged (issue 16)
 # brought the session 130 more.
 CORE_LINES, SESSION_LINES = 1800, 3030
+NAMED = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 FUNCTION_LINES = 60  # of base_train
 TESTED = {  # folder of tests -> what it tests; the others have the name of what they test below mc or scripts
     "core": "mc", "commands": "scripts", "nanochat": "nanochat", "nanochat/tasks": "nanochat/tasks",
@@ -84,6 +86,13 @@ def test_imports_run_downwards():
     found = {(path, other) for path in FILES for other in imports(path) if not may_import(room(path), room(other))}
     only_shrinks(found, set(), "imports that climb")
 
+
+def test_only_the_registry_imports_upwards_by_a_name_that_is_put_together():
+    found = {(path, room(other)) for path in FILES for other in by_name(path)
+             if path != other and not may_import(room(path), room(other))}
+    only_shrinks(found, BY_NAME, "modules named as text, from below")
+
+
 def circles() -> set[frozenset[str]]:
     """Strongly connected files (Tarjan)."""
     index: dict[str, int] = {}
@@ -120,7 +129,7 @@ def test_one_name_one_thing():
     where = defaultdict(list)
     for path in FILES:
         for node in tree_of(path).body:
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
+            if isinstance(node, NAMED) and not node.name.startswith("_"):
                 where[node.name].append(path)
     only_shrinks({name for name, paths in where.items() if len(paths) > 1} - INTERFACE, DOUBLES,
                  "names of several things")
@@ -136,7 +145,7 @@ def test_the_core_is_small():
 
 def test_the_training_script_is_an_essay():
     functions = [n for n in ast.walk(tree_of("scripts/base_train.py"))
-                 if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+                 if isinstance(n, NAMED[1:])]
     lengths = {n.name: n.end_lineno - n.lineno + 1 for n in functions}
     assert {name: lines for name, lines in lengths.items() if lines > FUNCTION_LINES} == {} and "main" in lengths
 

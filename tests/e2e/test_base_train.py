@@ -280,13 +280,14 @@ def test_random_tokens_cannot_be_predicted(base, train):
     # few ids: easy to copy, were it possible
     tokenizer = Tokenizer([bytes([i]) for i in range(256)], reserved=Reserved(2, 2, 2))
     tokenizer.save(base / "tokenizer")
-    train(base, *MC, "--data=random", "--num_iterations=300", "--total_batch_size=256", "--mc_start=0.1",
+    train(base, *MC, "--data=random", "--num_iterations=100", "--total_batch_size=256", "--mc_start=0.1",
           "--matrix_lr=0.04").ok()
     floor = math.log(tokenizer.vocab_size) - 0.02
     for name in ("train.loss", "mc.loss.wc"):
         curve = [row[name] for row in rows(base) if name in row]
         means = [sum(curve[i : i + 50]) / 50 for i in range(len(curve) - 49)]
-        assert len(means) > 200 and min(means) > floor, (name, min(means), floor)
+        # a bound, whatever is learned: three seeds end 0.034 above it; with targets not shifted it is 5.3 below
+        assert len(means) > 40 and min(means) > floor, (name, min(means), floor)
 
 
 def test_wandb_offline(base, prepared):
