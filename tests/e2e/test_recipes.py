@@ -89,3 +89,22 @@ def test_proofs_that_cannot_be_had_are_said_in_a_line(apt, tmp_path):
     why = "E: it is away" if apt else "no root, or no apt-get"
     assert (done.returncode, done.stdout, done.stderr) == (
         0, f"proofs that are skipped here: prometheus chromium ({why})\n", "")
+
+
+
+@pytest.mark.parametrize("package, extra, command", [
+    ("grafana_foundation_sdk", "dashboards", ["runs/observability/make_dashboards.py", "--help"]),
+    ("lm_eval", "lm-eval", ["-m", "scripts.run_lm_eval", "--checkpoint_dir=no", "--tasks=x", "--out=o.json"]),
+])  # fmt: skip
+def test_a_missing_extra_is_named_in_one_line(package, extra, command, tmp_path):
+    """The package is there, but cannot be imported or found: what a plain install looks like."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util, sys\n"
+        f"sys.modules[{package!r}] = None\n"
+        "found = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name, *a: None if name.split('.')[0] == {package!r} else found(name, *a)\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run([sys.executable, *(str(ROOT / c) if c.endswith(".py") else c for c in command)], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path})
+    (line,) = done.stderr.splitlines()
+    assert done.returncode and line.startswith("error: ") and package in line and f"megacontext[{extra}]" in line
