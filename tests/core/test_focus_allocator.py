@@ -242,6 +242,16 @@ def test_scores_are_only_compared():
     assert shown(allocator, allocator.allocate(only, n_B)) == [1, 5]
 
 
+def test_of_equal_scores_the_cheapest_is_shown_then_the_nearest_to_the_tail():
+    """Of three blocks the last two. Of eight 1, which is best, then its siblings, which cost 3 entries, not 5, which
+    costs 6."""
+    scores_BN = torch.tensor([[0.5, 0.9, 0.5, 0.5, -torch.inf, 0.5, -torch.inf, -torch.inf]])
+    three, eight = (ReplayAllocator(FocusConfig(budget, 4, 2, recent=0)) for budget in (3 + 6, 2 + 6 + 6))
+    assert shown(three, three.allocate(torch.full((1, 3), 0.5), torch.tensor([12]))) == [1, 2]
+    assert shown(eight, eight.allocate(scores_BN, torch.tensor([32]))) == [1, 2, 3]
+
+
+
 def test_infeasible_budgets_are_refused_with_the_numbers():
     cfg = FocusConfig(budget=128, block_size=32, recent=32)
     check_feasible(1024, cfg, deep_blocks=2)  # 31 + 62 + 32 = 125
