@@ -124,6 +124,7 @@ class FocusedHistory:
         """Choose anew what is shown, by the last tokens. Costs only its scoring when nothing changes."""
         if not self.n_tokens:
             raise UserError("nothing to focus on: the session is empty")
+        self.trigger = "append" if self.asked else "horizon" if self.due else "call"
         self.ingest([])  # both do nothing, unless an append was interrupted
         self.search.grow(self.history.store.n_nodes(1))
         timing, focus, c, begin = self.pool.timing, self.focus, self.pool.focus_config, time.perf_counter()

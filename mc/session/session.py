@@ -303,7 +303,7 @@ class Session(CachedHistory):
             lods = self.status().entries_by_lod
             raw = sum(lod == 1 for lod, _ in self.focus.expanded)
             self.meter.refocused(
-                self.focus.refocuses, self.last_edits, seconds=self.refocus_seconds + pass_seconds,
+                self.focus.refocuses, self.last_edits, self.trigger, seconds=self.refocus_seconds + pass_seconds,
                 entries_by_lod=lods, omitted=self.omitted_tokens, swappable=raw + lods.get(1, 0),
                 utilization=self.utilization, kv_kept=self.kept, kv_recomputed=self.computed,
                 store_reads=self.store_reads)

@@ -864,10 +864,18 @@ def test_the_meter_records_every_session_metric_and_nothing_per_token(tmp_path):
                 else:
                     assert not calls or "gen_ai.server.request.duration" in calls, "recorded for a token"
         shown = session.status().entries_by_lod
+        refocuses = session.focus.refocuses
+        session.refocus()
+        session.logits()
+        recorder.flush(session.n_tokens + 1)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     names = {name.partition("{")[0] for row in rows for name in row if not name.startswith("telemetry.")} - {"step",
                                                                                                              "time"}
     assert names == {name for name, m in METRICS.items() if m.where == "mc/session/meter.py"}
+    triggers = {by: sum(row.get(f"mc.session.triggers{{by={by}}}", 0) for row in rows)
+                for by in ("append", "horizon", "call")}
+    assert triggers == {"append": 12, "horizon": refocuses - 12, "call": 1} and refocuses > 12
+    rows.pop()  # of the call, without a request
     assert {name: sum(row.get(f"mc.session.{name}", 0) for row in rows)
             for name in sums} == sums and sums["expands"] > 0
     assert sum(row.get("mc.session.undone", 0)
