@@ -50,10 +50,6 @@ def _cut(lod_BW: Tensor, index_BW: Tensor, valid_BW: Tensor, block_size: int, n_
     return Cut(lod_BW.masked_fill(~valid_BW, 0), index_BW.masked_fill(~valid_BW, 0), valid_BW, block_size, n_gists)
 
 
-def _rows(n_tokens: int | Tensor) -> Tensor:
-    return n_tokens if isinstance(n_tokens, Tensor) else torch.tensor([n_tokens])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What a cut says
 
@@ -99,7 +95,7 @@ def coarsest(n_tokens: int | Tensor, block_size: int, max_lod: int, capacity: in
 
     n_tokens: int (one row) or int64 [B]. A row that needs more than `capacity` entries comes back empty.
     """
-    n_B = _rows(n_tokens)
+    n_B = n_tokens if isinstance(n_tokens, Tensor) else torch.tensor([n_tokens])
     lods = range(max_lod, -1, -1)
     parents = [0 * n_B if lod == max_lod else n_B // block_size ** (lod + 1) for lod in lods]
     first_BS = block_size * torch.stack(parents, 1)
