@@ -105,13 +105,12 @@ def load_nanochat_tokenizer(path: Path | str) -> Tokenizer:
 
 def add_model_flags(parser: FlagParser) -> None:
     """The flags that `model_from_flags` reads."""
-    parser.add_argument("--checkpoint_dir", help="checkpoint directory of a training run")
-    parser.add_argument("--step", default="latest", help="training step to load, or 'latest' (the newest intact one)")
+    parser.add_checkpoint(required=False)
+    parser.add_step()
     parser.add_argument("--nanochat_checkpoint", help="instead: checkpoint directory of karpathy/nanochat")
     parser.add_argument("--nanochat_tokenizer",
                         help="its tokenizer.pkl; loading it runs code of that file, so only if you trust it")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
-                        help="auto (CUDA when there is one), cpu or cuda")
+    parser.add_device()
 
 
 def model_from_flags(args: Namespace, device: torch.device) -> tuple[GPT, Tokenizer, dict]:

@@ -82,6 +82,7 @@ class CachedHistory(FocusedHistory):
         self.entries: dict[int, tuple[int, int, int, int]] = {}
         self.starts: list[int] = []
         self.by_lod: Counter[int] = Counter()
+        # flips: else the next pass would take every token from n_read on, all of the history, as new and raw
         self.free_slots, self.focus.flips = list(range(slots)), None
         self.pool.cache.clear(self.row, torch.arange(slots, device=self.pool.device))
         self.last_hidden_D: Tensor | None = None
@@ -106,6 +107,7 @@ class CachedHistory(FocusedHistory):
             self.by_lod[lod] -= 1
         slots = _columns(gone).slot
         self.free_slots.extend(slots.tolist())
+        # what has a position is seen: it would be attended to until its slot is written again
         self.pool.cache.clear(self.row, torch.from_numpy(slots).to(self.pool.device))
 
     def refocus(self) -> Edits:
@@ -129,18 +131,19 @@ class CachedHistory(FocusedHistory):
             raise UserError("the session is empty: begin with at least one token")
         gone, come, recut = self._difference()
         first = self._first_to_run(gone, come)
-        if gone:
+        if gone:  # before slots are taken: an edit of a full row needs those of what it hides
             self._take_out(gone)
+        # enough are free: a row holds budget + interval, and a refocus comes before more is read
         self.put((lod, index, self.free_slots.pop(), token) for lod, index, token in come.values())
         run = list(come) if first is None else self.starts[bisect_left(self.starts, first):]
         if (gone or come) and self.starts and run[-1:] != self.starts[-1:]:
             run.append(self.starts[-1])  # it sees all that is new
         if recut:
-            self.store_reads += len(come)
             self.kept, self.computed = len(self.starts) - len(run), len(run)
         self.n_read = self.n_tokens
         places = [bisect_left(self.starts, start) for start in run]
         lod, index, slot, ids = _columns(self.entries[start] for start in run)
+        # of all that is shown: smear and key shift read the entry before, which may be one that is kept
         ahead = _columns(self.entries[self.starts[at - 1]] if at else (1, -1, -1, VOID) for at in places)
         linked, coarse = (lod == 0) & (ahead.lod == 0) & (index == ahead.index + 1), lod > 0
         gists = self.history.gists(torch.from_numpy(lod[coarse]),
@@ -172,4 +175,5 @@ class CachedHistory(FocusedHistory):
             last = self.starts[-1] if self.starts else 0
             if gone or not self.starts or self.entries[last][0] or [*come] != [*range(last + 1, last + 1 + len(come))]:
                 return 0
+        # a key holds what stood before it: as from scratch only up to the first entry that is new or gone
         return min([*gone, *come])

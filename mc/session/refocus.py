@@ -87,6 +87,7 @@ class PathEdits:
 
     def _keep_blocks(self) -> None:
         if self.omits:
+            # every node listed counts as a raw block from here on
             self.expanded = {node for node in self.expanded if node[0] == 1}
 
     # -- geometry ---------------------------------------------------------------------------------------------------------  # noqa: E501
@@ -168,22 +169,26 @@ class PathEdits:
         Nodes that became complete start expanded, which leaves the cut as it was plus the new tokens raw. When more
         blocks are new than the budget can show, those start collapsed that neither are protected nor
         contain a block that is listed or
-        expanded: they would be the first to be collapsed by force.
+        expanded: they would be the first to be collapsed by force. Of the protected tail all is expanded that
+        has its detail.
         """
         c, before = self.cfg, self.n_tokens
         self.n_tokens = n_tokens
         K = c.block_size
         self._keep_blocks()
         few = n_tokens // K - before // K <= c.budget // K
-        if self.omits or not few:
-            self.flips = None
+        self.flips = self.flips if few and not self.omits else None
         if few:
             new = [(lod, i) for lod in range(1, self.levels + 1)
                    for i in range(before // K ** lod, n_tokens // K ** lod)]
         else:
-            blocks = listed | set(self.tail_blocks()) | {self._first_block(node) for node in self.expanded}
+            blocks = listed | {self._first_block(node) for node in self.expanded}
+            # of new nodes only: one that was there and hidden stays so
             new = [node for block in blocks for node in self.path(block) if (node[1] + 1) * K ** node[0] > before]
         self.expanded.update(new)
+        # of the tail old ones, too: detail that was pruned may have been given back
+        self._flip(opened={node for block in self.tail_blocks() for node in self.path(block)} - self.expanded)
+        # last, for new and old alike: tokens that were pruned must not be shown
         self._flip(closed={(1, block) for block in self.pruned} & self.expanded)
 
     def _flip(self, opened: Iterable[Node] = (), closed: Iterable[Node] = ()) -> None:
@@ -230,6 +235,7 @@ class PathEdits:
         """
         c, edits = self.cfg, Edits()
         self.refocuses += 1
+        # what has cooled down is forgotten: the state stays small however long the session
         self.changed = {node: at for node, at in self.changed.items() if self.refocuses - at <= c.cooldown}
         scores = {block: score for block, score in scores.items() if block not in self.pruned
                   and self.exists((1, block))}
@@ -239,13 +245,17 @@ class PathEdits:
                 best[node] = max(score, best.get(node, UNSCORED))
 
         def order(node: Node) -> tuple[float, int]:
+            # of equals what begins last, then the lowest, comes first: a node comes after all that it holds, whose best
+            # is no higher than its own, so taking from the front leaves the others closed upward
             return best.get(node, UNSCORED), node[0] - self._first_block(node) * (c.max_lod + 1)
 
+        # before any edit, and whatever cools down: the budget is hard
         if self.free < 0:
             lowest = sorted((node for node in self.expanded if not self.protected(node)), key=order)
             edits.collapsed = self._first(lowest, -self.free)
             self._flip(closed=edits.collapsed)
         for _ in range(c.max_edits):
+            # one by one: each changes what the next can spend and may flip
             opening, closing = self._next_edit(scores, best, order)
             if not opening and not closing:
                 break
@@ -260,6 +270,7 @@ class PathEdits:
         """Nodes to open and nodes to close: the best show, else the best hide, else nothing."""
         c = self.cfg
         fixed = {node for node in self.expanded if self.protected(node) or node in self.changed}
+        # what stays open needs all above it open
         fixed |= {above for node in fixed for above in self.path(self._first_block(node)) if above[0] > node[0]}
         movable = sorted(self.expanded - fixed, key=order)
         free, freed = self.free, self._running(movable)
@@ -267,11 +278,13 @@ class PathEdits:
         shows = []
         for block in sorted(scores):
             opening, total = [node for node in self.path(block) if node not in self.expanded], 0.0
+            # siblings only: then the path to the first of them serves them all
             for last in range(block, min(block + c.span, (block // c.block_size + 1) * c.block_size)):
                 if (1, last) in self.expanded or last in self.pruned or not self.exists((1, last)):
                     break
                 opening, total = [*opening, (1, last)] if last > block else opening, total + scores.get(last, UNSCORED)
                 bar, cost = total / (last - block + 1), self.price(opening)
+                # the first of movable may pay: no node above these blocks is among them, its best is bar at least
                 cheap = bisect_left(movable, bar - c.margin, key=lambda node: best.get(node, UNSCORED))
                 if bar > c.tau_expand and freed[cheap] >= cost - free and not any(x in self.changed for x in opening):
                     shows.append((total, cost, block, last, opening, movable[:cheap]))
@@ -279,6 +292,7 @@ class PathEdits:
             total, cost = torch.tensor([show[:2] for show in shows], dtype=torch.float64).T[:, None]
             _, cost, first, last, opening, cheap = shows[int(pick_best(total, cost.long(), total == total))]
             near = range(first - c.span + 1, last + c.span)
+            # a stable sort, and what a near node holds is near: still no node before one that it holds
             return opening, self._first(sorted(cheap, key=lambda node: not self._covers_only(node, near)), cost - free)
         if not movable or best.get(movable[0], UNSCORED) >= -c.tau_collapse:
             return [], []
@@ -286,6 +300,7 @@ class PathEdits:
         hiding = [lowest]
         for above in self.path(self._first_block(lowest))[lowest[0]:]:
             below = sum(self._inside(node, above) for node in self.expanded)
+            # below: a node closes only when nothing but what is hidden here was open inside it
             if above in fixed or best.get(above, UNSCORED) >= -c.tau_collapse or below != above[0] - lowest[0] + 1:
                 break
             hiding.append(above)
@@ -322,6 +337,7 @@ class PathEdits:
         raw += [(0, token) for token in range(n // K * K, n)]
         # pruned: their gists come before all others
         tail = [(1, block) for block in self.tail_blocks() if block not in shown]
+        # lazily: a tiling grows with the history, what is taken of it does not
         gists = self._around(shown | set(self.tail_blocks()))
         yield from (*raw, *tail, *islice(gists, self.cfg.budget - len(raw) - len(tail)))
 
