@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import mc.observe.metrics  # noqa: F401  registers what is recorded here
-from mc.focus_allocator import FocusState, GreedyAllocator
+from mc.focus_allocator import GreedyAllocator
 from mc.keyed_random import uniform
 from mc.lensnet import focus_scores
 from mc.mega_context import tiling
@@ -38,7 +38,7 @@ from nanochat.gpt import GPT
 from nanochat.telemetry.metrics import Labelled
 from scripts.eval.agreement import best_of, hit_at, spearman
 from scripts.eval.comparison import FocusComparison, Outcome, plain_outcomes
-from scripts.eval.replay import FocusReport, ReplayAllocator
+from scripts.eval.replay import FocusReport, ReplayAllocator, ReplayState
 
 SAMPLED = 32  # blocks whose utility a probe measures: one pass over a working context each
 REFOCUSES = 64  # that a probe replays at most
@@ -68,7 +68,7 @@ class FocusDynamics:
         self._set_to: list[Tensor] = []  # per level, bool [B, N_l]: what the last edit of a node made of it
         self._age_BN = torch.zeros(0)  # refocuses that a block shown by an edit has stayed shown; −1: not shown by one
 
-    def update(self, before: FocusState, after: FocusState, report: FocusReport) -> Flips:
+    def update(self, before: ReplayState, after: ReplayState, report: FocusReport) -> Flips:
         """before: the state that `ReplayAllocator.refocus` was given; after, report: what it returned."""
         now_B1 = after.refocus_B[:, None]
         if not self._set_to:
