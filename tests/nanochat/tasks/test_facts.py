@@ -1,4 +1,4 @@
-"""Facts in real text: what is asked for stands in one note, the text is whole, nothing but the note tells the answer."""
+"""Facts in real text: what is asked for stands in one note, the text is whole, only the note tells the answer."""
 
 import numpy as np
 import pytest
