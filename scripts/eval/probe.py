@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import mc.observe.metrics  # noqa: F401  registers what is recorded here
-from mc.focus_allocator import FocusState, GreedyAllocator
+from mc.focus_allocator import GreedyAllocator
 from mc.keyed_random import uniform
 from mc.lensnet import focus_scores
 from mc.mega_context import tiling
@@ -38,7 +38,7 @@ from nanochat.gpt import GPT
 from nanochat.telemetry.metrics import Labelled
 from scripts.eval.agreement import best_of, hit_at, spearman
 from scripts.eval.comparison import FocusComparison, Outcome, plain_outcomes
-from scripts.eval.replay import FocusReport, ReplayAllocator
+from scripts.eval.replay import FocusReport, ReplayAllocator, ReplayState
 
 SAMPLED = 32  # blocks whose utility a probe measures: one pass over a working context each
 REFOCUSES = 64  # that a probe replays at most
@@ -66,10 +66,10 @@ class FocusDynamics:
         self.reports: list[FocusReport] = []
         self.flips: list[Flips] = []
         self._set_to: list[Tensor] = []  # per level, bool [B, N_l]: what the last edit of a node made of it
-        self.state: FocusState | None = None  # after the last refocus
+        self.state: ReplayState | None = None  # after the last refocus, or before the first
         self._age_BN = torch.zeros(0)  # refocuses that a block shown by an edit has stayed shown; −1: not shown by one
 
-    def update(self, before: FocusState, after: FocusState, report: FocusReport) -> Flips:
+    def update(self, before: ReplayState, after: ReplayState, report: FocusReport) -> Flips:
         """before: the state that `ReplayAllocator.refocus` was given; after, report: what it returned."""
         now_B1 = after.refocus_B[:, None]
         if not self._set_to:
@@ -93,8 +93,9 @@ class FocusDynamics:
         return self.flips[-1]
 
     def swap_rates(self) -> Tensor:
-        """[B] mean over the refocuses so far."""
-        return torch.stack([report.swap_rate_B for report in self.reports]).mean(0)
+        """[B] mean over the refocuses so far; 0 where there was none."""
+        return sum(report.swap_rate_B for report in self.reports) / max(len(self.reports), 1) + torch.zeros(
+            len(self.state.n_tokens_B), device=self.state.n_tokens_B.device)
 
     def metrics(self) -> Metrics:
         """`mc.focus.*`, over all rows and refocuses so far. Where no block was hidden, the residency is a
@@ -142,6 +143,7 @@ def replay(mc: MegaContext, embeds_BTD: Tensor, n: int, logits_of=None, span: in
     start = max((mc.config.budget // K + 1) * K, n - REFOCUSES * K)
     at = lambda tokens: torch.full((len(embeds_BTD),), tokens, device=embeds_BTD.device)  # noqa: E731
     state, dynamics = allocator.allocate(logits_of(at(start)), at(start)), FocusDynamics(allocator.cfg.cooldown)
+    dynamics.state = state
     for tokens in range(start + K, n + 1, K):
         logits = logits_of(at(tokens))
         before = allocator.advance(state, at(tokens))

@@ -34,14 +34,16 @@ ROW = {"system", "nll", "delta_nll", "acc", "entries"}
 
 
 @pytest.fixture(scope="session")
-def trained(prepared, tmp_path_factory) -> Path:
+def trained(prepared, once, tmp_path_factory) -> Path:
     """A base directory with a checkpoint of each task and kind. Not to be changed."""
-    base = Path(shutil.copytree(prepared / "base", tmp_path_factory.mktemp("compare") / "base"))
-    for task, (flags, mc, _) in TASKS.items():
-        data = [] if task == "recall" else [f"--data={prepared / 'texts'}"]
-        for kind, extra in (("mc", [*LENS, *mc]), ("vanilla", [])):
-            run(base, "base_train", *TINY, *flags, *data, *extra, f"--model_tag={task}_{kind}").ok()
-    return base
+    def make(folder: Path) -> None:
+        base = Path(shutil.copytree(prepared / "base", folder / "base"))
+        for task, (flags, mc, _) in TASKS.items():
+            data = [] if task == "recall" else [f"--data={prepared / 'texts'}"]
+            for kind, extra in (("mc", [*LENS, *mc]), ("vanilla", [])):
+                run(base, "base_train", *TINY, *flags, *data, *extra, f"--model_tag={task}_{kind}").ok()
+
+    return Path(shutil.copytree(once("compared_models", make) / "base", tmp_path_factory.mktemp("compare") / "base"))
 
 
 def compare(base: Path, *flags: str, contexts: int = 2, **checkpoints: Path):
