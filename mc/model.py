@@ -10,6 +10,7 @@ Shapes: B rows, W capacity of the cut, M = W + H − 1 entries of the pass, D wi
 
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -184,9 +185,9 @@ def with_continuation(cut: Cut, n_tokens_B: Tensor, count: int) -> Entries:
 
 
 def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entries: Entries,
-                far: FarHistory | None = None) -> Tensor:
-    """Hidden states [B, M, D] of a working context with its continuation. tokens [B, T] int64:
-    what the tree was built on."""
+                far: FarHistory | None = None, run: Callable[..., Tensor] | None = None) -> Tensor:
+    """Hidden states [B, M, D] of a working context with its continuation. tokens [B, T] int64: what the tree was built
+    on. run: what runs them in place of `gpt.hidden`."""
     lod, index, valid, _ = entries
     M, config = lod.shape[1], mc.config
     vectors, _ = entries.to_tensor(tree)
@@ -206,7 +207,8 @@ def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entrie
     raw = valid & (lod == 0)
     linked = raw & F.pad(raw, (1, 0))[:, :-1] & (start == F.pad(start, (1, 0))[:, :-1] + 1)
     rotary = entry_rotary(gpt, start, length, scheme=config.positions, floor=config.damping_floor)
-    hidden = gpt.hidden(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=mc.key_bias(lod))
+    run = run or gpt.hidden
+    hidden = run(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=mc.key_bias(lod))
     return hidden if far is None else take(hidden, order.argsort(1)[:, :M])
 
 

@@ -190,7 +190,7 @@ def test_an_arm_is_imported_only_when_it_is_named():
 
 
 def test_every_arm_is_registered_and_has_its_test():
-    shared = {"reader", "naming", "utility_labels"}  # what several arms use, and labels on disk
+    shared = {"reader", "naming", "utility_labels", "shared_prefix"}  # what several arms use, and labels on disk
     # side by side
     elsewhere = {"gist_slots": "core/test_gistnet",
                  "several": "core/test_gistnet"} | dict.fromkeys(KINDS["lens"].values(), "arms/test_reader")
