@@ -66,7 +66,7 @@ class FocusDynamics:
         self.reports: list[FocusReport] = []
         self.flips: list[Flips] = []
         self._set_to: list[Tensor] = []  # per level, bool [B, N_l]: what the last edit of a node made of it
-        self.state: FocusState | None = None  # after the last refocus
+        self.state: ReplayState | None = None  # after the last refocus
         self._age_BN = torch.zeros(0)  # refocuses that a block shown by an edit has stayed shown; −1: not shown by one
 
     def update(self, before: ReplayState, after: ReplayState, report: FocusReport) -> Flips:
