@@ -1,11 +1,8 @@
-"""The documents agree with the code: generated tables, the README's folders, flags of commands, every link."""
+"""The documents agree with the code: generated tables, the README's folders, flags, every link."""
 
-import json
 import re
-import shlex
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -106,36 +103,6 @@ def test_flags_in_examples_exist():
         # `--mc_…` stands for all of them
         used = {flag.rstrip("_") for flag in re.findall(r"(?<![\w-])--[a-z]\w*", page.read_text())}
         assert sorted(used - known - {"--mc"}) == [], page
-
-
-def shell_commands() -> list[str]:
-    """Every command of the README's and the undated pages' shell blocks, continued lines joined."""
-    blocks = [block for page in CURRENT for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.S | re.M)]
-    return sorted({line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()})
-
-
-@pytest.mark.parametrize("line", shell_commands())
-def test_commands_are_understood(line, monkeypatch, capsys):
-    """Recipes exist, flags parse, and what is to be trained has a plan."""
-    words = [w for w in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", w)]
-    if words[0] == "bash":
-        assert (ROOT / words[1]).is_file()
-        return
-    if words[0] == "torchrun":
-        assert words[1] == "--standalone" and words[3] == "scripts/base_train.py"
-        monkeypatch.setenv("WORLD_SIZE", words[2].removeprefix("--nproc_per_node="))
-        words = ["python", "-m", "scripts.base_train", *words[4:]]
-    assert words[:2] == ["python", "-m"]
-    if words[2] == "pytest":
-        assert all((ROOT / word).exists() for word in words[3:] if not word.startswith("-"))
-        return
-    module = import_module(words[2])
-    monkeypatch.setattr(sys, "argv", words[2:])  # which arms it names
-    module.make_parser().parse_args(words[3:])
-    if words[2] == "scripts.base_train":
-        monkeypatch.setattr(sys, "argv", ["base_train", *words[3:], "--vocab_size=33825", "--dry_run=1"])
-        module.main()
-        assert json.loads(capsys.readouterr().out)["mc"] == ("--mc_enabled=1" in words)
 
 
 @dated
