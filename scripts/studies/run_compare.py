@@ -1,7 +1,7 @@
 """Judge full context, sliding windows and MegaContext's working contexts on the same
 held-out tokens, and write the report.
 
-    python -m scripts.mc_eval compare --recall_mc=DIR [--recall_vanilla=DIR] [--facts_mc=DIR] [--text_mc=DIR …] --out=DIR
+    python -m scripts.mc_eval compare --recall_mc=DIR [--recall_vanilla=DIR] [--facts_mc=DIR] [--text_mc=DIR …]
 
 A task is judged whose MegaContext checkpoint is named, and beside it its vanilla twin if that is. Of facts in text,
 BM25 chooses too, shown exactly as the lens is; the oracle shows the blocks of the note that is asked for; and the text

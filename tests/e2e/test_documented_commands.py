@@ -71,6 +71,7 @@ TABLE = {
     "focus": Row(MODULE + "mc_eval focus.*", small=("--contexts=1", "--batch=1", "--candidates=1",
                                                     "--recall_sizes=32:8", "--out={new}")),
     "labels": Row(MODULE + "mc_study labels.*", small=("--contexts=8", "--edits=2")),
+    "labels, timed": Row(MODULE + "mc_bench labels .*", small=("--pairs=2", "--contexts=2", "--edits=2")),
     "lens from labels": Row(MODULE + "mc_study train_lensnet.*", small=("--steps=1",), needs=("labels",)),
     "importance": Row(MODULE + "mc_study importance.*", small=("--batches=1", "--rows=2")),
     "classifier": Row(MODULE + "mc_study classifier.*", small=("--steps=1",), needs=("importance",)),
@@ -85,7 +86,7 @@ TABLE = {
     "lm-evaluation-harness": Row(MODULE + "run_lm_eval .*", small=("--limit=1",), needs=("tasks as files",)),
     "fuzzing": Row(r"FUZZ_EXAMPLES=200 python -m pytest tests/fuzz.*", how="collect"),  # minutes; part of the suite
     "GPU recipes": Row(r"bash runs/gpu\d\.sh --dry_run", how="note"),
-    "recipes": Row(r"(TORCH_INDEX_URL=\S+ )?bash runs/(quickstart|test|benchmarks_paper)\.sh", how="note"),
+    "recipes": Row(r"(TORCH_INDEX_URL=\S+ )?bash runs/(quickstart|test|benchmarks_paper)\.sh( --\w+)?", how="note"),
     "store and alerts": Row(r"bash runs/observability/(up|e2e)\.sh.*", how="note"),
     "help of recipes": Row(r"bash runs/NAME\.sh --help", how="note"),
     "containers": Row("docker compose .*", how="compose"),  # needs docker
