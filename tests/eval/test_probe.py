@@ -233,3 +233,8 @@ def test_a_frozen_lens_agrees_with_nothing():
     found = probe_batch(mc, gpt, tiny_batch())
     assert float(found["mc.lens.rank_correlation"]) == 0
     assert float(found["mc.lens.hit_at{k=1}"]) == pytest.approx(1 / ((N - mc.config.protected) // K))
+
+
+def test_a_history_one_block_over_the_budget_has_no_dynamics():
+    """Nothing to refocus: no metrics, and no error in the middle of a training."""
+    assert FocusDynamics(2).metrics() == {}
