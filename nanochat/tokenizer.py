@@ -146,6 +146,17 @@ class Tokenizer:
             )
         return cls(tokens, SPLIT_PATTERN, reserved)
 
+    chats = False  # no chat template
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids at which an answer ends."""
+        return (self.bos_id,)
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """What a model is given to continue `text`."""
+        return [self.bos_id, *self.encode(text)]
+
     def _payload(self) -> dict:
         return {
             "format": FORMAT,
