@@ -120,7 +120,7 @@ def llama_config(values: Mapping[str, object], where: str) -> LlamaConfig:
     """The configuration of a Hugging Face config.json. UserError, with what is supported, for an architecture, an
     activation, a rope scaling or quantized weights that are not."""
     kind = values.get("model_type")
-    if kind not in FAMILY:
+    if not isinstance(kind, str) or kind not in FAMILY:
         named = (values.get("architectures") or [kind]) if isinstance(values.get("architectures"), list) else [kind]
         raise UserError(f"{where}: architecture {one_line(named[0])} is not supported; {', '.join(FAMILY)} are")
     defaults = FAMILY[kind]
