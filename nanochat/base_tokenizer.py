@@ -12,9 +12,10 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from types import ModuleType
 
 import numpy as np
@@ -52,6 +53,27 @@ def byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(moved)}
 
 
+def place_to_cut(before: object) -> re.Pattern:
+    """Where a text may come apart, by the `pre_tokenizer` of a tokenizer.json: no token reaches across, and none on
+    either side is another for it. Nowhere, in a kind that is not known."""
+    said = json.dumps(before)
+    if json.dumps(r"\s*[\r\n]").strip('"') in said:  # a run of white space up to its last newline is one token
+        return _AFTER_NEWLINE
+    if '"ByteLevel"' in said and '"Split"' not in said:  # GPT-2: the last of a run stands alone, if no digit follows
+        return _before_newline()
+    return _NOWHERE
+
+
+_AFTER_NEWLINE, _NOWHERE = re.compile(r"\n(?=\S)"), re.compile("(?!)")
+
+
+@cache
+def _before_newline() -> re.Pattern:
+    """Numbers of any script are tokens before white space is looked at, where digits stand alone."""
+    numbers = "".join(c for c in map(chr, range(sys.maxunicode + 1)) if c.isnumeric())
+    return re.compile(rf"(?=\n[^\s{numbers}])")
+
+
 class BaseTokenizer:
     """Text <-> ids of a base. vocab_size: the model's, whose last ids may stand for nothing.
 
@@ -66,6 +88,7 @@ class BaseTokenizer:
             plan = parse_json(files.tokenizer)
             self._added = {t["id"]: t for t in plan["added_tokens"]}
             self._kind = json.dumps(plan["decoder"], ensure_ascii=False)
+            self._place = place_to_cut(plan["pre_tokenizer"])
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"{where} is no tokenizer.json ({type(e).__name__}: {one_line(e)})") from None
         self._special, self._plain = self._read(), self._read()
@@ -121,8 +144,13 @@ class BaseTokenizer:
         """Ids of `text`, nothing put before or behind. Names of special tokens inside the text are plain text unless
         `special`; half of a surrogate pair is read as U+FFFD."""
         tokenizer, text = self._special if special else self._plain, whole_characters(text)
-        pieces = [text] if len(text) <= MAX_PIECE else cut([text])
+        pieces = [text] if len(text) <= MAX_PIECE else self.cut([text])
         return [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False).ids]
+
+    def cut(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The same text in pieces that have the tokens of the whole: cut where this tokenizer's pattern lets it. Where
+        there is no such place for MAX_PIECE characters it is cut there, however it comes."""
+        return cut(pieces, self._place)
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 2) -> list[list[int]]:
         """The library takes its own threads (RAYON_NUM_THREADS)."""

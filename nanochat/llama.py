@@ -131,7 +131,7 @@ class GroupedAttention(nn.Module):
         q = self.q_norm(self.q_proj(x_BSD).unflatten(-1, self.heads))
         k = self.k_norm(self.k_proj(x_BSD).unflatten(-1, self.kv_heads))
         v = self.v_proj(x_BSD).unflatten(-1, self.kv_heads)
-        q, k = (rotate(x, ctx.cos, -ctx.sin) for x in (q, k))  # this family turns the other way round than nanochat
+        q, k = (rotate(x, ctx.cos, ctx.sin) for x in (q, k))
         return self.o_proj(attention(self.layer, q, k, v, window, ctx))
 
 
@@ -193,6 +193,7 @@ class Llama(Decoder):
             raise ValueError("idx or inputs_embeds is needed")
         x, ctx, layers = self._begin(idx, inputs_embeds, positions, rotary, linked, key_bias, cache, capture,
                                      lift_windows, select, layers)
+        ctx.sin = -ctx.sin  # this family turns the other way round than nanochat
         S, windows = x.shape[1], self.config.windows()
         for i in layers:
             x = self.transformer.h[i](x, windows[i], ctx)

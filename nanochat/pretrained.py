@@ -238,9 +238,8 @@ def _optional_json(path: Path) -> dict:
 def read_tokenizer(path: Path, config: Mapping[str, object], known: TokenizerFiles | None = None) -> TokenizerFiles:
     """What the files of a directory say of text. known: what a GGUF file has said, where they say nothing."""
     settings = _optional_json(path / "tokenizer_config.json")
-    names = {name: x["content"] if isinstance(x, dict) else x for name, x in settings.items()
-             if name.endswith("_token") and isinstance(x["content"] if isinstance(x, dict) and "content" in x else x,
-                                                       str)}
+    plain = {name: x.get("content") if isinstance(x, dict) else x for name, x in settings.items()}
+    names = {name: x for name, x in plain.items() if name.endswith("_token") and isinstance(x, str)}
     template = _template(path, settings)
     try:
         text = (path / "tokenizer.json").read_text(encoding="utf-8")

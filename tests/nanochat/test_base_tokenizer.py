@@ -51,6 +51,39 @@ def test_any_text_comes_back_and_streams_in_whole_characters(text):
         assert sum(tokenizer.token_bytes()[i] for i in ids) == len(text.encode())
 
 
+GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+SPLIT = {"type": "Split", "pattern": {"Regex": GPT4}, "behavior": "Isolated", "invert": False}
+SPLITS = {"gpt-2": BYTES, "smollm": {"type": "Sequence", "pretokenizers": [DIGITS, BYTES]},
+          "qwen2": {"type": "Sequence", "pretokenizers": [SPLIT, BYTES | {"use_regex": False}]}, "unknown": None}
+# merges of white space, so that a run in two halves is other tokens
+RUNS = [["\u010a", "\u010a"], ["\u0120", "\u0120"], ["\u010a", "\u0120"], ["\u0120", "\u010a"], ["!", "\u010a"],
+        ["\u010a", "a"], ["\u0120", "a"], ["\u010a", "1"]]
+
+
+def with_runs(before: dict | None) -> BaseTokenizer:
+    model = tokenizer_json()["model"]
+    tokens = [*model["vocab"], *("".join(pair) for pair in RUNS)]
+    model |= {"merges": RUNS, "vocab": {token: i for i, token in enumerate(tokens)}}
+    return made({"pre_tokenizer": before, "model": model}, VOCAB + len(RUNS))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text("\n\n \t\ra!1\u00bd\u4f60'", max_size=30), st.sampled_from(sorted(SPLITS)), st.integers(1, 9))
+def test_a_cut_text_has_the_tokens_of_the_whole(text, name, size):
+    tokenizer = with_runs(SPLITS[name])
+    pieces = list(tokenizer.cut(text[at:at + size] for at in range(0, len(text), size)))
+    assert "".join(pieces) == text
+    assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
+
+
+def test_places_to_cut():
+    text = "a\n\nb!\nc\n1"
+    assert [list(with_runs(SPLITS[name]).cut([text])) for name in ("gpt-2", "qwen2", "unknown")] == [
+        ["a\n\nb!", "\nc\n1"], ["a\n\nb!\nc\n", "1"], [text]]  # at the last place of what has come
+
+
 def test_names_of_special_tokens_are_text_unless_asked_for():
     tokenizer, text = made(), "a<|end|>b"
     assert END not in tokenizer.encode(text) and tokenizer.decode(tokenizer.encode(text)) == text
