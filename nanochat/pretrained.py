@@ -350,6 +350,7 @@ def write_base(files: BaseFiles, folder: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in files.tensors()}
     with replacing(folder / WEIGHTS, SafetensorError) as part:
         save_file(tensors, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # the library makes files that nobody else can read
     text = files.tokenizer
     write_file(folder / "tokenizer.json", text.tokenizer)
     write_file(folder / "tokenizer_config.json", json.dumps(dict(text.names), indent=1))

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_base_folder import CHAT, SPECIAL, VOCAB, tokenizer_json
 
@@ -71,6 +71,8 @@ def with_runs(before: dict | None) -> BaseTokenizer:
 
 @settings(max_examples=150, deadline=None)
 @given(st.text("\n\n \t\ra!1\u00bd\u4f60'", max_size=30), st.sampled_from(sorted(SPLITS)), st.integers(1, 9))
+@example("a\n\n1", "smollm", 9)
+@example("a\n\n\u00bd", "smollm", 9)
 def test_a_cut_text_has_the_tokens_of_the_whole(text, name, size):
     tokenizer = with_runs(SPLITS[name])
     pieces = list(tokenizer.cut(text[at:at + size] for at in range(0, len(text), size)))
@@ -140,7 +142,7 @@ def test_no_message_ends_its_own_turn(attack):
 def test_a_chat_is_that_of_transformers():
     transformers = pytest.importorskip("transformers", reason="needs the package transformers")
     template = CHAT + ("{{ messages | tojson(indent=1) }}{{ bos_token }}{%- for m in messages %}  {%- break %} "
-                       "{% endfor %}")
+                       "{% endfor %}\n  {% if messages %}\n x \n   {% endif %}\n y")
     mine = made(template=template, names=(("bos_token", "<|turn|>"),))
     theirs = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json())), bos_token="<|turn|>")
