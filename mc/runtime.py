@@ -73,6 +73,7 @@ class MCController:
             raise UserError(f"--mc_budget={config.budget} holds the whole history of {history} tokens: nothing to "
                             "focus on; "
                             f"lower the budget or raise --max_seq_len")
+        # rows are chosen within a micro-batch: the choice must not depend on where it begins
         for name in ("row_stride", "lens_row_stride"):
             if micro_batch % getattr(config, name):
                 raise UserError(
@@ -283,6 +284,7 @@ class MCController:
                 kl = row_mean(distillation(logits, teacher), counted)
                 loss_RV = loss_RV + c.kl_weight * kl
                 metrics["mc.loss.kl"] = kl.detach().mean()
+        # the tail was read and trained on, too; reported is what lies behind the history alone
         ahead = counted & (token >= n_RV[:, None] - 1)
         delta = row_mean((nll - full).detach(), ahead)
         metrics["mc.loss.wc"] = row_mean(nll.detach(), ahead).mean()
@@ -353,6 +355,7 @@ class MCController:
         is known before its backward."""
         if not self.config.cut_shares()["teacher"]:
             return torch.zeros(rows, count, device=n.device)
+        # one position early: it predicts the first token of the continuation
         last = slice(self.history - 1, self.history + self.config.horizon - 1)
         seen = self.history // self.config.block_size
         mass = attention_mass(captured, chosen, last, seen, self.config.block_size).sum(1)

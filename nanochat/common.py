@@ -105,6 +105,9 @@ def flag_type(default: object) -> Callable[[str], object]:
     return boolean if isinstance(default, bool) else type(default)
 
 
+DEVICES = ("auto", "cpu", "cuda")
+
+
 class FlagParser(argparse.ArgumentParser):
     """argparse with one-line errors (exit code 2), defaults in the help, and `--a-b 1` meaning `--a_b=1`."""
 
@@ -115,6 +118,25 @@ class FlagParser(argparse.ArgumentParser):
     def add_switch(self, name: str, default: bool, help: str) -> None:
         """A flag that is 0 or 1 on the command line, and a bool from there on."""
         self.add_argument(name, type=boolean, default=default, metavar="{0,1}", help=help)
+
+    # what many commands take is one flag: one name, one form, one help
+    def add_checkpoint(self, what: str = "of a training run", required: bool = True) -> None:
+        self.add_argument("--checkpoint_dir", type=Path, required=required, help=f"checkpoint directory {what}")
+
+    def add_step(self) -> None:
+        self.add_argument("--step", default="latest",
+                          help="training step to load, or 'latest' (the newest intact one)")
+
+    def add_device(self, what: str = "where to run") -> None:
+        self.add_argument("--device", default="auto", choices=DEVICES, help=f"{what}; auto: CUDA when there is one")
+
+    def add_seed(self, what: str, default: int = 0) -> None:
+        self.add_argument("--seed", type=int, default=default, help=f"of {what}")
+
+    def add_out(self, what: str, default: str = "") -> None:
+        """default: below $NANOCHAT_BASE_DIR; "": the flag must be given."""
+        self.add_argument("--out", type=Path, required=not default,
+                          help=what + (f"; default $NANOCHAT_BASE_DIR/{default}" if default else ""))
 
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
@@ -232,15 +254,21 @@ class Ranks:
     device: torch.device
 
 
+def pick_device(device: str) -> str:
+    """"cpu" or "cuda" for a value of --device. UserError for CUDA where there is none."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda, but torch sees no CUDA device; use --device=cpu")
+    return device
+
+
 def init_distributed(device: str = "auto") -> Ranks:
     """Join the process group when started by torchrun (NCCL on CUDA, gloo on CPU), else run alone.
 
     device: "auto" (CUDA when there is one), "cpu" or "cuda".
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda, but torch sees no CUDA device; use --device=cpu")
+    device = pick_device(device)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch_device = torch.device(device)
     if device == "cuda":

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from nanochat.common import UserError, key_seed
-from nanochat.dataset import open_corpus
+from nanochat.dataset import EMBEDDED, open_corpus
+from nanochat.tasks.facts import FactRows, FactTask
 from nanochat.tasks.hops import HopTask
 from nanochat.tasks.recall import CurriculumSchedule, RecallTask, random_bits
 from nanochat.tasks.source import TaskSource, parse_mix
@@ -29,7 +30,7 @@ from nanochat.tokenizer import Tokenizer
 
 def is_synthetic(data: str) -> bool:
     """Whether a value of --data is no text: no bits per byte, nothing to pack."""
-    return data in ("recall", "hops", "needle", "random") or is_tasks(data)
+    return data in ("recall", "hops", "needle", "facts", "random") or is_tasks(data)
 
 
 def is_tasks(data: str) -> bool:
@@ -244,6 +245,37 @@ class NeedleSource:
         return limit
 
 
+class FactSource:
+    """Notes of facts in real text, of the embedded code and prose in turn, then questions about them."""
+
+    KINDS = tuple(EMBEDDED)
+
+    def __init__(self, task: FactTask, tokenizer: Tokenizer, T: int, split: str, seed: int):
+        self.T, self.task, self._split, N = T, task, split, task.text_tokens(T)
+        caches = [open_token_cache(open_corpus(data), split, tokenizer) for data in self.KINDS]
+        self._text = [LongRows(cache, N - 1, seed, split) for cache in caches]
+        self._ends_line = np.array([tokenizer.decode_bytes([i]).endswith(b"\n") for i in range(tokenizer.vocab_size)])
+        texts = [text.fingerprint for text in self._text]
+        self.fingerprint = f"facts-{key_seed(repr(task), T, split, *texts):016x}"
+        self.summary = (f"{split}: {task.notes} notes of {task.facts} facts in {N} tokens of "
+                        f"{' or '.join(self.KINDS)}, rows of {T} tokens")
+
+    def made(self, rows: np.ndarray) -> FactRows:
+        """Row r is of kind r mod 2."""
+        place, kind = np.divmod(np.asarray(rows, dtype=np.int64), len(self._text))
+        text = np.empty((len(rows), self.task.text_tokens(self.T)), dtype=np.int64)
+        for k, source in enumerate(self._text):
+            if (of_kind := kind == k).any():
+                text[of_kind] = source.row_tokens(place[of_kind])[0]
+        return self.task.rows(self._split, rows, text, self._ends_line, self.T)
+
+    def row_tokens(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.made(rows)[:2]
+
+    def count_rows(self, limit: int) -> int:
+        return min(limit, len(self._text) * min(text.num_rows for text in self._text))
+
+
 class RandomSource:
     """Uniform random tokens: the entropy is ln(vocab) and nothing can be learned."""
 
@@ -288,6 +320,8 @@ def make_source(
     if data == "needle":
         filler = open_token_cache(open_corpus("stdlib"), split, tokenizer).tokens
         return NeedleSource(RecallTask.for_tokenizer(tokenizer, seed=seed), filler, T, split, needles)
+    if data == "facts":
+        return FactSource(FactTask.for_tokenizer(tokenizer, seed, needles), tokenizer, T, split, seed)
     if is_tasks(data):
         words = Words.of(tokenizer, open_token_cache(open_corpus("stdlib"), split, tokenizer).tokens)
         return TaskSource(parse_mix(data.partition(":")[2]), words, T, split, seed, schedule, total_rows)

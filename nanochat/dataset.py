@@ -6,6 +6,7 @@ one long document. `python -m nanochat.dataset --num_shards 8 --dir DIR` fetches
 any directory of parquet, jsonl or text files is a corpus as well.
 """
 
+import ast
 import hashlib
 import http.client
 import json
@@ -28,7 +29,7 @@ import pyarrow.parquet as pq
 
 from nanochat.common import FlagParser, UserError, base_dir, print0, run_main, shown
 from nanochat.documents import SHARDS, TEXTS, Document, count_rows, file_key, files_below, is_shard, opened, read_documents  # noqa: E501
-from nanochat.outputs import locked
+from nanochat.outputs import locked, replacing
 
 SPLITS = ("train", "val")
 BASE_URL = "https://huggingface.co/datasets/karpathy/fineweb-edu-100b-shuffle/resolve/main"
@@ -53,6 +54,7 @@ class Progress:
 
 # --- the embedded corpus ---------------------------------------------------------------------------------------------
 
+PROSE_CHARS = 200  # shorter docstrings say what a name says already
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data", "lib-dynload"}
 HELD_OUT_PERCENT = 8
 LONG_CHARS = 20_000
@@ -125,6 +127,39 @@ def build_stdlib(stdlib: Path | None = None) -> Path:
         print0(f"embedded corpus: {len(documents)} documents ({len(held_out)} held out), {chars / 1e6:.1f} M "
                f"characters in {root}")
     return root
+
+
+def docstrings(code: str) -> str:
+    """The prose of Python code: its longer docstrings without examples, in their order; "" where it does not parse."""
+    try:
+        tree = ast.parse(code)
+    except (SyntaxError, ValueError):
+        return ""  # a file kept broken on purpose, or of another version of the language
+    owners = [node for node in ast.walk(tree)
+              if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body]
+    found = [ast.get_docstring(node) or "" for node in sorted(owners, key=lambda node: node.body[0].lineno)]
+    return "\n\n".join(text for text in found if len(text) >= PROSE_CHARS and ">>>" not in text)
+
+
+def build_docstrings() -> Path:
+    """Write the prose in the embedded corpus under `base_dir()/corpus/docstrings`, held out
+    where its code is, unless it is there for this Python; return that path."""
+    code, root = build_stdlib(), base_dir() / "corpus" / "docstrings"
+    manifest, built = root / "manifest.json", (code / "manifest.json").read_bytes()
+    with locked(root / ".lock"):
+        if manifest.exists() and manifest.read_bytes() == built:
+            return root
+        for split in SPLITS:
+            rows = pq.read_table(code / f"{split}-00000.parquet").to_pylist()
+            prose = [row | {"text": text, "kind": "prose"} for row in rows if (text := docstrings(row["text"]))]
+            with replacing(root / f"{split}-00000.parquet") as part:
+                pq.write_table(pa.Table.from_pylist(prose), part, compression="zstd", row_group_size=64)
+        with replacing(manifest) as part:
+            part.write_bytes(built)
+    return root
+
+
+EMBEDDED = {"stdlib": build_stdlib, "docstrings": build_docstrings}
 
 
 # --- corpora from a directory ----------------------------------------------------------------------------------------
@@ -252,19 +287,19 @@ class Corpus:
 
 
 def open_corpus(spec: str, text_column: str = "text") -> Corpus:
-    """The corpus "stdlib" (built on first use), or the one in directory `spec`. UserError
+    """The corpus "stdlib" or "docstrings" (built on first use), or the one in directory `spec`. UserError
     if there is nothing to read."""
-    if spec == "stdlib":
-        root, text_column = build_stdlib(), "text"
+    if spec in EMBEDDED:
+        root, text_column = EMBEDDED[spec](), "text"
     else:
         root = Path(spec).expanduser()
     if not root.is_dir():
-        raise UserError(
-            f"--data={spec}: no such directory; give 'stdlib' or a directory of {' '.join(SHARDS + TEXTS)} files")
+        raise UserError(f"--data={spec}: no such directory; give 'stdlib', 'docstrings' or a directory of "
+                        f"{' '.join(SHARDS + TEXTS)} files")
     files = files_below(root, SHARDS + TEXTS)
     if not files:
         raise UserError(f"--data={spec}: no {' '.join(SHARDS + TEXTS)} files in it")
-    return Corpus(spec if spec == "stdlib" else root.name, root, tuple(files), text_column)
+    return Corpus(spec if spec in EMBEDDED else root.name, root, tuple(files), text_column)
 
 
 # --- nanochat's public shards ----------------------------------------------------------------------------------------

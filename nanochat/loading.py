@@ -107,18 +107,17 @@ def load_nanochat_tokenizer(path: Path | str) -> Tokenizer:
 
 def add_model_flags(parser: FlagParser, pretrained: bool = False) -> None:
     """The flags that `model_from_flags` reads. pretrained: the command takes --base as well."""
-    parser.add_argument("--checkpoint_dir", help="checkpoint directory of a training run")
-    parser.add_argument("--step", default="latest", help="training step to load, or 'latest' (the newest intact one)")
+    parser.add_checkpoint(required=False)
+    parser.add_step()
     parser.add_argument("--nanochat_checkpoint", help="instead: checkpoint directory of karpathy/nanochat")
     parser.add_argument("--nanochat_tokenizer",
                         help="its tokenizer.pkl; loading it runs code of that file, so only if you trust it")
     if pretrained:
         parser.add_argument("--base", help="instead: a pretrained base: a Hugging Face directory, a GGUF file, a "
-                                           "checkpoint folder of nanochat, or smollm2 (scripts.get_base fetches it)")
+                                           "checkpoint folder of nanochat, or smollm2 (see scripts.get_base)")
         parser.add_argument("--base_dtype", default="float32", choices=("float32", "bfloat16"),
                             help="precision of a pretrained base")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
-                        help="auto (CUDA when there is one), cpu or cuda")
+    parser.add_device()
 
 
 def model_from_flags(args: Namespace, device: torch.device) -> tuple[Base, Tokenizer | BaseTokenizer, dict]:

@@ -87,7 +87,7 @@ def add_flags(parser: FlagParser) -> None:
     add("--run", default="dummy",
         help="name of a Weights & Biases run (WANDB_MODE=offline needs no network); dummy: none")
     add("--seed", type=int, default=42, help="of everything random")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
+    parser.add_device("where to train")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"),
         help="of matrix products; auto: bfloat16 on CUDA")
     switch("--compile", False, "1: torch.compile the layers")
@@ -127,7 +127,7 @@ def check_flags(args, defaults: dict) -> None:
             raise UserError(f"--{name}={getattr(args, name)} has no effect with --freeze_base=1: it is for training "
                             "the base")
     for name, data in (("recall_blocks", ("recall", "hops")), ("recall_grow", ("recall", "hops", "tasks")),
-                       ("needles", ("needle",))):
+                       ("needles", ("needle", "facts"))):
         if getattr(args, name) != defaults[name] and args.data.partition(":")[0] not in data:
             raise UserError(f"--{name}={getattr(args, name)} has no effect with --data={args.data}: it is for "
                             f"--data={' or '.join(data)}")

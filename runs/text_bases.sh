@@ -34,7 +34,7 @@ for name, (offset, length) in index["variables"].items():
     (out / f"{name}.txt").write_text("\n".join(map(str, parse(body))) + "\n")
 PYTHON
 fi
-[ -d "$TEXT/mix" ] || python -m scripts.make_text_corpus --prose="$TEXT/novels" --held_out=persuasion.txt --out="$TEXT"
+[ -d "$TEXT/mix" ] || python -m scripts.make_data corpus --prose="$TEXT/novels" --held_out=persuasion.txt --out="$TEXT"
 [ -f "$NANOCHAT_BASE_DIR/tokenizer/tokenizer.json" ] || python -m scripts.tok_train --data="$TEXT/mix"
 
 for SEED in ${SEEDS:-1 2 3}; do

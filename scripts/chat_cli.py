@@ -62,7 +62,7 @@ def make_parser(with_mc: bool = True) -> FlagParser:
     parser.add_argument("--temperature", type=float, default=0.8,
                         help="0 takes the likeliest token; 1 draws as the model predicts")
     parser.add_argument("--top_k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_seed("the draws")
     parser.add_switch("--mc_enabled", False, "1: a session with MegaContext, whose context never ends")
     parser.add_argument("--history", type=Path,
                         help="text file of any length that is read before the first prompt (needs --mc_enabled=1)")

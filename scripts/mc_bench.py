@@ -13,7 +13,7 @@
                                                                        ratios replace a whole history
     python -m scripts.mc_bench telemetry --checkpoint_dir=DIR  a training step with every sink against none
     python -m scripts.mc_bench otlp                            is a collector there, and how soon does it accept
-    python -m scripts.mc_bench store --checkpoint_dir=DIR --text=DIR   a history on disk: ingest,
+    python -m scripts.mc_bench store --checkpoint_dir=DIR --texts=DIR   a history on disk: ingest,
                                                                        opening, gathering, sizes, edits
 """
 

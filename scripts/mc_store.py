@@ -75,8 +75,8 @@ def networks_of(args: Namespace) -> Networks:
         if made and not made[-1]:
             return untrained_networks(device)
         if made:
-            checkpoint, step = str(made[-1].get("checkpoint_dir")), str(made[-1].get("step"))
-            if not Path(checkpoint).is_dir():
+            checkpoint, step = Path(str(made[-1].get("checkpoint_dir"))), str(made[-1].get("step"))
+            if not checkpoint.is_dir():
                 raise UserError(f"the history was made with {checkpoint}, which is gone; name a copy with "
                                 "--checkpoint_dir, or regist it")
     checkpoint = checkpoint or default_checkpoint()
@@ -302,7 +302,7 @@ def query_command(args: Namespace) -> None:
             )
             for start, stop, tag in catalog.tags(s.id) if args.tag else []:
                 print(f"        {tag}: tokens {start}–{stop}")
-        if args.text:
+        if args.show_text:
             tokenizer = networks_of(args).tokenizer
             for s in found:
                 print(f"--- {s.uri}\n{source_text(store, tokenizer, s)[0]}")
@@ -488,12 +488,10 @@ def make_parser() -> FlagParser:
         p.add_argument("--store", type=Path, required=True, help="folder of the store")
     for name in ("ingest", "verify", "query", "edit", "regist"):
         p = sub[name]
-        p.add_argument(
-            "--checkpoint_dir", help="of a run with --mc_enabled=1; default: what made the store, the quickstart's, or "
-                                     "untrained networks"
-        )
-        p.add_argument("--step", default="latest", help="training step to load, or 'latest'")
-        p.add_argument("--device", default="cpu", choices=("auto", "cpu", "cuda"), help="where gists are made")
+        p.add_checkpoint("of a run with --mc_enabled=1; default: what made the store, the quickstart's, or untrained "
+                         "networks", required=False)
+        p.add_step()
+        p.add_device("where gists are made")
     p = sub["ingest"]
     p.add_argument("paths", type=Path, nargs="*", default=[], help="files and folders; none, or -: standard input")
     p.add_argument("--text_column", default="text", help="column of parquet and jsonl files that holds the text")
@@ -523,7 +521,7 @@ def make_parser() -> FlagParser:
     p.add_argument("--limit", type=int, default=20, help="at most so many sources; -1: all")
     p.add_argument("--source", type=int, help="the source with this id")
     p.add_argument("--span", help="where these slots come from: START:STOP")
-    p.add_switch("--text", False, "1: print the text of what was found")
+    p.add_switch("--show_text", False, "1: print the text of what was found")
     p.add_argument("--top_nodes", type=int, default=0, help="instead: the nodes shown most often, so many")
     p.add_switch(
         "--measure",
@@ -549,7 +547,7 @@ def make_parser() -> FlagParser:
     p.add_switch("--dry_run", False, "1: only say how many")
     sub["restore"].add_argument("--source", type=int, help="only blocks of this source")
     p = sub["export"]
-    p.add_argument("--out", type=Path, required=True, help="folder to write, not there yet or empty")
+    p.add_out("folder to write, not there yet or empty")
     p.add_argument("--format", default="arrow", choices=("arrow", "safetensors"),
                    help="Arrow IPC files, or one safetensors file")
     return parser

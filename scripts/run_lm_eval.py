@@ -33,11 +33,9 @@ def make_parser(with_mc: bool = True) -> FlagParser:
         default=0,
         help="window in tokens, behind which a longer context is cut; 0: the training length; without MegaContext only",
     )
-    parser.add_argument("--seed", type=int, default=0,
-                        help="of the choice of few-shot examples and of sampling, where a task samples")
+    parser.add_seed("the choice of few-shot examples and of sampling, where a task samples")
     parser.add_switch("--mc_enabled", False, "1: sessions with MegaContext, whose context is never cut")
-    parser.add_argument("--out", type=Path, default=None,
-                        help="JSON file of the results; default $NANOCHAT_BASE_DIR/evals/lm_eval.json")
+    parser.add_out("JSON file of the results", "evals/lm_eval.json")
     if with_mc:
         import_optional("mc", "session.config").add_flags(parser)
     return parser

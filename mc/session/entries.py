@@ -72,6 +72,7 @@ class CachedHistory(FocusedHistory):
     def forget_cache(self) -> None:
         """Everything shown will be run again."""
         slots = self.pool.cache.spare
+        # recut: else the next pass would take every token from n_read on, all of the history, as new and raw
         self.cached, self.free_slots, self.recut = _Cached(), list(range(slots)), True
         self.pool.cache.clear(self.row, torch.arange(slots, device=self.pool.device))
         self.last_hidden_D: Tensor | None = None
@@ -92,14 +93,16 @@ class CachedHistory(FocusedHistory):
         if recut:
             lod, index = self._shown()
             ids = self._ids(lod, index)
+            # a cut tiles the history with its void slots; they hold no token and get no entry
             shown = (lod > 0) | (ids != VOID)
             lod, index, ids = lod[shown], index[shown], ids[shown]
             slot = self._slots_kept(lod, index)
             run = slot < 0
             gone = np.setdiff1d(cached.slot, slot)
+            # what has a position is seen: it would be attended to until its slot is written again
             self.pool.cache.clear(self.row, torch.from_numpy(gone).to(self.pool.device))
+            # before slots are taken: an edit of a full row needs those of what it hides
             self.free_slots.extend(gone.tolist())
-            self.store_reads += len(run)
             self.kept, self.computed = len(run) - int(run.sum()), int(run.sum())
         else:
             new = np.arange(read, self.n_tokens)
@@ -109,7 +112,9 @@ class CachedHistory(FocusedHistory):
             ids = np.concatenate([np.full_like(cached.lod, VOID), new_ids])
             slot = np.concatenate([cached.slot, np.full_like(new, -1)])
             run = slot < 0
+        # enough are free: a row holds budget + interval, and a refocus comes before more is read
         slot[run] = [self.free_slots.pop() for _ in range(run.sum())]
+        # of all that is shown: smear and key shift read the entry before, which may be one that is kept
         before, lod_before, index_before = (np.concatenate([[-1], x[:-1]]) for x in (slot, lod, index))
         linked = (lod == 0) & (lod_before == 0) & (index == index_before + 1)
         self.cached, self.n_read = _Cached(lod, index, slot), self.n_tokens
@@ -125,9 +130,11 @@ class CachedHistory(FocusedHistory):
         K, cached = self.history.block_size, self.cached
         if not len(cached.lod):
             return np.full_like(lod, -1)
+        # entries do not overlap: of the cached ones at most one begins where this one does
         place = np.searchsorted(cached.index * K ** cached.lod, index * K ** lod).clip(max=len(cached.lod) - 1)
         same = (cached.lod[place] == lod) & (cached.index[place] == index)
         if self.pool.config.kv_policy == "exact":
+            # a key holds what stood before it: as from scratch only up to the first entry that is new or gone
             same &= np.minimum.accumulate(same & (place == np.arange(len(lod))))
             ahead = slice(len(cached.lod) - 1, None)
             if self.pool.mc.config.positions == "contiguous" and not (same[:len(cached.lod)].all()

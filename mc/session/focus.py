@@ -59,13 +59,13 @@ class FocusedHistory:
         self.pending: list[int] = []
 
     def _restart(self, focus: PathEdits) -> None:
-        self.search = KeySearch(self.pool.mc.lensnet, self.history.store.keys)
+        self.search = KeySearch(self.pool.mc.lensnet, self.history.keys)
         self.search.grow(self.history.store.n_nodes(1))
         self.focus, self.scores, self.last_edits, self.price_shift = focus, {}, Edits(), 0.0
         self.cut_lod, self.cut_index, self.cut_tokens = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), 0
+        # a store may bring a history, whose end nobody has looked at
         self.asked = self.n_tokens > 0  # appended to since the last refocus
-        # records read, and time spent, since the last report of a refocus
-        self.store_reads, self.refocus_seconds = 0, 0.0
+        self.refocus_seconds = 0.0  # since the last report of a refocus
 
     # -- the history ----------------------------------------------------------------------
 
@@ -85,12 +85,12 @@ class FocusedHistory:
         self._store(torch.empty(0, dtype=torch.int64))
 
     def _store(self, ids_N: Tensor) -> None:
-        """The tokens that wait, and these, into the history. Interrupted, what was stored waits no
-        longer: no token is stored twice."""
+        """The tokens that wait, and these, into the history."""
         before, asked = self.history.n_tokens, self.asked or len(ids_N) > 0
         try:
             self.history.append(torch.cat([torch.tensor(self.pending, dtype=torch.int64), ids_N]))
         finally:
+            # interrupted, what was stored waits no longer: no token is stored twice
             stored = self.history.n_tokens - before
             self.pending, self.asked = self.pending[stored:], asked if stored else self.asked
         self.search.grow(self.history.store.n_nodes(1))
@@ -98,15 +98,17 @@ class FocusedHistory:
     def ingest(self, tokens: list[int]) -> None:
         """Generated tokens: part of the history at once, stored when they complete a block."""
         self.pending += tokens
+        # by the block, for every append to a store is a commit
         if self.n_tokens // self.history.block_size > self.history.n_tokens // self.history.block_size:
             with self.pool.timing("ingest"):
                 self.flush()
 
     def _tail(self) -> Tensor:
         """[1, ≤ tail, D] embeddings of the last tokens, as the lens reads them."""
+        # more than the lens sums up: the query of the tail's first token averages those before it
         count = self.pool.mc.lensnet.config.tail + LOCAL_MEAN
         stored = torch.arange(max(self.n_tokens - count, 0), self.history.n_tokens)
-        ids = torch.cat([self.history.store.tokens(stored),
+        ids = torch.cat([self.history.tokens(stored),
                          torch.tensor(self.pending, dtype=torch.int64)])[-count:].to(self.pool.device)
         return (self.pool.gpt.embed(ids.clamp_min(0)) * (ids != VOID)[:, None])[None]
 
@@ -114,7 +116,7 @@ class FocusedHistory:
         """Token ids of raw entries; VOID for gists, and where a source has ended."""
         ids, stored = np.full_like(lod, VOID), self.history.n_tokens
         early, late = (lod == 0) & (index < stored), (lod == 0) & (index >= stored)
-        ids[early] = self.history.store.tokens(torch.from_numpy(index[early])).numpy()
+        ids[early] = self.history.tokens(torch.from_numpy(index[early])).numpy()
         ids[late] = np.array(self.pending, dtype=np.int64)[index[late] - stored]
         return ids
 
@@ -129,6 +131,7 @@ class FocusedHistory:
         timing, focus, c, begin = self.pool.timing, self.focus, self.pool.focus_config, time.perf_counter()
         with timing("lens"):
             blocks = self.history.store.n_nodes(1)
+            # what may start expanded: without a score it would be the first to be collapsed
             fresh = range(max(blocks - c.budget // c.block_size - 1, 0), blocks)
             also = sorted({index for lod, index in focus.expanded if lod == 1} | set(fresh))
             index_N, logits_N = torch.empty(0, dtype=torch.int64), torch.empty(0)
@@ -140,6 +143,7 @@ class FocusedHistory:
                     if reader is not None:
                         logits_N = self._reread(reader, index_N, logits_N)
         with timing("allocator"):
+            # in this order: advance closes what is pruned, and the price is that of the room after it
             focus.pruned = set(index_N[~self.history.store.has_detail(index_N)].tolist()) if blocks else set()
             logits = dict(zip(index_N.tolist(), logits_N.tolist()))
             focus.advance(self.n_tokens, set(logits))
@@ -148,12 +152,13 @@ class FocusedHistory:
             self.price_shift = float(next_shift(torch.tensor(self.price_shift, dtype=torch.float64),
                                                 torch.tensor(self.utilization)))
             before, after = self._shown(), focus.cut()
+            # or: a refocus before this one may have changed something that no pass has run yet
             self.recut |= not all(map(np.array_equal, before, after))
             (self.cut_lod, self.cut_index), self.cut_tokens = after, focus.n_tokens
             if self.catalog:
                 self.catalog.count_access(torch.from_numpy(self.cut_lod), torch.from_numpy(self.cut_index))
+        # last: after an append, a refocus that failed is still due
         self.asked = False
-        self.store_reads += self.search.n_exact
         self.refocus_seconds += time.perf_counter() - begin
         return edits
 
@@ -163,6 +168,7 @@ class FocusedHistory:
         nodes = {1: index_N}
         for lod in range(2, c.max_lod + 1):
             above = (index_N // c.block_size ** (lod - 1)).unique()
+            # what is not complete has no gist yet
             nodes[lod] = above[above < store.n_nodes(lod)]
         lod_E = torch.cat([torch.full_like(index, lod) for lod, index in nodes.items()])
         index_E = torch.cat([*nodes.values()])
@@ -180,6 +186,7 @@ class FocusedHistory:
     def _scores(self, logits: dict[int, float]) -> dict[int, float]:
         """Focus scores in [−1, 1]."""
         focus, n_B = self.focus, torch.tensor([self.focus.n_tokens])
+        # the tail is shown at any price, a pruned block at none: neither may set it
         fixed = torch.tensor(sorted({*focus.tail_blocks(), *focus.pruned}), dtype=torch.int64)
         index_BI, logits_BI = torch.tensor([list(logits)], dtype=torch.int64), torch.tensor([list(logits.values())],
                                                                                             dtype=torch.float64)
@@ -226,6 +233,7 @@ class FocusedHistory:
                 lines.append(Shown(end, start - end, 0, None, None,
                                    "left out: no entry has room for it; searched at every refocus"))
             end = start + K ** at
+            # a coarser gist stands for many blocks: the score of one would not be its own
             score = self.scores.get(block) if at < 2 else None
             if at == 0 and lines and lines[-1].lod == 0 and lines[-1].start // K == block:
                 lines[-1] = lines[-1]._replace(tokens=lines[-1].tokens + 1, entries=lines[-1].entries + 1)

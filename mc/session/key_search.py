@@ -59,6 +59,7 @@ class KeySearch:
         if n_blocks < self.n_blocks:
             raise ValueError(f"{n_blocks} blocks after {self.n_blocks}: use truncate")
         if self.n_blocks < self.flat_limit:
+            # kept when codes have taken over: `truncate` may come back below the limit
             new = torch.arange(self.n_blocks, min(n_blocks, self.flat_limit))
             self._flat[new] = self.read_keys(new).to(self._dtype)
         self.n_blocks = n_blocks
@@ -86,6 +87,7 @@ class KeySearch:
         weight_T = trust[:, 0] * (self.lens.log_gain.exp() * self.lens.age_weights(len(trust))).cpu()
         also_I = torch.empty(0, dtype=torch.int64) if also_I is None else also_I.cpu().long()
         if self._fitted:
+            # codes rank roughly: more than m are found, for exact scores to choose among
             found = self._scan(queries, weight_T, max(self.keep, 2 * m))
             index_I = torch.cat([found, torch.arange(self._encoded, self.n_blocks), also_I]).unique()
             keys_NPC = self.read_keys(index_I).to(self._dtype)
@@ -106,6 +108,7 @@ class KeySearch:
         """Bring directions and codes up to date with n_blocks: both a function of the keys alone."""
         wanted = 0
         if self.n_blocks > self.flat_limit:
+            # of the last doubling, not of now: the pieces in which the history grew make no difference
             wanted = self.flat_limit << ((self.n_blocks - 1) // self.flat_limit).bit_length() - 1
         if wanted != self._fitted:
             self._fitted, self._encoded = wanted, 0
@@ -123,6 +126,7 @@ class KeySearch:
         if not self._fitted:
             self._directions = self._codes = self._bias = None
             return
+        # as many blocks whatever the length, from all parts of it
         sample = self.read_keys(torch.arange(0, self._fitted, self._fitted // self.flat_limit)).double().flatten(0, 1)
         self._directions = torch.linalg.eigh(sample.T @ sample).eigenvectors.flip(1)[:, :DIMS].float().contiguous()
         capacity = 2 * self._fitted
@@ -146,12 +150,14 @@ class KeySearch:
         scale_M1 = queries.abs().amax(1, keepdim=True) / 127
         codes = (queries / scale_M1).round().to(torch.int8).T.contiguous()
         scale = weight[:tokens] * scale_M1[:, 0] / 127
+        # the bias depends on the distance alone: one table serves every cursor
         n, begin = self._encoded, len(self._bias) - self.n_blocks
         bias_N, score_N = self._bias[begin:begin + n], torch.empty(n)
         products = torch.empty(2, CHUNK, tokens, dtype=torch.int32)
         for start in range(0, n, CHUNK):
             chunk = slice(start, min(start + CHUNK, n))
             best, other = products[:, :chunk.stop - start]
+            # the maximum over a block's keys is that of integers: a token's scale is one for all of them
             torch._int_mm(self._codes[0, chunk], codes, out=best)
             for keys in self._codes[1:, chunk]:
                 torch.maximum(best, torch._int_mm(keys, codes, out=other), out=best)

@@ -20,6 +20,7 @@ class SessionMeter:
     tokens. cooldown: the allocator's."""
 
     def __init__(self, recorder: Recorder, cooldown: int):
+        # within the cooldown no edit is reversed: what counts as undone must reach beyond it
         self.recorder, self.within = recorder, 2 * max(cooldown, 1)
         # refocus at which an edit flipped a node last, and whether it opened it
         self._flips: dict[Node, tuple[int, bool]] = {}
@@ -64,6 +65,7 @@ class SessionMeter:
 
     def _undone(self, at: int, edits: Edits) -> int:
         """Flips by edits that undo another edit's of a short while ago."""
+        # older flips count no more: kept, they would grow with the session
         self._flips = {node: flip for node, flip in self._flips.items() if at - flip[0] <= self.within}
         flips = {**dict.fromkeys(edits.opened, True), **dict.fromkeys(edits.closed, False)}
         undone = sum(self._flips.get(node, (at, opened))[1] != opened for node, opened in flips.items())
@@ -73,6 +75,7 @@ class SessionMeter:
     def decoded(self, seconds: float) -> None:
         """One more token of a request, `seconds` after the one before. Kept here, and recorded at the next refocus."""
         if self._first is None:
+            # its wait has a metric of its own and would spoil the mean of the others
             self._first = time.perf_counter()
             return
         tokens, spent = self._interval

@@ -89,4 +89,5 @@ def room(n_tokens_B: Tensor, cfg: FocusConfig) -> Tensor:
 
 def next_shift(shift_B: Tensor, utilization_B: Tensor) -> Tensor:
     """[B] the adaptive price's shift after a refocus that used so much of the budget."""
+    # at most 0: above the market price blocks would be left out that the budget has room for
     return torch.where(utilization_B < TARGET, shift_B - FALL, shift_B + RETURN).clamp(LOWEST, 0)

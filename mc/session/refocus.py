@@ -76,6 +76,7 @@ class PathEdits:
 
     def _keep_blocks(self) -> None:
         if self.omits:
+            # every node listed counts as a raw block from here on
             self.expanded = {node for node in self.expanded if node[0] == 1}
 
     # -- geometry ---------------------------------------------------------------------------------------------------------  # noqa: E501
@@ -142,7 +143,8 @@ class PathEdits:
         Nodes that became complete start expanded, which leaves the cut as it was plus the new tokens raw. When more
         blocks are new than the budget can show, those start collapsed that neither are protected nor
         contain a block that is listed or
-        expanded: they would be the first to be collapsed by force.
+        expanded: they would be the first to be collapsed by force. Of the protected tail all is expanded that
+        has its detail.
         """
         c, before = self.cfg, self.n_tokens
         self.n_tokens = n_tokens
@@ -152,9 +154,12 @@ class PathEdits:
             new = [(lod, i) for lod in range(1, self.levels + 1)
                    for i in range(before // K ** lod, n_tokens // K ** lod)]
         else:
-            blocks = listed | set(self.tail_blocks()) | {self._first_block(node) for node in self.expanded}
+            blocks = listed | {self._first_block(node) for node in self.expanded}
+            # of new nodes only: one that was there and hidden stays so
             new = [node for block in blocks for node in self.path(block) if (node[1] + 1) * K ** node[0] > before]
-        self.expanded.update(new)
+        # of the tail old ones, too: detail that was pruned may have been given back
+        self.expanded.update(new, *map(self.path, self.tail_blocks()))
+        # last, for new and old alike: tokens that were pruned must not be shown
         self.expanded.difference_update((1, block) for block in self.pruned)
 
     def _first_block(self, node: Node) -> int:
@@ -164,6 +169,7 @@ class PathEdits:
         """One refocus by the scores in [−1, 1] of blocks relative to the price, as `GreedyAllocator.refocus`."""
         c, edits = self.cfg, Edits()
         self.refocuses += 1
+        # what has cooled down is forgotten: the state stays small however long the session
         self.changed = {node: at for node, at in self.changed.items() if self.refocuses - at <= c.cooldown}
         scores = {block: score for block, score in scores.items() if block not in self.pruned
                   and self.exists((1, block))}
@@ -173,12 +179,16 @@ class PathEdits:
                 best[node] = max(score, best.get(node, UNSCORED))
 
         def order(node: Node) -> tuple[float, int]:
+            # of equals what begins last, then the lowest, comes first: a node comes after all that it holds, whose best
+            # is no higher than its own, so taking from the front leaves the others closed upward
             return best.get(node, UNSCORED), node[0] - self._first_block(node) * (c.max_lod + 1)
 
+        # before any edit, and whatever cools down: the budget is hard
         if (over := -self.free(c.budget)) > 0:
             edits.collapsed = sorted((node for node in self.expanded if not self.protected(node)), key=order)[:over]
             self.expanded.difference_update(edits.collapsed)
         for _ in range(c.max_edits):
+            # one by one: each changes what the next can spend and may flip
             opening, closing = self._next_edit(scores, best, order)
             if not opening and not closing:
                 break
@@ -193,6 +203,7 @@ class PathEdits:
         """Nodes to open and nodes to close: the best show, else the best hide, else nothing."""
         c = self.cfg
         fixed = {node for node in self.expanded if self.protected(node) or node in self.changed}
+        # what stays open needs all above it open
         fixed |= {above for node in fixed for above in self.path(self._first_block(node)) if above[0] > node[0]}
         movable = sorted(self.expanded - fixed, key=order)
         free = self.free(c.budget)
@@ -200,17 +211,20 @@ class PathEdits:
         shows = []
         for block in scores:
             opening, total = [node for node in self.path(block) if node not in self.expanded], 0.0
+            # siblings only: then the path to the first of them serves them all
             for last in range(block, min(block + c.span, (block // c.block_size + 1) * c.block_size)):
                 if (1, last) in self.expanded or last in self.pruned or not self.exists((1, last)):
                     break
                 opening, total = [*opening, (1, last)] if last > block else opening, total + scores.get(last, UNSCORED)
                 bar, price = total / (last - block + 1), max(len(opening) - free, 0)
+                # the first of movable may pay: no node above these blocks is among them, its best is bar at least
                 cheap = bisect_left(movable, bar - c.margin, key=lambda node: best.get(node, UNSCORED))
                 if bar > c.tau_expand and cheap >= price and not any(node in self.changed for node in opening):
                     shows.append((total, -len(opening), block, last, opening, movable[:cheap], price))
         if shows:
             _, _, first, last, opening, cheap, price = max(shows, key=lambda show: show[:4])
             near = range(first - c.span + 1, last + c.span)
+            # a stable sort, and what a near node holds is near: still no node before one that it holds
             return opening, sorted(cheap, key=lambda node: not self._covers_only(node, near))[:price]
         if not movable or best.get(movable[0], UNSCORED) >= -c.tau_collapse:
             return [], []
@@ -218,6 +232,7 @@ class PathEdits:
         hiding = [lowest]
         for above in self.path(self._first_block(lowest))[lowest[0]:]:
             below = sum(self._inside(node, above) for node in self.expanded)
+            # below: a node closes only when nothing but what is hidden here was open inside it
             if above in fixed or best.get(above, UNSCORED) >= -c.tau_collapse or below != above[0] - lowest[0] + 1:
                 break
             hiding.append(above)
@@ -245,6 +260,7 @@ class PathEdits:
             lods.append(np.full(len(shown), lod))
             indices.append(shown)
             children = (open_nodes[:, None] * K + np.arange(K)).ravel()
+            # and those whose own parent is not complete
             nodes = np.concatenate([children,
                                     np.arange(self.n_tokens // K ** lod * K, self.n_tokens // K ** (lod - 1))])
         lod = np.concatenate([*lods, np.zeros(len(nodes), dtype=np.int64)])
@@ -260,6 +276,7 @@ class PathEdits:
         # pruned: their gists come before all others
         tail = [(1, block) for block in self.tail_blocks() if block not in shown]
         left = c.budget - len(raw) - len(tail)
+        # lazily: a tiling grows with the history, what is taken of it does not
         gists = islice(self._around(shown | set(self.tail_blocks())), left)
         nodes = sorted([*raw, *tail, *gists], key=lambda node: node[1] * K ** node[0])
         lod, index = np.array(nodes, dtype=np.int64).reshape(-1, 2).T

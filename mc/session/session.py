@@ -69,6 +69,7 @@ class SessionPool:
         self.device, self.dtype = gpt.lm_head.weight.device, gpt.lm_head.weight.dtype
         self.interval = config.interval or c.block_size
         self.untrained = [lod for lod in range(1, c.max_lod + 1) if lod not in trained_lods]
+        # up to the first gap: a node that is opened shows the level below it
         max_lod = c.max_lod if config.untrained == "report" or not self.untrained else self.untrained[0] - 1
         if max_sessions < 1:
             raise UserError(f"max_sessions {max_sessions}: at least 1")
@@ -102,6 +103,7 @@ class SessionPool:
         digest = hashlib.sha256(repr((asdict(self.gpt.config), asdict(self.mc.config), dict(focus))).encode())
         for module in (self.gpt, self.mc):
             for name, tensor in sorted(module.state_dict().items()):
+                # as bytes: numpy has no bfloat16
                 digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -141,6 +143,7 @@ class SessionPool:
                 session.history.fill(tensors["history"])
             put_back(session, session.generator, meta, tensors)
         except BaseException:
+            # else its place would stay taken by a session that nobody holds
             session.close()
             raise
         return session
@@ -152,16 +155,18 @@ class SessionPool:
         """Run every entry that is shown and not in the cache. Hidden states [S, D] of
         those entries for each session."""
         self.check_open(sessions)
+        # by row: where a pass runs all rows, the cache gives its buffers as they stand, without a copy
         order = sorted(range(len(sessions)), key=lambda i: sessions[i].row)
         begin = time.perf_counter()
         try:
             work = [sessions[i].missing() for i in order]
             counts = [len(w.lod) for w in work]
-            if not any(counts):
-                return [torch.empty(0, self.gpt.config.n_embd, device=self.device)] * len(sessions)
-            with self.timing("refill" if any(w.recut for w in work) else "base"):
-                hidden_ASD = self._run([sessions[i] for i in order], work, max(counts))
+            hidden_ASD = torch.empty(len(order), 0, self.gpt.config.n_embd, device=self.device)
+            if any(counts):
+                with self.timing("refill" if any(w.recut for w in work) else "base"):
+                    hidden_ASD = self._run([sessions[i] for i in order], work, max(counts))
         except BaseException:
+            # `missing` has entered as cached what was never run, or only in part
             for session in sessions:
                 session.forget_cache()
             raise
@@ -169,7 +174,9 @@ class SessionPool:
         for place, i in enumerate(order):
             out[i] = hidden_ASD[place, :counts[place]]
             if counts[place]:
+                # a copy: a view would hold the hidden states of the whole pass
                 sessions[i].last_hidden_D = out[i][-1].clone()
+            # with nothing run, too: what follows is no part of this refocus
             sessions[i].report_refocus(time.perf_counter() - begin)
         return out
 
@@ -186,6 +193,7 @@ class SessionPool:
             if temperature == 0:
                 tokens = logits_AV.argmax(-1).tolist()
             else:
+                # one by one, each with its own generator: the sessions beside it do not matter
                 tokens = [int(sample(logits_AV[i:i + 1], temperature, top_k, session.generator, top_p))
                           for i, session in enumerate(sessions)]
         for session, token in zip(sessions, tokens):
@@ -202,6 +210,7 @@ class SessionPool:
         seed: start every session's draws anew; None: go on with them. A session's tokens do not depend on those beside
         it. UserError, before anything runs, as the engine, and for an empty session.
         """
+        # here, for the body of `_stream` begins only when the first token is asked for
         check_sampling(self.gpt.config.vocab_size, max_tokens, temperature, top_k, stop_ids, top_p)
         self.check_open(sessions)
         for session in sessions:
@@ -227,6 +236,7 @@ class SessionPool:
             going_on = [i for i in running if drawn[i] not in stop_ids and left > 1]
             for i in running if self.recorder else ():
                 sessions[i].meter.decoded(time.perf_counter() - begin)
+                # before the token is given out: after the last one nobody needs to come back
                 if i not in going_on:
                     sessions[i].meter.finished(began, sessions[i].n_tokens)
             yield [drawn.get(i) for i in range(len(sessions))]
@@ -243,6 +253,7 @@ class SessionPool:
         if not gists and c.positions != "contiguous":  # tokens only: as in the base
             centre_AS, bias_AS, embeds_ASD = index_AS.double(), torch.zeros_like(index_AS, dtype=self.dtype), None
             rotary = self.gpt.rotary(index_AS)
+            # padding has no id; any will do, for nobody sees its slot
             ids_AS = ids_AS.clamp_min(0)
         else:
             length_AS = c.block_size ** lod_AS * (slot_AS != self.cache.spare)
@@ -298,7 +309,7 @@ class Session(CachedHistory):
             self.meter.ingested(len(ids_N), time.perf_counter() - begin, self.n_tokens)
 
     def report_refocus(self, pass_seconds: float) -> None:
-        """Tell the meter of a refocus whose pass has just run."""
+        """Tell the meter of a refocus whose pass, if it needed one, has just run."""
         if self.meter and self.refocus_seconds:
             lods = self.status().entries_by_lod
             raw = sum(lod == 1 for lod, _ in self.focus.expanded)
@@ -306,8 +317,8 @@ class Session(CachedHistory):
                 self.focus.refocuses, self.last_edits, seconds=self.refocus_seconds + pass_seconds,
                 entries_by_lod=lods, omitted=self.omitted_tokens, swappable=raw + lods.get(1, 0),
                 utilization=self.utilization, kv_kept=self.kept, kv_recomputed=self.computed,
-                store_reads=self.store_reads)
-            self.store_reads = 0
+                store_reads=self.history.reads)
+            self.history.reads = 0
         self.refocus_seconds = 0.0
 
     def generate(self, max_tokens: int, *, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
@@ -332,12 +343,15 @@ class Session(CachedHistory):
         self.history.check_ids(left)
         while len(left):
             parts.append(self.logits()[None])
+            # what comes after the next refocus is read by another cut
             piece = left[:self.pool.interval - (self.n_tokens - self.cut_tokens)]
             left = left[len(piece):]
             self.ingest(piece.tolist())
             (hidden_SD,) = self.pool.catch_up([self])
             with torch.inference_mode():
-                parts.append(self.pool.gpt.logits(hidden_SD[:-1]))
+                # the piece's own: more is run where void slots moved what stood before. The last one's are the next
+                # piece's first: a refocus may come before them
+                parts.append(self.pool.gpt.logits(hidden_SD[-len(piece):][:-1]))
         return torch.cat(parts) if parts else torch.empty(0, self.pool.gpt.config.vocab_size, device=self.pool.device)
 
     def close(self) -> None:

@@ -34,6 +34,7 @@ class PagedCache(KVCache):
     def __init__(self, config, batch: int, slots: int, device=None, dtype=torch.float32):
         super().__init__(config, batch, slots + 1, device, dtype)
         self.spare = slots
+        # float64: from 2^24 on float32 does not tell neighbouring tokens apart
         self.centre_BM = torch.full((batch, slots + 1), NOWHERE, device=device, dtype=torch.float64)
         self.bias_BM = torch.zeros(batch, slots + 1, device=device, dtype=dtype)
         self.batch = batch
@@ -49,6 +50,7 @@ class PagedCache(KVCache):
 
     def clear(self, row: int, slots_N: Tensor) -> None:
         """Forget the entries in some slots of a row."""
+        # their keys may stay: nobody sees what has no position
         self.centre_BM[row, slots_N] = NOWHERE
 
     def slots_for(self, count: int) -> tuple[Tensor, Tensor]:
@@ -62,6 +64,7 @@ class PagedCache(KVCache):
         """Float [A, 1, S, M] to add to the logits: the key's bias, −inf for keys that stand after the entry. No window
         is applied, `mc.session` refuses models whose windows are shorter than a working context."""
         behind = (self.visible(self.centre_BM)[:, None] - self.placement.centre_AS[..., None])[:, None]
+        # padding stands NOWHERE too and so sees every slot: a row of −inf alone would be NaN
         return torch.where(behind <= 0, self.visible(self.bias_BM)[:, None, None], -torch.inf)
 
     def advance(self, written: int, counts_B: Tensor | None = None) -> None:

@@ -54,6 +54,7 @@ def edit_source(history: History, catalog: Catalog, source: int, start: int, rem
     history.check_ids(ids_N)
     where = catalog.source(source)
     edit, padded = _plan(history, where, start, removed, ids_N)
+    # before the store changes: where the process dies behind the commit, only this tells what moved, and how far
     catalog.begin_edit(edit)
     try:
         if removed == len(ids_N):
@@ -63,11 +64,13 @@ def edit_source(history: History, catalog: Catalog, source: int, start: int, rem
     except BaseException:
         if isinstance(history.store, DiskStore):  # a history in RAM keeps nothing to go back to
             history.store.roll_back()
+        # behind the rollback: dying in between leaves the intent, and the store's version says that nothing came of it
         catalog.abandon_edit()
         raise
     history.store.commit()  # where this fails, opening the store again tells whether it is in, and the catalog follows
     report = EditReport(source, dict(written.nodes), written.moved, written.bytes, time.perf_counter() - begin)
     catalog.finish_edit(asdict(report))
+    # blocks that the edit went through have their detail again
     if catalog.count("tombstones"):
         catalog.set_tombstones(pruned_blocks(history.store))
     return report
@@ -95,6 +98,7 @@ def _plan(history: History, where: Source, start: int, removed: int, ids_N: Tens
     stop_block = where.blocks(K).stop
     touched = torch.arange((where.start + start) // K, -(-(where.start + start + removed) // K)
                            if removed == len(ids_N) else stop_block)
+    # the block at the end that is not whole has no detail to lose
     touched = touched[touched < n // K]
     if (erased := touched[history.store.detail(touched) == ERASED]).numel():
         raise UserError(
@@ -139,6 +143,7 @@ def _replace(history: History, first_slot: int, ids_N: Tensor) -> _Written:
             store.rewrite_nodes(lod, begin, *history.nodes(lod, index_N))
             written.made(lod, len(index_N))
             if lod == 1:
+                # what was pruned is the old text: of the new one nothing was counted yet
                 store.set_detail(index_N, KEPT)
         first, stop = first // K, -(-stop // K)
     return written
@@ -156,9 +161,11 @@ def _rechunk(history: History, edit: Edit, padded: bool, first_slot: int, ids_N:
         tail_N = torch.cat([tail_N, torch.full((-len(tail_N) % K,), VOID)])
         if not edit.shift:
             return _replace(history, first * K, tail_N)
+    # what follows is read from the history as it was while it is written anew; a snapshot commits, so it comes first
     with closing(store.snapshot()) as old:
         store.truncate(0, first * K)
         store.append_tokens(tail_N)
+        # nodes are appended in order: those of the edited source before the ones that move
         history.grow()
         for begin in range(edit.stop_block, n // K, BATCH_BLOCKS):
             block_N = torch.arange(begin, min(begin + BATCH_BLOCKS, n // K))

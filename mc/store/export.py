@@ -123,6 +123,7 @@ def _safetensors(store: Store, catalog: Catalog, folder: Path, lods: list[int],
         header[name] = {"dtype": SAFE_DTYPES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
+    # readers map the tensors, which so begin at a multiple of eight
     text += b" " * (-len(text) % 8)
     path = folder / "history.safetensors"
     with replacing(path) as part, open(part, "wb") as out:
@@ -130,6 +131,7 @@ def _safetensors(store: Store, catalog: Catalog, folder: Path, lods: list[int],
         for name, (_, shape, read) in tensors.items():
             for index_N in _pieces(shape[0]):
                 out.write(read(index_N).contiguous().view(torch.uint8).numpy().data)
+                # keys belong to nodes that are counted already
                 if name != "K1":
                     count(len(index_N))
     return [path]

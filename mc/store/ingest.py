@@ -157,8 +157,10 @@ class Ingest:
         if text.hash in self._hashes or self.catalog.complete_source(text.hash):
             self.report.known += 1
             return False
+        # once a document is planned, the last source of the catalog is not at the end any more
         cut_off = None if self._planned else self.catalog.last_source()
         if cut_off and cut_off.hash == text.hash and cut_off.start + cut_off.tokens == self._end:
+            # right at the end, no void slots or other sources behind it: only there can its tokens go on
             source, skip = cut_off, cut_off.tokens
             self.report.resumed += 1
         else:
@@ -171,6 +173,7 @@ class Ingest:
         self.report.sources += 1
         self.report.bytes += text.size
         for ids_N in self._tokens(text, skip):
+            # a piece may be longer than a batch: no more than about two batches are ever held
             for part in ids_N.split(self.limit):
                 self._put(part)
         self._change(complete=True)
@@ -207,7 +210,10 @@ class Ingest:
     def _write(self) -> None:
         """Commit what is buffered, its sources first; the last one may go on."""
         if self._planned:
+            # the catalog first: sources of slots that never came are cut back at the next opening, slots without a
+            # source would only be told of, and their document ingested once more
             *done, last = self.catalog.write_sources(self._planned)
+            # under its id the next batch overwrites what is announced of it
             self._planned = [] if self._planned[-1].complete else [Source(**{**vars(self._planned[-1]), "id": last})]
             self._hashes = {source.hash for source in self._planned}
         if self._buffered:

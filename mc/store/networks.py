@@ -49,7 +49,7 @@ def default_checkpoint() -> Path | None:
     """The quickstart's text model, or else the MegaContext checkpoint that was written
     last; None where there is none."""
     folder = base_dir() / "checkpoints"
-    if any((quickstart := folder / "quickstart_text_mc_42").glob("complete_*.json")):
+    if any((quickstart := folder / "quickstart_facts_mc_42").glob("complete_*.json")):
         return quickstart
     found = sorted(folder.rglob("mc_*.pt"), key=lambda path: path.stat().st_mtime)
     return found[-1].parent if found else None
@@ -71,6 +71,7 @@ def untrained_networks(device: torch.device | str = "cpu") -> Networks:
     that is there, or single bytes."""
     there = (tokenizer_dir() / "tokenizer.json").exists()
     tokenizer = Tokenizer.load() if there else Tokenizer([bytes([i]) for i in range(256)])
+    # the draws of the caller go on as if none had been made here
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         gpt = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=4, n_kv_head=4, n_embd=UNTRAINED_WIDTH,

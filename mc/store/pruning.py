@@ -56,6 +56,7 @@ def least_useful(
     if max_utility is not None:
         may &= utility <= max_utility
     order = np.flatnonzero(may)
+    # most blocks were never shown and are worth the same 0: stable, or which of them go would be chance
     order = order[np.argsort(utility[order], kind="stable")]
     return order if share is None else order[: max(int(share * n) - int(pruned.sum()), 0)]
 
@@ -76,10 +77,12 @@ def restore(store: Store, catalog: Catalog, source: int | None = None) -> PruneR
 
 def _set(store: Store, catalog: Catalog, blocks_N: np.ndarray, state: int) -> PruneReport:
     index_N = torch.from_numpy(blocks_N)
+    # `set_detail` refuses all blocks where one of them is erased
     there_N = store.detail(index_N) <= DROPPED
     if there_N.any():
         store.set_detail(index_N[there_N], state)
         store.commit()
+    # after the commit: where the process dies in between, the catalog takes them from the store (`Catalog.reconcile`)
     pruned = pruned_blocks(store)
     catalog.set_tombstones(pruned)
     changed = int(there_N.sum())

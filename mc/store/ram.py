@@ -140,6 +140,7 @@ def int8_rows(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     """Vectors as int8 [N, D] and the float32 scale [N, 1] of each: its largest magnitude ÷ 127."""
     x_ND = x_ND.float()
     scale_N1 = x_ND.abs().amax(-1, keepdim=True) / 127
+    # a vector of zeros has the scale 0: divided by this instead it stays zeros, and is no NaN
     return (x_ND / scale_N1.clamp_min(torch.finfo(torch.float32).tiny)).round().to(torch.int8), scale_N1
 
 
@@ -148,10 +149,12 @@ class Detail:
 
     def __init__(self, state_N: Tensor | None = None):
         self.state_N = torch.zeros(0, dtype=torch.uint8) if state_N is None else state_N
+        # kept, since every read of tokens asks
         self.any_erased = bool((self.state_N == ERASED).any())
 
     def at(self, index_N: Tensor) -> Tensor:
         known = index_N < len(self.state_N)
+        # also for a state of no blocks, which has no last one to be clamped to
         if not known.any():
             return torch.zeros(index_N.shape, dtype=torch.uint8)
         return torch.where(known, self.state_N[index_N.clamp_max(len(self.state_N) - 1)], KEPT)

@@ -49,11 +49,13 @@ def regist(
     for stale in store.path.glob("regist.*"):
         if stale != beside:  # for other networks, or of a text that was edited since
             shutil.rmtree(stale)
+    # without one its making was cut short, and it holds nothing
     if (beside / "manifest").exists():
         new = DiskStore.open(beside)
     else:
         shutil.rmtree(beside, ignore_errors=True)
         new = DiskStore.create(beside, format, partition_bytes=store.partition_bytes)
+    # closed, and so on the medium, before the store takes its files: `adopt` syncs their new names only
     with new:
         history, done = History(networks.gpt, networks.mc, new), new.n_tokens
         for start in range(done, store.n_tokens, BATCH_BLOCKS * format.block_size):
@@ -61,8 +63,10 @@ def regist(
                                                    min(start + BATCH_BLOCKS * format.block_size, store.n_tokens))))
             if progress:
                 progress(new.n_tokens, store.n_tokens)
+    # before the commit: a version too many is harmless, gists whose checkpoint nobody remembers are not
     catalog.add_version(format.model, networks.origin)
     store.adopt(new)
     store.commit()
+    # its files live on under their names in the store
     shutil.rmtree(beside)
     return done

@@ -43,6 +43,7 @@ def following_nll(history: History, block_N: Tensor, raw: bool) -> Tensor:
     linked_NS = F.pad(~is_gist_NS[:, 1:] & ~is_gist_NS[:, :-1], (1, 0))
     hidden_NSD = gpt.hidden(ids_NS, inputs_embeds=embeds_NSD, rotary=rotary, linked=linked_NS,
                             key_bias=mc.key_bias(lod_NS), lift_windows=True)
+    # the first of its tokens is predicted by the entry before: the last raw token, or the gist
     logits_NKV = gpt.logits(hidden_NSD[:, -K - 1:-1])
     return F.cross_entropy(logits_NKV.flatten(0, 1), ids_NS[:, -K:].flatten(),
                            reduction="none").view(-1, K).mean(1).cpu()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nanochat.checkpoint import load_model_state
-from nanochat.common import UserError
+from nanochat.common import FlagParser, pick_device
 from scripts.eval.statistics import median_interval
 from scripts.eval.subcommands import check_least
 
@@ -32,32 +32,23 @@ def ratio_of(seconds: np.ndarray) -> Ratio:
     return Ratio(float(np.median(ratios)), *median_interval(ratios))
 
 
-def add_checkpoint_flag(parser: argparse.ArgumentParser, about: str = "of a run with --mc_enabled=1") -> None:
-    parser.add_argument("--checkpoint_dir", required=True, help=f"checkpoint directory {about}")
+TRAINED_WITH_MC = "of a run with --mc_enabled=1"
 
 
-def add_device_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
-
-
-def add_block_flags(parser: argparse.ArgumentParser, pairs: int, steps: int, about: str) -> None:
+def add_block_flags(parser: FlagParser, pairs: int, steps: int, about: str) -> None:
     """Of a training step in blocks that take turns."""
-    add_checkpoint_flag(parser)
+    parser.add_checkpoint(TRAINED_WITH_MC)
     parser.add_argument("--pairs", type=int, default=pairs, help=f"pairs of blocks, {about} in turn")
     parser.add_argument("--steps", type=int, default=steps, help="steps per block")
-    add_device_flag(parser)
+    parser.add_device()
 
 
 def timed_meta(args: argparse.Namespace) -> dict:
-    """The checkpoint's `meta`, of `add_block_flags`. UserError for numbers or a device that are none."""
+    """The checkpoint's `meta`, of `add_block_flags`; --device is settled. UserError for numbers or a device that are
+    none."""
     check_least(args, pairs=1, steps=1)
-    check_device(args.device)
+    args.device = pick_device(args.device)
     return load_model_state(args.checkpoint_dir)[1]
-
-
-def check_device(device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device=cuda, but torch sees no CUDA device; use --device=cpu")
 
 
 def synchronize(device: str) -> None:

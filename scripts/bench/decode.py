@@ -25,14 +25,14 @@ from mc.session import session as sessions
 from mc.store.disk.store import DiskStore
 from mc.store.history import store_format
 from mc.store.ram import Store
-from nanochat.common import FlagParser, UserError, base_dir
+from nanochat.common import FlagParser, UserError, base_dir, pick_device
 from nanochat.dataloader import source_of
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.loading import load_model
 from nanochat.outputs import output_folder, write_file
 from nanochat.tokenizer import Tokenizer
-from scripts.bench.base import add_checkpoint_flag, add_device_flag, check_device, print_json
+from scripts.bench.base import TRAINED_WITH_MC, print_json
 from scripts.eval.figures import BLUE, VERMILION, new_figure, save_figure
 from scripts.eval.statistics import median_interval
 
@@ -264,7 +264,7 @@ def plot_decoding(found: dict, path: Path) -> None:
 
 
 def add_flags(parser: FlagParser) -> None:
-    add_checkpoint_flag(parser)
+    parser.add_checkpoint(TRAINED_WITH_MC)
     parser.add_argument("--longest", type=int, default=1_048_576,
                         help=f"longest history in tokens; measured are {', '.join(f'{n:,}' for n in LENGTHS)} up to it")
     parser.add_argument("--vanilla_longest", type=int, default=262_144,
@@ -273,9 +273,8 @@ def add_flags(parser: FlagParser) -> None:
                         help="history that vanilla really reads; a longer cache is filled with copies")
     parser.add_switch("--disk", False, "1: also sessions whose history is on disk, in a temporary folder")
     parser.add_argument("--rounds", type=int, default=16, help="refocus intervals timed at each length")
-    add_device_flag(parser)
-    parser.add_argument("--out", type=Path, default=None,
-                        help="folder of decode.json and the plot; default $NANOCHAT_BASE_DIR/evals/decode")
+    parser.add_device()
+    parser.add_out("folder of decode.json and the plot", "evals/decode")
     session_config.add_flags(parser, untrained="report")
 
 
@@ -284,7 +283,7 @@ def run(args: argparse.Namespace) -> None:
     if not lengths or args.rounds < 2 or args.vanilla_prefill < 1:
         raise UserError(f"--longest={args.longest} --rounds={args.rounds} --vanilla_prefill={args.vanilla_prefill}: at "
                         f"least {LENGTHS[0]} tokens, 2 rounds and 1 token")
-    check_device(args.device)
+    args.device = pick_device(args.device)
     gpt, meta = load_model(args.checkpoint_dir, device=args.device)
     config = session_config.from_flags(args)
     out = output_folder(args.out or base_dir() / "evals" / "decode", "decode.json", "decode.png")

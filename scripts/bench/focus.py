@@ -24,13 +24,13 @@ from torch import Tensor
 from mc.session import config as session_config
 from mc.session import session as sessions
 from mc.session.meter import SessionMeter
-from nanochat.common import UserError
+from nanochat.common import FlagParser, UserError, pick_device
 from nanochat.dataset import Progress, open_corpus
 from nanochat.gpt import GPT, token_losses
 from nanochat.loading import load_model
 from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer
-from scripts.bench.base import add_checkpoint_flag, add_device_flag, check_device, print_json
+from scripts.bench.base import print_json
 from scripts.eval.statistics import bootstrap_interval
 
 
@@ -106,18 +106,18 @@ def stream_summary(streams: list[Stream]) -> dict[str, float]:
             "refocuses": len(every["swap_rate"])}
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    add_checkpoint_flag(parser, "of a run with --mc_enabled=1 on text")
+def add_flags(parser: FlagParser) -> None:
+    parser.add_checkpoint("of a run with --mc_enabled=1 on text")
     parser.add_argument("--data", default="",
                         help="what is read: stdlib, or a directory of texts; empty: what the model was trained on")
     parser.add_argument("--tokens", type=int, default=16384, help="length of a stream [tokens]")
     parser.add_argument("--streams", type=int, default=4, help="streams, from the start of the held-out text on")
-    add_device_flag(parser)
+    parser.add_device()
     session_config.add_flags(parser, budget=256)
 
 
 def run(args: argparse.Namespace) -> None:
-    check_device(args.device)
+    args.device = pick_device(args.device)
     gpt, meta = load_model(args.checkpoint_dir, device=args.device)
     pool = sessions.open_pool(gpt, meta, args.checkpoint_dir, session_config.from_flags(args))
     begin = 2 * pool.focus_config.budget

@@ -38,13 +38,13 @@ from mc.focus_allocator import FocusConfig, entries_needed
 from mc.losses import distillation, row_mean
 from mc.mega_context import Tree, tiling
 from mc.model import MegaContext, Rows, read_rows, run_entries, take, with_continuation
-from nanochat.common import UserError
+from nanochat.common import FlagParser, UserError
 from nanochat.dataloader import Loader, source_of
 from nanochat.dataset import Progress
 from nanochat.gpt import GPT, token_losses
 from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
-from scripts.bench.base import add_checkpoint_flag, print_json
+from scripts.bench.base import print_json
 from scripts.eval.comparison import FocusComparison, plain_outcomes
 from scripts.eval.measures import held_out
 from scripts.eval.statistics import bootstrap_interval
@@ -186,8 +186,8 @@ def judge_arms(arms: list[Student], base: GPT, meta: dict, contexts: int, T: int
     return {name: torch.cat(values).double().numpy() for name, values in found.items()}
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    add_checkpoint_flag(parser, "of a base model, with or without MegaContext")
+def add_flags(parser: FlagParser) -> None:
+    parser.add_checkpoint("of a base model, with or without MegaContext")
     parser.add_argument("--arms", nargs="+", required=True,
                         help="settings of each arm, comma-separated, e.g. gist=slots,block_size=8")
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps of every arm")
@@ -195,7 +195,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--horizon", type=int, default=64, help="H: tokens of the continuation")
     parser.add_argument("--recent", type=int, default=32, help="last tokens of the history that are shown raw")
     parser.add_argument("--contexts", type=int, default=96, help="held-out rows that are judged")
-    parser.add_argument("--seed", type=int, default=1, help="of the networks and of the order of the rows")
+    parser.add_seed("the networks and of the order of the rows", default=42)
 
 
 def run(args: argparse.Namespace) -> None:

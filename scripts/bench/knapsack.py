@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mc.focus_allocator import NEVER, FocusConfig, FocusState, GreedyAllocator
 from mc.mega_context import tiling
+from nanochat.common import FlagParser
 from scripts.bench.base import print_json
 from scripts.eval.subcommands import check_least
 
@@ -101,9 +102,9 @@ def value(utility_BN1: Tensor, state: FocusState) -> Tensor:
     return (utility_BN1 * state.expanded[0]).sum(1)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--trials", type=int, default=32, help="random instances per row of the table")
-    parser.add_argument("--seed", type=int, default=0, help="of the utilities")
+    parser.add_seed("the utilities")
 
 
 INSTANCES = {  # tokens, block size, max_lod, and how many nodes the budget expands

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from mc.session import config as session_config
 from mc.session import session as sessions
-from nanochat.common import UserError
+from nanochat.common import FlagParser, UserError, pick_device
 from nanochat.dataloader import eval_rows, judged_rows, source_of
 from nanochat.loading import load_model
 from nanochat.tokenizer import Tokenizer
-from scripts.bench.base import add_checkpoint_flag, add_device_flag, check_device, print_json
+from scripts.bench.base import TRAINED_WITH_MC, print_json
 from scripts.eval.statistics import bootstrap_interval, median_interval
 
 
@@ -52,16 +52,16 @@ def read_row(pool: sessions.SessionPool, tokens_T: Tensor, targets_T: Tensor, ah
     return Read(float(nll), computed, shown, seconds)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    add_checkpoint_flag(parser)
+def add_flags(parser: FlagParser) -> None:
+    parser.add_checkpoint(TRAINED_WITH_MC)
     parser.add_argument("--rows", type=int, default=64, help="held-out rows")
     parser.add_argument("--ahead", type=int, default=256, help="last tokens of each row that are read one by one")
-    add_device_flag(parser)
+    parser.add_device()
     session_config.add_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    check_device(args.device)
+    args.device = pick_device(args.device)
     gpt, meta = load_model(args.checkpoint_dir, device=args.device)
     T = gpt.config.sequence_len
     if args.rows < 2 or not 1 <= args.ahead < T:

@@ -18,7 +18,7 @@ from mc.config import MCConfig, from_dict
 from mc.lens_loss import Lesson, lens_objective
 from mc.model import MegaContext
 from mc.teachers import keep_gradients
-from nanochat.common import print0, seed_everything
+from nanochat.common import FlagParser, print0, seed_everything
 from nanochat.dataloader import Loader, source_of
 from nanochat.dataset import Progress
 from nanochat.gpt import GPT, Captured
@@ -27,7 +27,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.schedule import batch_lr_scale, lr_multiplier
 from nanochat.tasks.recall import CurriculumSchedule
 from nanochat.tokenizer import Tokenizer
-from scripts.bench.base import add_checkpoint_flag, print_json
+from scripts.bench.base import print_json
 from scripts.eval.measures import held_out, lens_measures, gate_utilities
 from scripts.eval.statistics import bootstrap_interval
 from scripts.eval.subcommands import check_least
@@ -35,8 +35,8 @@ from scripts.eval.subcommands import check_least
 KINDS = ("bilinear", *ARM_KINDS["lens"])
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    add_checkpoint_flag(parser, "of the base")
+def add_flags(parser: FlagParser) -> None:
+    parser.add_checkpoint("of the base")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
     parser.add_argument("--teacher", default="gate", choices=("gate", "attention"),
                         help="what teaches the lenses, as --mc_teacher")

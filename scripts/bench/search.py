@@ -22,13 +22,13 @@ import torch
 from mc.lensnet import LOCAL_MEAN
 from mc.model import load_mega_context
 from mc.session.key_search import PAGE, KeySearch
-from nanochat.common import UserError
+from nanochat.common import FlagParser, UserError
 from nanochat.dataset import open_corpus
 from nanochat.loading import check_tokenizer, load_model
 from nanochat.tasks.recall import RecallTask
 from nanochat.token_cache import open_token_cache
 from nanochat.tokenizer import Tokenizer
-from scripts.bench.base import add_checkpoint_flag, print_json
+from scripts.bench.base import TRAINED_WITH_MC, print_json
 
 LENGTHS = (4_096, 65_536, 262_144, 1_048_576, 10_485_760)
 FOUND_WITHIN = 16
@@ -85,8 +85,8 @@ def recall_case(task: RecallTask, n: int, queries: int, length: int, filler_N: n
     return Case(history, tails[:queries], about[:queries])
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    add_checkpoint_flag(parser)
+def add_flags(parser: FlagParser) -> None:
+    parser.add_checkpoint(TRAINED_WITH_MC)
     parser.add_argument("--history", default="rows", choices=("rows", "needle"),
                         help="rows: what the model was trained on; needle: pairs in text")
     parser.add_argument("--data", default="stdlib",

@@ -28,10 +28,10 @@ from mc.store.ingest import Ingest, find_files, texts_of
 from mc.store.networks import Networks, load_networks
 from mc.store.ram import VOID, StoreFormat, int8_rows
 from nanochat.checkpoint import load_model_state
-from nanochat.common import UserError
+from nanochat.common import FlagParser, UserError
 from nanochat.dataloader import eval_rows, judged_rows, source_of
 from nanochat.dataset import Progress
-from scripts.bench.base import add_checkpoint_flag, print_json
+from scripts.bench.base import TRAINED_WITH_MC, print_json
 from scripts.eval.comparison import FocusComparison
 from scripts.eval.statistics import bootstrap_interval, median_interval
 
@@ -100,7 +100,7 @@ def ingest(networks: Networks, folder: Path, text: Path, tokens: int) -> dict:
         if work.report.tokens >= tokens:
             break
     else:
-        raise UserError(f"--text={text} holds {work.report.tokens:,} tokens, --tokens={tokens:,} asks for more")
+        raise UserError(f"--texts={text} holds {work.report.tokens:,} tokens, --tokens={tokens:,} asks for more")
     work.finish()
     closing = _seconds(lambda: (history.store.close(), catalog.close()))
     wall = time.perf_counter() - begin - sum(seconds for _, seconds, _ in work.alone)
@@ -243,9 +243,9 @@ def as_stored(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).to(x.dtype)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    add_checkpoint_flag(parser, "of a run with --mc_enabled=1")
-    parser.add_argument("--text", type=Path, required=True,
+def add_flags(parser: FlagParser) -> None:
+    parser.add_checkpoint(TRAINED_WITH_MC)
+    parser.add_argument("--texts", type=Path, required=True,
                         help="folder of text files, e.g. what runs/fetch_text.sh fetches")
     parser.add_argument("--tokens", type=int, default=10_000_000, help="tokens of history to ingest")
     parser.add_argument(
@@ -276,7 +276,7 @@ def run(args: argparse.Namespace) -> None:
                 )
     folder = Path(tempfile.mkdtemp(dir=args.dir))
     try:
-        found["ingest"] = ingest(networks, folder / "store", args.text, args.tokens)
+        found["ingest"] = ingest(networks, folder / "store", args.texts, args.tokens)
         i = found["ingest"]
         ratio = i["store_over_alone_wall"]
         print(

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from nanochat.common import FlagParser
 from nanochat.telemetry.opening import open_recorder
 from nanochat.telemetry.tracing import Trace
 from nanochat.tokenizer import Tokenizer
@@ -130,7 +131,7 @@ def collector() -> Iterator[None]:
         process.join()
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: FlagParser) -> None:
     add_block_flags(parser, pairs=10, steps=10, about="with and without telemetry")
     parser.add_argument("--run", default="dummy",
                         help="name of a Weights & Biases run, to have its cost too; dummy: none")

@@ -18,7 +18,7 @@ import torch
 
 from mc.config import from_dict
 from mc.runtime import MCController
-from nanochat.common import UserError, seed_everything
+from nanochat.common import FlagParser, UserError, seed_everything
 from nanochat.dataloader import Loader, source_of
 from nanochat.gpt import GPT, config_from_dict
 from nanochat.loading import check_tokenizer
@@ -139,7 +139,7 @@ def step_time_ratio(arm: dict, default: dict, tokenizer: Tokenizer, *, pairs: in
     return ratio_of(seconds)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: FlagParser) -> None:
     add_block_flags(parser, pairs=8, steps=3, about="vanilla and MegaContext")
 
 

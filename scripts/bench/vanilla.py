@@ -117,9 +117,8 @@ def add_flags(parser: FlagParser) -> None:
                         help="pairs of blocks that are timed, after one for warming up")
     parser.add_argument("--block_steps", type=int, default=3, help="steps a block")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
-                        help="auto (CUDA when there is one), cpu or cuda; CUDA runs under bfloat16 autocast")
+    parser.add_seed("weights and batches")
+    parser.add_device("auto (CUDA when there is one), cpu or cuda; CUDA runs under bfloat16 autocast")
 
 
 def run(args: Namespace) -> None:

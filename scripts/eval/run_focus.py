@@ -229,9 +229,8 @@ def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--batch", type=int, default=16, help="contexts at a time")
     parser.add_argument("--candidates", type=int, default=8,
                         help="blocks a context that the oracle's search tries after its first round")
-    parser.add_argument("--seed", type=int, default=0, help="of random focus")
-    parser.add_argument("--out", type=Path, default=None,
-                        help="where the report goes; default $NANOCHAT_BASE_DIR/focus")
+    parser.add_seed("random focus")
+    parser.add_out("where the report goes", "focus")
 
 
 def text_settings(model: Model, args) -> list[tuple[FocusSetting, Path | str]]:

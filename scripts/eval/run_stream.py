@@ -208,11 +208,9 @@ def plot_stream(parts: dict[str, list[dict]], path: Path) -> None:
 
 
 def add_flags(parser: FlagParser) -> None:
-    parser.add_argument("--checkpoint_dir", required=True,
-                        help="checkpoint directory of a run with --mc_enabled=1 on --data=recall")
+    parser.add_checkpoint("of a run with --mc_enabled=1 on --data=recall")
     parser.add_argument("--text_checkpoint_dir", help="also: one trained with --mc_enabled=1 on text")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
-                        help="auto (CUDA when there is one), cpu or cuda")
+    parser.add_device("auto (CUDA when there is one), cpu or cuda")
     parser.add_argument("--windows", type=int, default=64, help="length of the streams, in budgets")
     parser.add_argument("--streams", type=int, default=32,
                         help="streams per filler, each with one question per bin of distances")
@@ -223,9 +221,8 @@ def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--length_budget", type=int, default=320, help="W of these")
     parser.add_argument("--length_streams", type=int, default=4, help="recall streams of these")
     parser.add_argument("--passages", type=int, default=32, help="passages of text of these")
-    parser.add_argument("--seed", type=int, default=0, help="of the places of the facts")
-    parser.add_argument("--out", type=Path, default=None,
-                        help="where report and plot go; default $NANOCHAT_BASE_DIR/stream")
+    parser.add_seed("the places of the facts")
+    parser.add_out("where report and plot go", "stream")
     session_config.add_flags(parser, budget=256)
 
 

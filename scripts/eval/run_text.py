@@ -216,9 +216,8 @@ def add_flags(parser: FlagParser) -> None:
     parser.add_argument("--candidates", type=int, default=4,
                         help="blocks a context that the oracle adds one of, each round after the first")
     parser.add_argument("--rounds", type=int, default=4, help="most blocks that the oracle's greedy search adds up")
-    parser.add_argument("--seed", type=int, default=0, help="of random focus, and of the choice of rows")
-    parser.add_argument("--out", type=Path, default=None,
-                        help="where the report goes; default $NANOCHAT_BASE_DIR/text_focus")
+    parser.add_seed("random focus, and of the choice of rows")
+    parser.add_out("where the report goes", "text_focus")
 
 
 def run(args: Namespace) -> None:

@@ -21,7 +21,7 @@ from scripts.studies.run_importance import add_label_flags, base_of
 
 def add_flags(parser: FlagParser) -> None:
     add_label_flags(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the classifier's first weights")
+    parser.add_seed("the classifier's first weights")
     parser.add_argument("--share", type=float, default=0.125, help="share of a row's tokens that are to be kept")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps, of one shard each")
     parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's learning rate, falling to 0")

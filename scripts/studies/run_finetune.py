@@ -35,19 +35,19 @@ def numbers(text: str, name: str, kind: type) -> tuple:
 def add_flags(parser: FlagParser) -> None:
     add = parser.add_argument
     add("--method", required=True, help=f"one of {', '.join(name for name, kind in METHODS.items() if not kind.arm)}")
-    add("--checkpoint_dir", required=True, help="the base, with its MegaContext where the method uses it")
-    add("--step", default="latest", help="training step to load, or 'latest' (the newest intact one)")
+    parser.add_checkpoint("of the base, with its MegaContext where the method uses it")
+    parser.add_step()
     add("--classifier", default="", help="file of the classifier that --method=drop_learned needs (made by "
                                          "scripts.mc_study classifier)")
-    add("--out", required=True, type=Path, help="checkpoint directory to write")
+    parser.add_out("checkpoint directory to write")
     add("--budgets", default="128",
         help="entries before the continuation, with commas between: steps take them in turn")
     add("--steps", type=int, default=60, help="optimizer steps for each learning rate")
     add("--lr_scales", default="0.1,0.3",
         help="factors on the base's learning rates, to be tried; the best on dev rows is kept")
     add("--dev", type=int, default=4, help="batches of further training rows on which the learning rate is chosen")
-    add("--seed", type=int, default=0, help="of the rows, and of random choices")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
+    parser.add_seed("the rows, and of random choices")
+    parser.add_device("where to train")
     add_row_flags(parser)
 
 

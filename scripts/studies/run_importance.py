@@ -32,15 +32,15 @@ def base_of(checkpoint_dir: str, meta: dict) -> dict:
 def add_label_flags(parser: FlagParser) -> None:
     """Of the base and its labels' folder."""
     add = parser.add_argument
-    add("--checkpoint_dir", required=True, help="the base")
-    add("--step", default="latest", help="training step to load, or 'latest' (the newest intact one)")
+    parser.add_checkpoint("of the base")
+    parser.add_step()
     add("--labels", required=True, type=Path, help="folder of the labels")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute")
+    parser.add_device("where to compute")
 
 
 def add_flags(parser: FlagParser) -> None:
     add_label_flags(parser)
-    parser.add_argument("--seed", type=int, default=0, help="of the rows that are labelled")
+    parser.add_seed("the rows that are labelled")
     parser.add_argument("--batches", type=int, default=64, help="shards, each of --rows rows")
     parser.add_argument("--teacher", default="gate", choices=TEACHERS,
                         help="gate gradients or attention of the continuation, full pass")

@@ -8,7 +8,6 @@ An interrupted run goes on where it stopped; the labels of another base, or draw
 import json
 import time
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,20 +24,19 @@ from scripts.eval.subcommands import check_least
 
 
 def add_flags(parser: FlagParser) -> None:
-    parser.add_argument("--checkpoint_dir", required=True, type=Path,
-                        help="checkpoint directory of a run with --mc_enabled=1")
+    parser.add_checkpoint("of a run with --mc_enabled=1")
     parser.add_argument("--data", default="",
                         help="recall, stdlib, …, or a directory, as for base_train; default what the checkpoint was "
                              "trained on")
     parser.add_argument("--split", default="train", choices=("train", "val"), help="rows to label")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the labels")
+    parser.add_out("folder of the labels")
     parser.add_argument("--contexts", type=int, default=512, help="rows to label")
     parser.add_argument("--cursors", type=int, default=1, help="ends of history per row at which edits are measured")
     parser.add_argument("--edits", type=int, default=16,
                         help="edits per end of history: half of blocks that the gate gradient wants, half random")
     parser.add_argument("--batch", type=int, default=4, help="rows at a time, and per file")
-    parser.add_argument("--seed", type=int, default=0, help="of the cuts and edits that are drawn")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to measure")
+    parser.add_seed("the cuts and edits that are drawn")
+    parser.add_device("where to measure")
 
 
 def run(args: Namespace) -> None:

@@ -108,8 +108,7 @@ def train_lens(gpt: GPT, mc: MegaContext, labels: Labels, args) -> None:
 
 
 def add_flags(parser: FlagParser) -> None:
-    parser.add_argument("--checkpoint_dir", required=True, type=Path,
-                        help="checkpoint directory of a run with --mc_enabled=1: its base and gists are kept")
+    parser.add_checkpoint("of a run with --mc_enabled=1: its base and gists are kept")
     parser.add_argument("--labels", type=Path, default=None,
                         help="folder that scripts.mc_study labels wrote for this base; needed unless --steps=0")
     parser.add_argument("--out_tag", required=True, help="name of the checkpoint directory that is written")
@@ -123,8 +122,8 @@ def add_flags(parser: FlagParser) -> None:
     parser.add_switch("--normalize", True,
                       "1: utilities in standard deviations over the edits of an end of history; 0: in nats")
     parser.add_argument("--log_every", type=int, default=50, help="steps between log lines")
-    parser.add_argument("--seed", type=int, default=42, help="of the new lens and the order of contexts")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to train")
+    parser.add_seed("the new lens and the order of contexts", default=42)
+    parser.add_device("where to train")
 
 
 def run(args: Namespace) -> None:

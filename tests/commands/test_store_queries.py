@@ -21,7 +21,7 @@ def test_the_text_of_a_source_without_tokens(tmp_path, monkeypatch, capsys):
     with DiskStore.create(tmp_path / "s", StoreFormat(4, 6, 1, 3)), Catalog(tmp_path / "s", 4) as catalog:
         catalog.add_source("chat", 0)
     monkeypatch.setattr(mc_store, "networks_of", lambda args: SimpleNamespace(tokenizer=TOKENIZER))
-    monkeypatch.setattr(sys, "argv", ["mc_store", "query", f"--store={tmp_path / 's'}", "--text=1"])
+    monkeypatch.setattr(sys, "argv", ["mc_store", "query", f"--store={tmp_path / 's'}", "--show_text=1"])
     mc_store.main()
     *_, head, text, last = capsys.readouterr().out.splitlines()
     assert (head, text) == ("--- chat", "") and json.loads(last)["sources"][0]["tokens"] == 0

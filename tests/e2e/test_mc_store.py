@@ -115,7 +115,7 @@ def test_ingest_from_a_pipe(base, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["sources"] == 1
-    query = command(base, "query", tmp_path / "s", "--text=1").ok()
+    query = command(base, "query", tmp_path / "s", "--show_text=1").ok()
     assert query.out.count("piped text\n") == 50 and last(query)["sources"][0]["uri"] == "my notes"
 
 
@@ -201,7 +201,7 @@ def test_prune_restore_compact(base, store):
     after = last(command(base, "info", store))
     assert after["erased"] == blocks // 2 and after["pruned"] == 0 and after["bytes"] < before["bytes"] - 0.4 * 4 * before["slots"]  # noqa: E501
     assert last(command(base, "restore", store))["erased"] == blocks // 2
-    assert "pruned and compacted away" in command(base, "query", store, "--source=1", "--text=1").error
+    assert "pruned and compacted away" in command(base, "query", store, "--source=1", "--show_text=1").error
     assert last(command(base, "verify", store))["ok"]
 
 
@@ -317,7 +317,7 @@ def test_benchmark(base, prepared, tmp_path):
         "mc_bench",
         "store",
         f"--checkpoint_dir={base / 'checkpoints' / 't'}",
-        f"--text={prepared / 'texts'}",
+        f"--texts={prepared / 'texts'}",
         "--tokens=200000",
         "--contexts=4",
         f"--dir={tmp_path}",
@@ -327,7 +327,7 @@ def test_benchmark(base, prepared, tmp_path):
     assert 1 <= values["sizes"]["records_over_theory"] < 1.1 and values["gathering"]["ratio"][0] > 0
     assert values["editing"]["insert"]["moved"] > 0 == values["editing"]["replace"]["moved"]
     assert abs(values["stored_dtypes"]["int8 LOD1"]["added"]) < 0.1 and list(tmp_path.iterdir()) == []
-    too_few = ["--checkpoint_dir", str(base / "checkpoints" / "t"), "--text", str(prepared / "texts"), "--contexts=0"]
+    too_few = ["--checkpoint_dir", str(base / "checkpoints" / "t"), "--texts", str(prepared / "texts"), "--contexts=0"]
     assert "--tokens=9: at least" in run(base, "mc_bench", "store", *too_few, "--tokens=9").error
     assert "holds 2" in run(base, "mc_bench", "store", *too_few, "--tokens=999999").error
 

@@ -139,12 +139,12 @@ IN_FOLDER = {
     "mc_eval focus": ["--recall_mc=no", "--out={file}"],
     "mc_eval text": ["--text_mc=no", "--out={file}/x"],
     "mc_eval stream": ["--checkpoint_dir=no", "--out={file}"],
-    "write_tasks": ["--tasks=mqar", "--out={file}/a/b"],
+    "make_data tasks": ["--tasks=mqar", "--out={file}/a/b"],
     "make_docs": ["--out={file}"],
     "mc_study labels": ["--checkpoint_dir=no", "--out={file}"],
     "mc_study importance": ["--checkpoint_dir=no", "--labels={file}"],
     "mc_study suite": ["quick", "--out={file}"],
-    "make_text_corpus": ["--prose={prose}", "--held_out=a.txt", "--out={file}"],
+    "make_data corpus": ["--prose={prose}", "--held_out=a.txt", "--out={file}"],
 }
 
 

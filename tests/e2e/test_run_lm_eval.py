@@ -110,7 +110,7 @@ def test_generated_tasks_as_files_in_kvpress_schema(tmp_path):
     for i in range(4):
         (texts / f"{i}.txt").write_text("\n".join(LINES * 5))
     flags = [f"--data={texts}", f"--out={out}", "--length=352", "--count=3"]
-    done = run(base, "write_tasks", *flags, "--tasks=mqar,qa2").ok()
+    done = run(base, "make_data", "tasks", *flags, "--tasks=mqar,qa2").ok()
     assert json.loads(done.out.splitlines()[-1])["examples"] == 6
     rows = [json.loads(line) for line in (out / "qa2_352.jsonl").read_text().splitlines()]
     assert len(rows) == 3 and list(rows[0])[:5] == ["context", "question", "answer_prefix", "answer", "max_new_tokens"]
@@ -120,5 +120,5 @@ def test_generated_tasks_as_files_in_kvpress_schema(tmp_path):
     assert [(e.context, e.references) for e in load_examples(out / "mqar_352.jsonl", "kvpress")] == [
         (e.context, e.references) for e in made
     ]
-    assert "no task 'none'" in run(base, "write_tasks", *flags, "--tasks=none").error
-    assert "n is a multiple of the block" in run(base, "write_tasks", *flags, "--length=350").error
+    assert "no task 'none'" in run(base, "make_data", "tasks", *flags, "--tasks=none").error
+    assert "n is a multiple of the block" in run(base, "make_data", "tasks", *flags, "--length=350").error

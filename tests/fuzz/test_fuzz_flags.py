@@ -13,8 +13,9 @@ from test_fuzz_checkpoints import TRAIN
 
 from nanochat.telemetry import meter
 from nanochat.tokenizer import Tokenizer
-from scripts import base_eval, base_train, chat_cli, tok_train, write_tasks
+from scripts import base_eval, base_train, chat_cli, tok_train
 from scripts.eval import run_focus as eval_focus
+from scripts.eval import task_files
 from scripts.studies import run_classifier, run_importance
 from scripts.studies import run_labels as label_utility
 from scripts.studies import run_train_lensnet as train_lensnet
@@ -96,7 +97,7 @@ def base(tmp_path_factory):
         patch.setattr(label_utility, "measure", stop)
         patch.setattr(train_lensnet, "save_checkpoint", stop)
         patch.setattr(tok_train.Tokenizer, "train", stop)
-        patch.setattr(write_tasks, "open_token_cache", stop)
+        patch.setattr(task_files, "open_token_cache", stop)
         patch.setattr(meter, "open_recorder", stop)
         yield folder
 
@@ -115,7 +116,7 @@ WHOLE = {  # what a command takes as it stands; flags that are drawn come behind
     "mc_study labels": [HERE, "--out={base}/utilities", "--contexts=4", "--edits=2", "--device=cpu"],
     "mc_study train_lensnet": [HERE, "--out_tag=lens", "--steps=0", "--device=cpu"],
     "tok_train": ["--data=stdlib"],
-    "write_tasks": ["--out={base}/tasks", "--data=stdlib"],
+    "make_data tasks": ["--out={base}/tasks", "--data=stdlib"],
 }
 # drawn too, for the parser alone
 DEAR = {"depth", "aspect_ratio", "data", "log_dir", "mc_store", "out", "labels", "resume", "init_from", "run",
@@ -125,7 +126,7 @@ DEAR = {"depth", "aspect_ratio", "data", "log_dir", "mc_store", "out", "labels",
 @fuzzed(st.sampled_from(sorted(WHOLE)), st.data(), cost=2)
 def test_flags_of_commands(base, name, data):
     script, *rest = name.split()
-    words = rest if script in ("mc_eval", "mc_study") else []
+    words = rest if script in ("mc_eval", "mc_study", "make_data") else []
     parser = next(p for _, w, p, s in ALL if s == script and w == words)
     drawn = data.draw(st.lists(flags_of(parser), min_size=1, max_size=2))
     flags = [part for flag in drawn if flag[0].lstrip("-").partition("=")[0].replace("-", "_") not in DEAR

@@ -262,7 +262,7 @@ NUMBERS = st.one_of(st.integers(-3, 600).map(str),
                                      "0x1", "1_000", "٣"]))
 QUERIES = {"--uri": WORDS, "--kind": WORDS, "--tag": WORDS, "--since": TIMES, "--until": TIMES, "--span": SPANS,
            "--min_score": NUMBERS, "--limit": NUMBERS, "--source": NUMBERS,
-           "--top_nodes": NUMBERS, "--text": st.sampled_from("01")}  # fmt: skip
+           "--top_nodes": NUMBERS, "--show_text": st.sampled_from("01")}  # fmt: skip
 EDITS = {"--source": NUMBERS, "--find": WORDS, "--start": NUMBERS, "--remove": NUMBERS, "--text": WORDS}
 PRUNES = {"--share": NUMBERS, "--max_utility": NUMBERS, "--keep_last": NUMBERS, "--source": NUMBERS,
           "--dry_run": st.sampled_from("01")}

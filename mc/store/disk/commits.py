@@ -28,8 +28,12 @@ from mc.store.disk.files import DTYPES, FORMAT_VERSION, FileSystem, check_versio
 from mc.store.ram import ERASED, StoreFormat
 from nanochat.common import UserError, parse_json
 
+# sectors of its own, so that a torn write of one slot leaves the other; a commit of all the levels that a name may
+# tell of (two digits) takes 3,728 bytes at most
 SLOT_BYTES = 4096
-MAX_PARTITIONS, MAX_BLOCKS = 1 << 22, 1 << 31  # of a level, of a store: what a note may claim
+# of a level, of a store: what a note may claim, as a few bytes can tell of runs of any length, and reading the note
+# writes them out in memory
+MAX_PARTITIONS, MAX_BLOCKS = 1 << 22, 1 << 31
 _NOTE_MAGIC = b"MCTXnote"
 # magic, version of the format, length of the text; then CRC-32 of all but itself, and the text
 _NOTE = struct.Struct("<8sII")
@@ -65,6 +69,7 @@ class Commits:
         if not path.is_file():
             raise UserError(f"{self.folder} is not a MegaContext store (it has no manifest); create one, or name "
                             "another folder")
+        # a reader asks for no right to write: the medium may be read-only
         self._fd = self.fs.open(path) if writable else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
@@ -76,16 +81,16 @@ class Commits:
         """The two commits, None where a slot is damaged or half written. UserError where this is no manifest."""
         data = os.pread(self._fd, 2 * SLOT_BYTES, 0)
         halves = [data[:SLOT_BYTES], data[SLOT_BYTES:]]
+        # one magic that is left tells a damaged manifest from a file of something else
         if not any(half.startswith(_NOTE_MAGIC) for half in halves):
             raise UserError(f"{self.folder}/manifest is not that of a MegaContext store; name another folder")
         notes = [read_note(half, self.folder / "manifest") for half in halves]
         return [note if is_commit(note) else None for note in notes]
 
     def resume(self, slot: int) -> None:
-        """A writer goes on with `last`; the next commit is not written to this slot.
-
-        The slot may be the copy that a process now dead had no time to sync: then the other was the safe one.
-        """
+        """A writer goes on with `last`; the next commit is not written to this slot."""
+        # it may be the copy that a process now dead had no time to sync: then the safe one was the other, which the
+        # next commit overwrites
         self.fs.fsync(self._fd, "the slot to keep")
         self._durable_slot = slot
 
@@ -110,6 +115,7 @@ class Commits:
         """Those that can be read: the last, and each before it whose end the next one tells."""
         found = sorted(self._version_files())
         last = self.last["version"]
+        # a number above the last one is the note of an edit that never came to its commit
         return [v for v in found if v == last or (v < last and v + 1 in found)]
 
     def end_of(self, version: int) -> dict:
@@ -146,6 +152,7 @@ class Commits:
     def mend_version(self, version: int) -> bool:
         """Write a note anew where one of its copies is damaged. Whether there was need."""
         note = self.read_version(version)
+        # JSON keeps the order of the keys, so an intact note written again is the same bytes
         if self._path(version).read_bytes() == 2 * note_bytes(note):
             return False
         self.write_version(note)
@@ -156,11 +163,13 @@ class Commits:
         for version, path in self._version_files().items():
             if version != self.last["version"]:
                 self.fs.unlink(path)
+        # before their partitions are removed: a note that a power cut brings back would name files that are gone
         self.fs.fsync_folder(self.versions_folder, "that older versions are gone")
 
     def _version_files(self) -> dict[int, Path]:
         """Version -> its file; what else lies in the folder is somebody else's, and stays."""
         names = ((path, path.stem) for path in self.versions_folder.glob("*.ctx"))
+        # `int` reads the digits of other scripts too, and no such name was made by `_path`
         return {int(stem): path for path, stem in names if stem.isascii() and stem.isdecimal()}
 
     def _path(self, version: int) -> Path:
@@ -174,6 +183,7 @@ class Commits:
 def note_bytes(value: dict) -> bytes:
     text = json.dumps(value, separators=(",", ":")).encode()
     start = _NOTE.pack(_NOTE_MAGIC, FORMAT_VERSION, len(text))
+    # the start is under the checksum too: of a damaged length or version the text alone would tell nothing
     return start + zlib.crc32(text, zlib.crc32(start)).to_bytes(4, "little") + text
 
 
@@ -185,6 +195,7 @@ def read_note(data: bytes, path: Path) -> dict | None:
     text = data[_NOTE.size + 4:_NOTE.size + 4 + length]
     if zlib.crc32(text, zlib.crc32(data[:_NOTE.size])) != int.from_bytes(data[_NOTE.size:_NOTE.size + 4], "little"):
         return None
+    # only now: a flipped bit in the version is damage, which the other copy mends, and not a newer program's file
     check_version(version, path)
     try:
         return parse_json(text)
@@ -206,6 +217,7 @@ def is_version(note: object) -> bool:
         sizes = (f.block_size, f.d_model, f.n_keys, f.key_dim, note["partition_bytes"])
         return (_is_count(note["version"]) and all(type(x) is int and 0 < x < 2**31 for x in sizes)
                 and f.block_size > 1 and isinstance(f.model, str) and f.dtype in DTYPES
+                # what the header of a partition has fields for
                 and f.n_keys < 2**16 and max(f.d_model, f.n_keys * f.key_dim) < 2**24
                 and isinstance(note["files"], dict) and all(_are_runs(x, MAX_PARTITIONS)
                                                             for x in note["files"].values())
@@ -216,6 +228,7 @@ def is_version(note: object) -> bool:
 
 
 def _is_count(x: object) -> bool:
+    # `isinstance` would take True for a number; up to 2^53 every reader of JSON keeps one exactly
     return type(x) is int and 0 <= x < 2**53
 
 
@@ -249,6 +262,7 @@ def format_of(plain: dict) -> StoreFormat:
 
 def run_lengths(values: Iterable[int]) -> list[list[int]]:
     """[[value, how many times in a row], …]."""
+    # neighbours are mostly of one version, or all kept: a note stays short however long the history
     return [[value, sum(1 for _ in group)] for value, group in itertools.groupby(values)]
 
 

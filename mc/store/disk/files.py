@@ -63,6 +63,7 @@ class FileSystem:
         """All of data, at offset."""
         view = memoryview(data).cast("B")
         while view:
+            # the system may take less than it is given: the last room of a disk, and only the next call says it is full
             done = os.pwrite(fd, view, offset)
             view, offset = view[done:], offset + done
 
@@ -89,6 +90,7 @@ class FileSystem:
 
     def link(self, path: Path, target: Path) -> None:
         """A second name for a file, in place of any file that had it."""
+        # `os.link` refuses a name that is taken, as by an edit before this one that is in no commit yet
         target.unlink(missing_ok=True)
         os.link(path, target)
 
@@ -131,6 +133,7 @@ class RecordKind:
     @property
     def records_per_partition(self) -> int:
         """The largest power of two that fits."""
+        # a power of two, so that the partitions of any number of records are one shift of their indices
         return 1 << max(self.partition_bytes // self.record_bytes, 1).bit_length() - 1
 
     def header(self, partition: int) -> bytes:
@@ -148,6 +151,7 @@ class RecordKind:
             return "not a partition of a MegaContext store"
         if zlib.crc32(data[:52]) != int.from_bytes(data[52:56], "little"):
             return "header damaged"
+        # behind the checksum: a damaged byte must not pass for the version of a newer program
         check_version(int.from_bytes(data[8:10], "little"), path)
         if data[:56] == self.header(partition):
             return None
@@ -178,6 +182,7 @@ class Damage:
 
 def partition_files(store: Path) -> list[Path]:
     """Every partition file below a store's folder, named by a commit or not."""
+    # what no version names of these is deleted at the next opening: a file of somebody else must not be among them
     return sorted(path for path in store.glob("*/*.ctx")
                   if _PARTITION_FILE.fullmatch(path.relative_to(store).as_posix()))
 
@@ -203,6 +208,7 @@ def encode(x: Tensor, dtype: torch.dtype) -> np.ndarray:
 
 def _bytes(x: Tensor, dtype: torch.dtype) -> np.ndarray:
     """uint8 [N, …, bytes of D numbers]."""
+    # as integers of the same width: numpy has no bfloat16
     integers = x.detach().cpu().to(dtype).view({1: torch.int8, 2: torch.int16, 4: torch.int32,
                                                 8: torch.int64}[dtype.itemsize])
     return np.frombuffer(integers.numpy().tobytes(), np.uint8).reshape(*x.shape[:-1], x.shape[-1] * dtype.itemsize)

@@ -55,6 +55,7 @@ class Records:
 
     def set_state(self, n: int, versions: tuple[int, ...], tail_crc: int) -> None:
         """What a commit says."""
+        # the last partition was mapped as far as it was filled, and of another version it is another file
         self._unmap([p for p in self._maps if p == self.n // self.R or versions[p:p + 1] != self.versions[p:p + 1]])
         self.n, self.versions, self.tail_crc = n, versions, tail_crc
         self.keep()
@@ -82,6 +83,7 @@ class Records:
             raise IndexError(f"{self.kind.name}: records {index_N.min()} to {index_N.max()} asked for, there are "
                              f"{self.n}")
         tail = self.n >> self._shift
+        # this record was appended behind the end of the mapping
         if last >= self._tail_end and last >> self._shift == tail:
             self._unmap([tail])
         if len(self._row) < len(self.versions):
@@ -90,12 +92,15 @@ class Records:
         row_N = self._row[partition_N] + index_N * self._stride
         if row_N.min() < 0:
             missing = np.unique(partition_N[row_N < 0])
+            # all of them: a read counts nothing that would say which is cold; and what one call needs is mapped
+            # together, be it more
             if len(self._maps) + len(missing) > MAX_MAPS:
                 self._unmap(list(self._maps))
                 missing = np.unique(partition_N)
             for partition in missing.tolist():
                 self._map(partition)
             row_N = self._row[partition_N] + index_N * self._stride
+        # a copy: what was read stays when its partition is unmapped
         return self._memory[row_N].view(np.uint8)
 
     def _map(self, partition: int) -> None:
@@ -147,6 +152,7 @@ class Records:
 
     def fault(self, partition: int) -> str | None:
         """What is wrong with a partition, its records looked at."""
+        # rewritten since the last commit: the checksum is that of the records before, until `finish`
         if (fault := self.file_fault(partition)) or partition in self._stale:
             return fault
         count = self.count(partition)
@@ -154,6 +160,7 @@ class Records:
             sealed, crc = np.fromfile(self.path(partition), "<u4", 2,
                                       offset=56).tolist(), zlib.crc32(self._read(partition))
         except FileNotFoundError:
+            # a compaction took it between the two looks
             return self.file_fault(partition)
         return None if (crc == self.tail_crc if count < self.R else sealed == [crc, count]) else "records damaged"
 
@@ -172,6 +179,7 @@ class Records:
             if at == 0:
                 self._create(partition, version)
             self._write(partition, HEADER_BYTES + at * self.bytes, part)
+            # on from the records before, not read again; after a rewrite there is nothing to go on from (`finish`)
             if partition not in self._stale:
                 self.tail_crc = zlib.crc32(part, self.tail_crc if at else 0)
             self.n += len(part)
@@ -179,6 +187,7 @@ class Records:
                 self._unmap([partition])  # it was mapped as far as it was filled
                 if partition not in self._stale:
                     self._seal(partition, self.tail_crc)
+                    # nothing more is appended to it: a long ingest would hold a descriptor for each until the next sync
                     self._close([self.path(partition)])
 
     def rewrite(self, start: int, rows: np.ndarray, version: int) -> None:
@@ -187,6 +196,9 @@ class Records:
         while len(rows):
             partition, at = divmod(start, self.R)
             part, rows = rows[:self.R - at], rows[self.R - at:]
+            # a file of this version is in no commit yet and is written in place; another is copied, its records
+            # checked: damage that is copied would get a checksum of its own. Where all records are replaced none is
+            # read, so that a damaged partition can be mended
             if self.versions[partition] != version:
                 self._copy(partition, version, None if len(part) == self.count(partition) else self.rows(partition))
             self._write(partition, HEADER_BYTES + at * self.bytes, part)
@@ -196,11 +208,13 @@ class Records:
     def truncate(self, n: int, version: int) -> None:
         """Keep the first n records."""
         last, kept = divmod(n, self.R)
+        # before `n` changes, which says what the checksum covers
         rows = self.rows(last)[:kept] if kept else None
         self._unmap([p for p in self._maps if p >= last])
         self._stale = {p for p in self._stale if p < last}
         self.n, self.versions = n, self.versions[:-(-n // self.R)]
         if rows is not None:
+            # not cut off in its file: the commit in force, a version before this one, counts what stands behind
             self._copy(last, version, rows)
 
     def erase(self, index_N: np.ndarray, version: int) -> None:
@@ -208,6 +222,7 @@ class Records:
         partition_N = index_N // self.R
         for partition in np.unique(partition_N).tolist():
             rows, at = self.rows(partition), index_N[partition_N == partition] % self.R
+            # what an earlier compaction erased is not copied again
             if rows[at].any():
                 rows[at] = 0
                 self._copy(partition, version, rows)
@@ -218,6 +233,8 @@ class Records:
         self._unmap(list(self._maps))
         self.n, self.versions, self.tail_crc = other.n, (version,) * len(other.versions), other.tail_crc
         for path, target in zip(other.paths(), self.paths()):
+            # noted first: whatever fails from here on, the rollback removes it. The records are on the medium since
+            # the other store was closed, only their new names are not
             self._created.add(target)
             self.fs.link(path, target)
         self._folder_changed = True
@@ -231,6 +248,7 @@ class Records:
         self._make_folder()
         self.versions = (*self.versions[:partition], version, *self.versions[partition + 1:])
         path = self.path(partition)
+        # begun anew within one edit: the dictionary would forget the open descriptor
         self._close([path] if path in self._fds else [])
         self._fds[path] = self.fs.create(path)
         self._created.add(path)
@@ -241,6 +259,7 @@ class Records:
         """A partition's new file, with these records; None: as many zeros, to be written over."""
         self._unmap([partition])
         self._create(partition, version)
+        # its whole size at once: the pages of zeros that are not written are holes
         self.fs.truncate(self._fd(self.path(partition)), HEADER_BYTES + self.count(partition) * self.bytes)
         if rows is not None:
             data = rows.reshape(-1)
@@ -260,6 +279,8 @@ class Records:
         return self._fds[path]
 
     def _seal(self, partition: int, crc: int) -> None:
+        # an append that is rolled back leaves this in a partition that is not full: nobody reads it there, and it is
+        # written anew when the partition is full again
         self._write(partition, 56, np.array([crc, self.R], "<u4"))
 
     def finish(self) -> None:
@@ -274,6 +295,7 @@ class Records:
 
     def touch(self, first: int) -> None:
         """Partitions from record `first` on may not be on the medium."""
+        # a store that lost one of them can be opened (check=False), and what is not there cannot be synced
         self._unsynced.update(path for path in self.paths()[first // self.R:] if path.exists())
         self._folder_changed = True
 
@@ -288,6 +310,7 @@ class Records:
         self._unsynced.clear()
         self._folder_changed, self.unsynced_bytes = False, 0
         tail = self.path(len(self.versions) - 1) if self.versions else None
+        # only to the last one is more appended
         self._close([path for path in self._fds if path != tail])
 
     def keep(self) -> None:
@@ -304,6 +327,7 @@ class Records:
         self._unmap(list(self._maps))
         self._stale.clear()
         self.n, self.versions, self.tail_crc = self._kept
+        # the next sync would open them, and they are about to go
         self._unsynced -= self._created
         self._close([path for path in self._created if path in self._fds])
         try:

@@ -88,7 +88,9 @@ class DiskStore:
             for folder in reversed([store.path, *store.path.parents]):
                 if not folder.exists():
                     store.fs.mkdir(folder)
+                    # each one on the way: synced records in a folder whose own name is lost are lost too
                     store.fs.fsync_folder(folder.parent, "the store's name")
+            # these three are left by a making that was cut short: there is no manifest, so nothing was promised
             if others := sorted({p.name for p in store.path.iterdir()} - {"lock", "versions", "manifest.new"}):
                 there = ("already holds a store; open it instead" if "manifest" in others
                          else f"is not empty ({others[0]})")
@@ -116,6 +118,7 @@ class DiskStore:
             raise UserError(f"version {version}: older versions are read-only; open with mode='r'")
         store = cls(Path(path), mode == "rw", durability, fs or FileSystem())
         with store._setting_up():
+            # before the lock, whose file must not appear in a folder that is no store
             store._commits.open(store.writable)
             if store.writable:
                 store._take_lock()
@@ -175,6 +178,7 @@ class DiskStore:
                 blocks = n if lod else n // self.format.block_size
                 self._truncate("K", 1, blocks)
             if lod == 0:
+                # the block that the cut goes through loses its state: its erased records, zeros, would be tokens
                 if rest := n % self.format.block_size if self.detail(torch.tensor([blocks])) == ERASED else 0:
                     self._level("L", 0).rewrite(n - rest, _token_rows(torch.full((rest,), VOID)), self._staged)
                 self._detail.truncate(blocks)
@@ -197,6 +201,7 @@ class DiskStore:
 
     def tokens(self, index_N: Tensor) -> Tensor:
         ids_N = decode(self._read("L0", index_N), (), torch.int32).long()
+        # what was erased reads as zeros, and 0 is a token
         if self._detail.any_erased:
             ids_N[self._detail.at(index_N // self.format.block_size) == ERASED] = VOID
         return ids_N
@@ -213,6 +218,7 @@ class DiskStore:
             if self._changed():
                 unsynced = sum(level.unsynced_bytes for level in self._levels.values())
                 overdue = unsynced >= SYNC_BYTES or time.monotonic() - self._synced_at >= SYNC_SECONDS
+                # synced at any durability: of a commit that is not, opening checks only what was appended (`_whole`)
                 edited = self._staged != self._commits.last["version"]
                 self._write_commit(edited or self.durability == "block" or (overdue and self.durability == "batch"))
 
@@ -282,6 +288,7 @@ class DiskStore:
 
     def roll_back(self) -> None:
         """Drop what was done since the last commit."""
+        # `adopt` puts other objects in the place of the levels: both have something to undo
         for level in {*self._levels.values(), *self._kept_levels.values()}:
             level.roll_back()
         self._levels = dict(self._kept_levels)
@@ -314,6 +321,7 @@ class DiskStore:
         cannot be remade, nor gists whose tokens are damaged or erased: they are left as they are.
         """
         left: list[Damage] = []
+        # from below: what is above is made of what was just mended
         for damage in sorted(self.verify(), key=lambda d: int(d.level[1:])):
             kind, lod, level = damage.level[0], int(damage.level[1:]), self._levels[damage.level]
             below = [d for d in left if int(d.level[1:]) < lod and d.first_token < damage.last_token
@@ -324,6 +332,7 @@ class DiskStore:
                 continue
             made = [nodes(lod, index_N) for index_N in torch.arange(damage.start, damage.end).split(REPAIR_RECORDS)]
             rows = np.concatenate([encode(gists if kind == "L" else keys, self.format.dtype) for gists, keys in made])
+            # a whole partition, so that nothing damaged is read or copied
             self._rewrite([(level, rows)], damage.start)
         self.sync()
         return left
@@ -343,6 +352,8 @@ class DiskStore:
                 self._edit()
                 self._detail.set(pruned, ERASED)
                 self._level("L", 0).erase((pruned[:, None] * K + torch.arange(K)).flatten().numpy(), self._staged)
+        # what replaces the old files is on the medium first; and notes go before the files that they name: files
+        # without a note are removed at the next opening, a note without its files is a version that cannot be read
         self.sync()
         with self._changing():
             self._commits.forget_versions()
@@ -365,6 +376,7 @@ class DiskStore:
         with self._changing():
             self._edit()
             self.format = other.format
+            # new objects for the others: the levels in force stay as they are, for a rollback
             self._levels = {"L0": self._levels["L0"]} if self.n_tokens else {}
             for name, level in other.levels.items():
                 if name != "L0":
@@ -534,6 +546,7 @@ class DiskStore:
                 time.sleep(0.001)
                 continue
             newest = max(durable, key=lambda slot: slot["sequence"])
+            # no edit since: records were only added, so the note says nothing new and what is mapped stays mapped
             if self._levels and version is None and newest["version"] == self.version:
                 self._commits.last = newest
                 for name, (n, crc) in newest["levels"].items():
@@ -550,6 +563,7 @@ class DiskStore:
                 if version is not None:
                     raise UserError(f"{self.path}: version {version} is not there, or removed by a compaction; "
                                     f"the newest is {newest['version']}") from None
+                # a compaction may have removed the note since the slot was read: the newer slot is there by now
                 if attempt == 99:
                     raise
                 time.sleep(0.001)
@@ -564,6 +578,7 @@ class DiskStore:
         slots = self._commits.slots()
         commits = sorted((slot for slot in slots if slot), key=lambda slot: -slot["sequence"])
         durable = next((slot for slot in commits if slot["durable"]), None)
+        # newest first; the loop sets what is in force, since loading and checking go by it
         for self._commits.last in commits:
             self._load(self._commits.read_version(self.version))
             if self._commits.last["durable"] or self._whole(since=durable):
@@ -571,6 +586,7 @@ class DiskStore:
             self._say(f"commit {self.sequence} did not reach the medium whole: dropped")
         else:
             raise UserError(f"{self.path}/manifest is damaged, both slots; restore it from a backup")
+        # before anything is cut off, removed or mended: a store that is refused stays as it was found
         if check:
             self._refuse_damage(None)
         for name, level in self.levels.items():
@@ -588,12 +604,15 @@ class DiskStore:
         self._commits.resume(slots.index(durable or self._commits.last))
         if slots[0] != slots[1]:
             for name, level in self.levels.items():
+                # what a dead process wrote since the last synced commit may be in the system's memory only, and the
+                # commit below promises it
                 level.touch(durable["levels"].get(name, [0])[0] if durable else 0)
             self._write_commit(True)
 
     def _whole(self, since: dict | None) -> bool:
         """Whether the partitions that a commit added to, since an earlier one, are as it says."""
         for name, level in self.levels.items():
+            # partitions before it were on the medium with the earlier commit, and appends do not touch them
             first = since["levels"].get(name, [0])[0] // level.R if since else 0
             if any(level.fault(p) for p in range(first, len(level.versions))):
                 return False
@@ -614,6 +633,7 @@ class DiskStore:
         for level in self._levels.values():
             last = len(level.versions) - 1
             for p in range(last + 1):
+                # the checksums of the others are left to `verify`: here they would have the whole history read
                 if fault := level.fault(p) if p == last else level.file_fault(p):
                     yield level.damage(p, fault)
 
@@ -641,6 +661,7 @@ class DiskStore:
         for level in self._levels.values():
             level.close()
         self._commits.close()
+        # last of all: who gets it begins to write these files
         if self._lock >= 0:
             os.close(self._lock)
         self._lock, self._closed = -1, True
@@ -650,6 +671,7 @@ def record_kind(name: str, f: StoreFormat, partition_bytes: int) -> RecordKind:
     """What the records of a level are: "L0", "L1", …, "K1"."""
     kind, lod = name[0], int(name[1:])
     if lod == 0:
+        # of no model: when other networks make the nodes anew (`adopt`), the files of the tokens stay
         return RecordKind(kind, lod, f.block_size, 1, 1, torch.int32, "", partition_bytes)
     vectors, dim = (f.n_keys, f.key_dim) if kind == "K" else (1, f.d_model)
     return RecordKind(kind, lod, f.block_size, vectors, dim, f.dtype, f.model, partition_bytes)

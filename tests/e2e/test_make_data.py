@@ -15,7 +15,7 @@ def test_the_same_documents_are_held_out(tmp_path, monkeypatch):
     for name in ("a", "b", "c"):
         (novels / f"{name}.txt").write_text(f"novel {name} " * 50)
     out = tmp_path / "text"
-    run(tmp_path / "base", "make_text_corpus", f"--prose={novels}", "--held_out=b.txt", f"--out={out}").ok()
+    run(tmp_path / "base", "make_data", "corpus", f"--prose={novels}", "--held_out=b.txt", f"--out={out}").ok()
     held_out = {name: [d.text for d in open_corpus(str(out / name)).documents("val")]
                 for name in ("code", "prose", "mix")}
     assert held_out["prose"] == [(novels / "b.txt").read_text()]
@@ -23,5 +23,6 @@ def test_the_same_documents_are_held_out(tmp_path, monkeypatch):
     trained = [d.text for d in open_corpus(str(out / "mix")).documents("train")]
     assert not set(trained) & set(held_out["mix"]) and len(trained) == len(set(trained)) >= 3
     assert set(pq.read_table(out / "mix" / "train-00000.parquet")["kind"].to_pylist()) == {"code", "prose"}
-    refused = run(tmp_path / "base", "make_text_corpus", f"--prose={novels}", "--held_out=d.txt", f"--out={out}").error
+    refused = run(tmp_path / "base", "make_data", "corpus", f"--prose={novels}", "--held_out=d.txt",
+                  f"--out={out}").error
     assert "--held_out=d.txt" in refused and "a.txt, b.txt, c.txt" in refused
