@@ -42,6 +42,7 @@ FAMILY: dict[str, dict[str, object]] = {
     "qwen3": {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "num_key_value_heads": 32, "head_dim": 128,
               "max_window_layers": 28, "sliding_window": 4096, "use_sliding_window": False},
 }  # fmt: skip
+OPTIONAL = ("sliding_window", "head_dim")  # fields whose null means none, whatever the family's default
 
 
 @dataclass(frozen=True)
@@ -119,20 +120,7 @@ class _Fields:
 def llama_config(values: Mapping[str, object], where: str) -> LlamaConfig:
     """The configuration of a Hugging Face config.json. UserError, with what is supported, for an architecture, an
     activation, a rope scaling or quantized weights that are not."""
-    kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILY:
-        named = (values.get("architectures") or [kind]) if isinstance(values.get("architectures"), list) else [kind]
-        raise UserError(f"{where}: architecture {one_line(named[0])} is not supported; {', '.join(FAMILY)} are")
-    defaults = FAMILY[kind]
-    fields = _Fields({**defaults, **{name: x for name, x in values.items() if x is not None or name in OPTIONAL}},
-                     where)
-    if values.get("quantization_config"):
-        raise UserError(f"{where}: quantized weights are not supported; use those in float32 or bfloat16, or a GGUF "
-                        "file")
-    if (act := fields.get("hidden_act", str, "silu")) not in ("silu", "swish"):
-        raise UserError(f"{where}: hidden_act {one_line(act)} is not supported; silu is")
-    if fields.get("partial_rotary_factor", float, 1.0) != 1.0:
-        raise UserError(f"{where}: partial_rotary_factor is not supported; every dimension is rotated")
+    kind, fields = _supported(values, where)
     heads, width = fields.get("num_attention_heads", int), fields.get("hidden_size", int)
     if heads < 1:
         raise UserError(f"{where}: num_attention_heads {heads} must be positive")
@@ -150,7 +138,23 @@ def llama_config(values: Mapping[str, object], where: str) -> LlamaConfig:
         mlp_bias=fields.get("mlp_bias", bool, False), qk_norm=kind == "qwen3", window=window, windowed=windowed)
 
 
-OPTIONAL = ("sliding_window", "head_dim")  # fields whose null means none, whatever the family's default
+def _supported(values: Mapping[str, object], where: str) -> tuple[str, _Fields]:
+    """The family, and the fields with its defaults. UserError for what is not supported."""
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILY:
+        named = (values.get("architectures") or [kind]) if isinstance(values.get("architectures"), list) else [kind]
+        raise UserError(f"{where}: architecture {one_line(named[0])} is not supported; {', '.join(FAMILY)} are")
+    defaults = FAMILY[kind]
+    fields = _Fields({**defaults, **{name: x for name, x in values.items() if x is not None or name in OPTIONAL}},
+                     where)
+    if values.get("quantization_config"):
+        raise UserError(f"{where}: quantized weights are not supported; use those in float32 or bfloat16, or a GGUF "
+                        "file")
+    if (act := fields.get("hidden_act", str, "silu")) not in ("silu", "swish"):
+        raise UserError(f"{where}: hidden_act {one_line(act)} is not supported; silu is")
+    if fields.get("partial_rotary_factor", float, 1.0) != 1.0:
+        raise UserError(f"{where}: partial_rotary_factor is not supported; every dimension is rotated")
+    return kind, fields
 
 
 def _rope(fields: _Fields, head_dim: int) -> tuple[float, tuple[float, ...]]:
