@@ -29,7 +29,7 @@ KINDS = {  # setting -> its values that are arms -> module of mc.arms
 # Values of a session's --mc_allocator, before the colon -> module of mc.arms
 ALLOCATORS = {"bundle": "bundle", "stochastic": "stochastic"}
 # Values of --mc_arms, and their modules
-ADDED = ("several", "hidden", "contrast", "horizon", "bands", "rank", "zero_sum", "illegal", "kl")
+ADDED = ("several", "hidden", "contrast", "horizon", "bands", "rank", "zero_sum", "illegal", "kl", "placed")
 SETTINGS = {  # setting of an arm -> the arm, and the value at which it did nothing when every run had it
     "gists_per_block": ("several", 1),
     "gist_source": ("hidden", "embeddings"),
@@ -41,6 +41,7 @@ SETTINGS = {  # setting of an arm -> the arm, and the value at which it did noth
     "lens_illegal": ("illegal", 0.0),
     "lens_kl": ("kl", 0.0),
     "lens_edits": ("counterfactual", 8),
+    "placed_stride": ("placed", 0),
 }
 
 
@@ -93,6 +94,10 @@ class Arm:
 
     def gist_part(self, model: Any, tree: Any, hidden_RTD: Tensor) -> Part | None:
         """A loss on gists. hidden: of the LM pass."""
+
+    def lm_part(self, seen: Any, embeds_RTD: Tensor, primary: Any, far: Any) -> Part | None:
+        """A loss of the LM on rows that have a working context. seen: `mc.runtime.Seen`; embeds: of the LM pass, with
+        gradients; primary: the entries of each row's best variant; far: the far history around them, or None."""
 
     def shown(self, draw_R: Tensor, done: float, n_R: Tensor, rank_RN: Tensor, focus: Any) -> Tensor | None:
         """[R] how many blocks, best first, a training cut shows. draw: uniform in [0, 1); done: share of the training

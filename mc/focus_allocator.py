@@ -6,9 +6,10 @@ tiling(n) + what the expanded nodes
 added: the whole budget is counting. Expanded nodes are closed upward (an expanded node's existing ancestors are
 expanded); every edit keeps that.
 
-A cut is allocated afresh here, as training does for every row; a session edits its cut a little at a time
-(`mc.session.refocus`). Showing a block expands it and its closed ancestors. Only blocks
-(LOD1) have scores of their own.
+A cut is allocated afresh here, as training does for every row; a session edits its own a little at a time
+(`mc.session.refocus`), and so does the replay of a probe. What an entry costs, what is left of the budget, what the
+budget holds and which of several blocks is shown next (`FocusConfig`, `fits`, `pick_best`) are one and the same.
+Showing a block expands it and its closed ancestors. Only blocks (LOD1) have scores of their own.
 
 Nodes of all levels lie in one axis, level after level: [LOD1 | LOD2 | …]. Every operation acts on [B, N] at once;
 the only Python loops are over levels and over the (static) number of blocks that fit.
@@ -18,18 +19,16 @@ Shapes: B rows, N nodes of all levels, N1 blocks (LOD1 nodes), L levels. Counts 
 
 import math
 from dataclasses import dataclass
-from typing import Callable, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mc.mega_context import tiling
+from mc.mega_context import Integers, tiling
 from mc.working_context import Cut, from_expanded
 from nanochat.common import UserError
-
-NEVER = -(2**31)  # `changed_BN` of a node that no edit has flipped
-
 
 @dataclass(frozen=True)
 class FocusConfig:
@@ -64,6 +63,11 @@ class FocusConfig:
         """Entries that expanding a node of this level adds."""
         return self.block_size * (self.n_gists if lod > 1 else 1) - self.n_gists
 
+    def left(self, n_tokens: Integers, paid: Integers) -> Integers:
+        """Entries of the budget that are left beside the tiling and the price of what is expanded; negative when over
+        it."""
+        return self.budget - tiling(n_tokens, self.block_size, self.max_lod, self.n_gists) - paid
+
 
 def entries_needed(n_tokens: int, cfg: FocusConfig, deep_blocks: int = 1) -> tuple[int, int, int]:
     """Entries for the tiling, for `deep_blocks` blocks shown raw, and for the tail: the budget must hold their sum.
@@ -77,6 +81,7 @@ def entries_needed(n_tokens: int, cfg: FocusConfig, deep_blocks: int = 1) -> tup
     return tiling(before, k, cfg.max_lod, cfg.n_gists), deep * deep_blocks, n_tokens - before
 
 
+@lru_cache
 def fits(n_tokens: int, cfg: FocusConfig) -> bool:
     """Whether the budget tiles every history of up to n_tokens with a block shown raw besides the
     tail: once false, always false.
@@ -113,14 +118,9 @@ def check_feasible(n_tokens: int, cfg: FocusConfig, deep_blocks: int = 1) -> Non
 
 
 class FocusState(NamedTuple):
-    """Explicit, passed in and returned. One [B, N_l] per level l = 1 … L, N_l = N1 // K**(l-1).
-
-    The history may grow to N1 blocks and an unfinished one; tokens beyond are shown raw.
-    """
+    """Explicit: what a cut follows from. One [B, N_l] per level l = 1 … L, N_l = N1 // K**(l-1)."""
 
     expanded: tuple[Tensor, ...]  # bool, existing nodes only, closed upward
-    changed_at: tuple[Tensor, ...]  # int64, the refocus whose edit flipped the node last, or NEVER
-    refocus_B: Tensor  # int64, refocuses so far
     n_tokens_B: Tensor  # int64
 
 
@@ -153,39 +153,24 @@ class NodeAxis(NamedTuple):
         joined = map(torch.cat, (lods, firsts, blocks))
         return NodeAxis(cfg.block_size, sizes, *joined, torch.stack(path, -1), *map(torch.cat, (prices, below)))
 
-    def up(self, x_BN: Tensor, reduce: Callable, join: Callable) -> Tensor:
-        """Every node's value joined with those of its whole subtree."""
-        levels = list(x_BN.split(self.sizes, 1))
-        for level, size in enumerate(self.sizes[1:], 1):
-            children_BNK = levels[level - 1][:, : size * self.block_size].unflatten(1, (size, self.block_size))
-            levels[level] = join(levels[level], reduce(children_BNK, -1))
-        return torch.cat(levels, 1)
-
     def on_path(self, node_B1: Tensor) -> Tensor:
         """The node itself and its ancestors, bool [B, N]."""
         first_B1 = self.first_N[node_B1]
-        return (self.lod_N >= self.lod_N[node_B1]) & self.touching(first_B1, first_B1)
-
-    def touching(self, first_B1: Tensor, last_B1: Tensor) -> Tensor:
-        """Nodes that cover any of the blocks first … last: these blocks and their ancestors, bool [B, N]."""
-        return (self.first_N <= last_B1) & (first_B1 < self.first_N + self.blocks_N)
+        holds_BN = (self.first_N <= first_B1) & (first_B1 < self.first_N + self.blocks_N)
+        return (self.lod_N >= self.lod_N[node_B1]) & holds_BN
 
     def path_price(self, closed_BN: Tensor) -> Tensor:
         """Entries that showing each block adds, int64 [B, N1]."""
-        return self.over_path(closed_BN * self.price_N)
-
-    def over_path(self, x_BN: Tensor) -> Tensor:
-        """Sum over each block's own node and ancestors, [B, N1]."""
-        return F.pad(x_BN, (0, 1))[:, self.path_NL].sum(-1)
+        return F.pad(closed_BN * self.price_N, (0, 1))[:, self.path_NL].sum(-1)
 
 
 def pick_best(score_BC: Tensor, cost_BC: Tensor, can_BC: Tensor) -> Tensor:
-    """The allowed choice of highest score; ties: the cheapest, then the last, which is the
-    nearest to the tail. int64 [B, 1]."""
+    """The allowed choice of highest score; ties: the cheapest in entries, then the last, which is the
+    nearest to the tail. int64 [B, 1]. Where none is allowed, any."""
     best_B1 = score_BC.masked_fill(~can_BC, -torch.inf).amax(1, keepdim=True)
     choices = score_BC.shape[1]
     tie_BC = torch.arange(choices, device=score_BC.device) - cost_BC * choices
-    return tie_BC.masked_fill(~can_BC | (score_BC != best_B1), NEVER).argmax(1, keepdim=True)
+    return tie_BC.masked_fill(~can_BC | (score_BC != best_B1), -(2**62)).argmax(1, keepdim=True)
 
 
 def utilization(entries_B: Tensor, n_tokens_B: Tensor, cfg: FocusConfig) -> Tensor:
@@ -223,7 +208,7 @@ class GreedyAllocator:
         exists_BN, open_BN = self.exists_protected(nodes, n_tokens_B)
         wanted_BN1 = exists_BN[:, :n_blocks] & (scores_BN1 > -torch.inf)
         for _ in range(min(max(cfg.budget - cfg.recent, 0) // cfg.price(1), sum(nodes.sizes))):
-            free_B1 = self.free(nodes, open_BN, n_tokens_B, cfg.budget)
+            free_B1 = cfg.left(n_tokens_B, (open_BN * nodes.price_N).sum(1))[:, None]
             cost_BN1 = nodes.path_price(exists_BN & ~open_BN)
             can_BN1 = wanted_BN1 & (cost_BN1 > 0)
             fits_BN1 = can_BN1 & (cost_BN1 <= free_B1)
@@ -231,9 +216,7 @@ class GreedyAllocator:
             block_B1 = pick_best(scores_BN1, cost_BN1, can_BN1)
             top_BN = nodes.below_N >= cost_BN1.gather(1, block_B1) - free_B1  # a path's closed nodes are its lowest
             open_BN = open_BN | nodes.on_path(block_B1) & exists_BN & top_BN & can_BN1.any(1, keepdim=True)
-        expanded = open_BN.split(nodes.sizes, 1)
-        never = tuple(torch.full_like(x, NEVER, dtype=torch.int64) for x in expanded)
-        return FocusState(expanded, never, torch.zeros_like(n_tokens_B), n_tokens_B)
+        return FocusState(open_BN.split(nodes.sizes, 1), n_tokens_B)
 
     def cut(self, state: FocusState) -> tuple[Cut, Tensor]:
         """The state's cut within the hard budget, and fits_B (False, and the row empty, where it exceeds it)."""
@@ -244,9 +227,3 @@ class GreedyAllocator:
         end_N = (nodes.first_N + nodes.blocks_N) * self.cfg.block_size
         exists_BN = end_N <= n_tokens_B[:, None]
         return exists_BN, exists_BN & (end_N > n_tokens_B[:, None] - self.cfg.recent)
-
-    def free(self, nodes: NodeAxis, open_BN: Tensor, n_tokens_B: Tensor, budget: int) -> Tensor:
-        """How many of `budget` entries are left; negative when over it. int64 [B, 1]."""
-        cfg = self.cfg
-        least_B = tiling(n_tokens_B, cfg.block_size, cfg.max_lod, cfg.n_gists)
-        return (budget - least_B - (open_BN * nodes.price_N).sum(1))[:, None]

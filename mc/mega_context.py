@@ -85,10 +85,6 @@ class TreeShape:
         length = self.block_size**lod
         return index * length, length
 
-    def parent(self, lod: Integers, index: Integers) -> tuple[Integers, Integers]:
-        """(lod, index) of the node above."""
-        return lod + 1, index // self.block_size
-
 
 def _gists(gistnet: GistFn, children_BTD: Tensor, size: int, lod: int, n_gists: int,
            read_BTD: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ Shapes: B rows, W capacity of the cut, M = W + H − 1 entries of the pass, D wi
 
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -164,6 +165,12 @@ class Entries(NamedTuple):
     valid_BM: Tensor
     used_B: Tensor  # entries before the continuation
 
+    def to_tensor(self, tree: Tree) -> tuple[Tensor, Tensor]:
+        """What the base reads: the entries' vectors [B, M, D] in time order, with gradients to the tree they are
+        gathered from, zeros at the padding behind the last; and the mask [B, M] bool, False there. The dtype is the
+        tree's; NaN where an entry names a node that the tree does not have (`Tree.gather`)."""
+        return tree.gather(self.lod_BM, self.index_BM, self.valid_BM), self.valid_BM
+
 
 def with_continuation(cut: Cut, n_tokens_B: Tensor, count: int) -> Entries:
     """Append `count` raw tokens n, n+1, … right behind each row's cut."""
@@ -178,12 +185,12 @@ def with_continuation(cut: Cut, n_tokens_B: Tensor, count: int) -> Entries:
 
 
 def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entries: Entries,
-                far: FarHistory | None = None) -> Tensor:
-    """Hidden states [B, M, D] of a working context with its continuation. tokens [B, T] int64:
-    what the tree was built on."""
+                far: FarHistory | None = None, run: Callable[..., Tensor] | None = None) -> Tensor:
+    """Hidden states [B, M, D] of a working context with its continuation. tokens [B, T] int64: what the tree was built
+    on. run: what runs them in place of `gpt.hidden`."""
     lod, index, valid, _ = entries
     M, config = lod.shape[1], mc.config
-    vectors = tree.gather(lod, index, valid)
+    vectors, _ = entries.to_tensor(tree)
     each = width(lod, config.block_size, config.gists_per_block)
     length, start = each * valid, index * each
     ids = torch.where((lod == 0) & valid, tokens_BT.gather(1, torch.where(lod == 0, index, 0)), -1)
@@ -200,7 +207,8 @@ def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entrie
     raw = valid & (lod == 0)
     linked = raw & F.pad(raw, (1, 0))[:, :-1] & (start == F.pad(start, (1, 0))[:, :-1] + 1)
     rotary = entry_rotary(gpt, start, length, scheme=config.positions, floor=config.damping_floor)
-    hidden = gpt.hidden(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=mc.key_bias(lod))
+    run = run or gpt.hidden
+    hidden = run(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=mc.key_bias(lod))
     return hidden if far is None else take(hidden, order.argsort(1)[:, :M])
 
 

@@ -16,8 +16,8 @@ NEXT_TOKEN = dict(block_size=16, recent=32, horizon=64, lens_keys=16, lens_horiz
                   kl_weight=0.3)
 TRAINING: dict[str, dict[str, Any]] = {
     "recall": dict(start=0.25, wc_weight=0.5, lens_horizon=1, lens_lr=0.04),
-    # what was announced a while ago must still have a vote when it is needed
-    "chat": dict(wc_weight=0.5, lens_keys=16, lens_horizon=8, lens_lr=0.02),
+    # and the default horizon of 8: what was announced a while ago must still have a vote when it is needed
+    "chat": dict(wc_weight=0.5, lens_keys=16, lens_lr=0.02),
     "code": NEXT_TOKEN,
     "prose": NEXT_TOKEN,
 }

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mc.arm import Part
 from mc.config import POLICIES, MCConfig, from_dict, to_dict
 from mc.far_history import draw_far_history, most_entries, with_far_tokens
 from mc.focus_allocator import check_feasible, utilization
@@ -92,7 +93,7 @@ class MCController:
             raise UserError(f"--window_pattern={gpt.config.window_pattern}: windowed layers cannot see distant gists; "
                             "use L with --mc_enabled=1")
         # history: the longest before a continuation
-        self.config, self.T, self.history, self.seed = config, T, history, seed
+        self.config, self.T, self.history, self.seed, self.micro_batch = config, T, history, seed, micro_batch
         self._far_entries = config.far_entries if config.far_tokens else 0
         self.model = MegaContext(config, gpt.config.n_embd).to(gpt.lm_head.weight.device)
         check_feasible(history, self.model.focus_config())
@@ -212,7 +213,7 @@ class MCController:
             else:
                 lens, found = self._teach_lens(lesson, trace)
                 loss, metrics = loss + weight * lens, metrics | found
-        return StepResult(loss, metrics, embeds, primary)
+        return StepResult(loss, metrics, primary)
 
     def networks(self) -> dict[str, list[torch.nn.Parameter]]:
         """Parameters of each network, for the norms of their gradients."""
@@ -250,7 +251,7 @@ class MCController:
         with timed(trace, metrics, "tree"):
             tree, n_R, far = self.model.build_tree(embeds[chosen], middle[chosen]), torch.full_like(rows,
                                                                                                     self.history), None
-            gist_loss = self._gist_loss(tree, hidden, metrics)
+            added = self._added([arm.gist_part(self.model, tree, hidden) for arm in self.model.arms.values()], metrics)
             hidden = hidden.detach()
             trees = tree.with_table(tree.table_BND.detach())
             if c.far_tokens:
@@ -265,8 +266,6 @@ class MCController:
             state = self.model.allocator.allocate(scores, n_RV)
             cut, _ = self.model.allocator.cut(state)
             entries = with_continuation(cut, n_RV, c.horizon - 1)
-            trace.event("mc.wc.snapshot", row=rows[0], tokens=n_RV[0],
-                        lods=torch.where(cut.valid_BW, cut.lod_BW, -1)[0])
         with timed(trace, metrics, "wc"):
             out = run_entries(gpt, self.model, tree, tokens, entries, far)
             read = read_rows(entries, c.block_size, c.protected + c.horizon - 1, c.protected, c.gists_per_block)
@@ -292,20 +291,26 @@ class MCController:
         metrics["mc.focus.utilization"] = utilization(entries_used(cut), n_RV, self.model.focus_config()).mean()
         metrics |= shares_by_lod(cut, n_RV, c.max_lod) | gist_statistics(tree)
         best = nll_RV.detach().view(c.variants, -1).argmin(0) * len(n_R) + torch.arange(len(n_R), device=rows.device)
-        for i, name in enumerate(POLICIES):
-            metrics[f"mc.cuts.best.{name}"] = (policy[best] == i).float().mean()
+        if c.variants > 1:
+            for i, name in enumerate(POLICIES):
+                metrics[f"mc.cuts.best.{name}"] = (policy[best] == i).float().mean()
+        primary = Entries(*(x[best] for x in entries))
         seen = Seen(*row, state.expanded[0].unflatten(0, (c.variants, -1)), nll_RV.detach().view(c.variants, -1),
                     (self.seed, step))
+        trace.event("mc.wc.snapshot", row=rows[0], tokens=n_RV[0], lods=torch.where(
+            torch.arange(c.budget, device=rows.device) < primary.used_B[0], primary.lod_BM[0, :c.budget], -1))
+        added += self._added([arm.lm_part(seen, embeds[chosen], primary, far) for arm in self.model.arms.values()],
+                             metrics)
         watched = {name: found for name, arm in self.model.arms.items() if (found := arm.watch(self, seen)) is not None}
         lesson = Lesson(captured, embeds.detach(), every_target, every_row, trees, (self.seed, step), watched)
-        return loss_RV.mean() + gist_loss, Entries(*(x[best] for x in entries)), lesson
+        return loss_RV.mean() + added, primary, lesson
 
-    def _gist_loss(self, tree: Tree, hidden: Tensor, metrics: Metrics) -> Tensor | float:
-        """What arms add on gists themselves, weighted. hidden [R, T, D]: of the LM pass, with gradients."""
-        parts = [part for arm in self.model.arms.values()
-                 if (part := arm.gist_part(self.model, tree, hidden)) is not None]
-        metrics |= {f"mc.loss.{name}": found.detach() for name, _, found in parts}
-        return sum((weight * found for _, weight, found in parts), 0.0)
+    @staticmethod
+    def _added(parts: list[Part | None], metrics: Metrics) -> Tensor | float:
+        """The sum of what arms add to the loss, weighted."""
+        found = [part for part in parts if part is not None]
+        metrics |= {f"mc.loss.{name}": part.detach() for name, _, part in found}
+        return sum((weight * part for _, weight, part in found), 0.0)
 
     def _variants(self, tree: Tree, tokens: Tensor, targets: Tensor, rows: Tensor, hidden: Tensor, n: Tensor):
         """Everything repeated once per variant: row r of variant v stands at v·R + r."""

@@ -32,6 +32,10 @@ register(
            "Cross-entropy of the hidden state at a node's end naming the next node's gist among its row's, mean over "
            "the levels of which a row has two nodes (--mc_arms=horizon).",
            healthy="below ln(nodes), falling slowly", where=RUNTIME, buckets=NATS),
+    Metric("mc.loss.placed", "{nat}", "histogram",
+           "Next-token loss of rows that the LM reads at the positions of their primary working context "
+           "(--mc_arms=placed).",
+           healthy="falls with train.loss", where=RUNTIME, buckets=NATS),
     Metric("mc.loss.lens", "{nat}", "histogram",
            "What the lens is taught, all targets and terms: with a dense teacher cross-entropies against its "
            "distribution.", short="lens",
@@ -56,9 +60,9 @@ register(
              healthy="the share that --mc_cuts gives it", where=RUNTIME, buckets=SHARES)
       for policy in POLICIES),
     *(Metric(f"mc.cuts.best.{policy}", "1", "histogram",
-             f"Share of rows whose lowest-loss working context was the {policy} policy's; / mc.cuts.{policy}: above 1 "
-             "where that policy wins.",
-             healthy="lens and teacher above their mc.cuts share, with --mc_variants of 2 or more", where=RUNTIME,
+             f"Sibling success: share of rows of whose working contexts (--mc_variants of 2 or more) the {policy} "
+             f"policy's had the lowest loss; / mc.cuts.{policy}: above 1 where that policy wins.",
+             healthy="lens and teacher above their mc.cuts share", where=RUNTIME,
              buckets=SHARES)
       for policy in POLICIES),
     Metric("mc.lens.spread", "{nat}", "histogram",

@@ -12,7 +12,7 @@ A node above LOD0 is one entry, or `n_gists` of them: its vectors, side by side.
 entries, and `by_entry` is where the nodes become entries.
 
 Shapes: B rows, W slots (the capacity), L levels of gists, N_l nodes at level l, N1 = N_1 blocks, S sources of an
-edit, N rows of an embedding table, D its width. Integers are int64. "Empty row": no valid entry.
+edit. Integers are int64. "Empty row": no valid entry.
 """
 
 from typing import NamedTuple, Sequence
@@ -48,10 +48,6 @@ def _emit(count_BS: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor, Tens
 
 def _cut(lod_BW: Tensor, index_BW: Tensor, valid_BW: Tensor, block_size: int, n_gists: int = 1) -> Cut:
     return Cut(lod_BW.masked_fill(~valid_BW, 0), index_BW.masked_fill(~valid_BW, 0), valid_BW, block_size, n_gists)
-
-
-def _rows(n_tokens: int | Tensor) -> Tensor:
-    return n_tokens if isinstance(n_tokens, Tensor) else torch.tensor([n_tokens])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,18 +86,6 @@ def by_entry(cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
     return lod_BW.masked_fill(~valid_BW, 0), index_BW.masked_fill(~valid_BW, 0), valid_BW
 
 
-def to_tensor(cut: Cut, table_BND: Tensor, offsets: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Gather the entries' embeddings from a table per row whose level l starts at table row `offsets[l]`.
-
-    Returns entries_BWD (the table's dtype, in time order, zeros at padding) and the mask valid_BW (bool). Gradients
-    reach the table at the rows that are shown.
-    """
-    row_BW = torch.tensor(list(offsets), device=table_BND.device)[cut.lod_BW] + cut.index_BW
-    row_BW = row_BW.masked_fill(~cut.valid_BW, 0)
-    entries_BWD = table_BND.gather(1, row_BW[..., None].expand(-1, -1, table_BND.shape[2]))
-    return entries_BWD.masked_fill(~cut.valid_BW[..., None], 0), cut.valid_BW
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole cuts
 
@@ -111,18 +95,13 @@ def coarsest(n_tokens: int | Tensor, block_size: int, max_lod: int, capacity: in
 
     n_tokens: int (one row) or int64 [B]. A row that needs more than `capacity` entries comes back empty.
     """
-    n_B = _rows(n_tokens)
+    n_B = n_tokens if isinstance(n_tokens, Tensor) else torch.tensor([n_tokens])
     lods = range(max_lod, -1, -1)
     parents = [0 * n_B if lod == max_lod else n_B // block_size ** (lod + 1) for lod in lods]
     first_BS = block_size * torch.stack(parents, 1)
     last_BS = torch.stack([n_B // block_size**lod for lod in lods], 1)
     source_BW, offset_BW, valid_BW, _ = _emit(last_BS - first_BS, capacity)
     return _cut(max_lod - source_BW, first_BS.gather(1, source_BW) + offset_BW, valid_BW, block_size)
-
-
-def finest(n_tokens: int | Tensor, block_size: int, capacity: int) -> Cut:
-    """Every token as LOD0. n_tokens: int or int64 [B]. A row longer than `capacity` comes back empty."""
-    return coarsest(n_tokens, block_size, 0, capacity)
 
 
 def from_expanded(
@@ -164,30 +143,13 @@ def from_expanded(
 # Edits
 
 
-def legal_expand(cut: Cut) -> Tensor:
-    """Entries that have children, bool [B, W]: every valid entry but LOD0."""
-    return cut.valid_BW & (cut.lod_BW > 0)
-
-
-def legal_collapse(cut: Cut, max_lod: int) -> Tensor:
-    """First of K siblings that are all present at their level, below `max_lod`; bool [B, W].
-
-    Between a first and a last sibling nothing is coarser than they are, so that, the spans being contiguous, the last
-    one stands K - 1 slots further exactly when none of those between is expanded.
-    """
-    k = cut.block_size
-    first_BW = cut.valid_BW & (cut.lod_BW < max_lod) & (cut.index_BW % k == 0)
-    ahead = [F.pad(x[:, k - 1 :], (0, min(k - 1, x.shape[1]))) for x in (cut.lod_BW, cut.index_BW, cut.valid_BW)]
-    return first_BW & (ahead[0] == cut.lod_BW) & (ahead[1] == cut.index_BW + k - 1) & ahead[2]
-
-
 def expand(cut: Cut, mask_BW: Tensor) -> tuple[Cut, Tensor]:
-    """Replace each masked entry by its K children, in place. Illegal requests (`legal_expand`) are ignored.
+    """Replace each masked entry by its K children, in place. A token has none: it stays.
 
     Returns the cut and applied_B (bool): False where the result would exceed the capacity W; such a row is unchanged.
     """
     k, capacity = cut.block_size, cut.lod_BW.shape[1]
-    mask_BW = mask_BW & legal_expand(cut)
+    mask_BW = mask_BW & cut.valid_BW & (cut.lod_BW > 0)
     more_BW = k * _per_node(cut.lod_BW - 1, cut.n_gists) - cut.n_gists
     applied_B = entries_used(cut) + (more_BW * mask_BW).sum(1) <= capacity
     mask_BW = mask_BW & applied_B[:, None]
@@ -195,20 +157,6 @@ def expand(cut: Cut, mask_BW: Tensor) -> tuple[Cut, Tensor]:
     lod_BW, index_BW, mask_BW = (x.gather(1, source_BW) for x in (cut.lod_BW, cut.index_BW, mask_BW))
     index_BW = torch.where(mask_BW, index_BW * k + offset_BW, index_BW)
     return _cut(lod_BW - mask_BW.long(), index_BW, valid_BW, k, cut.n_gists), applied_B
-
-
-def collapse(cut: Cut, mask_BW: Tensor, max_lod: int) -> Cut:
-    """Replace K siblings by their parent wherever `mask` marks the first of them; all K or none.
-
-    Illegal requests (`legal_collapse`: not a first sibling, a sibling missing or expanded, at `max_lod`) are ignored.
-    """
-    k, capacity = cut.block_size, cut.lod_BW.shape[1]
-    mask_BW = mask_BW & legal_collapse(cut, max_lod)
-    marks_BW = mask_BW.long().cumsum(1)
-    in_group_BW = marks_BW > F.pad(marks_BW, (k, 0))[:, :capacity]
-    source_BW, _, valid_BW, _ = _emit((cut.valid_BW & (mask_BW | ~in_group_BW)).long(), capacity)
-    lod_BW, index_BW, mask_BW = (x.gather(1, source_BW) for x in (cut.lod_BW, cut.index_BW, mask_BW))
-    return _cut(lod_BW + mask_BW.long(), torch.where(mask_BW, index_BW // k, index_BW), valid_BW, k, cut.n_gists)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

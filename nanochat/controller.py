@@ -15,12 +15,10 @@ Metrics = dict[str, Tensor | Reading]
 
 
 class StepResult(NamedTuple):
-    """What one micro-batch produced. With MegaContext the embeddings [B, T, D] and the entries of each
-    row's best variant (C14, C15)."""
+    """What one micro-batch produced. With MegaContext the entries of each row's primary variant (C15)."""
 
     loss: Tensor
     metrics: Metrics
-    embeds_BTD: Tensor | None = None
     primary: object | None = None
 
 

@@ -50,9 +50,10 @@ class KVCache:
         return buffer_BM[:, :self.used + count]
 
     def mask(self, slots_BS: Tensor, reach: float) -> Tensor | None:
-        """bool [B, 1, S, used + S]: which keys each entry sees; None where one entry sees them all."""
+        """bool [B, 1, S, used + S]: which keys each entry sees; None where plain causal serves: one entry that sees
+        them all, or the first entries of every row."""
         count = slots_BS.shape[1]
-        if count == 1 and not self.ragged and self.used <= reach:
+        if not self.ragged and (count == 1 or not self.used) and self.used + count - 1 <= reach:
             return None
         distance = slots_BS[:, None, :, None] - torch.arange(self.used + count, device=slots_BS.device)
         return (distance >= 0) & (distance <= reach)

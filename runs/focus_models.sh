@@ -13,8 +13,7 @@ CKPT="$NANOCHAT_BASE_DIR/checkpoints"
 
 SHARED=(--max_seq_len=1088 --head_dim=32 --key_shift=1 --tie_qk=1 --rope_fraction=0.5 --depth=2 --aspect_ratio=64 --value_embeds=0 --smear=0
         --resid_scalars=0 --backout=0 --device_batch_size=4 --total_batch_size=4352 --eval_tokens=32640 --eval_every=0 --log_every=25
-        --save_every=100 --resume=1 --keep_last=1 --mc_enabled=1 --mc_budget=128 --mc_horizon=32 --mc_gist=transformer --mc_kl_weight=0.1
-        --mc_wc_weight=0.5 --mc_teacher=attention --mc_lens_queries=128 --mc_lens_horizon=1 --mc_max_lod=4)
+        --save_every=100 --resume=1 --keep_last=1 --mc_enabled=1 --mc_preset=recall)
 TEACHER=(--mc_cuts=random:0.1,recency:0,lens:0.3,teacher:0.6)  # shown too little that helps, the base unlearns to read a working context
 
 train() {  # tag, steps, flags…
@@ -25,10 +24,9 @@ train() {  # tag, steps, flags…
 
 HOPS=() WIDE=()
 for SEED in ${SEEDS:-1 2 3}; do
-  train "recall_mc_$SEED" 400 --seed="$SEED" --data=recall --grad_clip=1 --recall_grow=0.75 --mc_start=0.25 --mc_row_stride=4 --mc_lens_lr=0.04 \
-    --mc_far_tokens=8388608
+  train "recall_mc_$SEED" 400 --seed="$SEED" --data=recall --grad_clip=1 --recall_grow=0.75 --mc_row_stride=4 --mc_far_tokens=8388608
   train "hops_$SEED" 320 --seed="$SEED" --data=hops --mc_far_tokens=0 --init_from="$CKPT/recall_mc_$SEED" --grad_clip=1 --recall_grow=0.2 --mc_start=0.5 --mc_row_stride=2 \
-    --mc_lens_lr=0.04 "${TEACHER[@]}"
+    "${TEACHER[@]}"
   train "hops_lens_$SEED" 600 --seed="$SEED" --data=hops --mc_far_tokens=0 --init_from="$CKPT/hops_$SEED" --freeze_base=1 --recall_grow=0 --mc_start=0 --mc_row_stride=4 \
     --mc_lens_lr=0.01 --mc_lens_keys=16 --mc_lens_horizon=8 "${TEACHER[@]}"
   train "recall_wide_$SEED" 100 --seed="$SEED" --data=recall --init_from="$CKPT/recall_mc_$SEED" --grad_clip=1 --recall_grow=0 --mc_start=0 --mc_row_stride=4 \

@@ -9,7 +9,7 @@ DATA="$NANOCHAT_BASE_DIR/fineweb-edu"
 # Rows of 2,048 tokens within one document, whole history seen by every layer: what a working context needs. Both trainings get them.
 SHARED=(--depth="$DEPTH" --data="$DATA" --max_seq_len=2048 --rows=long --window_pattern=L --key_shift=1 --device_batch_size="$DEVICE_BATCH"
         --eval_every=250 --eval_tokens=1048576 --save_every=500 --resume=1 --seed=42)
-MC=(--mc_enabled=1 --mc_budget=256 --mc_horizon=64 --mc_row_stride=2)
+MC=(--mc_enabled=1 --mc_preset=prose --mc_budget=256 --mc_row_stride=2)
 
 dry_run=0
 arguments=()

@@ -12,6 +12,8 @@
     python -m scripts.mc_bench gists --checkpoint_dir=DIR --arms …     how well gists of several kinds and
                                                                        ratios replace a whole history
     python -m scripts.mc_bench telemetry --checkpoint_dir=DIR  a training step with every sink against none
+    python -m scripts.mc_bench labels --checkpoint_dir=DIR     labels of what detail is worth per second, keys and
+                                                               values reused and not
     python -m scripts.mc_bench otlp                            is a collector there, and how soon does it accept
     python -m scripts.mc_bench store --checkpoint_dir=DIR --texts=DIR   a history on disk: ingest,
                                                                        opening, gathering, sizes, edits
@@ -20,7 +22,7 @@
 from nanochat.common import run_main
 from scripts.eval.subcommands import Subcommands
 
-NAMES = ("train", "vanilla", "decode", "kv", "search", "focus", "knapsack", "lens", "gists", "telemetry",
+NAMES = ("train", "vanilla", "decode", "kv", "search", "focus", "knapsack", "lens", "gists", "labels", "telemetry",
          "otlp", "store")
 MODULES = {name: f"scripts.bench.{name}" for name in NAMES} | {"train": "scripts.bench.train_step"}
 COMMANDS = Subcommands("scripts.mc_bench", __doc__, MODULES)

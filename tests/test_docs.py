@@ -105,7 +105,7 @@ def test_flags_in_examples_exist():
     """Every `--flag` that the README or an undated page names belongs to a command, or to torchrun."""
     known = {name for c in commands() for _, actions in flags_of(parser_of(c)) for a in actions
              for name in a.option_strings}
-    known |= {"--help", "--standalone", "--nproc_per_node"}
+    known |= {"--help", "--standalone", "--nproc_per_node", "--all", "--changed"}  # the last two are pytest's here
     for page in CURRENT:
         # `--mc_…` stands for all of them
         used = {flag.rstrip("_") for flag in re.findall(r"(?<![\w-])--[a-z]\w*", page.read_text())}

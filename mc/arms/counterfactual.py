@@ -9,8 +9,8 @@ to raw, all else unchanged. Either way
 so positive means that detail helps. (An edit that opens the block's ancestors too would mix in what they are worth: on
 recall, with one LOD2 node above the whole history, opening it was worth 1 to 2 nats whichever block was shown.)
 
-The R rows and the 1 + E cuts of each go through the base as R · (1 + E) rows of one batch; they share the
-row's tokens, embeddings and tree.
+The 1 + E cuts of a row share its tokens, embeddings and tree, and the keys and values of what lies before the block
+that an edit flips (`mc.arms.shared_prefix`).
 
 Shapes: R rows, T tokens, N blocks, N_l nodes at level l, E edits of a row, C = 1 + E cuts.
 """
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mc.arm import Arm, Part, Setting
+from mc.arms.shared_prefix import sharing
 from mc.focus_allocator import GreedyAllocator
 from mc.keyed_random import gumbel, uniform
 from mc.lens_loss import Asked, Lesson, cursor_logits, visible_blocks
@@ -83,13 +84,12 @@ def draw_edits(logits_RN: Tensor, editable_RN: Tensor, count: int, rows_R: Tenso
 
 @torch.no_grad()
 def edit_utilities(gpt: GPT, mc: MegaContext, tree: Tree, tokens_RT: Tensor, targets_RT: Tensor, n_R: Tensor,
-                   expanded: Sequence[Tensor],
-                   block_RE: Tensor) -> tuple[Tensor, Tensor]:
+                   expanded: Sequence[Tensor], block_RE: Tensor, reuse: bool = True) -> tuple[Tensor, Tensor]:
     """Utility [R, E] of the detail of each block, and NLL [R] of the cut itself; NaN where
     an edit does not fit the budget.
 
     targets: next tokens, −1 where none counts. expanded: the cut, one bool [R, N_l] per level;
-    block: of those that `can_flip`.
+    block: of those that `can_flip`. reuse: False runs every cut from scratch, to the same result.
     """
     c, (R, E), N = mc.config, block_RE.shape, expanded[0].shape[1]
     flip_REN = torch.zeros(R, E, N, dtype=torch.bool, device=n_R.device).scatter(2, block_RE[..., None], True)
@@ -101,7 +101,8 @@ def edit_utilities(gpt: GPT, mc: MegaContext, tree: Tree, tokens_RT: Tensor, tar
     n = each(n_R)
     cut, fits = from_expanded([raw_CN, *map(each, expanded[1:])], n, c.block_size, c.budget, c.gists_per_block)
     entries = with_continuation(cut, n, c.horizon - 1)
-    out = run_entries(gpt, mc, tree.with_table(each(tree.table_BND)), each(tokens_RT), entries)
+    run = sharing(gpt, entries, 1 + E) if reuse and c.positions != "contiguous" else None
+    out = run_entries(gpt, mc, tree.with_table(each(tree.table_BND)), each(tokens_RT), entries, run=run)
     read = read_rows(entries, c.block_size, c.horizon, 1, c.gists_per_block)
     target = each(targets_RT).gather(1, read.token_BP)
     nll = row_mean(token_losses(gpt.logits(take(out, read.slot_BP)), target), target >= 0)

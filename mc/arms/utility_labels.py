@@ -10,8 +10,8 @@ Arrays only, nothing is unpickled. The fingerprint leaves the lens out: a lens l
 another lens's checkpoint gave.
 
 Per context the tokens are embedded, the tree is built and the full pass runs once, for all its cursors and edits; the
-full pass says which blocks are worth a try (gate gradients). The cuts of an edit share tokens and tree, but no KV: an
-edit may lie anywhere, and a working context is short.
+full pass says which blocks are worth a try (gate gradients). The cuts of an edit share tokens and tree, and the keys
+and values of what lies before it (`mc.arms.shared_prefix`).
 
 Shapes: C contexts, T tokens, Q cursors of a context, E edits of a cursor, N blocks.
 """
@@ -30,12 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mc.arms.counterfactual import can_flip, draw_cut, draw_edits, edit_utilities, standardized
+from mc.arms.shared_prefix import continuation_from_cache
 from mc.config import complete
 from mc.lens_loss import visible_blocks
 from mc.model import MegaContext
 from mc.teachers import continuation_pass, gate_utility
 from nanochat.common import UserError, parse_json
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, Captured
 from nanochat.outputs import output_folder, replacing, write_file
 
 FORMAT = 1
@@ -101,10 +102,12 @@ def cursors(mc: MegaContext, T: int, count: int) -> list[int]:
 
 
 def measure(gpt: GPT, mc: MegaContext, tokens_CT: Tensor, targets_CT: Tensor, rows_C: Tensor, at: Sequence[int],
-            edits: int, seed: int) -> Labels:
-    """Labels of one batch of contexts at the ends of history `at`. targets: next tokens, −1 where none counts."""
+            edits: int, seed: int, reuse: bool = True) -> Labels:
+    """Labels of one batch of contexts at the ends of history `at`. targets: next tokens, −1 where none counts.
+    reuse: False runs and differentiates everything from scratch, to the same result."""
     c, N = mc.config, tokens_CT.shape[1] // mc.config.block_size
-    gates = _gate_utilities(gpt, tokens_CT, targets_CT, at, c.block_size, c.horizon)
+    captured = (continuation_from_cache if reuse else continuation_pass)(gpt, tokens_CT, targets_CT, min(at))
+    gates = _gate_utilities(captured, targets_CT, at, c.block_size, c.horizon)
     with torch.no_grad():
         tree = mc.build_tree(gpt.embed(tokens_CT))
     n_CQ = torch.tensor(list(at), device=tokens_CT.device).expand(len(tokens_CT), -1)
@@ -122,17 +125,17 @@ def measure(gpt: GPT, mc: MegaContext, tokens_CT: Tensor, targets_CT: Tensor, ro
         return x.repeat_interleave(len(at), 0)
 
     trees = tree.with_table(each(tree.table_BND))
-    utility, nll = edit_utilities(gpt, mc, trees, each(tokens_CT), each(targets_CT), n_CQ.flatten(), expanded, block)
+    utility, nll = edit_utilities(gpt, mc, trees, each(tokens_CT), each(targets_CT), n_CQ.flatten(), expanded, block,
+                                  reuse)
     shape = (len(tokens_CT), len(at))
     return Labels(rows_C, tokens_CT, n_CQ.contiguous(),
                   *(x.unflatten(0, shape) for x in (block, utility.float().masked_fill(~valid, 0), valid, nll.float())))
 
 
-def _gate_utilities(gpt: GPT, tokens_CT: Tensor, targets_CT: Tensor, at: Sequence[int], block_size: int,
+def _gate_utilities(captured: Sequence[Captured], targets_CT: Tensor, at: Sequence[int], block_size: int,
                     horizon: int) -> list[Tensor]:
-    """[C, n / K] for each end of history: gate utilities of the continuation's queries, from one
-    full pass and its backward."""
-    captured, found = continuation_pass(gpt, tokens_CT, targets_CT, min(at)), []
+    """[C, n / K] for each end of history: gate utilities of the continuation's queries."""
+    found = []
     for n in at:
         queries = slice(n - 1, n + horizon - 1)
         counted = (targets_CT[:, queries] >= 0).unsqueeze(-1)

@@ -266,6 +266,9 @@ TRAINING = Dashboard("mc-training", "MegaContext: training",
         panel("Gist losses", "Of runs with the arms contrast and horizon: a gist names its own block, a hidden state "
                              "the next node's gist. Healthy: both fall.",
               Line(Value("mc.loss.contrast"), "contrast"), Line(Value("mc.loss.horizon_gist"), "horizon")),
+        panel("LM at other positions", "Of runs with the arm placed: rows that the LM reads at the positions of their "
+                                       "primary working context. Healthy: falls with the loss.",
+              Value("mc.loss.placed")),
         panel("Lens loss", "The whole, each target and term before it is weighted, and the teacher's entropy. A dense "
                            "teacher's part is a cross-entropy, twice (own vote and tail). "
               "Healthy: the loss falls, such a part towards twice the entropy; flat from the first steps means that "
@@ -418,6 +421,9 @@ RUNTIME = Dashboard("mc-runtime", "MegaContext: runtime",
         panel("Refocus",
               "Wall time of a refocus. Healthy: flat in the history; below the time of the tokens between two.",
               Value("mc.session.refocus_time"), unit="s", zero=True),
+        panel("Refocuses by trigger", "Per second: the user's tokens came (append), or the horizon between two "
+                                      "refocuses was read. Healthy: one by append per request.",
+              Line(Value("mc.session.triggers", by="by"), "by"), zero=True),
         panel("Ingest", "Tokens appended per second. Healthy: steady.", Value("mc.session.ingest_rate"), zero=True),
         panel("Entries by LOD", "Healthy: their sum at most the budget and the tokens since the last refocus.",
               Line(Value("mc.session.entries", by="lod"), "LOD"), zero=True),

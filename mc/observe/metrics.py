@@ -74,6 +74,10 @@ register(
            "Wall time of one refocus: scoring, edits, recomputing what changed.",
            healthy="flat in the length of the history; below the time of the tokens between two refocuses",
            where=SESSION, buckets=SECONDS),
+    Metric("mc.session.triggers", "{refocus}", "counter",
+           "Refocuses by what triggered them, attribute by: append (the user's tokens), horizon (--mc_interval tokens "
+           "were read since the one before) or call.",
+           healthy="horizon: one per interval of generated tokens; append: one per request", where=SESSION),
     Metric("mc.session.ingest_rate", "{token}/s", "gauge",
            "Tokens appended per second of append: embedding, gists, keys, storing.", healthy="steady", where=SESSION),
     Metric("mc.session.history", "{token}", "gauge", "Tokens of history.", healthy="grows", where=SESSION),

@@ -6,8 +6,10 @@ logits are those of a forward pass over the cut from scratch; under the approxim
 Shapes: A sessions of a pass, S entries of a pass, D width.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,13 +40,17 @@ class Missing(NamedTuple):
     recut: bool
 
 
-@dataclass
-class _Cached:
+class Cached(NamedTuple):
     """Entries in the cache, in time order."""
 
-    lod: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    index: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    slot: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    lod: np.ndarray
+    index: np.ndarray
+    slot: np.ndarray
+    ids: np.ndarray
+
+
+def _columns(entries: Iterable[tuple[int, ...]]) -> Cached:
+    return Cached(*np.fromiter(chain.from_iterable(entries), np.int64).reshape(-1, 4).T.copy())
 
 
 def table_of(work: Sequence[Missing], S: int, spare: int) -> np.ndarray:
@@ -72,74 +78,102 @@ class CachedHistory(FocusedHistory):
     def forget_cache(self) -> None:
         """Everything shown will be run again."""
         slots = self.pool.cache.spare
-        # recut: else the next pass would take every token from n_read on, all of the history, as new and raw
-        self.cached, self.free_slots, self.recut = _Cached(), list(range(slots)), True
+        # entries in the cache, as in `Cached`, by first token; these tokens in order; how many there are at each LOD
+        self.entries: dict[int, tuple[int, int, int, int]] = {}
+        self.starts: list[int] = []
+        self.by_lod: Counter[int] = Counter()
+        # flips: else the next pass would take every token from n_read on, all of the history, as new and raw
+        self.free_slots, self.focus.flips = list(range(slots)), None
         self.pool.cache.clear(self.row, torch.arange(slots, device=self.pool.device))
         self.last_hidden_D: Tensor | None = None
         self.n_read = 0  # tokens that the cache has seen, as they are or in gists
 
+    @property
+    def cached(self) -> Cached:
+        return _columns(self.entries[start] for start in self.starts)
+
+    def put(self, entries: Iterable[tuple[int, int, int, int]]) -> None:
+        """Into the cache, in time order."""
+        for lod, index, slot, token in entries:
+            start = index * self.history.block_size**lod
+            self.entries[start] = lod, index, slot, token
+            insort(self.starts, start)
+            self.by_lod[lod] += 1
+
+    def _take_out(self, starts: list[int]) -> None:
+        gone = [self.entries.pop(start) for start in starts]
+        for start, (lod, *_) in zip(starts, gone):
+            del self.starts[bisect_left(self.starts, start)]
+            self.by_lod[lod] -= 1
+        slots = _columns(gone).slot
+        self.free_slots.extend(slots.tolist())
+        # what has a position is seen: it would be attended to until its slot is written again
+        self.pool.cache.clear(self.row, torch.from_numpy(slots).to(self.pool.device))
+
     def refocus(self) -> Edits:
         """As `FocusedHistory.refocus`; every entry counts as kept until the next pass says otherwise."""
-        edits = super().refocus()
-        self.kept, self.computed = len(self.cached.lod), 0
+        try:
+            edits = super().refocus()
+        except BaseException:  # half an edit: the next one comes first, and is compared
+            self.focus.flips, self.asked = None, self.n_tokens > 0
+            raise
+        self.kept, self.computed = len(self.starts), 0
         return edits
 
     def missing(self) -> Missing:
         """The entries that are shown and not in the cache, with slots for them; the slots of what
-        is no longer shown are free."""
+        is no longer shown are free.
+
+        It touches what has changed and what is to be run, however many entries are shown: no array of all of them is
+        made, and finding one's place among them is a bisection.
+        """
         if not self.n_tokens:
             raise UserError("the session is empty: begin with at least one token")
-        read, cached, recut = self.n_read, self.cached, self.recut
-        if recut:
-            lod, index = self._shown()
-            ids = self._ids(lod, index)
-            # a cut tiles the history with its void slots; they hold no token and get no entry
-            shown = (lod > 0) | (ids != VOID)
-            lod, index, ids = lod[shown], index[shown], ids[shown]
-            slot = self._slots_kept(lod, index)
-            run = slot < 0
-            gone = np.setdiff1d(cached.slot, slot)
-            # what has a position is seen: it would be attended to until its slot is written again
-            self.pool.cache.clear(self.row, torch.from_numpy(gone).to(self.pool.device))
-            # before slots are taken: an edit of a full row needs those of what it hides
-            self.free_slots.extend(gone.tolist())
-            self.kept, self.computed = len(run) - int(run.sum()), int(run.sum())
-        else:
-            new = np.arange(read, self.n_tokens)
-            new_ids = self._ids(np.zeros_like(new), new)
-            new, new_ids = new[new_ids != VOID], new_ids[new_ids != VOID]
-            lod, index = np.concatenate([cached.lod, np.zeros_like(new)]), np.concatenate([cached.index, new])
-            ids = np.concatenate([np.full_like(cached.lod, VOID), new_ids])
-            slot = np.concatenate([cached.slot, np.full_like(new, -1)])
-            run = slot < 0
+        gone, come, recut = self._difference()
+        first = self._first_to_run(gone, come)
+        if gone:  # before slots are taken: an edit of a full row needs those of what it hides
+            self._take_out(gone)
         # enough are free: a row holds budget + interval, and a refocus comes before more is read
-        slot[run] = [self.free_slots.pop() for _ in range(run.sum())]
+        self.put((lod, index, self.free_slots.pop(), token) for lod, index, token in come.values())
+        run = list(come) if first is None else self.starts[bisect_left(self.starts, first):]
+        if (gone or come) and self.starts and run[-1:] != self.starts[-1:]:
+            run.append(self.starts[-1])  # it sees all that is new
+        if recut:
+            self.kept, self.computed = len(self.starts) - len(run), len(run)
+        self.n_read = self.n_tokens
+        places = [bisect_left(self.starts, start) for start in run]
+        lod, index, slot, ids = _columns(self.entries[start] for start in run)
         # of all that is shown: smear and key shift read the entry before, which may be one that is kept
-        before, lod_before, index_before = (np.concatenate([[-1], x[:-1]]) for x in (slot, lod, index))
-        linked = (lod == 0) & (lod_before == 0) & (index == index_before + 1)
-        self.cached, self.n_read = _Cached(lod, index, slot), self.n_tokens
-        # void slots end it: contiguous positions move
-        self.recut = bool((index[-1] + 1) * self.history.block_size ** lod[-1] < self.n_tokens)
-        coarse = run & (lod > 0)
+        ahead = _columns(self.entries[self.starts[at - 1]] if at else (1, -1, -1, VOID) for at in places)
+        linked, coarse = (lod == 0) & (ahead.lod == 0) & (index == ahead.index + 1), lod > 0
         gists = self.history.gists(torch.from_numpy(lod[coarse]),
                                    torch.from_numpy(index[coarse])) if coarse.any() else None
-        return Missing(lod[run], index[run], ids[run], slot[run], before[run], linked[run], gists, recut)
+        return Missing(lod, index, ids, slot, ahead.slot, linked, gists, recut)
 
-    def _slots_kept(self, lod: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """The slot of each entry whose KV in the cache stays; −1 for those to be run."""
-        K, cached = self.history.block_size, self.cached
-        if not len(cached.lod):
-            return np.full_like(lod, -1)
-        # entries do not overlap: of the cached ones at most one begins where this one does
-        place = np.searchsorted(cached.index * K ** cached.lod, index * K ** lod).clip(max=len(cached.lod) - 1)
-        same = (cached.lod[place] == lod) & (cached.index[place] == index)
-        if self.pool.config.kv_policy == "exact":
-            # a key holds what stood before it: as from scratch only up to the first entry that is new or gone
-            same &= np.minimum.accumulate(same & (place == np.arange(len(lod))))
-            ahead = slice(len(cached.lod) - 1, None)
-            if self.pool.mc.config.positions == "contiguous" and not (same[:len(cached.lod)].all()
-                                                                      and not lod[ahead].any()
-                                                                      and (np.diff(index[ahead]) == 1).all()):
-                same[:] = False  # the number of entries decides where each stands
-        same[-1] &= same.all()  # the last entry sees all that is new
-        return np.where(same, cached.slot[place], -1)
+    def _difference(self) -> tuple[list[int], dict[int, tuple[int, int, int]], bool]:
+        """First tokens of the entries in the cache that are shown no more; lod, index and token id, by first token and
+        in time order, of those shown that are not in it; and whether that is more than the tokens appended."""
+        K, change = self.history.block_size, self.focus.changes()
+        recut = change is None or any(change.values())
+        if change is None:
+            change = Counter(zip(*(x.tolist() for x in self._shown())))
+            change.subtract(entry[:2] for entry in self.entries.values())
+        else:
+            change.update((0, token) for token in range(self.n_read, self.n_tokens))
+        come = {index * K**lod: (lod, index) for (lod, index), sign in change.items() if sign > 0}
+        starts, ids = sorted(come), self._ids(*np.array([*come.values()], dtype=np.int64).reshape(-1, 2).T).tolist()
+        token = dict(zip(come, ids))
+        gone = [index * K**lod for (lod, index), sign in change.items()
+                if sign < 0 and self.entries.get(index * K**lod, (None,))[0] == lod]  # void tokens never came
+        return gone, {at: (*come[at], token[at]) for at in starts if come[at][0] or token[at] != VOID}, recut
+
+    def _first_to_run(self, gone: list[int], come: dict[int, tuple[int, int, int]]) -> int | None:
+        """The token from which on all that is shown is run; None: only what came."""
+        if self.pool.config.kv_policy != "exact" or not (gone or come):
+            return None
+        if self.pool.mc.config.positions == "contiguous":  # the number of entries decides where each stands
+            last = self.starts[-1] if self.starts else 0
+            if gone or not self.starts or self.entries[last][0] or [*come] != [*range(last + 1, last + 1 + len(come))]:
+                return 0
+        # a key holds what stood before it: as from scratch only up to the first entry that is new or gone
+        return min([*gone, *come])

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mc.focus_allocator import utilization
 from mc.lensnet import LOCAL_MEAN, RERANKED
 from mc.session.key_search import KeySearch
 from mc.session.price import next_shift, room
@@ -51,8 +50,6 @@ class FocusedHistory:
     pool: the `SessionPool`, for its models, settings and timing.
     """
 
-    recut: bool  # what is shown has changed by more than the tokens appended
-
     def __init__(self, pool: Any, store: Store, seed: int, catalog: Catalog | None):
         self.pool, self.seed, self.catalog = pool, seed, catalog
         self.history = History(pool.gpt, pool.mc, store)
@@ -62,7 +59,6 @@ class FocusedHistory:
         self.search = KeySearch(self.pool.mc.lensnet, self.history.keys)
         self.search.grow(self.history.store.n_nodes(1))
         self.focus, self.scores, self.last_edits, self.price_shift = focus, {}, Edits(), 0.0
-        self.cut_lod, self.cut_index, self.cut_tokens = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), 0
         # a store may bring a history, whose end nobody has looked at
         self.asked = self.n_tokens > 0  # appended to since the last refocus
         self.refocus_seconds = 0.0  # since the last report of a refocus
@@ -73,10 +69,20 @@ class FocusedHistory:
     def n_tokens(self) -> int:
         return self.history.n_tokens + len(self.pending)
 
+    @property
+    def cut_tokens(self) -> int:
+        """At the last refocus."""
+        return self.focus.n_tokens
+
+    @property
+    def recut(self) -> bool:
+        """What is shown has changed since the last pass by more than the tokens appended, or may have."""
+        return self.focus.flips is None or bool(self.focus.flips)
+
     def end_source(self) -> None:
         """What is appended next is another document, and starts a block of its own."""
         self.flush()
-        self.asked = self.recut = True  # void slots are not numbered under contiguous positions
+        self.asked = True
         self.history.end_source()
         self.search.grow(self.history.store.n_nodes(1))
 
@@ -126,6 +132,7 @@ class FocusedHistory:
         """Choose anew what is shown, by the last tokens. Costs only its scoring when nothing changes."""
         if not self.n_tokens:
             raise UserError("nothing to focus on: the session is empty")
+        self.trigger = "append" if self.asked else "horizon" if self.due else "call"
         self.ingest([])  # both do nothing, unless an append was interrupted
         self.search.grow(self.history.store.n_nodes(1))
         timing, focus, c, begin = self.pool.timing, self.focus, self.pool.focus_config, time.perf_counter()
@@ -150,13 +157,9 @@ class FocusedHistory:
             self.scores = self._scores(logits)
             self.last_edits = edits = focus.refocus(self.scores)
             self.price_shift = float(next_shift(torch.tensor(self.price_shift, dtype=torch.float64),
-                                                torch.tensor(self.utilization)))
-            before, after = self._shown(), focus.cut()
-            # or: a refocus before this one may have changed something that no pass has run yet
-            self.recut |= not all(map(np.array_equal, before, after))
-            (self.cut_lod, self.cut_index), self.cut_tokens = after, focus.n_tokens
+                                                torch.tensor(focus.utilization)))
             if self.catalog:
-                self.catalog.count_access(torch.from_numpy(self.cut_lod), torch.from_numpy(self.cut_index))
+                self.catalog.count_access(*map(torch.from_numpy, focus.cut()))
         # last: after an append, a refocus that failed is still due
         self.asked = False
         self.refocus_seconds += time.perf_counter() - begin
@@ -180,8 +183,8 @@ class FocusedHistory:
 
     def _shown(self) -> tuple[np.ndarray, np.ndarray]:
         """(lod, index) of all that is shown: the cut, and the tokens since."""
-        new = np.arange(self.cut_tokens, self.n_tokens)
-        return np.concatenate([self.cut_lod, np.zeros_like(new)]), np.concatenate([self.cut_index, new])
+        (lod, index), new = self.focus.cut(), np.arange(self.cut_tokens, self.n_tokens)
+        return np.concatenate([lod, np.zeros_like(new)]), np.concatenate([index, new])
 
     def _scores(self, logits: dict[int, float]) -> dict[int, float]:
         """Focus scores in [−1, 1]."""
@@ -198,15 +201,6 @@ class FocusedHistory:
         return dict(zip(logits, scores_BI[0].tolist()))
 
     @property
-    def utilization(self) -> float:
-        """Of the cut that the last refocus left, see `mc.focus_allocator.utilization`; where spans are left out of
-        blocks alone, gists filling up."""
-        if self.focus.omits:
-            return self.focus.utilization
-        return float(utilization(torch.tensor([self.focus.entries]), torch.tensor([self.focus.n_tokens]),
-                                 self.focus.cfg))
-
-    @property
     def due(self) -> bool:
         """Whether a refocus comes before the next token."""
         return self.asked or self.n_tokens - self.cut_tokens >= self.pool.interval
@@ -221,7 +215,7 @@ class FocusedHistory:
     def omitted_tokens(self) -> int:
         """Tokens of the history that no entry stands for since the last refocus: they are searched, and
         shown when they are asked for."""
-        return self.cut_tokens - int((self.history.block_size ** self.cut_lod).sum())
+        return self.cut_tokens - int((self.history.block_size ** self.focus.cut()[0]).sum()) if self.focus.omits else 0
 
     def explain(self) -> list[Shown]:
         """The history as a table: every gist, the raw tokens block by block, and the spans that are left

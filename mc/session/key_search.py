@@ -57,20 +57,12 @@ class KeySearch:
         product per page, and all over
         again at each doubling of the history: amortized a constant per block."""
         if n_blocks < self.n_blocks:
-            raise ValueError(f"{n_blocks} blocks after {self.n_blocks}: use truncate")
+            raise ValueError(f"{n_blocks} blocks after {self.n_blocks}: a history only grows; make a new index")
         if self.n_blocks < self.flat_limit:
             # kept when codes have taken over: `truncate` may come back below the limit
             new = torch.arange(self.n_blocks, min(n_blocks, self.flat_limit))
             self._flat[new] = self.read_keys(new).to(self._dtype)
         self.n_blocks = n_blocks
-        self._encode()
-
-    @torch.inference_mode()
-    def truncate(self, n_blocks: int) -> None:
-        """Forget all blocks from n_blocks on: they are gone, or have changed and will be read by the next `grow`."""
-        if not 0 <= n_blocks <= self.n_blocks:
-            raise ValueError(f"cannot truncate {self.n_blocks} blocks to {n_blocks}")
-        self.n_blocks, self._encoded = n_blocks, min(self._encoded, n_blocks // PAGE * PAGE)
         self._encode()
 
     @torch.inference_mode()

@@ -35,14 +35,16 @@ class SessionMeter:
         self.recorder.record("mc.session.ingest_rate", tokens / max(seconds, 1e-9))
         self.recorder.record("mc.session.history", history)
 
-    def refocused(self, at: int, edits: Edits, *, seconds: float, entries_by_lod: dict[int, int], omitted: int,
-                  swappable: int, utilization: float,
+    def refocused(self, at: int, edits: Edits, trigger: str, *, seconds: float, entries_by_lod: dict[int, int],
+                  omitted: int, swappable: int, utilization: float,
                   kv_kept: int, kv_recomputed: int, store_reads: int) -> None:  # fmt: skip
-        """Refocus number `at` and the pass after it are done. omitted: tokens in no entry; swappable: blocks shown raw
-        or as LOD1; entries whose keys and values were kept or computed; records read since the refocus before."""
+        """Refocus number `at` and the pass after it are done. trigger: why it came; omitted: tokens in no entry;
+        swappable: blocks shown raw or as LOD1; entries whose keys and values were kept or computed; records read since
+        the refocus before."""
         record = self.recorder.record
         self._end_interval()
         record("mc.session.refocus_time", seconds)
+        record("mc.session.triggers", 1, by=trigger)
         for name in ("expands", "collapses", "forced"):
             record(f"mc.session.{name}", getattr(edits, name))
         record("mc.session.undone", self._undone(at, edits))

@@ -1,13 +1,21 @@
-"""The focus of one session: `GreedyAllocator.refocus`, kept to the few nodes that matter, so that its
-cost does not grow with history.
+"""The focus of one history, edited a little at a time: of a session, and of each row that a probe replays.
+
+An edit is a *path edit*. Showing a block expands it and its closed ancestors, and includes the collapses that pay for
+them; hiding a node collapses it and those ancestors that are left with nothing expanded and are dull too. With a span
+above 1 showing is a *bundle*: one decision opens adjacent blocks and coarsens what lies around them.
+
+A node's score is the best of its subtree, both ways: it is worth expanding if any block below it is, and siblings that
+pull in different directions keep their parent expanded, since it can be collapsed only when nothing below it is
+expanded, at the score of the best of them. Hence a node never sorts before an expanded descendant, and "collapse the
+lowest that pay for it" is a prefix of one sorted list.
 
 A cut within the budget has at most (W − tiling) / (K − 1) expanded nodes, whatever the length of the history, and only
 blocks that the search names can be shown next. So the state is a small set, and a refocus handles tens of nodes on the
 host, where the lens keys are searched too. Blocks without a score count as −1: they are never shown, and
 are the first to be collapsed.
 
-Edits, thresholds, payment, ties, cooldown and forced collapses are those of
-`mc.focus_allocator`, and tested against it.
+What is best, prices, ties and the budget are those of `mc.focus_allocator`: a cut that is edited until nothing more
+fits is the one that training would allocate.
 
 A history may be too long for all that: where the coarsest tiling, a block shown raw in it and the tail exceed the
 budget, spans are left out (`omits`). Then only blocks are opened, each at its own K entries: what lies around it has no
@@ -18,14 +26,15 @@ fit all do so, also those whose tiling happens to be small again.
 """
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import accumulate, islice
 
 import numpy as np
+import torch
 
-from mc.focus_allocator import FocusConfig, fits
-from mc.mega_context import tiling
+from mc.focus_allocator import FocusConfig, fits, pick_best, utilization
 
 Node = tuple[int, int]  # (lod, index)
 UNSCORED = -1.0
@@ -65,6 +74,8 @@ class PathEdits:
     expanded: set[Node] = field(default_factory=set)
     changed: dict[Node, int] = field(default_factory=dict)
     pruned: set[int] = field(default_factory=set)  # blocks among those listed that have no detail
+    # nodes that were opened or closed since `changes` was asked, twice being not at all; None: there is no saying
+    flips: set[Node] | None = None
 
     def __post_init__(self):
         self._keep_blocks()
@@ -111,24 +122,39 @@ class PathEdits:
 
     @property
     def utilization(self) -> float:
-        """Raw entries / the most of them that the budget and the history have room for, where spans are left out."""
-        c = self.cfg
-        return self.entries / max(min(self.n_tokens, self.n_tokens % c.block_size + c.block_size * self.most_blocks), 1)
+        """See `mc.focus_allocator.utilization`; where spans are left out of blocks alone, gists filling up: raw entries
+        / the most of them that the budget and the history have room for."""
+        c, n = self.cfg, self.n_tokens
+        if self.omits:
+            return self.entries / max(min(n, n % c.block_size + c.block_size * self.most_blocks), 1)
+        return float(utilization(torch.tensor([self.entries]), torch.tensor([n]), c))
 
-    def free(self, budget: int) -> int:
-        """How many more nodes may be expanded within `budget` entries; negative when over it."""
+    def price(self, nodes: Iterable[Node]) -> int:
+        """Entries that expanding them adds."""
+        return sum(self.cfg.block_size if self.omits else self.cfg.price(lod) for lod, _ in nodes)
+
+    @property
+    def free(self) -> int:
+        """Entries of the budget that are left; negative when over it."""
         c = self.cfg
         if self.omits:
-            return self.most_blocks - len(self.expanded)
-        return (budget - tiling(self.n_tokens, c.block_size, c.max_lod)) // (c.block_size - 1) - len(self.expanded)
+            return c.block_size * (self.most_blocks - len(self.expanded))
+        return c.left(self.n_tokens, self.price(self.expanded))
 
     @property
     def entries(self) -> int:
         """Of the cut; where spans are left out, those of raw tokens."""
-        c = self.cfg
         if self.omits:
-            return self.n_tokens % c.block_size + c.block_size * len(self.expanded)
-        return tiling(self.n_tokens, c.block_size, c.max_lod) + (c.block_size - 1) * len(self.expanded)
+            return self.n_tokens % self.cfg.block_size + self.price(self.expanded)
+        return self.cfg.budget - self.free
+
+    def _first(self, nodes: list[Node], entries: int) -> list[Node]:
+        """As many of them as it takes to free so many entries."""
+        return [node for node, freed in zip(nodes, self._running(nodes)) if freed < entries]
+
+    def _running(self, nodes: list[Node]) -> list[int]:
+        """Entries that collapsing the first 0, 1, … of them frees."""
+        return [*accumulate(map(self.price, zip(nodes)), initial=0)]
 
     def tail_blocks(self) -> range:
         """Complete blocks that reach into the protected tail."""
@@ -150,23 +176,63 @@ class PathEdits:
         self.n_tokens = n_tokens
         K = c.block_size
         self._keep_blocks()
-        if n_tokens // K - before // K <= c.budget // K:
+        few = n_tokens // K - before // K <= c.budget // K
+        self.flips = self.flips if few and not self.omits else None
+        if few:
             new = [(lod, i) for lod in range(1, self.levels + 1)
                    for i in range(before // K ** lod, n_tokens // K ** lod)]
         else:
             blocks = listed | {self._first_block(node) for node in self.expanded}
             # of new nodes only: one that was there and hidden stays so
             new = [node for block in blocks for node in self.path(block) if (node[1] + 1) * K ** node[0] > before]
+        self.expanded.update(new)
         # of the tail old ones, too: detail that was pruned may have been given back
-        self.expanded.update(new, *map(self.path, self.tail_blocks()))
+        self._flip(opened={node for block in self.tail_blocks() for node in self.path(block)} - self.expanded)
         # last, for new and old alike: tokens that were pruned must not be shown
-        self.expanded.difference_update((1, block) for block in self.pruned)
+        self._flip(closed={(1, block) for block in self.pruned} & self.expanded)
+
+    def _flip(self, opened: Iterable[Node] = (), closed: Iterable[Node] = ()) -> None:
+        """opened: closed nodes; closed: open ones."""
+        self.expanded.update(opened)
+        self.expanded.difference_update(closed)
+        if self.flips is not None:
+            self.flips.symmetric_difference_update([*opened, *closed])
+
+    def changes(self) -> Counter[Node] | None:
+        """How the cut differs from what it was when this was asked last, new tokens aside: 1 for an entry that came,
+        −1 for one that went. None: it has to be compared. K + 1 steps for each node that was flipped.
+
+        A cut is, as a signed sum over nodes, all tokens raw, and for each closed node its own entry less its children.
+        """
+        flips, self.flips, K = self.flips, set(), self.cfg.block_size
+        if flips is None:
+            return None
+        change: Counter[Node] = Counter()
+        for lod, index in flips:
+            sign = 1 if (lod, index) in self.expanded else -1
+            change[lod, index] -= sign
+            for child in range(index * K, (index + 1) * K):
+                change[lod - 1, child] += sign
+        return change
 
     def _first_block(self, node: Node) -> int:
         return node[1] * self.cfg.block_size ** (node[0] - 1)
 
     def refocus(self, scores: dict[int, float]) -> Edits:
-        """One refocus by the scores in [−1, 1] of blocks relative to the price, as `GreedyAllocator.refocus`."""
+        """Change a little: at most `max_edits` path edits, by the scores in [−1, 1] of blocks relative to the price.
+
+        First, over the hard budget, the lowest nodes are collapsed by force, ties nearest the tail; thresholds and
+        cooldown do not count then, nor does this count as an edit. Then each edit is the best that can be had:
+        - show the span of highest summed score, up to `span` adjacent closed siblings of mean score above +tau_expand,
+          that fits the budget. Nodes that score lower than this mean by more than `margin` pay for what does not fit:
+          those that lie within span − 1 blocks of it first, then the lowest;
+        - else hide the lowest node below −tau_collapse.
+        With a span of 1 that is the highest block, paid for by the lowest nodes. Nodes flipped by an edit are not
+        flipped back within `cooldown` refocuses. At fixed scores the summed score of expanded nodes, taken from
+        −tau_collapse, rises with each edit (a shared ancestor scores at least the mean), so that it settles and then
+        changes nothing; where prices differ by level (several gists per node) many cheap nodes may pay for a dear
+        one, and it may not.
+        """
         c, edits = self.cfg, Edits()
         self.refocuses += 1
         # what has cooled down is forgotten: the state stays small however long the session
@@ -184,15 +250,16 @@ class PathEdits:
             return best.get(node, UNSCORED), node[0] - self._first_block(node) * (c.max_lod + 1)
 
         # before any edit, and whatever cools down: the budget is hard
-        if (over := -self.free(c.budget)) > 0:
-            edits.collapsed = sorted((node for node in self.expanded if not self.protected(node)), key=order)[:over]
-            self.expanded.difference_update(edits.collapsed)
+        if self.free < 0:
+            lowest = sorted((node for node in self.expanded if not self.protected(node)), key=order)
+            edits.collapsed = self._first(lowest, -self.free)
+            self._flip(closed=edits.collapsed)
         for _ in range(c.max_edits):
             # one by one: each changes what the next can spend and may flip
             opening, closing = self._next_edit(scores, best, order)
             if not opening and not closing:
                 break
-            self.expanded = (self.expanded | set(opening)) - set(closing)
+            self._flip(opening, closing)
             self.changed |= dict.fromkeys([*opening, *closing], self.refocuses)
             edits.paths += 1
             edits.opened += opening
@@ -206,26 +273,27 @@ class PathEdits:
         # what stays open needs all above it open
         fixed |= {above for node in fixed for above in self.path(self._first_block(node)) if above[0] > node[0]}
         movable = sorted(self.expanded - fixed, key=order)
-        free = self.free(c.budget)
+        free, freed = self.free, self._running(movable)
 
         shows = []
-        for block in scores:
+        for block in sorted(scores):
             opening, total = [node for node in self.path(block) if node not in self.expanded], 0.0
             # siblings only: then the path to the first of them serves them all
             for last in range(block, min(block + c.span, (block // c.block_size + 1) * c.block_size)):
                 if (1, last) in self.expanded or last in self.pruned or not self.exists((1, last)):
                     break
                 opening, total = [*opening, (1, last)] if last > block else opening, total + scores.get(last, UNSCORED)
-                bar, price = total / (last - block + 1), max(len(opening) - free, 0)
+                bar, cost = total / (last - block + 1), self.price(opening)
                 # the first of movable may pay: no node above these blocks is among them, its best is bar at least
                 cheap = bisect_left(movable, bar - c.margin, key=lambda node: best.get(node, UNSCORED))
-                if bar > c.tau_expand and cheap >= price and not any(node in self.changed for node in opening):
-                    shows.append((total, -len(opening), block, last, opening, movable[:cheap], price))
+                if bar > c.tau_expand and freed[cheap] >= cost - free and not any(x in self.changed for x in opening):
+                    shows.append((total, cost, block, last, opening, movable[:cheap]))
         if shows:
-            _, _, first, last, opening, cheap, price = max(shows, key=lambda show: show[:4])
+            total, cost = torch.tensor([show[:2] for show in shows], dtype=torch.float64).T[:, None]
+            _, cost, first, last, opening, cheap = shows[int(pick_best(total, cost.long(), total == total))]
             near = range(first - c.span + 1, last + c.span)
             # a stable sort, and what a near node holds is near: still no node before one that it holds
-            return opening, sorted(cheap, key=lambda node: not self._covers_only(node, near))[:price]
+            return opening, self._first(sorted(cheap, key=lambda node: not self._covers_only(node, near)), cost - free)
         if not movable or best.get(movable[0], UNSCORED) >= -c.tau_collapse:
             return [], []
         lowest = movable[0]
@@ -250,37 +318,28 @@ class PathEdits:
     def cut(self) -> tuple[np.ndarray, np.ndarray]:
         """(lod, index) int64 [W] of the entries in time order: they tile [0, n_tokens), or
         what of it is not left out."""
-        if self.omits:
-            return self._cut_with_gaps()
-        c, lods, indices = self.cfg, [], []
-        K, nodes = c.block_size, np.arange(self.n_tokens // c.block_size ** c.max_lod)
-        for lod in range(c.max_lod, 0, -1):
-            open_nodes = np.array(sorted(index for at, index in self.expanded if at == lod), dtype=np.int64)
-            shown = np.setdiff1d(nodes, open_nodes, assume_unique=True)
-            lods.append(np.full(len(shown), lod))
-            indices.append(shown)
-            children = (open_nodes[:, None] * K + np.arange(K)).ravel()
-            # and those whose own parent is not complete
-            nodes = np.concatenate([children,
-                                    np.arange(self.n_tokens // K ** lod * K, self.n_tokens // K ** (lod - 1))])
-        lod = np.concatenate([*lods, np.zeros(len(nodes), dtype=np.int64)])
-        index = np.concatenate([*indices, nodes])
-        order = np.argsort(index * K ** lod, kind="stable")
-        return lod[order], index[order]
+        K = self.cfg.block_size
+        shown = self._shown_with_gaps() if self.omits else self._tiles()
+        nodes = sorted(shown, key=lambda node: node[1] * K ** node[0])
+        return tuple(np.array(nodes, dtype=np.int64).reshape(-1, 2).T.copy())
 
-    def _cut_with_gaps(self) -> tuple[np.ndarray, np.ndarray]:
-        c, n = self.cfg, self.n_tokens
-        K, end, shown = c.block_size, n // c.block_size, {block for _, block in self.expanded}
-        raw = [(0, token) for block in sorted(shown) for token in range(block * K, (block + 1) * K)]
-        raw += [(0, token) for token in range(end * K, n)]
+    def _tiles(self) -> set[Node]:
+        """The nodes that have no parent, and the children of those that are expanded, as far as they are not."""
+        K, top, n = self.cfg.block_size, self.cfg.max_lod, self.n_tokens
+        loose = {(lod, index) for lod in range(top + 1)
+                 for index in range(n // K ** (lod + 1) * K if lod < top else 0, n // K**lod)}
+        children = ((lod - 1, index) for lod, node in self.expanded for index in range(node * K, (node + 1) * K))
+        return loose.union(children) - self.expanded
+
+    def _shown_with_gaps(self) -> Iterator[Node]:
+        K, n, shown = self.cfg.block_size, self.n_tokens, {block for _, block in self.expanded}
+        raw = [(0, token) for block in shown for token in range(block * K, (block + 1) * K)]
+        raw += [(0, token) for token in range(n // K * K, n)]
         # pruned: their gists come before all others
         tail = [(1, block) for block in self.tail_blocks() if block not in shown]
-        left = c.budget - len(raw) - len(tail)
         # lazily: a tiling grows with the history, what is taken of it does not
-        gists = islice(self._around(shown | set(self.tail_blocks())), left)
-        nodes = sorted([*raw, *tail, *gists], key=lambda node: node[1] * K ** node[0])
-        lod, index = np.array(nodes, dtype=np.int64).reshape(-1, 2).T
-        return lod.copy(), index.copy()
+        gists = self._around(shown | set(self.tail_blocks()))
+        yield from (*raw, *tail, *islice(gists, self.cfg.budget - len(raw) - len(tail)))
 
     def _around(self, opened: set[int]) -> Iterator[Node]:
         """The largest nodes that hold none of these blocks, and with them tile all complete blocks: the

@@ -311,12 +311,12 @@ class Session(CachedHistory):
     def report_refocus(self, pass_seconds: float) -> None:
         """Tell the meter of a refocus whose pass, if it needed one, has just run."""
         if self.meter and self.refocus_seconds:
-            lods = self.status().entries_by_lod
+            lods = {lod: count for lod, count in sorted(self.by_lod.items()) if count}
             raw = sum(lod == 1 for lod, _ in self.focus.expanded)
             self.meter.refocused(
-                self.focus.refocuses, self.last_edits, seconds=self.refocus_seconds + pass_seconds,
+                self.focus.refocuses, self.last_edits, self.trigger, seconds=self.refocus_seconds + pass_seconds,
                 entries_by_lod=lods, omitted=self.omitted_tokens, swappable=raw + lods.get(1, 0),
-                utilization=self.utilization, kv_kept=self.kept, kv_recomputed=self.computed,
+                utilization=self.focus.utilization, kv_kept=self.kept, kv_recomputed=self.computed,
                 store_reads=self.history.reads)
             self.history.reads = 0
         self.refocus_seconds = 0.0

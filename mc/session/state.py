@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mc.session.entries import CachedHistory, _Cached
+from mc.session.entries import CachedHistory
 from mc.session.refocus import Edits, PathEdits
 from mc.session.slot_cache import PagedCache
 from mc.store.ram import VOID, RamStore, Store
@@ -76,12 +76,10 @@ class SessionState(NamedTuple):
 def take_state(session: CachedHistory, generator: torch.Generator) -> SessionState:
     """All that continues the session elsewhere. A history in memory is part of it; one on
     disk is named by its length."""
-    cache, slot = session.pool.cache, torch.from_numpy(session.cached.slot).to(session.pool.device)
-    tensors = {"cut_lod": torch.from_numpy(session.cut_lod), "cut_index": torch.from_numpy(session.cut_index),
-               "slot": torch.from_numpy(session.cached.slot),
-               "lod": torch.from_numpy(session.cached.lod), "index": torch.from_numpy(session.cached.index),
-               "rng": generator.get_state(),
-               "k": cache.k[:, session.row, slot], "v": cache.v[:, session.row, slot]}
+    cache, arrays = session.pool.cache, (*session.cached[:3], *session.focus.cut())
+    tensors = dict(zip(("lod", "index", "slot", "cut_lod", "cut_index"), map(torch.from_numpy, arrays)))
+    slot = tensors["slot"].to(session.pool.device)
+    tensors |= {"rng": generator.get_state(), "k": cache.k[:, session.row, slot], "v": cache.v[:, session.row, slot]}
     if cache.k_unshifted is not None:
         tensors["k_unshifted"] = cache.k_unshifted[:, session.row, slot]
     if cache.x_unsmeared is not None:
@@ -123,12 +121,13 @@ def put_back(session: CachedHistory, generator: torch.Generator, meta: dict, ten
                                                                                         else [tuple(node)
                                                                                               for node in value]
                                                                                         for name, value in meta["last_edits"].items()})  # noqa: E501
-    for name in ("asked", "recut", "n_read", "cut_tokens", "kept", "computed", "seed", "price_shift"):
+    for name in ("asked", "n_read", "kept", "computed", "seed", "price_shift"):
         setattr(session, name, meta[name])
-    session.cut_lod, session.cut_index = tensors["cut_lod"].numpy(), tensors["cut_index"].numpy()
-    session.cached = _Cached(tensors["lod"].numpy(), tensors["index"].numpy(), slot.numpy())
+    lod, index = tensors["lod"].numpy(), tensors["index"].numpy()
+    session.put(zip(*(x.tolist() for x in (lod, index, slot, session._ids(lod, index)))))
     # in any order: what an entry sees goes by positions, not by slots
-    session.free_slots = sorted(set(range(cache.spare)) - set(slot.tolist()))
+    session.free_slots = sorted(set(session.free_slots).difference(slot.tolist()))
+    edits.flips = None if meta["recut"] else set()
     for name in ("k", "v", "k_unshifted"):
         if name in tensors:
             getattr(cache, name)[:, session.row, slot] = tensors[name].to(cache.k)

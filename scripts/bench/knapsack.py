@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mc.focus_allocator import NEVER, FocusConfig, FocusState, GreedyAllocator
+from mc.focus_allocator import FocusConfig, FocusState, GreedyAllocator
 from mc.mega_context import tiling
 from nanochat.common import FlagParser
 from scripts.bench.base import print_json
@@ -93,8 +93,7 @@ def optimum(utility_BN1: Tensor, n_tokens_B: Tensor, cfg: FocusConfig) -> FocusS
                              "them raw")
         for lod, index in row.solve(row.roots(), int(total.argmax())):
             expanded[lod - 1][b, index] = True
-    never = tuple(torch.full_like(x, NEVER, dtype=torch.int64) for x in expanded)
-    return FocusState(tuple(expanded), never, torch.zeros_like(n_tokens_B), n_tokens_B)
+    return FocusState(tuple(expanded), n_tokens_B)
 
 
 def value(utility_BN1: Tensor, state: FocusState) -> Tensor:

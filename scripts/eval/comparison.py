@@ -20,7 +20,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from mc.focus_allocator import GreedyAllocator, check_feasible
+from mc.focus_allocator import FocusState, GreedyAllocator, check_feasible
 from mc.keyed_random import gumbel
 from mc.losses import row_mean
 from mc.model import MegaContext, read_rows, recency_scores, run_entries, take, with_continuation
@@ -102,7 +102,11 @@ class FocusComparison:
     @torch.no_grad()
     def outcome(self, scores_BN: Tensor) -> Outcome:
         """What the base makes of the working context that shows the best-scored blocks (−inf: never)."""
-        state = self.allocator.allocate(scores_BN, self.n_B)
+        return self.outcome_of(self.allocator.allocate(scores_BN, self.n_B))
+
+    @torch.no_grad()
+    def outcome_of(self, state: FocusState) -> Outcome:
+        """… of an allocator's state, which may have come about by edits."""
         cut, fits = self.allocator.cut(state)
         assert bool(fits.all()), "the allocator exceeded the budget"
         return self._judge(cut, state.expanded[0])

@@ -23,6 +23,9 @@ from scripts.eval.comparison import FocusComparison, plain_outcomes
 from scripts.eval.methods.gists import LensGists, RecencyGists
 from scripts.eval.methods.interface import Models, again
 from scripts.eval.methods.raw import FullContext, SlidingWindow
+from scripts.eval.probe import replay
+
+CANDIDATES = 8  # blocks that the oracle goes on with after it has tried each alone
 
 
 def load_with_mc(checkpoint_dir: Path) -> tuple[GPT, MegaContext, dict]:
@@ -30,14 +33,16 @@ def load_with_mc(checkpoint_dir: Path) -> tuple[GPT, MegaContext, dict]:
     return gpt, load_mega_context(checkpoint_dir, meta["step"], meta, gpt.config.n_embd), meta
 
 
-def held_out(meta: dict, T: int, contexts: int, batch: int, data: str = "") -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Batches of held-out rows: their numbers [B], tokens and targets (−1 where none counts) [B, T].
-    data: other than the training's."""
+def held_out(meta: dict, T: int, contexts: int, batch: int, data: str = "",
+             begin: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Batches of held-out rows, from number `begin` on: their numbers [B], tokens and targets (−1 where none counts)
+    [B, T]. data: other than the training's."""
     source = source_of(meta, "val", tokenizer=Tokenizer.load(), data=data, T=T)
-    if (have := source.count_rows(contexts)) < contexts:
-        raise UserError(f"contexts: {contexts}: the held-out split has {have} rows of {T} tokens")
-    for first in range(0, contexts, batch):
-        rows = np.arange(first, min(first + batch, contexts))
+    if (have := source.count_rows(begin + contexts)) < begin + contexts:
+        raise UserError(f"contexts: {contexts}: the held-out split has {have - begin} rows of {T} tokens"
+                        + f" behind the first {begin}" * (begin > 0))
+    for first in range(begin, begin + contexts, batch):
+        rows = np.arange(first, min(first + batch, begin + contexts))
         yield torch.from_numpy(rows), *judged_rows(source, rows)
 
 
@@ -69,6 +74,49 @@ def focus(checkpoint_dir: Path, contexts: int = 64, batch: int = 32, oracle: int
         found.setdefault("hit",
                          []).append((first_choice
                                      == comparison.teacher_scores()["gate"][:, choosable].argmax(1)).float())
+    return {name: torch.cat(parts).double().tolist() for name, parts in found.items()}
+
+
+def in_use(checkpoint_dir: Path, contexts: int = 64, batch: int = 32, data: str = "",
+           span: int = 1) -> dict[str, list[float]]:
+    """`lenses_in_use` of a checkpoint's own lens, "lens", on its held-out rows. data: other text than the
+    training's."""
+    gpt, mc, meta = load_with_mc(checkpoint_dir)
+    return lenses_in_use(gpt, {"lens": mc}, meta, contexts, batch=batch, data=data, span=span)
+
+
+def lenses_in_use(gpt: GPT, lenses: dict[str, MegaContext], meta: dict, contexts: int, *, batch: int = 32,
+                  data: str = "", span: int = 1, first: int = 0) -> dict[str, list[float]]:
+    """What lenses choose, and what edits make of it, on held-out rows from `first` on; they differ in nothing but their
+    lens.
+
+    nll_, acc_ of full, window, random, recency, the lenses by name, and oracle, as `focus`. Of each lens also
+    nll_, acc_NAME_edited: the history has grown block by block, and each refocus was a few edits of the one before, of
+    up to `span` adjacent blocks; swap_NAME: nodes that these flipped over blocks shown, per refocus; hit_NAME: whether
+    its first choice is the block whose showing alone gains most.
+    """
+    mc = next(iter(lenses.values()))
+    c, T = mc.config, gpt.config.sequence_len
+    n = (T - c.horizon) // c.block_size * c.block_size
+    found: dict[str, list] = {}
+    for rows, tokens, targets in held_out(meta, n + c.horizon, contexts, batch, data, first):
+        comparison = FocusComparison(gpt, mc, tokens, targets, n, meta["flags"]["seed"], rows)
+        scores = {policy: comparison.scores(policy) for policy in ("random", "recency")}
+        with torch.no_grad():
+            scores |= {name: of.lens_logits(comparison.embeds[:, :n], comparison.n_B, tree=comparison.tree)
+                       for name, of in lenses.items()}
+        shown, alone = {name: comparison.outcome(x) for name, x in scores.items()}, comparison.alone()
+        best_B = torch.stack([outcome.nll_B for outcome in alone]).argmin(0)
+        for name, of in lenses.items():
+            grown = replay(of, comparison.embeds, n, span=span)
+            shown[f"{name}_edited"] = comparison.outcome_of(grown.state)
+            found.setdefault(f"swap_{name}", []).append(grown.swap_rates())
+            found.setdefault(f"hit_{name}", []).append((scores[name][:, :len(alone)].argmax(1) == best_B).float())
+        outcomes = plain_outcomes(gpt, tokens, targets, n, c.budget) | shown
+        outcomes["oracle"] = comparison.oracle(shown, alone=alone, candidates=CANDIDATES)
+        for name, outcome in outcomes.items():
+            found.setdefault(f"nll_{name}", []).append(outcome.nll_B)
+            found.setdefault(f"acc_{name}", []).append(outcome.acc_B)
     return {name: torch.cat(parts).double().tolist() for name, parts in found.items()}
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import mc.observe.metrics  # noqa: F401  registers what is recorded here
-from mc.focus_allocator import FocusState, GreedyAllocator
+from mc.focus_allocator import GreedyAllocator
 from mc.keyed_random import uniform
 from mc.lensnet import focus_scores
 from mc.mega_context import tiling
@@ -38,7 +38,7 @@ from nanochat.gpt import GPT
 from nanochat.telemetry.metrics import Labelled
 from scripts.eval.agreement import best_of, hit_at, spearman
 from scripts.eval.comparison import FocusComparison, Outcome, plain_outcomes
-from scripts.eval.replay import FocusReport, ReplayAllocator
+from scripts.eval.replay import FocusReport, ReplayAllocator, ReplayState
 
 SAMPLED = 32  # blocks whose utility a probe measures: one pass over a working context each
 REFOCUSES = 64  # that a probe replays at most
@@ -66,9 +66,10 @@ class FocusDynamics:
         self.reports: list[FocusReport] = []
         self.flips: list[Flips] = []
         self._set_to: list[Tensor] = []  # per level, bool [B, N_l]: what the last edit of a node made of it
+        self.state: ReplayState | None = None  # after the last refocus
         self._age_BN = torch.zeros(0)  # refocuses that a block shown by an edit has stayed shown; −1: not shown by one
 
-    def update(self, before: FocusState, after: FocusState, report: FocusReport) -> Flips:
+    def update(self, before: ReplayState, after: ReplayState, report: FocusReport) -> Flips:
         """before: the state that `ReplayAllocator.refocus` was given; after, report: what it returned."""
         now_B1 = after.refocus_B[:, None]
         if not self._set_to:
@@ -86,9 +87,14 @@ class FocusDynamics:
                 ended_BN = (age_BN >= 0) & ~open_BN
                 stays = age_BN[ended_BN] + 1
                 self._age_BN = torch.where(open_BN & (edited_BN | (age_BN >= 0)), age_BN + 1, -1)
+        self.state = after
         self.reports.append(report)
         self.flips.append(Flips(flipped, undone, stays))
         return self.flips[-1]
+
+    def swap_rates(self) -> Tensor:
+        """[B] mean over the refocuses so far."""
+        return torch.stack([report.swap_rate_B for report in self.reports]).mean(0)
 
     def metrics(self) -> Metrics:
         """`mc.focus.*`, over all rows and refocuses so far. Where no block was hidden, the residency is a
@@ -124,11 +130,11 @@ def just_fitting_price(allocator: GreedyAllocator, logits_BN: Tensor, n_B: Tenso
 
 
 @torch.no_grad()
-def replay(mc: MegaContext, embeds_BTD: Tensor, n: int, logits_of=None) -> FocusDynamics:
+def replay(mc: MegaContext, embeds_BTD: Tensor, n: int, logits_of=None, span: int = 1) -> FocusDynamics:
     """The allocator as histories grow from just above the budget to n tokens, one refocus per block, by the lens's
-    scores: tanh(logit − λ), λ the market price. logits_of(n_B) [B, N]: another scorer than the lens. At
-    most REFOCUSES, the last ones."""
-    K, allocator = mc.config.block_size, ReplayAllocator(mc.focus_config())
+    scores: tanh(logit − λ), λ the market price. logits_of(n_B) [B, N]: another scorer than the lens. span: adjacent
+    blocks that an edit may show. At most REFOCUSES, the last ones."""
+    K, allocator = mc.config.block_size, ReplayAllocator(replace(mc.focus_config(), span=span))
     n = n // K * K
     keys = mc.lensnet.keys(embeds_BTD[:, :n])
     tree = None if mc.lensnet.reader is None else mc.build_tree(embeds_BTD[:, :n])

@@ -77,7 +77,7 @@ def ask(pool: SessionPool, store: Store, said_N: Tensor, scored_N: Tensor, count
 
 
 def shown_levels(session: Session) -> dict[int, int]:
-    lods, counts = np.unique(session.cut_lod, return_counts=True)
+    lods, counts = np.unique(session.focus.cut()[0], return_counts=True)
     return dict(zip(lods.tolist(), counts.tolist()))
 
 

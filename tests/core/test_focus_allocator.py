@@ -6,17 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mc import working_context as wc
-from mc.focus_allocator import FocusConfig, FocusState, check_feasible, utilization
-from scripts.eval.replay import FocusReport, ReplayAllocator
+from mc.focus_allocator import FocusConfig, GreedyAllocator, check_feasible, pick_best, utilization
 from mc.mega_context import tiling
 from nanochat.common import UserError
+from scripts.eval.replay import ReplayAllocator, ReplayState
 
 torch.set_num_threads(1)
 SIZES = [1, 31, 32, 33, 77, 1023, 1025]
 quick = settings(max_examples=40, deadline=None)
 
 
-def check_state(allocator: ReplayAllocator, state: FocusState) -> wc.Cut:
+def check_state(allocator: ReplayAllocator, state: ReplayState) -> wc.Cut:
     """The cut within the budget, its tail raw, expanded nodes existing and closed upward."""
     cfg = allocator.cfg
     cut, fits_B = allocator.cut(state)
@@ -121,17 +121,17 @@ def test_fixed_scores_settle(case):
 
 def flat(score: float, n_blocks: int, **blocks: float) -> torch.Tensor:
     """Scores of one row: `score` everywhere but where named, e.g. b3=0.9."""
-    out = torch.full((1, n_blocks), score)
+    out = torch.full((1, n_blocks), score, dtype=torch.float64)
     for name, value in blocks.items():
         out[0, int(name[1:])] = value
     return out
 
 
-def shown(allocator: ReplayAllocator, state: FocusState) -> list[int]:
+def shown(allocator: ReplayAllocator, state: ReplayState) -> list[int]:
     return raw_blocks(check_state(allocator, state), state.expanded[0].shape[1])[0].nonzero()[:, 0].tolist()
 
 
-def start(cfg: FocusConfig, n: int, **blocks: float) -> tuple[ReplayAllocator, FocusState]:
+def start(cfg: FocusConfig, n: int, **blocks: float) -> tuple[ReplayAllocator, ReplayState]:
     allocator = ReplayAllocator(cfg)
     return allocator, allocator.allocate(flat(-torch.inf, n // cfg.block_size, **blocks), torch.tensor([n]))
 
@@ -242,6 +242,24 @@ def test_scores_are_only_compared():
     assert shown(allocator, allocator.allocate(only, n_B)) == [1, 5]
 
 
+def test_of_equal_scores_the_cheapest_is_shown_then_the_nearest_to_the_tail():
+    """Of three blocks the last two. Of eight 1, which is best, then its siblings, which cost 3 entries, not 5, which
+    costs 6."""
+    scores_BN = torch.tensor([[0.5, 0.9, 0.5, 0.5, -torch.inf, 0.5, -torch.inf, -torch.inf]])
+    three, eight = (GreedyAllocator(FocusConfig(budget, 4, 2, recent=0)) for budget in (3 + 6, 2 + 6 + 6))
+    assert shown(three, three.allocate(torch.full((1, 3), 0.5), torch.tensor([12]))) == [1, 2]
+    assert shown(eight, eight.allocate(scores_BN, torch.tensor([32]))) == [1, 2, 3]
+
+
+@quick
+@given(st.lists(st.tuples(st.sampled_from([-1.0, 0.0, 0.5]), st.integers(0, 3), st.booleans()), min_size=1, max_size=9))
+def test_the_best_choice_is_the_highest_then_the_cheapest_then_the_last(choices):
+    score, cost, can = (torch.tensor([column]) for column in zip(*choices))
+    allowed = [i for i, (*_, may) in enumerate(choices) if may]
+    best = max(allowed, key=lambda i: (choices[i][0], -choices[i][1], i), default=None)
+    assert best is None or int(pick_best(score, cost, can)) == best
+
+
 def test_infeasible_budgets_are_refused_with_the_numbers():
     cfg = FocusConfig(budget=128, block_size=32, recent=32)
     check_feasible(1024, cfg, deep_blocks=2)  # 31 + 62 + 32 = 125
@@ -284,15 +302,14 @@ def test_compiles_once_for_changing_values():
         graphs.append(module)
         return module.forward
 
-    allocator = ReplayAllocator(FocusConfig(budget=60, block_size=8, max_lod=2, recent=8, max_edits=2, span=2))
+    allocator = GreedyAllocator(FocusConfig(budget=60, block_size=8, max_lod=2, recent=8))
 
-    def step(scores, later, n_B):
-        state, report = allocator.refocus(allocator.advance(allocator.allocate(scores, n_B), n_B + 3), later)
-        return tuple(allocator.cut(state)[0][:3]) + tuple(FocusReport(*report))
+    def step(scores, n_B):
+        return tuple(allocator.cut(allocator.allocate(scores, n_B))[0][:3])
 
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     gen = torch.Generator().manual_seed(0)
     for n in (77, 130, 200):
-        args = torch.randn(2, 26, generator=gen), torch.randn(2, 26, generator=gen).tanh(), torch.tensor([n, n // 2])
+        args = torch.randn(2, 26, generator=gen), torch.tensor([n, n // 2])
         assert all(map(torch.equal, compiled(*args), step(*args)))
     assert len(graphs) == 1

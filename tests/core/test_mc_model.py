@@ -12,7 +12,8 @@ from mc.config import RETIRED, MCConfig, add_flags, complete, from_dict, from_fl
 from mc.far_history import FarHistory, draw_far_history, place_far
 from mc.gaussian_rope import entry_rotary
 from mc.model import Entries, MegaContext, fingerprint, load_mega_context, read_rows, recency_scores, run_entries, take, with_continuation  # noqa: E501
-from mc.working_context import Cut, finest
+from mc.mega_context import build_tree
+from mc.working_context import Cut, coarsest, entries_used, from_expanded
 from nanochat.checkpoint import save_checkpoint
 from nanochat.common import FlagParser, UserError
 from tiny_mc import SMALL, H, K, N, R, W, randomize, tiny_base, tiny_batch, tiny_mc
@@ -57,7 +58,7 @@ def test_without_gists_the_pass_is_the_vanilla_pass(dtype, tolerance, kv_heads, 
     for capacity in (N, N + 5):
         seen = spy(gpt, monkeypatch)
         out = run_entries(gpt, mc, mc.build_tree(gpt.embed(tokens)), tokens,
-                          with_continuation(finest(n_B, K, capacity), n_B, H - 1))
+                          with_continuation(coarsest(n_B, K, 0, capacity), n_B, H - 1))
         out = out[:, :N + H - 1]
         assert torch.equal(seen["idx"][:, :N + H - 1], tokens[:, :N + H - 1]) and not seen["key_bias"].any()
         assert torch.equal(seen["inputs_embeds"][:, :N + H - 1], gpt.embed(tokens[:, :N + H - 1]))
@@ -69,6 +70,28 @@ def test_without_gists_the_pass_is_the_vanilla_pass(dtype, tolerance, kv_heads, 
         unbiased = gpt.hidden(seen["idx"], **given_all)[:, :N + H - 1]
         if capacity == N:
             assert torch.equal(unbiased, vanilla)  # smear and key shift too
+
+
+@pytest.mark.parametrize("n_gists", [1, 2])
+def test_to_tensor_gathers_each_entry_s_own_vector(n_gists):
+    """C8: each vector of the tree spells its (lod, index): what comes out equals the entries in time order, zeros
+    behind them, and gradients go back there and nowhere else."""
+    gistnet = lambda x, mask, lod: torch.zeros(len(x), n_gists, 2)  # noqa: E731
+    tree = build_tree(torch.zeros(2, 16, 2), gistnet, K, 2, n_gists=n_gists)
+    spelt = torch.cat([torch.tensor([[lod, i] for i in range(x.shape[1])]).float()
+                       for lod, x in enumerate(tree.levels)])
+    table = (spelt + 1000 * torch.arange(2.0)[:, None, None]).requires_grad_()  # tells the rows apart
+    expanded = [torch.tensor([[True, False, False, True], [False, True, False, False]]), torch.tensor([[True], [True]])]
+    cut, fits = from_expanded(expanded, torch.tensor([16, 9]), K, 15, n_gists)
+    assert fits.all()
+    entries = with_continuation(cut, torch.tensor([16, 9]), 0)
+    vectors, valid = entries.to_tensor(tree.with_table(table))
+    assert torch.equal(valid, entries.valid_BM) and valid.sum(1).tolist() == entries_used(cut).tolist()
+    assert vectors.shape == (2, 15, 2) and vectors.dtype == table.dtype
+    want = torch.stack([entries.lod_BM, entries.index_BM], -1) + 1000 * torch.arange(2)[:, None, None]
+    assert torch.equal(vectors, torch.where(valid[..., None], want, 0).float())
+    vectors.sum().backward()
+    assert set(table.grad.flatten().tolist()) == {0.0, 1.0} and table.grad.sum() == 2 * valid.sum()
 
 
 def test_key_bias_lies_between_nothing_and_the_log_of_the_width():

@@ -54,7 +54,7 @@ def nodes_tensor(nodes: list[tuple[int, int]], B: int) -> tuple[torch.Tensor, to
 @settings(deadline=None, max_examples=60)
 @given(shapes)
 def test_shape_against_brute_force(shape):
-    """Rows number the nodes level by level; spans, parents and children agree; tensors and ints agree."""
+    """Rows number the nodes level by level; spans of nodes and children agree; tensors and ints agree."""
     n, K, L = shape.n_tokens, shape.block_size, shape.max_lod
     nodes = [(lod, i) for lod in range(L + 1) for i in range(n + 1) if (i + 1) * K**lod <= n]
     assert nodes == all_nodes(shape) and shape.n_nodes == len(nodes)
@@ -65,7 +65,6 @@ def test_shape_against_brute_force(shape):
         assert length == K**lod and start == i * length
         if lod:
             below, first = lod - 1, i * K
-            assert [shape.parent(below, first + k) for k in range(K)] == [(lod, i)] * K
             spans = [shape.span(below, first + k) for k in range(K)]
             assert [t for s, m in spans for t in range(s, s + m)] == list(range(start, start + length))
     lod, index = torch.meshgrid(torch.arange(-1, L + 3), torch.arange(-1, n + 2), indexing="ij")
@@ -76,9 +75,8 @@ def test_shape_against_brute_force(shape):
     assert int(exists.sum()) == len(nodes) and all(shape.exists(*node) is True for node in nodes)
     assert torch.equal(shape.node_row(lod, index)[exists], torch.arange(len(nodes)))
     lod, index = nodes_tensor(nodes, 1)
-    for f in (shape.span, shape.parent):
-        got = torch.stack(f(lod + 1, index))[:, 0].T
-        assert got.tolist() == [list(f(a + 1, b)) for a, b in nodes]
+    got = torch.stack(shape.span(lod + 1, index))[:, 0].T
+    assert got.tolist() == [list(shape.span(a + 1, b)) for a, b in nodes]
 
 
 @settings(deadline=None, max_examples=100)

@@ -156,6 +156,7 @@ def test_the_lens_loss_falls(teacher):
         curve.append(metrics)
         optimizer.step()
     losses = [m["mc.loss.lens"].item() for m in curve]
+    # over ten seeds of weights and rows 1.67 to 4.25, hits more by 0.32 to 0.63
     assert losses[-1] < losses[0] - 0.5 and curve[-1]["mc.lens.hit"] > curve[0]["mc.lens.hit"]
     assert losses[-1] >= 2 * curve[-1]["mc.lens.teacher_entropy"].item(), "two cross-entropies below twice the entropy"
 
@@ -327,6 +328,40 @@ def test_the_best_variant_of_a_row_is_that_of_least_next_token_loss_whatever_its
     torch.testing.assert_close(cost, variant_cost(nll.T, shown, recent & (torch.arange(T // K) < (N - R) // K)))
 
 
+@pytest.mark.parametrize("config", [{}, {"variants": 3}, {"far_tokens": 400, "far_entries": 40}, {"arms": "placed"},
+                                    {"arms": "hidden"}, {"lens": "slots"}, {"teacher": "counterfactual"}])
+def test_tokens_are_embedded_once_a_step(config, monkeypatch):
+    """C4, C14: LM pass, tree, working contexts and lens share one embedding of the micro-batch."""
+    gpt, calls = tiny_base(), []
+    gpt.transformer.wte.register_forward_hook(lambda *_: calls.append("table"))
+    embed = gpt.embed
+    monkeypatch.setattr(gpt, "embed", lambda *a: calls.append("embed") or embed(*a))
+    mc = tiny_mc(gpt, **config)
+    for at in range(3):
+        step(mc, gpt, tiny_batch(), at)
+        assert calls == ["embed", "table"] * (at + 1)
+
+
+def test_sibling_success_is_the_share_of_rows_that_a_policy_s_context_wins(monkeypatch):
+    """Against the loss of each working context by itself; with one context a row there are no siblings."""
+    gpt, batch, seen, drawn = tiny_base(), tiny_batch(range(12)), [], []
+    mc = tiny_mc(gpt, variants=3, micro_batch=12, cuts="random:0.4,recency:0.2,lens:0.2,teacher:0.2")
+    scores = mc._scores
+    mc._scores = lambda *a: drawn.append(scores(*a)) or drawn[-1]
+    monkeypatch.setattr("mc.runtime.run_entries", lambda *a: seen.append((a[4], run_entries(*a))) or seen[-1][1])
+    metrics = mc.training_step(gpt, batch, 0).metrics
+    (entries, out), = seen
+    slot = entries.used_B[:, None] - R + torch.arange(R + H - 1)
+    wanted = batch.targets[:, N - R:N + H - 1].repeat(3, 1)
+    nll = token_losses(gpt.logits(take(out, slot)), wanted).sum(1).view(3, 12)
+    winners = drawn[0][1].view(3, 12).gather(0, nll.argmin(0, keepdim=True))[0]
+    assert len(winners.unique()) > 2 and len(nll.argmin(0).unique()) == 3
+    for i, name in enumerate(POLICIES):
+        assert metrics[f"mc.cuts.best.{name}"].item() == pytest.approx((winners == i).sum().item() / 12)
+    monkeypatch.undo()
+    assert not any("best" in name for name in step(tiny_mc(gpt), gpt, tiny_batch()).metrics)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows on their own
 
@@ -435,7 +470,8 @@ OTHER = dict(
     far_entries=dict(far_tokens=400, seed=68, far_entries=28),
     start=0.5, ramp=5, row_stride=2, variants=2, cuts="random:1", wc_weight=0.5, kl_weight=0.0,
     lens="slots", teacher="gate", lens_edits=dict(teacher="counterfactual", lens_edits=3), lens_rank=1.0,
-    lens_zero_sum=1.0, lens_illegal=1.0, lens_kl=1.0, lens_horizon=2, lens_queries=16, lens_row_stride=2,
+    lens_zero_sum=1.0, lens_illegal=1.0, lens_kl=1.0,
+    placed_stride=dict(arms="placed", placed_stride=2), lens_horizon=2, lens_queries=16, lens_row_stride=2,
     lens_key_dim=8, lens_keys=4, gist_lr=0.5, lens_lr=0.5,
 )  # fmt: skip
 

@@ -51,19 +51,6 @@ def reference_expand(row, mask, k):
     return [e for entry, m in zip(row, mask) for e in (children(*entry) if m and entry[0] else [entry])]
 
 
-def reference_collapse(row, mask, k, max_lod):
-    out, w = [], 0
-    while w < len(row):
-        lod, i = row[w]
-        if mask[w] and lod < max_lod and i % k == 0 and row[w : w + k] == [(lod, i + c) for c in range(k)]:
-            out.append((lod + 1, i // k))
-            w += k
-        else:
-            out.append(row[w])
-            w += 1
-    return out
-
-
 shapes = st.tuples(
     st.sampled_from([2, 4, 8, 32]), st.integers(1, 3), st.lists(st.sampled_from(SIZES), min_size=1, max_size=4),
     st.integers(0, 2**31), st.sampled_from([0.0, 0.3, 0.7, 1.0]),
@@ -121,44 +108,23 @@ def test_coarsest_is_the_least_tiling(k, max_lod):
     assert same(cut, wc.from_expanded(closed, n_B, k, 1025)[0])
     assert wc.entries_used(cut).tolist() == [tiling(n, k, max_lod) for n in SIZES]
     assert same(wc.coarsest(77, k, max_lod, 1025), wc.Cut(*(x[4:5] for x in cut[:3]), k))
-    assert entries(wc.finest(n_B, k, 1025)) == [[(0, i) for i in range(n)] for n in SIZES]
+    assert entries(wc.coarsest(n_B, k, 0, 1025)) == [[(0, i) for i in range(n)] for n in SIZES]
 
 
 @quick
 @given(shapes, st.integers(8, 700))
-def test_random_edits_match_the_reference_and_keep_every_invariant(case, slack):
+def test_random_expansions_match_the_reference_and_keep_every_invariant(case, slack):
     k, max_lod, sizes, seed, p = case
     n_B, gen = torch.tensor(sizes), torch.Generator().manual_seed(seed)
     capacity = max(tiling(n, k, max_lod) for n in sizes) + slack
     cut = wc.coarsest(n_B, k, max_lod, capacity)
-    for step in range(6):
+    for _ in range(4):
         before, mask_BW = entries(cut), torch.rand(cut.lod_BW.shape, generator=gen) < p
-        if step % 3 < 2:
-            cut, applied_B = wc.expand(cut, mask_BW)
-            want = [reference_expand(row, mask, k) for row, mask in zip(before, mask_BW.tolist())]
-            assert applied_B.tolist() == [len(row) <= capacity for row in want]
-            want = [row if len(row) <= capacity else old for row, old in zip(want, before)]
-        else:
-            cut = wc.collapse(cut, mask_BW, max_lod)
-            want = [reference_collapse(row, mask, k, max_lod) for row, mask in zip(before, mask_BW.tolist())]
-        assert entries(cut) == want
+        cut, applied_B = wc.expand(cut, mask_BW)
+        want = [reference_expand(row, mask, k) for row, mask in zip(before, mask_BW.tolist())]
+        assert applied_B.tolist() == [len(row) <= capacity for row in want]
+        assert entries(cut) == [row if len(row) <= capacity else old for row, old in zip(want, before)]
         wc.check(cut, n_B, capacity, max_lod)
-
-
-@quick
-@given(shapes)
-def test_collapse_undoes_expand(case):
-    k, max_lod, sizes, seed, p = case
-    n_B, gen = torch.tensor(sizes), torch.Generator().manual_seed(seed)
-    cut, _ = wc.from_expanded(random_expanded(n_B, k, max_lod, p, gen), n_B, k, 1100)
-    mask_BW = wc.legal_expand(cut) & (torch.rand(cut.lod_BW.shape, generator=gen) < 0.5)
-    fine, applied_B = wc.expand(cut, mask_BW)
-    assert applied_B.all()
-    start_BW, length_BW = wc.spans(fine)
-    first_BW = torch.zeros_like(fine.valid_BW)  # an expanded entry's first child starts where it did
-    for b, w in mask_BW.nonzero().tolist():
-        first_BW[b] |= (start_BW[b] == wc.spans(cut)[0][b, w]) & (length_BW[b] > 0)
-    assert same(wc.collapse(fine, first_BW, max_lod), cut)
 
 
 def test_permuting_the_batch_permutes_the_cut():
@@ -169,7 +135,6 @@ def test_permuting_the_batch_permutes_the_cut():
     rows = lambda c: wc.Cut(*(x[order] for x in c[:3]), 8)  # noqa: E731
     assert same(rows(cut), wc.from_expanded([x[order] for x in expanded], n_B[order], 8, 1025)[0])
     assert same(rows(wc.expand(cut, mask_BW)[0]), wc.expand(rows(cut), mask_BW[order])[0])
-    assert same(rows(wc.collapse(cut, mask_BW, 3)), wc.collapse(rows(cut), mask_BW[order], 3))
 
 
 def test_a_row_over_capacity_is_empty_or_unchanged():
@@ -181,14 +146,10 @@ def test_a_row_over_capacity_is_empty_or_unchanged():
     assert applied_B.tolist() == [False, True] and wc.entries_used(edited).tolist() == [8, 8]
 
 
-def test_illegal_requests_are_ignored():
-    cut, _ = wc.from_expanded([torch.tensor([[True, False, False, False]])], torch.tensor([9]), 2, 9)
+def test_tokens_are_not_expanded():
+    cut, _ = wc.from_expanded([torch.tensor([[True, False, False, False]])], torch.tensor([9]), 2, 12)
     assert entries(cut) == [[(0, 0), (0, 1), (1, 1), (1, 2), (1, 3), (0, 8)]]
-    assert wc.legal_expand(cut).tolist() == [[False, False, True, True, True, False, False, False, False]]
-    assert wc.legal_collapse(cut, 1).nonzero().tolist() == [[0, 0]]
-    assert wc.legal_collapse(cut, 2).nonzero().tolist() == [[0, 0], [0, 3]]
-    everything = torch.ones_like(cut.valid_BW)
-    assert entries(wc.collapse(cut, everything, 1)) == [[(1, 0), (1, 1), (1, 2), (1, 3), (0, 8)]]
+    assert entries(wc.expand(cut, torch.ones_like(cut.valid_BW))[0]) == [[(0, i) for i in range(9)]]
 
 
 @pytest.mark.parametrize(
@@ -209,21 +170,6 @@ def test_check_names_what_is_wrong(lods, indices, valid, message):
         wc.check(cut, torch.tensor([3]), 2, max_lod=1)
 
 
-def test_to_tensor_gathers_each_entry_s_own_node():
-    """Each node's embedding spells its (lod, index): what comes out equals the cut, and gradients go back there."""
-    k, n_B, sizes, offsets = 4, torch.tensor([77, 16]), [77, 19, 4], [0, 77, 96]
-    table_ND = torch.tensor([[lod, i] for lod, size in enumerate(sizes) for i in range(size)]).float()
-    row_B = torch.tensor([0.0, 1000.0])  # tells the rows apart
-    table_BND = (table_ND + row_B[:, None, None]).requires_grad_()
-    cut, _ = wc.from_expanded(random_expanded(n_B, k, 2, 0.5, torch.Generator().manual_seed(1)), n_B, k, 80)
-    entries_BWD, mask_BW = wc.to_tensor(cut, table_BND, offsets)
-    assert torch.equal(mask_BW, cut.valid_BW) and entries_BWD.shape == (2, 80, 2)
-    want = torch.stack([cut.lod_BW, cut.index_BW], -1) + row_B[:, None, None]
-    assert torch.equal(entries_BWD, torch.where(mask_BW[..., None], want, 0.0))
-    entries_BWD.sum().backward()
-    assert table_BND.grad.sum() == 2 * mask_BW.sum()
-
-
 def test_compiles_once_for_changing_values():
     graphs = []
 
@@ -234,12 +180,12 @@ def test_compiles_once_for_changing_values():
     @torch.compile(fullgraph=True, backend=backend)
     def edit(lod_BW, index_BW, valid_BW, mask_BW):
         cut, _ = wc.expand(wc.Cut(lod_BW, index_BW, valid_BW, 8), mask_BW)
-        return wc.spans(wc.collapse(cut, mask_BW, 2))
+        return wc.spans(cut)
 
     gen = torch.Generator().manual_seed(0)
     for n in (77, 512, 130):
         cut = wc.coarsest(torch.tensor([n, n // 2]), 8, 2, 96)
         mask_BW = torch.rand(cut.lod_BW.shape, generator=gen) < 0.2
-        want = wc.spans(wc.collapse(wc.expand(cut, mask_BW)[0], mask_BW, 2))
+        want = wc.spans(wc.expand(cut, mask_BW)[0])
         assert all(map(torch.equal, edit(*cut[:3], mask_BW), want))
     assert len(graphs) == 1

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from e2e_commands import ROOT, run, start, tree
 
+from nanochat import dataset
 from scripts import base_train
 from scripts.eval.report import SYSTEMS
 from scripts.eval.provenance import commit
@@ -34,14 +35,16 @@ ROW = {"system", "nll", "delta_nll", "acc", "entries"}
 
 
 @pytest.fixture(scope="session")
-def trained(prepared, tmp_path_factory) -> Path:
+def trained(prepared, once, tmp_path_factory) -> Path:
     """A base directory with a checkpoint of each task and kind. Not to be changed."""
-    base = Path(shutil.copytree(prepared / "base", tmp_path_factory.mktemp("compare") / "base"))
-    for task, (flags, mc, _) in TASKS.items():
-        data = [] if task == "recall" else [f"--data={prepared / 'texts'}"]
-        for kind, extra in (("mc", [*LENS, *mc]), ("vanilla", [])):
-            run(base, "base_train", *TINY, *flags, *data, *extra, f"--model_tag={task}_{kind}").ok()
-    return base
+    def make(folder: Path) -> None:
+        base = Path(shutil.copytree(prepared / "base", folder / "base"))
+        for task, (flags, mc, _) in TASKS.items():
+            data = [] if task == "recall" else [f"--data={prepared / 'texts'}"]
+            for kind, extra in (("mc", [*LENS, *mc]), ("vanilla", [])):
+                run(base, "base_train", *TINY, *flags, *data, *extra, f"--model_tag={task}_{kind}").ok()
+
+    return Path(shutil.copytree(once("compared_models", make) / "base", tmp_path_factory.mktemp("compare") / "base"))
 
 
 def compare(base: Path, *flags: str, contexts: int = 2, **checkpoints: Path):
@@ -72,7 +75,8 @@ def test_report(compared):
         task = found["tasks"][name]
         assert (task["history"], task["budget"], task["recent"], task["horizon"],
                 task["block_size"]) == (n, budget, recent, horizon, block)
-        assert [row["system"] for row in task["rows"]] == list(SYSTEMS) and all(ROW <= set(row) for row in task["rows"])
+        assert [row["system"] for row in task["rows"]] == [s for s in SYSTEMS if s != "mc_bm25"]
+        assert all(ROW <= set(row) for row in task["rows"])
         assert task["contexts"] == 2 and task["tokens"] == 2 * (2176 if name == "recall" else 256)
         assert task["flops"]["mc"] > task["flops"]["vanilla"] > 0
         of = {row["system"]: row for row in task["rows"]}
@@ -98,7 +102,7 @@ def test_what_is_printed(compared):
     base, done = compared
     text = (base / "quickstart" / "report.md").read_text()
     assert text in done.out and not done.err
-    assert len(re.findall(r"^\| (?:MC|vanilla) \|", text, re.M)) == 2 * len(SYSTEMS)
+    assert len(re.findall(r"^\| (?:MC|vanilla) \|", text, re.M)) == 2 * (len(SYSTEMS) - 1)
     last = json.loads(done.out.splitlines()[-1])
     found = json.loads((base / "quickstart" / "report.json").read_text())
     assert last == {"report": str(base / "quickstart" / "report.json"), "step_time_ratio": found["step_time_ratio"]}
@@ -106,6 +110,42 @@ def test_what_is_printed(compared):
         assert f"{name}: timing steps" in done.out
     for plot in ("systems.png", "training.png"):
         assert (base / "quickstart" / plot).stat().st_size > 20_000
+
+
+def test_facts_in_text(prepared, tmp_path, monkeypatch):
+    """A tiny model that knows nothing: BM25 beside the lens, the oracle shows the note, text by itself, no twin."""
+    base = Path(shutil.copytree(prepared / "base", tmp_path / "base"))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    for i in range(12):
+        prose = "Say it at length. " * 20
+        functions = "".join(f'def f{j}(x):\n    """What {i} and {j} are for. {prose}"""\n    return x\n\n'
+                            for j in range(12))
+        (modules / f"m{i}.py").write_text(functions)
+    dataset.build_stdlib(modules)
+    run(base, "base_train", *TINY, *LENS, "--data=facts", "--max_seq_len=716", "--total_batch_size=1432",
+        "--mc_budget=96", "--mc_horizon=12", "--model_tag=facts").ok()
+    done = run(base, "mc_eval", "compare", f"--facts_mc={base / 'checkpoints' / 'facts'}", "--contexts=4",
+               "--pairs=1").ok()
+    (name, task), = json.loads((base / "quickstart" / "report.json").read_text())["tasks"].items()
+    of = {row["system"]: row for row in task["rows"]}
+    assert name == "facts" and list(of) == [s for s in SYSTEMS if not s.startswith("vanilla")]
+    assert task["history"] == 704 and task["contexts"] == 4 and "vanilla" not in task["flops"]
+    assert of["mc_oracle"]["entries"] > of["sliding_window"]["entries"] - 32
+    assert all(0 <= row["acc"] <= 1 for row in of.values())
+    for other in ("sliding_window", "mc_bm25"):
+        ahead = task["lens_ahead"][other]
+        assert ahead["accuracy"] == pytest.approx(of["mc_lens"]["acc"] - of[other]["acc"]) and 0 < ahead["p"] <= 1
+        assert f"LensNet focus minus {SYSTEMS[other][0].removeprefix('MC, ')}, accuracy: " in done.out
+    text = task["text"]
+    assert text["contexts"] == 4 and text["lens_to_window"] == pytest.approx(text["lens"] - text["window"])
+    assert len({text["full"], text["window"], text["lens"]}) == 3 and "Plain held-out code and prose" in done.out
+
+
+def test_what_compare_refuses_to_begin_with(tmp_path):
+    assert "nothing to compare: give --recall_mc" in run(tmp_path, "mc_eval", "compare").error
+    assert "--facts_mc=DIR, which is not given" in run(tmp_path, "mc_eval", "compare", "--facts_vanilla=x").error
 
 
 def numbers(report: Path) -> dict:

@@ -23,9 +23,9 @@ def last(done) -> dict:
     return json.loads(done.out.strip().splitlines()[-1])
 
 
-def test_rows_of_text_are_judged_on_the_next_token(prepared, monkeypatch):
+def test_rows_of_text_are_judged_on_the_next_token(prepared, base, monkeypatch):
     """Trap 1, for what every fine-tuning reads."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(prepared / "base"))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
     flags = dict(seed=0, text_column="text", needles=1, recall_blocks=2)
     made = make_batches(str(prepared / "texts"), "train", Tokenizer.load(), flags, history=64, horizon=8, block_size=8,
                         rows=2)(0)

@@ -119,6 +119,7 @@ TABLE_MC: dict[str, tuple[str, list[str]]] = {
     "lens_zero_sum": ("1", ["--mc_arms=zero_sum"]),
     "lens_illegal": ("1", ["--mc_arms=illegal"]),
     "lens_kl": ("1", ["--mc_arms=kl"]),
+    "placed_stride": ("2", ["--mc_arms=placed", "--mc_placed_stride=1"]),
     "lens_horizon": ("4", []),
     "lens_queries": ("24", []),
     "lens_row_stride": ("2", []),

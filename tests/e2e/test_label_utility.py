@@ -80,9 +80,10 @@ def test_a_lens_learns_from_labels_and_nothing_else_moves(labelled, tmp_path):
                                                  "--log_every=20", "--device=cpu"]
     done = run(base, "mc_study", "train_lensnet", f"--checkpoint_dir={source}", *flags).ok()
     found = json.loads(done.out.splitlines()[-1])
-    assert set(found) == {"checkpoint", "hit_at_1_before", "order_before", "hit_at_1_after", "order_after"}
+    assert set(found) == {"checkpoint", "hit_at_1_before", "order_before", "hit_at_1_after", "order_after", "in_use"}
+    check_in_use(found["in_use"], done.out)
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in done.out.splitlines() if line.startswith("step ")]
-    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert len(losses) == 3 and losses[-1] < losses[0]  # by 0.098 to 0.93 over ten seeds
     (gpt, meta), (old, old_meta) = load_model(base / "checkpoints" / "taught"), load_model(source)
     assert same(gpt.state_dict(), old.state_dict()) and meta["lens"]["steps"] == 60
     mc, before = (load_mega_context(d, m["step"], m, gpt.config.n_embd)
@@ -102,6 +103,22 @@ def test_a_lens_learns_from_labels_and_nothing_else_moves(labelled, tmp_path):
                 *flags[2:]).ok()
     assert json.loads(again.out.splitlines()[-1]) | {"checkpoint": ""} == found | {"checkpoint": ""}
     assert same(last_checkpoint(base, "twice"), last_checkpoint(base, "taught"))
+
+
+def check_in_use(report: dict, out: str) -> None:
+    """What the lenses choose on held-out rows, as JSON and as a table."""
+    assert set(report) == {"before", "after", "window", "random", "recency", "oracle"}
+    for name, values in report.items():
+        both = {"delta_nll", "regret", "accuracy"}
+        assert set(values) == (both | {"delta_nll_edited", "swap_rate"} if name in ("before", "after") else both)
+        assert all(low <= mean <= high for mean, low, high in values.values())
+        apart = values["regret"][0] - values["delta_nll"][0]
+        assert apart == pytest.approx(report["oracle"]["regret"][0] - report["oracle"]["delta_nll"][0])
+        assert name == "window" or values["regret"][0] >= 0, "the oracle has tried it"
+        mean, low, high = values["delta_nll"]
+        word = f"lens, {name}" if name in ("before", "after") else name
+        assert f"| {word} | {mean:.3f} [{low:.3f}, {high:.3f}] |" in out
+    assert report["oracle"]["regret"][0] == 0 and report["before"]["swap_rate"][0] > 0
 
 
 def test_a_new_lens_without_labels(labelled, tmp_path, train):
@@ -133,6 +150,10 @@ def test_a_new_lens_without_labels(labelled, tmp_path, train):
     ("train_lensnet", ["--near=1"], "--near=1 must be at least 2"),
     ("train_lensnet", ["--steps=0"], "--labels=DIR is what the lens learns from"),
     ("train_lensnet", ["--grow=2"], "must be in [0, 1]"),
+    ("train_lensnet", ["--terms=rank:0.5,kl:1"], "--terms=rank:0.5,kl:1: kl is no NAME:WEIGHT"),
+    ("train_lensnet", ["--terms=rank"], "rank is no NAME:WEIGHT"),
+    ("train_lensnet", ["--terms=rank:-1"], "rank is no NAME:WEIGHT"),
+    ("train_lensnet", ["--contexts=100000"], "contexts: 100000: the held-out split has"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(command, flags, message, labelled, other, damaged):
     given = {"labels": [f"--checkpoint_dir={labelled}/checkpoints/t", f"--out={labelled}/labels", *FLAGS],

@@ -10,7 +10,7 @@ import pytest
 from e2e_commands import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.long("tests/e2e/test_telemetry.py::test_every_registered_name_arrives")
 @pytest.mark.skipif(not importlib.util.find_spec("rotel"),
                     reason="needs the collector: pip install 'megacontext[collector]'")
 def test_every_number_and_every_panel_is_in_the_store(tmp_path):

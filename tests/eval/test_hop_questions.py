@@ -45,7 +45,7 @@ def test_told_blocks_are_shown(pools, monkeypatch):
     shown, close = [], Session.close
     monkeypatch.setattr(Session,
                         "close", lambda session: (shown.append({int(i) // K
-                                                                for lod, i in zip(session.cut_lod, session.cut_index)
+                                                                for lod, i in zip(*session.focus.cut())
                                                                 if lod == 0}), close(session))[1])
     tokens = torch.arange(33) % 40
     store = store_of(pools["once"], tokens[:32])

@@ -1,15 +1,19 @@
 """What studies judge a lens by."""
 
+import copy
+
 import pytest
 import torch
-from tiny_mc import VOCAB, H, K, R, T, W, tiny_base, tiny_batch, tiny_mc
+from tiny_mc import VOCAB, H, K, R, T, W, randomize, tiny_base, tiny_batch, tiny_mc
 
 from mc.teachers import gate_utility, keep_gradients
 from nanochat.gpt import token_losses
 from scripts.eval import measures
+from scripts.eval.comparison import FocusComparison
 from scripts.eval.measures import taught
 from scripts.eval.methods.interface import Models
 from scripts.eval.methods.registry import make_method
+from scripts.eval.probe import replay
 
 torch.set_num_threads(1)
 CURSORS, HORIZON = torch.tensor([41, 48, 55]), 3
@@ -125,3 +129,39 @@ def test_what_is_more_compressed(monkeypatch):
         torch.testing.assert_close(torch.tensor(found[f"nll_ratio_{ratio}"], dtype=torch.double), by_recency.double(),
                                    rtol=0, atol=1e-6)
     assert len({tuple(values) for values in found.values()}) == len(found)
+
+
+def test_lenses_in_use(monkeypatch):
+    """Two lenses on the same rows: each as if it were alone, edited as the probe's replay edits; none beats the
+    oracle; one that knows what each block gains names the best."""
+    gpt, batch = tiny_base(sequence_len=T), tiny_batch()
+    n, one = T - H, tiny_mc(tiny_base()).model
+    other = copy.deepcopy(one)
+    randomize(other.lensnet, seed=5)
+    monkeypatch.setattr(measures, "held_out", lambda *_: [(batch.rows, batch.inputs, batch.targets)])
+    judge = lambda lenses, **options: measures.lenses_in_use(gpt, lenses, {"flags": {"seed": 0}}, 4, **options)
+    judged = lambda lenses, **options: {name: torch.tensor(x, dtype=torch.float64)
+                                        for name, x in judge(lenses, **options).items()}
+    found = judged({"one": one, "other": other})
+    assert not torch.equal(found["nll_one"], found["nll_other"])
+    comparison = FocusComparison(gpt, one, batch.inputs, batch.targets, n, 0, batch.rows)
+    for name, mc in (("one", one), ("other", other)):
+        alone = judged({name: mc})
+        for measure in (f"nll_{name}", f"acc_{name}", f"nll_{name}_edited", f"swap_{name}", f"hit_{name}"):
+            torch.testing.assert_close(found[measure], alone[measure])
+        at_n = torch.full((4,), n)
+        with torch.no_grad():
+            shown = comparison.outcome(mc.lens_logits(gpt.embed(batch.inputs[:, :n]), at_n)).nll_B
+        torch.testing.assert_close(found[f"nll_{name}"], shown.double())
+        for span in (1, 3):
+            grown = replay(mc, comparison.embeds, n, span=span)
+            spanned = judged({name: mc}, span=span)
+            edited = comparison.outcome_of(grown.state).nll_B
+            torch.testing.assert_close(spanned[f"nll_{name}_edited"], edited.double())
+            assert spanned[f"swap_{name}"].mean() == pytest.approx(grown.metrics()["mc.focus.swap_rate"].item())
+        assert (found["nll_oracle"] <= found[f"nll_{name}"]).all() and found[f"swap_{name}"].mean() > 0
+    gains_BN = comparison.nothing().nll_B[:, None] - torch.stack([x.nll_B for x in comparison.alone()], 1)
+    logits_BN = torch.nn.functional.pad(gains_BN, (0, n // K - gains_BN.shape[1]), value=-1e3)
+    monkeypatch.setattr(one, "lens_logits", lambda embeds, n_B, *_, **__: logits_BN)
+    monkeypatch.setattr(measures, "replay", lambda of, embeds, n, span: grown)
+    assert (judged({"one": one})["hit_one"] == 1).all() and (found["hit_one"] < 1).any()

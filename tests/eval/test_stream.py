@@ -33,7 +33,7 @@ def test_an_answer_is_what_a_session_says_token_by_token():
         right.append(float(logits.argmax() == token))
         session.ingest([token])
     assert answer.nll == pytest.approx(sum(nll) / 6, abs=1e-9) and answer.acc == sum(right) / 6
-    assert sum(answer.lods.values()) == len(session.cut_lod) <= 60
+    assert sum(answer.lods.values()) == len(session.focus.cut()[0]) <= 60
 
 
 def test_only_what_is_counted_is_judged():
@@ -54,7 +54,7 @@ def test_the_oracle_shows_the_blocks_it_knows(blocks, monkeypatch):
     for session in list(pool.sessions.values()):
         session.close()
     monkeypatch.setattr(
-        "mc.session.session.Session.close", lambda self: (shown.append((self.cut_lod.copy(), self.cut_index.copy())),
+        "mc.session.session.Session.close", lambda self: (shown.append(self.focus.cut()),
                                                   close(self))[1])
     store = store_of(pool, HISTORY)
     known, plain = ask(pool, store, SAID, SCORED, ALL, blocks), ask(pool, store, SAID, SCORED, ALL)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from batched_refocus import BatchedRefocus
 from test_focus_allocator import check_state
 
 from mc.focus_allocator import FocusConfig, utilization
@@ -13,7 +14,6 @@ from mc.session.price import LOWEST, TARGET, Allocator, market_price, next_shift
 from mc.session.refocus import PathEdits
 from mc.working_context import entries_used
 from nanochat.common import UserError
-from scripts.eval.replay import ReplayAllocator
 
 torch.set_num_threads(1)
 ALLOCATORS = ["greedy", "bundle:3", "stochastic:0.5"]
@@ -53,7 +53,7 @@ def test_room_counts_what_the_tail_leaves(k, max_lod, n, recent, budget):
     tail = sum(focus.exists((lod, i)) and focus.protected((lod, i)) for lod in range(1, max_lod + 1)
                for i in range(n // k**lod))
     levels = max(sum(k**lod <= n for lod in range(1, max_lod + 1)), 1)
-    assert int(room(torch.tensor([n]), cfg)) == max((focus.free(cfg.budget) - tail) // levels, 1)
+    assert int(room(torch.tensor([n]), cfg)) == max((focus.free // (k - 1) - tail) // levels, 1)
 
 
 def test_only_rivals_set_the_price():
@@ -86,7 +86,7 @@ def long_stream(kind: str, allocator: Allocator, adaptive: bool, budget: int = 9
     """[steps, B] utilization as histories grow block by block from 2 budgets to 12."""
     k = 8
     cfg = FocusConfig(budget, k, 2, recent=8, span=allocator.span)
-    greedy, blocks = ReplayAllocator(cfg), 12 * budget // k
+    greedy, blocks = BatchedRefocus(cfg), 12 * budget // k
     first, used = 2 * budget // k, []
     gen = torch.Generator().manual_seed(seed)
     state = greedy.allocate(torch.full((6, blocks), -torch.inf).double(), torch.full((6,), first * k))
@@ -136,7 +136,7 @@ def test_the_session_decides_as_the_batch_and_a_row_as_alone(text, n, k, seed):
     logit, the batched one on all."""
     allocator, gen, rng = Allocator.parse(text), torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     cfg, blocks, rows = FocusConfig(330, k, 3, recent=k, span=allocator.span), n // k, torch.arange(2)
-    dense, sparse, n_B = ReplayAllocator(cfg), [PathEdits(cfg), PathEdits(cfg)], torch.full((2,), n)
+    dense, sparse, n_B = BatchedRefocus(cfg), [PathEdits(cfg), PathEdits(cfg)], torch.full((2,), n)
     state = dense.advance(dense.allocate(torch.full((2, blocks), -torch.inf), 0 * n_B), 0 * n_B)
     for refocus in range(1, 7):
         grown = torch.full((2,), n * refocus // 6)

