@@ -10,9 +10,8 @@ Shapes: B rows, W capacity of the cut, M = W + H − 1 entries of the pass, D wi
 
 import hashlib
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -207,8 +206,7 @@ def run_entries(gpt: GPT, mc: MegaContext, tree: Tree, tokens_BT: Tensor, entrie
     raw = valid & (lod == 0)
     linked = raw & F.pad(raw, (1, 0))[:, :-1] & (start == F.pad(start, (1, 0))[:, :-1] + 1)
     rotary = entry_rotary(gpt, start, length, scheme=config.positions, floor=config.damping_floor)
-    run = run or gpt.hidden
-    hidden = run(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=mc.key_bias(lod))
+    hidden = (run or gpt.hidden)(ids, inputs_embeds=vectors, rotary=rotary, linked=linked, key_bias=mc.key_bias(lod))
     return hidden if far is None else take(hidden, order.argsort(1)[:, :M])
 
 

@@ -1,11 +1,8 @@
-"""The documents agree with the code: generated tables, the README's file tree and commands, every link."""
+"""The documents agree with the code: generated tables, the README's folders, flags, every link."""
 
-import json
 import re
-import shlex
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -17,7 +14,7 @@ from scripts.make_docs import commands, flags_of, parser_of
 ROOT = Path(__file__).resolve().parents[1]
 VAULT = ROOT / "obsidian"
 README = ROOT / "README.md"
-CODE = ("nanochat", "mc", "scripts", "runs")  # the file tree names every .py and .sh file below these
+CODE = ("nanochat", "mc", "scripts", "runs")  # the README's tree names every folder of .py and .sh files below these
 PAGES = [README, *sorted(VAULT.rglob("*.md"))]
 # of the log: what they say held at the commit they name
 DATED = [p for p in PAGES if re.match(r"\d{4}-\d\d-\d\d ", p.name)]
@@ -73,26 +70,22 @@ def tracked(*folders: str) -> set[str]:
     return {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
 
 
-def file_tree(text: str) -> dict[str, str]:
-    """path -> description, from the README's indented tree: `folder/` at the margin, its files indented below it."""
-    tree, folder = {}, ""
-    block = re.search(r"^## File tree\n.*?^```\n(.*?)^```", text, re.S | re.M).group(1)
-    for line in block.splitlines():
-        name, _, description = line.strip().partition(" ")
-        if not line.startswith(" ") and name.endswith("/"):
-            folder = name
-        tree[(folder if line.startswith(" ") else "") + name] = description.strip()
-    return tree
+def folder_tree(text: str) -> dict[str, str]:
+    """folder -> description, from the README's tree, one folder a line."""
+    block = re.search(r"^## Where things are\n.*?^```\n(.*?)^```", text, re.S | re.M).group(1)
+    return {name: description.strip() for name, _, description in (line.partition(" ") for line in block.splitlines())}
 
 
-def test_readme_file_tree_is_complete():
-    tree = file_tree(README.read_text())
-    code = {name for name in tracked(*CODE) if name.endswith((".py", ".sh")) and not name.endswith("__init__.py")}
-    named = {name for name in tree if name.endswith((".py", ".sh")) and name.startswith(tuple(f"{f}/" for f in CODE))}
-    assert sorted(code - named) == [], "files that the README's tree lacks"
-    assert sorted(named - code) == [], "files of the README's tree that are not there"
-    assert [name for name in tree if not (ROOT / name).exists()] == []
+def test_readme_names_every_folder_of_code():
+    tree = folder_tree(README.read_text())
+    code = {f"{Path(name).parent}/" for name in tracked(*CODE) if name.endswith((".py", ".sh"))}
+    assert sorted(code - tree.keys()) == [], "folders that the README's tree lacks"
+    assert [name for name in tree if not (ROOT / name).is_dir()] == []
     assert [name for name, description in tree.items() if len(description) < 5] == [], "without a description"
+
+
+def test_readme_is_for_a_reader_in_a_hurry():
+    assert len(README.read_text().splitlines()) <= 150
 
 
 @pytest.mark.parametrize("script", ["quickstart", "test"])
@@ -110,36 +103,6 @@ def test_flags_in_examples_exist():
         # `--mc_…` stands for all of them
         used = {flag.rstrip("_") for flag in re.findall(r"(?<![\w-])--[a-z]\w*", page.read_text())}
         assert sorted(used - known - {"--mc"}) == [], page
-
-
-def shell_commands() -> list[str]:
-    """Every command of the README's and the undated pages' shell blocks, continued lines joined."""
-    blocks = [block for page in CURRENT for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.S | re.M)]
-    return sorted({line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()})
-
-
-@pytest.mark.parametrize("line", shell_commands())
-def test_commands_are_understood(line, monkeypatch, capsys):
-    """Recipes exist, flags parse, and what is to be trained has a plan."""
-    words = [w for w in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", w)]
-    if words[0] == "bash":
-        assert (ROOT / words[1]).is_file()
-        return
-    if words[0] == "torchrun":
-        assert words[1] == "--standalone" and words[3] == "scripts/base_train.py"
-        monkeypatch.setenv("WORLD_SIZE", words[2].removeprefix("--nproc_per_node="))
-        words = ["python", "-m", "scripts.base_train", *words[4:]]
-    assert words[:2] == ["python", "-m"]
-    if words[2] == "pytest":
-        assert all((ROOT / word).exists() for word in words[3:] if not word.startswith("-"))
-        return
-    module = import_module(words[2])
-    monkeypatch.setattr(sys, "argv", words[2:])  # which arms it names
-    module.make_parser().parse_args(words[3:])
-    if words[2] == "scripts.base_train":
-        monkeypatch.setattr(sys, "argv", ["base_train", *words[3:], "--vocab_size=33825", "--dry_run=1"])
-        module.main()
-        assert json.loads(capsys.readouterr().out)["mc"] == ("--mc_enabled=1" in words)
 
 
 @dated

@@ -1,5 +1,5 @@
 """Training speed of the harness's GPT against the same model written as one plain PyTorch module:
-`python -m scripts.bench.vanilla`.
+`python -m scripts.mc_bench vanilla`.
 
 Both start from the same weights, see the same batches, use the same optimizer and take turns in blocks of a few steps
 inside one process, so that a noisy machine slows both. The ratio is that of tokens per second (above 1: the harness is

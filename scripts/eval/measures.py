@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mc.config import MCConfig
+from mc.focus_allocator import FocusState
 from mc.losses import lens_loss, lens_targets, row_mean
 from mc.model import MegaContext, load_mega_context, recency_scores
 from mc.teachers import gate_utility, keep_gradients, over_horizon
@@ -109,7 +110,7 @@ def lenses_in_use(gpt: GPT, lenses: dict[str, MegaContext], meta: dict, contexts
         best_B = torch.stack([outcome.nll_B for outcome in alone]).argmin(0)
         for name, of in lenses.items():
             grown = replay(of, comparison.embeds, n, span=span)
-            shown[f"{name}_edited"] = comparison.outcome_of(grown.state)
+            shown[f"{name}_edited"] = comparison.outcome_of(FocusState(grown.state.expanded, grown.state.n_tokens_B))
             found.setdefault(f"swap_{name}", []).append(grown.swap_rates())
             found.setdefault(f"hit_{name}", []).append((scores[name][:, :len(alone)].argmax(1) == best_B).float())
         outcomes = plain_outcomes(gpt, tokens, targets, n, c.budget) | shown

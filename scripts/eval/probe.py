@@ -66,7 +66,7 @@ class FocusDynamics:
         self.reports: list[FocusReport] = []
         self.flips: list[Flips] = []
         self._set_to: list[Tensor] = []  # per level, bool [B, N_l]: what the last edit of a node made of it
-        self.state: ReplayState | None = None  # after the last refocus
+        self.state: ReplayState | None = None  # after the last refocus, or before the first
         self._age_BN = torch.zeros(0)  # refocuses that a block shown by an edit has stayed shown; −1: not shown by one
 
     def update(self, before: ReplayState, after: ReplayState, report: FocusReport) -> Flips:
@@ -93,8 +93,9 @@ class FocusDynamics:
         return self.flips[-1]
 
     def swap_rates(self) -> Tensor:
-        """[B] mean over the refocuses so far."""
-        return torch.stack([report.swap_rate_B for report in self.reports]).mean(0)
+        """[B] mean over the refocuses so far; 0 where there was none."""
+        return sum(report.swap_rate_B for report in self.reports) / max(len(self.reports), 1) + torch.zeros(
+            len(self.state.n_tokens_B), device=self.state.n_tokens_B.device)
 
     def metrics(self) -> Metrics:
         """`mc.focus.*`, over all rows and refocuses so far. Where no block was hidden, the residency is a
@@ -142,6 +143,7 @@ def replay(mc: MegaContext, embeds_BTD: Tensor, n: int, logits_of=None, span: in
     start = max((mc.config.budget // K + 1) * K, n - REFOCUSES * K)
     at = lambda tokens: torch.full((len(embeds_BTD),), tokens, device=embeds_BTD.device)  # noqa: E731
     state, dynamics = allocator.allocate(logits_of(at(start)), at(start)), FocusDynamics(allocator.cfg.cooldown)
+    dynamics.state = state
     for tokens in range(start + K, n + 1, K):
         logits = logits_of(at(tokens))
         before = allocator.advance(state, at(tokens))
