@@ -315,14 +315,15 @@ def read_tensors(path: Path, device: torch.device | str) -> dict:
     return found
 
 
-def load_weights(module: torch.nn.Module, state: dict, where: str) -> None:
-    """Strictly. UserError for what is missing, unknown, of another shape or no tensor."""
+def load_weights(module: torch.nn.Module, state: dict, where: str, assign: bool = False) -> None:
+    """Strictly. assign: the module gets these very tensors, in their dtype and on their device. UserError for what is
+    missing, unknown, of another shape or no tensor."""
     wrong = [one_line(name) for name, x in state.items()
              if not (isinstance(name, str) and isinstance(x, Tensor) and x.is_floating_point())]
     try:
         if wrong:
             raise RuntimeError(f"{wrong[0]} is no tensor of floating-point numbers")
-        module.load_state_dict(state)
+        module.load_state_dict(state, assign=assign)
     except RuntimeError as e:
         raise UserError(f"weights in {where}: {one_line(e, 600)}") from None
 

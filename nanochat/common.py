@@ -15,6 +15,7 @@ import sys
 import traceback
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Callable, NoReturn, TypeVar, get_origin, get_type_hints
 
 import numpy as np
@@ -170,6 +171,15 @@ def import_optional(package: str, name: str):
         raise UserError(f"--{package}_enabled=1 needs the package {e.name}, which is not installed: put the folder "
                         f"{package} back, "
                         f"or use --{package}_enabled=0") from None
+
+
+def optional_module(name: str, what: str, extra: str) -> ModuleType:
+    """A module of a package that `what` needs and that an extra installs. UserError without it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        raise UserError(f"{what} needs the package {e.name}, which is not installed: pip install "
+                        f"'megacontext[{extra}]'") from None
 
 
 def parse_optional(make_parser: Callable[[bool], FlagParser], package: str) -> tuple[FlagParser, argparse.Namespace]:

@@ -1,4 +1,4 @@
-"""Text out of a GPT: batched prompts of different lengths, chunked prefill, one token a row a step.
+"""Text out of a base: batched prompts of different lengths, chunked prefill, one token a row a step.
 
 Prompts are padded on the right and read in chunks of `prefill_chunk` through the KV cache, whose per-row lengths make
 padding invisible; a row's result depends neither on the chunk size nor on the rows beside it. The cache holds the
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from nanochat.common import UserError
-from nanochat.gpt import GPT
+from nanochat.base import Base
+from nanochat.base_tokenizer import BaseTokenizer
 from nanochat.kv_cache import KVCache
 from nanochat.tokenizer import Tokenizer
 
@@ -55,7 +56,7 @@ def check_sampling(
 class Engine:
     """Generation from one model. `tokenizer` is needed by `complete` only."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer | None = None, prefill_chunk: int = 512):
+    def __init__(self, model: Base, tokenizer: Tokenizer | BaseTokenizer | None = None, prefill_chunk: int = 512):
         if prefill_chunk < 1:
             raise UserError(f"prefill_chunk {prefill_chunk}: at least 1 token")
         if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
@@ -118,15 +119,15 @@ class Engine:
 
     def complete(self, prompt: str, max_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
                  seed: int = 0) -> Iterator[str]:
-        """Pieces of text that continue `prompt`, whole characters only; ends at bos. UserError as `generate`."""
-        bos = self.tokenizer.bos_id
-        steps = self.generate([[bos, *self.tokenizer.encode(prompt)]], max_tokens, temperature=temperature,
-                              top_k=top_k, seed=seed,
-                              stop_ids=[bos])
-        return decode_stream(self.tokenizer, (token for (token,) in steps if token != bos))
+        """Pieces of text that continue `prompt`, or answer it where the tokenizer has a chat template; whole characters
+        only; ends at the tokenizer's `stop_ids`. UserError as `generate`."""
+        stops = self.tokenizer.stop_ids
+        steps = self.generate([self.tokenizer.prompt_ids(prompt)], max_tokens, temperature=temperature, top_k=top_k,
+                              seed=seed, stop_ids=stops)
+        return decode_stream(self.tokenizer, (token for (token,) in steps if token not in stops))
 
 
-def decode_stream(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
+def decode_stream(tokenizer: Tokenizer | BaseTokenizer, tokens: Iterable[int]) -> Iterator[str]:
     """Pieces of text, whole characters only; put together they are what `tokenizer.decode` makes of all the tokens."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:

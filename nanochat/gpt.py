@@ -164,23 +164,30 @@ class Attention(nn.Module):
         if self.key_shift is not None:
             k = self._shift_keys(k, ctx)
         q, k = rotate(norm(q) * QK_SCALE, ctx.cos, ctx.sin), rotate(norm(k) * QK_SCALE, ctx.cos, ctx.sin)
-        if ctx.cache is not None:
-            k, v = self._through_cache(k, v, ctx)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.to(q.dtype).transpose(1, 2)
-        mask = ctx.masks[window]
-        if ctx.select is not None:
-            chosen = ctx.select(self.layer, q, k)
-            mask = chosen if mask is None else mask & chosen
-        y = attend(q, k, v, mask, ctx.key_bias)
-        if ctx.capture is not None:
-            ctx.capture.append(Captured(q, k, v, y))
-        return self.c_proj(y.transpose(1, 2).reshape(B, S, D))
+        return self.c_proj(attention(self.layer, q, k, v, window, ctx))
 
-    def _through_cache(self, k: Tensor, v: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
-        cache, buffers = ctx.cache, (ctx.cache.k[self.layer], ctx.cache.v[self.layer])
-        for buffer, new in zip(buffers, (k, v)):
-            cache.put(buffer, ctx.slots, new)
-        return tuple(cache.visible(buffer, ctx.slots.shape[1]).to(k.dtype) for buffer in buffers)
+
+def attention(layer: int, q_BSHE: Tensor, k_BSGE: Tensor, v_BSGE: Tensor, window: int, ctx: ForwardContext) -> Tensor:
+    """[B, S, H·E] what the heads of a layer read, through the pass's cache, mask, selection and capture."""
+    if ctx.cache is not None:
+        k_BSGE, v_BSGE = through_cache(layer, k_BSGE, v_BSGE, ctx)
+    q, k, v = q_BSHE.transpose(1, 2), k_BSGE.transpose(1, 2), v_BSGE.to(q_BSHE.dtype).transpose(1, 2)
+    mask = ctx.masks[window]
+    if ctx.select is not None:
+        chosen = ctx.select(layer, q, k)
+        mask = chosen if mask is None else mask & chosen
+    y = attend(q, k, v, mask, ctx.key_bias)
+    if ctx.capture is not None:
+        ctx.capture.append(Captured(q, k, v, y))
+    return y.transpose(1, 2).flatten(2)
+
+
+def through_cache(layer: int, k_BSGE: Tensor, v_BSGE: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+    """Keys and values of this pass go into the cache; what is visible there comes back."""
+    cache, buffers = ctx.cache, (ctx.cache.k[layer], ctx.cache.v[layer])
+    for buffer, new in zip(buffers, (k_BSGE, v_BSGE)):
+        cache.put(buffer, ctx.slots, new)
+    return tuple(cache.visible(buffer, ctx.slots.shape[1]).to(k_BSGE.dtype) for buffer in buffers)
 
 
 def attend(q_BHSE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None, key_bias: Tensor | None) -> Tensor:
@@ -222,7 +229,93 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
-class GPT(nn.Module):
+class Decoder(nn.Module):
+    """What decoders share that pass as a base (`nanochat.base.Base`); each brings `embed`, `hidden`, `logits` and
+    `inverse_frequencies`, and has `transformer` (`wte`, `h`) and `lm_head`."""
+
+    config: "GPTConfig"
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions [S] or [B, S], any real dtype -> cos, sin [1 or B, S, 1, E/2]; the angle is taken in float64."""
+        angle = positions.double()[..., None] * self.inverse_frequencies(positions.device)
+        dtype = torch.float64 if self.lm_head.weight.dtype == torch.float64 else torch.float32
+        cos, sin = angle.cos().to(dtype).unsqueeze(-2), angle.sin().to(dtype).unsqueeze(-2)
+        return (cos[None], sin[None]) if positions.ndim == 1 else (cos, sin)
+
+    def _masks(self, S: int, cache: KVCache | None, slots: Tensor | None, lift_windows: bool,
+               device) -> dict[int, Tensor | None]:
+        """A mask per window size, [S, S] or with a cache what `KVCache.mask` says; None where plain causal serves."""
+        masks: dict[int, Tensor | None] = {}
+        for window in set(self.config.windows()):
+            reach = math.inf if lift_windows and window == self.config.sequence_len else window
+            if cache is not None:
+                masks[window] = cache.mask(slots, reach)
+            elif S - 1 <= reach:
+                masks[window] = None
+            else:
+                distance = torch.arange(S, device=device)[:, None] - torch.arange(S, device=device)
+                masks[window] = (distance >= 0) & (distance <= reach)
+        return masks
+
+    def _begin(self, idx: Tensor | None, inputs_embeds: Tensor | None, positions: Tensor | None,
+               rotary: tuple[Tensor, Tensor] | None, linked: Tensor | None, key_bias: Tensor | None,
+               cache: KVCache | None, capture: list[Captured] | None, lift_windows: bool, select: Select | None,
+               layers: range | None) -> tuple[Tensor, ForwardContext, range]:
+        """The entries [B, S, D] of a pass, what its layers share, and which they are. ValueError as `Base.hidden`."""
+        layers = range(self.config.n_layer) if layers is None else layers
+        if layers.step != 1 or not 0 <= layers.start < layers.stop <= self.config.n_layer:
+            raise ValueError(f"{layers} is no range of the {self.config.n_layer} layers")
+        if layers.start and inputs_embeds is None:
+            raise ValueError(f"a pass from layer {layers.start} needs the stream before it as inputs_embeds")
+        x = self.embed(idx) if inputs_embeds is None else inputs_embeds
+        S = x.shape[1]
+        if rotary is None:
+            if positions is None:
+                positions = torch.arange(S, device=x.device)
+                positions = positions if cache is None else cache.lengths[:, None] + positions
+            rotary = self.rotary(positions)
+        slots = before = None
+        if cache is not None:
+            if key_bias is not None:
+                raise ValueError("a cache keeps the bias of its own entries, for later passes need it too")
+            slots, before = cache.slots_for(S)
+            follows = before >= 0
+            linked, before = follows if linked is None else linked & follows, before.clamp_min(0)
+        return x, ForwardContext(*rotary, linked, key_bias, self._masks(S, cache, slots, lift_windows, x.device), cache,
+                                 slots, capture, before, select), layers
+
+    def forward(self, idx: Tensor | None, targets: Tensor | None = None, **entries) -> Tensor:
+        """Logits [B, S, V]; with `targets` [B, S] (−1 = ignored) the mean loss instead. Keywords as `hidden`."""
+        hidden = self.hidden(idx, **entries)
+        return self.logits(hidden) if targets is None else self.loss(hidden, targets)
+
+    def loss(self, hidden_BSD: Tensor, targets_BS: Tensor, num_targets: int | None = None) -> Tensor:
+        """Mean next-token loss. num_targets: the most targets (≥ 0) any row has, known on the host: the head runs on
+        that many positions of each row instead of all, to the same result."""
+        if num_targets is not None and num_targets < targets_BS.shape[1]:
+            first = (targets_BS >= 0).to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :num_targets]
+            hidden_BSD = hidden_BSD.gather(1, first[..., None].expand(-1, -1, hidden_BSD.shape[-1]))
+            targets_BS = targets_BS.gather(1, first)
+        return mean_loss(token_losses(self.logits(hidden_BSD), targets_BS), targets_BS)
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, S: int, num_targets: int | None = None) -> float:
+        """Training FLOPs per token of a row of S, from shapes: 6 per weight of every matrix
+        product, 12·H·E per visible key.
+
+        num_targets: positions of a row that the head runs on (default: all).
+        """
+        head = self.lm_head.weight.numel()
+        inner = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear)) - head
+        visible = sum(short * (short + 1) / 2 + (S - short) * (w + 1) for w in self.config.windows()
+                      for short in [min(S, w + 1)]) / S
+        read = head * (S if num_targets is None else num_targets) / S
+        return 6.0 * (inner + read) + 12.0 * self.config.n_head * self.config.head_dim * visible
+
+
+class GPT(Decoder):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -306,33 +399,12 @@ class GPT(nn.Module):
         rotated = torch.arange(half, device=device) < round(self.config.rope_fraction * half)
         return self.config.rope_base ** -exponents * rotated
 
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [S] or [B, S], any real dtype -> cos, sin [1 or B, S, 1, E/2]; the angle is taken in float64."""
-        angle = positions.double()[..., None] * self.inverse_frequencies(positions.device)
-        dtype = torch.float64 if self.lm_head.weight.dtype == torch.float64 else torch.float32
-        cos, sin = angle.cos().to(dtype).unsqueeze(-2), angle.sin().to(dtype).unsqueeze(-2)
-        return (cos[None], sin[None]) if positions.ndim == 1 else (cos, sin)
-
-    def _masks(self, S: int, cache: KVCache | None, slots: Tensor | None, lift_windows: bool,
-               device) -> dict[int, Tensor | None]:
-        """A mask per window size, [S, S] or with a cache what `KVCache.mask` says; None where plain causal serves."""
-        masks: dict[int, Tensor | None] = {}
-        for window in set(self.config.windows()):
-            reach = math.inf if lift_windows and window == self.config.sequence_len else window
-            if cache is not None:
-                masks[window] = cache.mask(slots, reach)
-            elif S - 1 <= reach:
-                masks[window] = None
-            else:
-                distance = torch.arange(S, device=device)[:, None] - torch.arange(S, device=device)
-                masks[window] = (distance >= 0) & (distance <= reach)
-        return masks
-
     def hidden(self, idx: Tensor | None, *, inputs_embeds: Tensor | None = None, positions: Tensor | None = None,
                rotary: tuple[Tensor, Tensor] | None = None, linked: Tensor | None = None,
                key_bias: Tensor | None = None,
                cache: KVCache | None = None, counts: Tensor | None = None, capture: list[Captured] | None = None,
-               lift_windows: bool = False, select: Select | None = None, middle: list[Tensor] | None = None) -> Tensor:
+               lift_windows: bool = False, select: Select | None = None, middle: list[Tensor] | None = None,
+               layers: range | None = None) -> Tensor:
         """Final normed hidden states [B, S, D].
 
         idx [B, S] int64, −1 on entries that are not tokens; may be None when `inputs_embeds` [B, S, D] is given and the
@@ -342,32 +414,23 @@ class GPT(nn.Module):
         `counts` [B] entries a row (default S).
         capture: gets one `Captured` a layer. lift_windows: L layers see everything however long. select: which keys
         each query may see, per layer and head, itself causal where the pass is (with a cache or a window its own mask
-        holds too). middle: gets the normed hidden states [B, S, D] behind the middle layer.
+        holds too). middle: gets the normed hidden states [B, S, D] behind the middle layer. layers: run these alone
+        (`nanochat.base.Base.hidden`); a model with residual scalars or backout begins at layer 0.
         """
         cfg = self.config
         if idx is None and (inputs_embeds is None or cfg.value_embeds):
             raise ValueError("idx is needed: without inputs_embeds, and by a model with value embeddings")
-        x = self.embed(idx) if inputs_embeds is None else inputs_embeds
-        B, S, _ = x.shape
-        if rotary is None:
-            if positions is None:
-                positions = torch.arange(S, device=x.device)
-                positions = positions if cache is None else cache.lengths[:, None] + positions
-            rotary = self.rotary(positions)
-        slots = before = None
-        if cache is not None:
-            if key_bias is not None:
-                raise ValueError("a cache keeps the bias of its own entries, for later passes need it too")
-            slots, before = cache.slots_for(S)
-            follows = before >= 0
-            linked, before = follows if linked is None else linked & follows, before.clamp_min(0)
-        ctx = ForwardContext(*rotary, linked, key_bias, self._masks(S, cache, slots, lift_windows, x.device), cache,
-                             slots, capture, before, select)
-        if cfg.smear:
+        x, ctx, layers = self._begin(idx, inputs_embeds, positions, rotary, linked, key_bias, cache, capture,
+                                     lift_windows, select, layers)
+        if layers.start and (cfg.resid_scalars or cfg.backout):
+            raise ValueError(f"a pass from layer {layers.start}: residual scalars and backout need the layers before")
+        S = x.shape[1]
+        if cfg.smear and layers.start == 0:
             x = self._smear(x, ctx)
         tokens = None if idx is None else idx.clamp_min(0)
         x0, x_mid = x, None
-        for i, (block, window) in enumerate(zip(self.transformer.h, cfg.windows())):
+        windows = cfg.windows()
+        for i in layers:
             if cfg.resid_scalars:
                 x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             ve = None
@@ -375,16 +438,16 @@ class GPT(nn.Module):
                 ve = self.value_embeds[str(i)](tokens)
                 if inputs_embeds is not None:
                     ve = ve * (idx >= 0).unsqueeze(-1)
-            x = block(x, ve, window, ctx)
+            x = self.transformer.h[i](x, ve, windows[i], ctx)
             if i == cfg.n_layer // 2:
                 x_mid = x
                 if middle is not None:
                     middle.append(norm(x))
-        if cfg.backout:
-            x = x - self.backout_lambda * x_mid
         if cache is not None:
             cache.advance(S, counts)
-        return norm(x)
+        if layers.stop < cfg.n_layer:
+            return x
+        return norm(x - self.backout_lambda * x_mid if cfg.backout else x)
 
     def _smear(self, x_BSD: Tensor, ctx: ForwardContext) -> Tensor:
         if ctx.cache is None:
@@ -401,36 +464,6 @@ class GPT(nn.Module):
         raw = self.lm_head(hidden / self.config.softcap)[..., :self.config.vocab_size]  # divided while it is small
         raw = raw if raw.dtype == torch.float64 else raw.float()
         return self.config.softcap * torch.tanh(raw)
-
-    def forward(self, idx: Tensor | None, targets: Tensor | None = None, **entries) -> Tensor:
-        """Logits [B, S, V]; with `targets` [B, S] (−1 = ignored) the mean loss instead. Keywords as `hidden`."""
-        hidden = self.hidden(idx, **entries)
-        return self.logits(hidden) if targets is None else self.loss(hidden, targets)
-
-    def loss(self, hidden_BSD: Tensor, targets_BS: Tensor, num_targets: int | None = None) -> Tensor:
-        """Mean next-token loss. num_targets: the most targets (≥ 0) any row has, known on the host: the head runs on
-        that many positions of each row instead of all, to the same result."""
-        if num_targets is not None and num_targets < targets_BS.shape[1]:
-            first = (targets_BS >= 0).to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :num_targets]
-            hidden_BSD = hidden_BSD.gather(1, first[..., None].expand(-1, -1, hidden_BSD.shape[-1]))
-            targets_BS = targets_BS.gather(1, first)
-        return mean_loss(token_losses(self.logits(hidden_BSD), targets_BS), targets_BS)
-
-    def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
-    def flops_per_token(self, S: int, num_targets: int | None = None) -> float:
-        """Training FLOPs per token of a row of S, from shapes: 6 per weight of every matrix
-        product, 12·D per visible key.
-
-        num_targets: positions of a row that the head runs on (default: all).
-        """
-        head = self.lm_head.weight.numel()
-        inner = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear)) - head
-        visible = sum(short * (short + 1) / 2 + (S - short) * (w + 1) for w in self.config.windows()
-                      for short in [min(S, w + 1)]) / S
-        return 6.0 * (inner + head * (S if num_targets is None
-                                      else num_targets) / S) + 12.0 * self.config.n_embd * visible
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

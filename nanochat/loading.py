@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from nanochat.base import Base
+from nanochat.base_tokenizer import BaseTokenizer
 from nanochat.checkpoint import load_model_state, load_weights, read_tensors
 from nanochat.common import FlagParser, UserError, one_line, parse_json, whole_number
 from nanochat.gpt import GPT, config_from_dict
@@ -103,34 +105,79 @@ def load_nanochat_tokenizer(path: Path | str) -> Tokenizer:
     return Tokenizer(tokens, encoding._pat_str, Reserved(keys=len(specials) - 1, aliases=0, values=0))
 
 
-def add_model_flags(parser: FlagParser) -> None:
-    """The flags that `model_from_flags` reads."""
+def add_model_flags(parser: FlagParser, pretrained: bool = False) -> None:
+    """The flags that `model_from_flags` reads. pretrained: the command takes --base as well."""
     parser.add_checkpoint(required=False)
     parser.add_step()
     parser.add_argument("--nanochat_checkpoint", help="instead: checkpoint directory of karpathy/nanochat")
     parser.add_argument("--nanochat_tokenizer",
                         help="its tokenizer.pkl; loading it runs code of that file, so only if you trust it")
+    if pretrained:
+        parser.add_argument("--base", help="instead: a pretrained base: a Hugging Face directory, a GGUF file, a "
+                                           "checkpoint folder of nanochat, or smollm2 (see scripts.get_base)")
+        parser.add_argument("--base_dtype", default="float32", choices=("float32", "bfloat16"),
+                            help="precision of a pretrained base")
     parser.add_device()
 
 
-def model_from_flags(args: Namespace, device: torch.device) -> tuple[GPT, Tokenizer, dict]:
+def model_from_flags(args: Namespace, device: torch.device) -> tuple[Base, Tokenizer | BaseTokenizer, dict]:
     """(model, its tokenizer, meta); UserError unless exactly one checkpoint is named and the vocabularies agree."""
-    if (args.checkpoint_dir is None) == (args.nanochat_checkpoint is None):
-        raise UserError("name one checkpoint: --checkpoint_dir=DIR or --nanochat_checkpoint=DIR")
-    if args.nanochat_tokenizer and not args.nanochat_checkpoint:
+    named = {name: getattr(args, name, None) for name in ("checkpoint_dir", "nanochat_checkpoint", "base")}
+    if sum(x is not None for x in named.values()) != 1:
+        raise UserError("name one checkpoint: --checkpoint_dir=DIR or --nanochat_checkpoint=DIR"
+                        + (" or --base=…" if hasattr(args, "base") else ""))
+    if args.nanochat_tokenizer and args.checkpoint_dir:
         raise UserError("--nanochat_tokenizer goes with --nanochat_checkpoint only")
+    if named["base"] is not None:
+        return load_base(args.base, args.base_dtype, device, args.nanochat_tokenizer)
     if args.nanochat_checkpoint:
         model, meta = load_nanochat_dir(args.nanochat_checkpoint, args.step).to(device), {}
     else:
         model, meta = load_model(args.checkpoint_dir, args.step, device)
     tokenizer = load_nanochat_tokenizer(args.nanochat_tokenizer) if args.nanochat_tokenizer else Tokenizer.load()
+    check_vocabulary(model, tokenizer, meta)
+    return model, tokenizer, meta
+
+
+def load_base(name: str, dtype: str = "float32", device: torch.device | str = "cpu",
+              nanochat_tokenizer: Path | str | None = None) -> tuple[Base, Tokenizer | BaseTokenizer, dict]:
+    """(model in evaluation mode, its tokenizer, meta) of the base that `--base` names: a Hugging Face directory, a GGUF
+    file, smollm2, or a checkpoint folder of nanochat, the reference's or ours, which goes with the tokenizer of the
+    base directory (the reference's with nanochat_tokenizer, if given: `load_nanochat_tokenizer`). meta: of a checkpoint
+    of ours, else empty. dtype: float32, or bfloat16 of a pretrained one.
+
+    UserError, one line, for what is not there, damaged, incomplete or not supported.
+    """
+    from nanochat import pretrained  # and its libraries only where they are asked for
+
+    path = pretrained.find_base(name)
+    reference = not any(path.glob("complete_*.json")) and any(path.glob("model_*.pt"))
+    if nanochat_tokenizer and not reference:
+        raise UserError(f"--nanochat_tokenizer goes with a checkpoint of karpathy/nanochat, which {path} is not")
+    if path.is_file() or (path / "config.json").exists():
+        return *pretrained.load_pretrained(path, dtype, device), {}
+    if dtype != "float32":
+        raise UserError(f"--base_dtype={dtype}: {path} is a checkpoint of nanochat, which is loaded in float32")
+    if reference:
+        model, meta = load_nanochat_dir(path).to(device), {}
+    elif any(path.glob("complete_*.json")):
+        model, meta = load_model(path, device=device)
+    else:
+        raise UserError(f"{path} has neither config.json (a Hugging Face directory) nor model_<step>.pt (a checkpoint "
+                        "of nanochat)")
+    tokenizer = load_nanochat_tokenizer(nanochat_tokenizer) if nanochat_tokenizer else Tokenizer.load()
+    check_vocabulary(model, tokenizer, meta)
+    return model, tokenizer, meta
+
+
+def check_vocabulary(model: Base, tokenizer: Tokenizer, meta: dict) -> None:
+    """UserError unless a checkpoint of nanochat, ours or the reference's, and a tokenizer belong together."""
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}: they do "
                         "not belong together; "
                         "a reference checkpoint needs --nanochat_tokenizer, ours the tokenizer it was trained with")
     if "tokenizer" in meta:
         check_tokenizer(meta, tokenizer)
-    return model, tokenizer, meta
 
 
 def check_tokenizer(meta: dict, tokenizer: Tokenizer, what: Path | str = "the model") -> None:

@@ -36,15 +36,16 @@ BLANKS = "\t\v\f \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\
 _BLANKS = re.compile(f"[{BLANKS}]+")
 
 
-def cut(pieces: Iterable[str]) -> Iterator[str]:
+def cut(pieces: Iterable[str], place: re.Pattern = _PLACE) -> Iterator[str]:
     """The same text in other pieces, which have the tokens of the whole: cut after a newline that no white space
     follows, where no token of the pattern reaches across. Where a text offers no such place for MAX_PIECE characters it
-    is cut there, however it comes."""
+    is cut there, however it comes. place: where a tokenizer with another pattern lets a text be cut (at the match's
+    end, which is known from two characters)."""
     rest = ""
     for piece in pieces:
         seen, rest = max(len(rest) - 1, 0), rest + piece
         start = end = 0  # of the next piece; the last place
-        for match in _PLACE.finditer(rest, seen):
+        for match in place.finditer(rest, seen):
             if match.end() - start > MAX_PIECE and end > start:
                 yield rest[start:end]
                 start = end
@@ -145,6 +146,21 @@ class Tokenizer:
                 "fewer tokens"
             )
         return cls(tokens, SPLIT_PATTERN, reserved)
+
+    chats = False  # no chat template
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids at which an answer ends."""
+        return (self.bos_id,)
+
+    def cut(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The same text in pieces that have the tokens of the whole."""
+        return cut(pieces)
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """What a model is given to continue `text`."""
+        return [self.bos_id, *self.encode(text)]
 
     def _payload(self) -> dict:
         return {

@@ -1,6 +1,7 @@
 """Continue a text: `python -m scripts.chat_cli --checkpoint_dir=DIR --prompt="def main("`;
 without --prompt, line after line.
 
+    … --base=smollm2                       a pretrained base instead, by its chat template
     … --mc_enabled=1 --history=FILE        a conversation that never ends: reads a file of any
                                            length first, and forgets nothing
 
@@ -21,10 +22,11 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
+from nanochat.base import Base
+from nanochat.base_tokenizer import BaseTokenizer
 from nanochat.common import FlagParser, UserError, import_optional, init_distributed, parse_optional, run_main, shown
 from nanochat.documents import decoded
 from nanochat.engine import Engine, decode_stream
-from nanochat.gpt import GPT
 from nanochat.loading import add_model_flags, model_from_flags
 from nanochat.streams import interrupt_noted
 from nanochat.telemetry.opening import open_recorder
@@ -54,7 +56,7 @@ def checked(text: str, what: str, encoding: str = "UTF-8") -> str:
 
 def make_parser(with_mc: bool = True) -> FlagParser:
     parser = FlagParser(prog="python -m scripts.chat_cli", description=__doc__.split("\n\n")[0])
-    add_model_flags(parser)
+    add_model_flags(parser, pretrained=True)
     parser.add_argument("--prompt", help="text to continue; without it, each line of stdin, until an empty one")
     parser.add_argument("--max_tokens", type=int, default=128, help="tokens to generate per prompt")
     parser.add_argument("--temperature", type=float, default=0.8,
@@ -125,10 +127,10 @@ def until(interrupted: Callable[[], bool], items: Iterable) -> Iterator:
             return
 
 
-def chat_plain(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: Tokenizer) -> None:
+def chat_plain(args: Namespace, prompts: Iterator[str], model: Base, tokenizer: Tokenizer | BaseTokenizer) -> None:
     engine = Engine(model, tokenizer)
     for prompt in prompts:
-        length = 1 + len(tokenizer.encode(prompt))
+        length = len(tokenizer.prompt_ids(prompt))
         if length + args.max_tokens > engine.reach:
             print(f"note: {length} prompt tokens and {args.max_tokens} new ones exceed the model's window of "
                   f"{engine.reach}: "
@@ -136,11 +138,12 @@ def chat_plain(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: T
         with interrupt_noted() as interrupted:
             answer = engine.complete(prompt, args.max_tokens, temperature=args.temperature, top_k=args.top_k or None,
                                      seed=args.seed)
-            say(prompt, until(interrupted, answer))
+            # an answer begins its own line, a continuation goes on
+            say(prompt + "\n" if tokenizer.chats else prompt, until(interrupted, answer))
         go_on(args, interrupted)
 
 
-def chat_mc(args: Namespace, prompts: Iterator[str], model: GPT, tokenizer: Tokenizer, meta: dict) -> None:
+def chat_mc(args: Namespace, prompts: Iterator[str], model: Base, tokenizer: Tokenizer, meta: dict) -> None:
     if not meta.get("mc"):
         raise UserError("--mc_enabled=1 needs a checkpoint that was trained with --mc_enabled=1")
     sessions = import_optional("mc", "session.session")

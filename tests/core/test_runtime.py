@@ -19,6 +19,7 @@ from nanochat.controller import NullController
 from nanochat.gpt import GPT, GPTConfig, token_losses
 from nanochat.optim import MuonAdamW, check_groups, gpt_param_groups
 from nanochat.schedule import ramp
+from tiny_base_folder import tiny_llama
 from tiny_mc import H, K, N, R, SMALL, T, lesson_of, planted, step, tiny_base, tiny_batch, tiny_mc, values
 
 torch.set_num_threads(1)
@@ -40,6 +41,17 @@ def clear(*modules) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What each loss teaches
+
+
+@pytest.mark.parametrize("config", [{}, {"positions": "contiguous", "gist_source": "hidden"}])
+def test_a_frozen_pretrained_base_is_taught_around(config):
+    """A step on a base of the Llama family: every network of MegaContext gets its gradient, the base none."""
+    gpt = tiny_llama(sequence_len=128, qk_norm=True, tied=True).requires_grad_(False)
+    before = {name: p.clone() for name, p in gpt.named_parameters()}
+    mc = tiny_mc(gpt, **config)
+    step(mc, gpt, tiny_batch())
+    assert set(gradients(mc.model)) == names(mc.model) and not gradients(gpt)
+    assert all(torch.equal(p, before[name]) for name, p in gpt.named_parameters())
 
 
 def test_before_the_start_a_step_is_the_vanilla_step():

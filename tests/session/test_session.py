@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_base_folder import tiny_llama
 from tiny_mc import VOCAB, randomize, tiny_base
 
 from mc import working_context as wc
@@ -153,8 +154,10 @@ VARIANTS = [dict(positions="contiguous"), dict(positions="centre"), dict(max_lod
 
 
 @pytest.mark.parametrize("mc_config", VARIANTS, ids=lambda c: "-".join(map(str, c)))
-def test_every_kind_of_position_is_exact(mc_config):
-    gpt = tiny_base(n_kv_head=4, rope_fraction=0.5)
+@pytest.mark.parametrize("gpt", [tiny_base(n_kv_head=4, rope_fraction=0.5),
+                                 tiny_llama(sequence_len=128, qk_norm=True, qkv_bias=True, tied=True)],
+                         ids=["gpt", "llama"])
+def test_every_kind_of_position_is_exact(gpt, mc_config):
     pool = tiny_pool(gpt=gpt, mc_config=mc_config, trained=(1,) if mc_config.get("max_lod") == 1 else (1, 2, 3),
                      budget=64, interval=5)
     session = pool.open()
