@@ -98,8 +98,8 @@ class FocusDynamics:
             len(self.state.n_tokens_B), device=self.state.n_tokens_B.device)
 
     def metrics(self) -> Metrics:
-        """`mc.focus.*`, over all rows and refocuses so far; none without any (a history one block over the budget). Where
-        no block was hidden, the residency is a lower bound: as if one had been."""
+        """`mc.focus.*`, over all rows and refocuses so far; none without any, as of a history just above the budget.
+        Where no block was hidden, the residency is a lower bound: as if one had been."""
         if not self.reports:
             return {}
         mean = {name: torch.stack([getattr(r, f"{name}_B").double() for r in self.reports]).mean()
