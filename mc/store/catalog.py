@@ -115,7 +115,7 @@ class Edit:
     inserted: int
     stop_block: int  # first block behind the source before the edit
     shift: int  # blocks by which what follows the source moves
-    version: int  # of the store, before the edit is committed
+    version: int  # of the store's text (`Store.text_version`), before the edit is committed
 
 
 @dataclass(frozen=True)
@@ -611,8 +611,8 @@ class Catalog:
 
     def _settle_edit(self, store: Store) -> str:
         edit = self._intended()
-        # its commit makes the next version, and no other does as long as this is settled before anything else is edited
-        if store.version == edit.version:
+        # a repair, a pruning or a compaction since makes a version too, and leaves the text as the edit found it
+        if store.text_version <= edit.version:
             self.abandon_edit()
             return f"an edit of source {edit.source} was interrupted before its commit: undone"
         self.finish_edit({"interrupted": True})

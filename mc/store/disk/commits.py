@@ -9,8 +9,8 @@ one whole commit is safe at any moment, and between commits there are two copies
 
 The note of a version (`versions/000003.ctx`, twice in the file) holds what only edits change:
 {version, format, partition_bytes,
-files: {"L0": runs of the versions that made the partitions' files, …}, detail: runs of the blocks' states, before: the
-last commit of the version before}.
+files: {"L0": runs of the versions that made the partitions' files, …}, detail: runs of the blocks' states,
+text_version: the last version that rewrote or cut off tokens, before: the last commit of the version before}.
 """
 
 import itertools
@@ -222,6 +222,7 @@ def is_version(note: object) -> bool:
                 and isinstance(note["files"], dict) and all(_are_runs(x, MAX_PARTITIONS)
                                                             for x in note["files"].values())
                 and _are_runs(note["detail"], MAX_BLOCKS) and all(state <= ERASED for state, _ in note["detail"])
+                and _is_count(text := note.get("text_version", 0)) and text <= note["version"]
                 and (note["before"] is None or _is_end(note["before"])))
     except (KeyError, TypeError, AttributeError):
         return False

@@ -71,6 +71,7 @@ class DiskStore:
         self.dropped: dict[str, int] = {}
         self.repairs: list[str] = []
         self._levels: dict[str, Records] = {}
+        self._kept_levels: dict[str, Records] = {}  # as the last commit left them
         self._commits, self._lock = Commits(fs, path), -1
         self._closed, self._failure = False, None
         self._synced_at = time.monotonic()
@@ -97,7 +98,7 @@ class DiskStore:
                 raise UserError(f"{store.path} {there}")
             store._take_lock()
             first = dict(version=0, format=plain_format(format), partition_bytes=partition_bytes, files={}, detail=[],
-                         before=None)
+                         text_version=0, before=None)
             store._commits.create(first)
             store._load(first)
         return store
@@ -167,13 +168,17 @@ class DiskStore:
         rows = _token_rows(ids_N)
         check_not_erased(self, start, len(rows))
         self._rewrite([(self._level("L", 0), rows)], start)
+        self._text_version = self._staged
 
     def rewrite_nodes(self, lod: int, start: int, gists_ND: Tensor, keys_NPC: Tensor | None = None) -> None:
         self._rewrite(self._node_rows(lod, gists_ND, keys_NPC), start)
 
     def truncate(self, lod: int, n: int) -> None:
         with self._changing():
+            cuts_text = lod == 0 and n < self.n_tokens
             self._truncate("L", lod, n)
+            if cuts_text:
+                self._text_version = self._staged
             if lod <= 1:
                 blocks = n if lod else n // self.format.block_size
                 self._truncate("K", 1, blocks)
@@ -239,7 +244,7 @@ class DiskStore:
         self.commit()
         view = DiskStore(self.path, False, self.durability, self.fs)
         view._commits.last, view.format, view.partition_bytes = self._commits.last, self.format, self.partition_bytes
-        view._detail = Detail(self._kept_detail)
+        view._detail, view._kept_text_version = Detail(self._kept_detail), self._kept_text_version
         for name, level in self.levels.items():
             view._level(name[0], int(name[1:])).set_state(level.n, level.versions, level.tail_crc)
         return view
@@ -262,6 +267,12 @@ class DiskStore:
         if self._failure:
             raise self._failure
         return self._commits.last["version"]
+
+    @property
+    def text_version(self) -> int:
+        """The last version that rewrote or cut off tokens; those of `repair`, `adopt`, `set_detail` and `compact`
+        leave the text as it is."""
+        return self._kept_text_version
 
     @property
     def sequence(self) -> int:
@@ -293,6 +304,7 @@ class DiskStore:
             level.roll_back()
         self._levels = dict(self._kept_levels)
         self.format, self._detail, self._staged = self._kept_format, Detail(self._kept_detail), self._commits.last["version"]  # noqa: E501
+        self._text_version = self._kept_text_version
 
     def disk_bytes(self) -> int:
         """Room that the files take on the medium, all versions and pages of holes not counted."""
@@ -490,7 +502,7 @@ class DiskStore:
             self._commits.write_version(dict(version=self._staged, format=plain_format(self.format),
                                              partition_bytes=self.partition_bytes,
                                              files=files, detail=run_lengths(self._detail.state_N.tolist()),
-                                             before=before))
+                                             text_version=self._text_version, before=before))
         # everything that it names stands by now: this one write is what makes it true
         self._commits.write(self._staged, self._counts(), durable)
         if durable:
@@ -501,6 +513,7 @@ class DiskStore:
         for level in self._levels.values():
             level.keep()
         self._kept_levels, self._kept_format, self._kept_detail = dict(self._levels), self.format, self._detail.state_N
+        self._kept_text_version = self._text_version
 
     # -- opening
 
@@ -521,7 +534,8 @@ class DiskStore:
         self.format, self.partition_bytes = format_of(note["format"]), note["partition_bytes"]
         self._detail = Detail(torch.tensor(from_run_lengths(note["detail"]), dtype=torch.uint8))
         self._levels = self._records(note, self._commits.last)
-        self._staged = note["version"]
+        # a note of a program that did not write it: that of the version, by which its edits were told
+        self._staged, self._text_version = note["version"], note.get("text_version", note["version"])
         self._keep()
 
     def _records(self, note: dict, commit: dict) -> dict[str, Records]:
