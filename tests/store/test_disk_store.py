@@ -137,6 +137,23 @@ def test_a_store_is_made_where_nothing_is(path, tmp_path):
             DiskStore.open(path, **bad)
 
 
+def test_of_two_creators_the_second_is_refused(tmp_path, monkeypatch):
+    """Also where the first makes its store between the second's look at the folder and its lock."""
+    take = DiskStore._take_lock
+
+    def late(store: DiskStore) -> None:
+        monkeypatch.setattr(DiskStore, "_take_lock", take)
+        with DiskStore.create(tmp_path / "s", FORMAT) as first:
+            fill(first, 8)
+        take(store)
+
+    monkeypatch.setattr(DiskStore, "_take_lock", late)
+    with pytest.raises(UserError, match="already holds a store; open it instead"):
+        DiskStore.create(tmp_path / "s", FORMAT)
+    with DiskStore.open(tmp_path / "s") as store:
+        assert store.n_tokens == 8, "and the lock of the second is free"
+
+
 def test_another_models_store_is_refused_by_the_history(tmp_path):
     gpt = tiny_base()
     model = tiny_mc(gpt).model

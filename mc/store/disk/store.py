@@ -91,12 +91,9 @@ class DiskStore:
                     store.fs.mkdir(folder)
                     # each one on the way: synced records in a folder whose own name is lost are lost too
                     store.fs.fsync_folder(folder.parent, "the store's name")
-            # these three are left by a making that was cut short: there is no manifest, so nothing was promised
-            if others := sorted({p.name for p in store.path.iterdir()} - {"lock", "versions", "manifest.new"}):
-                there = ("already holds a store; open it instead" if "manifest" in others
-                         else f"is not empty ({others[0]})")
-                raise UserError(f"{store.path} {there}")
+            store._refuse_contents()  # before the lock, whose file must not appear in a folder of something else
             store._take_lock()
+            store._refuse_contents()  # and with it: another may have made its store, and closed it, since
             first = dict(version=0, format=plain_format(format), partition_bytes=partition_bytes, files={}, detail=[],
                          text_version=0, before=None)
             store._commits.create(first)
@@ -516,6 +513,12 @@ class DiskStore:
         self._kept_text_version = self._text_version
 
     # -- opening
+
+    def _refuse_contents(self) -> None:
+        # these three are left by a making that was cut short: there is no manifest, so nothing was promised
+        if others := sorted({p.name for p in self.path.iterdir()} - {"lock", "versions", "manifest.new"}):
+            there = "already holds a store; open it instead" if "manifest" in others else f"is not empty ({others[0]})"
+            raise UserError(f"{self.path} {there}")
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
