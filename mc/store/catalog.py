@@ -533,20 +533,20 @@ class Catalog:
         first_block = self.source(edit.source).start // K + edit.start // K
         with self._transaction() as db:
             db.execute("UPDATE sources SET tokens = tokens + ?, edits = edits + 1 WHERE id = ?", (grown, edit.source))
-            for column in ("start", "stop"):
-                db.execute(
-                    f"UPDATE tags SET {column} = max({column} + ?, ?) WHERE source = ? AND {column} >= ?",
-                    (grown, edit.start, edit.source, edit.start + edit.removed),
-                )
-                db.execute(
-                    f"UPDATE tags SET {column} = min({column}, ?) WHERE source = ? AND {column} > ? AND {column} < ?",
-                    (edit.start + edit.inserted, edit.source, edit.start, edit.start + edit.removed),
-                )
+            # in one statement: what one had shifted would look to a second like an end between the removed tokens
+            moved = ", ".join(
+                f"{end} = CASE WHEN {end} >= :start + :removed THEN {end} + :inserted - :removed "
+                f"WHEN {end} > :start THEN min({end}, :start + :inserted) ELSE {end} END" for end in ("start", "stop"))
+            db.execute(f"UPDATE tags SET {moved} WHERE source = :source", asdict(edit))
             db.execute("DELETE FROM tags WHERE source = ? AND start >= stop", (edit.source,))
             last = edit.stop_block if grown or edit.shift else first_block + (edit.start % K + edit.inserted + K
                                                                               - 1) // K
-            for lod in (0, 1):  # what was counted about the old content says nothing about the new one
-                db.execute("DELETE FROM nodes WHERE lod = ? AND idx >= ? AND idx < ?", (lod, first_block, last))
+            # what was counted about the old content says nothing about the new one
+            for (lod,) in db.execute("SELECT DISTINCT lod FROM nodes").fetchall():
+                span = K ** min(max(lod - 1, 0), 63)  # blocks of a node
+                # above LOD1 all that follows is made of other blocks where these move
+                stop = 2**63 - 1 if edit.shift and lod > 1 else -(-last // span)
+                db.execute("DELETE FROM nodes WHERE lod = ? AND idx >= ? AND idx < ?", (lod, first_block // span, stop))
             if edit.shift:
                 # the id decides between sources of one start: an empty one stands where the next begins
                 db.execute(
@@ -556,7 +556,6 @@ class Catalog:
                 )
                 _move(db, "nodes", "idx", edit.shift, "lod <= 1 AND", edit.stop_block)
                 _move(db, "tombstones", "first", edit.shift, "", edit.stop_block)
-            db.execute("DELETE FROM nodes WHERE lod > 1 AND idx >= ?", (first_block // K,))
             db.execute(
                 "INSERT INTO edits (source, time, start, removed, inserted, report) VALUES (?, ?, ?, ?, ?, ?)",
                 (edit.source, time.time(), edit.start, edit.removed, edit.inserted, json.dumps(report)),

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mc.store.catalog import FILE, MAX_BUFFERED, Catalog
+from mc.store.catalog import FILE, MAX_BUFFERED, Catalog, Edit
 from mc.store.ram import DROPPED, VOID, RamStore, StoreFormat
 from nanochat.common import UserError
 
@@ -145,6 +147,77 @@ def test_tombstones_follow_the_store(catalog):
                                                          (9, 1)] and catalog.tombstones()[0][2] == first[0][2]
     catalog.set_tombstones(np.zeros(10, dtype=bool))
     assert catalog.tombstones() == []
+
+
+def edited(catalog: Catalog, source: int, start: int, removed: int, inserted: int) -> Edit:
+    """The catalog after an edit that the store has committed."""
+    where = catalog.source(source)
+    blocks = where.blocks(K)
+    shift = -(-(where.tokens + inserted - removed) // K) - len(blocks)
+    edit = Edit(source, start, removed, inserted, blocks.stop, shift, 0)
+    catalog.begin_edit(edit)
+    catalog.finish_edit({})
+    return edit
+
+
+def span_in(n: int) -> st.SearchStrategy[tuple[int, int]]:
+    return st.sets(st.integers(0, n), min_size=2, max_size=2).map(lambda ends: (min(ends), max(ends)))
+
+
+@given(tags=st.lists(span_in(40), max_size=8), replaced=span_in(40) | st.integers(0, 40).map(lambda at: (at, at)),
+       inserted=st.integers(0, 12))
+def test_tags_stay_with_their_tokens(tags, replaced, inserted):
+    """Token by token: a new token has the tags of the one whose place it takes, or of the last one before it."""
+    start, stop = replaced
+    tokens = {f"{i}": range(*tag) for i, tag in enumerate(tags)}
+    # the token that each one of the new text was, or stands in for
+    stands_for = [*range(start), *(min(start + i, max(stop, start + 1) - 1) if stop > start else start - 1
+                                   for i in range(inserted)), *range(stop, 40)]
+    with Catalog(None, K) as catalog:
+        source = catalog.add_source("a", 0, tokens=40, complete=True)
+        catalog.add_tags(source, [(*tag, f"{i}") for i, tag in enumerate(tags)])
+        if len(stands_for) and (stop > start or inserted):
+            edited(catalog, source, start, stop - start, inserted)
+        found = {tag: list(range(first, last)) for first, last, tag in catalog.tags(source)}
+    expected = {tag: [i for i, was in enumerate(stands_for) if was in span] for tag, span in tokens.items()}
+    assert found == {tag: kept for tag, kept in expected.items() if kept}
+
+
+def test_tags_behind_a_deletion_move_by_its_length(catalog):
+    source = catalog.add_source("a", 0, tokens=200, complete=True)
+    catalog.add_tags(source, [(112, 120, "near"), (140, 150, "far"), (90, 105, "into"), (102, 108, "gone")])
+    edited(catalog, source, 100, 10, 0)
+    assert catalog.tags(source) == [(90, 100, "into"), (102, 110, "near"), (130, 140, "far")]
+
+
+@given(replaced=span_in(150), inserted=st.integers(1, 40), same=st.booleans())
+def test_statistics_stay_where_the_content_does(replaced, inserted, same):
+    """Of every node of a history, those whose blocks an edit leaves as they were, and where they were."""
+    start, stop = replaced
+    inserted = stop - start if same else inserted
+    with Catalog(None, K) as catalog:
+        catalog.add_source("before", 0, tokens=64, complete=True)
+        source = catalog.add_source("edited", 64, tokens=150, complete=True)
+        catalog.add_source("after", 216, tokens=200, complete=True)
+        blocks = range(104)
+        nodes = [(lod, i) for lod in range(5) for i in range(len(blocks) // K ** max(lod - 1, 0))]
+        for lod in range(5):
+            index = torch.tensor([i * (K if lod == 0 else 1) for at, i in nodes if at == lod])
+            catalog.count_access(torch.full_like(index, lod), index)
+        catalog.flush()
+        edit = edited(catalog, source, start, stop - start, inserted)
+        found = {(s.lod, s.index) for s in catalog.statistics()}
+    first, same_blocks = (64 + start) // K, -(-(64 + stop) // K)
+    last = same_blocks if stop - start == inserted else edit.stop_block  # of the source, rechunked to its end
+    expected = set()
+    for lod, i in nodes:
+        mine = [b for b in blocks if b // K ** max(lod - 1, 0) == i]
+        if all(b < first or b >= last for b in mine):
+            if mine[0] < first and mine[-1] < first or not edit.shift:
+                expected.add((lod, i))
+            elif lod <= 1:  # moved with its block
+                expected.add((lod, i + edit.shift))
+    assert found == expected
 
 
 def test_versions_and_settings(catalog):
