@@ -102,6 +102,16 @@ def test_variance_is_that_of_the_children(ram):
                                         abs=1e-12)
 
 
+def test_no_variance_is_measured_of_tokens_that_are_gone(ram):
+    history, catalog = ram
+    catalog.count_access(torch.tensor([2, 1, 1]), torch.tensor([0, 2, 3]))
+    catalog.flush()
+    history.store.set_detail(torch.tensor([2]), ERASED)
+    assert measure_variance(history, catalog) == 2
+    found = {(s.lod, s.index): s.variance for s in catalog.statistics()}
+    assert found[1, 2] is None and found[1, 3] > 0 and found[2, 0] > 0, "gists of erased blocks are there"
+
+
 def test_sensitivity_is_what_the_next_block_loses(ram):
     """Against one working context at a time, through the pass that training uses."""
     history, catalog = ram
