@@ -224,6 +224,25 @@ def test_gists_made_again_start_anew_after_an_edit(folder, monkeypatch):
     history.store.close(), catalog.close()
 
 
+def test_what_a_kill_behind_the_switch_leaves_is_cleaned_up(folder, monkeypatch):
+    networks = Networks(GPT, OTHER, untrained_networks().tokenizer, "{}")
+    with DiskStore.open(folder) as store, Catalog(folder, K) as catalog:
+
+        def die(path, **_):
+            if store.version:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr("mc.store.rebuild.shutil.rmtree", die)
+            with pytest.raises(Killed):
+                regist(store, catalog, networks)
+        assert [p.name for p in folder.glob("regist.*")] == [f"regist.{store.format.model}.float64.v0"]
+        (folder / "regist.another.float64.v1").mkdir()
+        with pytest.raises(UserError, match="has the gists of these networks already"):
+            regist(store, catalog, networks)
+        assert [p.name for p in folder.glob("regist.*")] == ["regist.another.float64.v1"], "what was begun stays"
+
+
 def test_gists_are_not_made_of_what_is_gone(folder):
     networks = Networks(GPT, OTHER, untrained_networks().tokenizer, "{}")
     with DiskStore.open(folder) as store, Catalog(folder, K) as catalog:
