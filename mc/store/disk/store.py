@@ -33,7 +33,7 @@ from torch import Tensor
 from mc.store.disk.commits import MAX_PARTITIONS, Commits, format_of, plain_format, run_lengths, from_run_lengths
 from mc.store.disk.files import HEADER_BYTES, Damage, FileSystem, RecordKind, decode, encode, partition_files, partition_version  # noqa: E501
 from mc.store.disk.records import Records
-from mc.store.ram import ERASED, KEPT, VOID, Detail, StoreFormat, check_keys, check_not_erased
+from mc.store.ram import DROPPED, ERASED, KEPT, VOID, Detail, StoreFormat, check_keys, check_not_erased
 from nanochat.common import UserError
 
 DURABILITY = ("block", "batch", "none")
@@ -355,12 +355,14 @@ class DiskStore:
         whole pages of 4,096 bytes: offsets stay as they are.
         """
         before = self.disk_bytes()
-        if len(pruned := torch.nonzero(self._detail.state_N != KEPT)[:, 0]):
-            K = self.format.block_size
+        pruned, tokens = torch.nonzero(self._detail.state_N != KEPT)[:, 0], self._level("L", 0)
+        slot_N = (pruned[:, None] * self.format.block_size + torch.arange(self.format.block_size)).flatten().numpy()
+        # a version is made where there is something to erase: newly pruned, or void since an edit moved erased blocks
+        if (self._detail.state_N == DROPPED).any() or any(tokens.to_erase(slot_N)):
             with self._changing():
                 self._edit()
                 self._detail.set(pruned, ERASED)
-                self._level("L", 0).erase((pruned[:, None] * K + torch.arange(K)).flatten().numpy(), self._staged)
+                tokens.erase(slot_N, self._staged)
         # what replaces the old files is on the medium first; and notes go before the files that they name: files
         # without a note are removed at the next opening, a note without its files is a version that cannot be read
         self.sync()
@@ -509,6 +511,8 @@ class DiskStore:
     def _keep(self) -> None:
         for level in self._levels.values():
             level.keep()
+        for level in {*self._kept_levels.values()} - {*self._levels.values()}:
+            level.close()  # another took its place (`adopt`), and nothing goes back to it
         self._kept_levels, self._kept_format, self._kept_detail = dict(self._levels), self.format, self._detail.state_N
         self._kept_text_version = self._text_version
 
@@ -535,8 +539,12 @@ class DiskStore:
     def _load(self, note: dict) -> None:
         """Take the state of a version, at the current commit."""
         self.format, self.partition_bytes = format_of(note["format"]), note["partition_bytes"]
-        self._detail = Detail(torch.tensor(from_run_lengths(note["detail"]), dtype=torch.uint8))
         self._levels = self._records(note, self._commits.last)
+        told, blocks = sum(count for _, count in note["detail"]), self.n_tokens // self.format.block_size
+        if told > blocks:
+            raise UserError(f"{self.path} is damaged: version {note['version']} tells what became of {told} blocks, "
+                            f"and there are {blocks}; restore it from a backup")
+        self._detail = Detail(torch.from_numpy(from_run_lengths(note["detail"], np.uint8)))
         # a note of a program that did not write it: that of the version, by which its edits were told
         self._staged, self._text_version = note["version"], note.get("text_version", note["version"])
         self._keep()
@@ -548,7 +556,7 @@ class DiskStore:
         for name, (n, crc) in commit["levels"].items():
             level = levels[name] = Records(self.fs, self.path / name,
                                            record_kind(name, format_of(note["format"]), note["partition_bytes"]))
-            versions, count = from_run_lengths(note["files"].get(name, [])), -(-n // level.R)
+            versions, count = from_run_lengths(note["files"].get(name, [])).tolist(), -(-n // level.R)
             if count > MAX_PARTITIONS:
                 raise UserError(
                     f"{self.path} is damaged: a commit tells of {n} records of {name}; restore it from a backup")
@@ -675,7 +683,7 @@ class DiskStore:
         log.warning("%s: %s", self.path, repair)
 
     def _let_go(self) -> None:
-        for level in self._levels.values():
+        for level in {*self._levels.values(), *self._kept_levels.values()}:
             level.close()
         self._commits.close()
         # last of all: who gets it begins to write these files
