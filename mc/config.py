@@ -10,6 +10,7 @@ from typing import Any
 from mc.arm import ADDED, KINDS, SETTINGS, load, named
 from mc.gaussian_rope import SCHEMES
 from mc.gistnet import VARIANTS as GIST_VARIANTS
+from mc.presets import TRAINING, add_preset_flag
 from nanochat.common import FlagParser, UserError, flag_type, from_plain, one_line
 
 POLICIES = ("random", "recency", "lens", "teacher")
@@ -189,15 +190,17 @@ def core_settings() -> list:
 
 def add_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> None:
     """The core's flags, and those of the arms that a command line names; argv: by default this process's."""
+    chosen = FlagParser(add_help=False)
+    for name in ("preset", "arms", *KINDS):
+        chosen.add_argument(f"--mc_{name}", default="")
+    words, rest = chosen.parse_known_args(sys.argv[1:] if argv is None else list(argv))
+    preset = TRAINING.get(words.mc_preset, {})
     group = parser.add_argument_group("MegaContext (with --mc_enabled=1)")
+    add_preset_flag(group, TRAINING)
     for f in core_settings():
-        group.add_argument(f"--mc_{f.name}", type=flag_type(f.default), default=f.default,
+        group.add_argument(f"--mc_{f.name}", type=flag_type(f.default), default=preset.get(f.name, f.default),
                            choices=f.metadata["choices"],
                            help=f.metadata["help"])
-    chosen = FlagParser(add_help=False)
-    for name in ("arms", *KINDS):
-        chosen.add_argument(f"--mc_{name}", f"--mc-{name}", default="")
-    words, rest = chosen.parse_known_args(sys.argv[1:] if argv is None else list(argv))
     arms = named({name: getattr(words, f"mc_{name}") for name in ("arms", *KINDS)})
     for module in arms:
         if settings := load(module).SETTINGS:
@@ -217,7 +220,7 @@ def _how(module: str) -> str:
 
 def from_flags(args: argparse.Namespace) -> MCConfig:
     return from_dict({name.removeprefix("mc_"): value for name, value in vars(args).items() if name.startswith("mc_")
-                      and name != "mc_enabled"})
+                      and name not in ("mc_enabled", "mc_preset")})
 
 
 RETIRED = dict(max_gap=0, far_nodes=0, lens_normalize=0, gist_pool="mean", gist_head="linear", gist_shared=1,

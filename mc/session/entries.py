@@ -103,7 +103,6 @@ class CachedHistory(FocusedHistory):
             self.pool.cache.clear(self.row, torch.from_numpy(gone).to(self.pool.device))
             # before slots are taken: an edit of a full row needs those of what it hides
             self.free_slots.extend(gone.tolist())
-            self.store_reads += len(run)
             self.kept, self.computed = len(run) - int(run.sum()), int(run.sum())
         else:
             new = np.arange(read, self.n_tokens)

@@ -59,14 +59,13 @@ class FocusedHistory:
         self.pending: list[int] = []
 
     def _restart(self, focus: PathEdits) -> None:
-        self.search = KeySearch(self.pool.mc.lensnet, self.history.store.keys)
+        self.search = KeySearch(self.pool.mc.lensnet, self.history.keys)
         self.search.grow(self.history.store.n_nodes(1))
         self.focus, self.scores, self.last_edits, self.price_shift = focus, {}, Edits(), 0.0
         self.cut_lod, self.cut_index, self.cut_tokens = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), 0
         # a store may bring a history, whose end nobody has looked at
         self.asked = self.n_tokens > 0  # appended to since the last refocus
-        # records read, and time spent, since the last report of a refocus
-        self.store_reads, self.refocus_seconds = 0, 0.0
+        self.refocus_seconds = 0.0  # since the last report of a refocus
 
     # -- the history ----------------------------------------------------------------------
 
@@ -109,7 +108,7 @@ class FocusedHistory:
         # more than the lens sums up: the query of the tail's first token averages those before it
         count = self.pool.mc.lensnet.config.tail + LOCAL_MEAN
         stored = torch.arange(max(self.n_tokens - count, 0), self.history.n_tokens)
-        ids = torch.cat([self.history.store.tokens(stored),
+        ids = torch.cat([self.history.tokens(stored),
                          torch.tensor(self.pending, dtype=torch.int64)])[-count:].to(self.pool.device)
         return (self.pool.gpt.embed(ids.clamp_min(0)) * (ids != VOID)[:, None])[None]
 
@@ -117,7 +116,7 @@ class FocusedHistory:
         """Token ids of raw entries; VOID for gists, and where a source has ended."""
         ids, stored = np.full_like(lod, VOID), self.history.n_tokens
         early, late = (lod == 0) & (index < stored), (lod == 0) & (index >= stored)
-        ids[early] = self.history.store.tokens(torch.from_numpy(index[early])).numpy()
+        ids[early] = self.history.tokens(torch.from_numpy(index[early])).numpy()
         ids[late] = np.array(self.pending, dtype=np.int64)[index[late] - stored]
         return ids
 
@@ -160,7 +159,6 @@ class FocusedHistory:
                 self.catalog.count_access(torch.from_numpy(self.cut_lod), torch.from_numpy(self.cut_index))
         # last: after an append, a refocus that failed is still due
         self.asked = False
-        self.store_reads += self.search.n_exact
         self.refocus_seconds += time.perf_counter() - begin
         return edits
 

@@ -143,7 +143,8 @@ class PathEdits:
         Nodes that became complete start expanded, which leaves the cut as it was plus the new tokens raw. When more
         blocks are new than the budget can show, those start collapsed that neither are protected nor
         contain a block that is listed or
-        expanded: they would be the first to be collapsed by force.
+        expanded: they would be the first to be collapsed by force. Of the protected tail all is expanded that
+        has its detail.
         """
         c, before = self.cfg, self.n_tokens
         self.n_tokens = n_tokens
@@ -153,10 +154,11 @@ class PathEdits:
             new = [(lod, i) for lod in range(1, self.levels + 1)
                    for i in range(before // K ** lod, n_tokens // K ** lod)]
         else:
-            blocks = listed | set(self.tail_blocks()) | {self._first_block(node) for node in self.expanded}
+            blocks = listed | {self._first_block(node) for node in self.expanded}
             # of new nodes only: one that was there and hidden stays so
             new = [node for block in blocks for node in self.path(block) if (node[1] + 1) * K ** node[0] > before]
-        self.expanded.update(new)
+        # of the tail old ones, too: detail that was pruned may have been given back
+        self.expanded.update(new, *map(self.path, self.tail_blocks()))
         # last, for new and old alike: tokens that were pruned must not be shown
         self.expanded.difference_update((1, block) for block in self.pruned)
 

@@ -161,10 +161,10 @@ class SessionPool:
         try:
             work = [sessions[i].missing() for i in order]
             counts = [len(w.lod) for w in work]
-            if not any(counts):
-                return [torch.empty(0, self.gpt.config.n_embd, device=self.device)] * len(sessions)
-            with self.timing("refill" if any(w.recut for w in work) else "base"):
-                hidden_ASD = self._run([sessions[i] for i in order], work, max(counts))
+            hidden_ASD = torch.empty(len(order), 0, self.gpt.config.n_embd, device=self.device)
+            if any(counts):
+                with self.timing("refill" if any(w.recut for w in work) else "base"):
+                    hidden_ASD = self._run([sessions[i] for i in order], work, max(counts))
         except BaseException:
             # `missing` has entered as cached what was never run, or only in part
             for session in sessions:
@@ -176,6 +176,7 @@ class SessionPool:
             if counts[place]:
                 # a copy: a view would hold the hidden states of the whole pass
                 sessions[i].last_hidden_D = out[i][-1].clone()
+            # with nothing run, too: what follows is no part of this refocus
             sessions[i].report_refocus(time.perf_counter() - begin)
         return out
 
@@ -308,7 +309,7 @@ class Session(CachedHistory):
             self.meter.ingested(len(ids_N), time.perf_counter() - begin, self.n_tokens)
 
     def report_refocus(self, pass_seconds: float) -> None:
-        """Tell the meter of a refocus whose pass has just run."""
+        """Tell the meter of a refocus whose pass, if it needed one, has just run."""
         if self.meter and self.refocus_seconds:
             lods = self.status().entries_by_lod
             raw = sum(lod == 1 for lod, _ in self.focus.expanded)
@@ -316,8 +317,8 @@ class Session(CachedHistory):
                 self.focus.refocuses, self.last_edits, seconds=self.refocus_seconds + pass_seconds,
                 entries_by_lod=lods, omitted=self.omitted_tokens, swappable=raw + lods.get(1, 0),
                 utilization=self.utilization, kv_kept=self.kept, kv_recomputed=self.computed,
-                store_reads=self.store_reads)
-            self.store_reads = 0
+                store_reads=self.history.reads)
+            self.history.reads = 0
         self.refocus_seconds = 0.0
 
     def generate(self, max_tokens: int, *, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
@@ -348,8 +349,9 @@ class Session(CachedHistory):
             self.ingest(piece.tolist())
             (hidden_SD,) = self.pool.catch_up([self])
             with torch.inference_mode():
-                # the last one's are the next piece's first: a refocus may come before them
-                parts.append(self.pool.gpt.logits(hidden_SD[:-1]))
+                # the piece's own: more is run where void slots moved what stood before. The last one's are the next
+                # piece's first: a refocus may come before them
+                parts.append(self.pool.gpt.logits(hidden_SD[-len(piece):][:-1]))
         return torch.cat(parts) if parts else torch.empty(0, self.pool.gpt.config.vocab_size, device=self.pool.device)
 
     def close(self) -> None:

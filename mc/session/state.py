@@ -231,7 +231,7 @@ def check_history(tokens_N: Tensor, n_stored: int, vocab: int) -> None:
 
 
 def check_focus(focus: PathEdits, meta: dict, n: int) -> None:
-    """Nodes that exist, in a cut of the n tokens."""
+    """Nodes that exist, in a cut of the n tokens that the budget holds."""
     require(meta["cut_tokens"] == focus.n_tokens <= n and meta["n_read"] <= n,
             f"of {n} tokens it has read {meta['n_read']} and focused on {focus.n_tokens}")
     nodes = [*focus.expanded, *focus.changed]
@@ -240,6 +240,8 @@ def check_focus(focus: PathEdits, meta: dict, n: int) -> None:
     require(all(at <= focus.refocuses for at in focus.changed.values()), "an edit that is to come")
     require(all(block * focus.cfg.block_size < n
                 for block in (*focus.pruned, *(block for block, _ in meta["scores"]))), "a block that is not there")
+    gists = set(focus.tail_blocks()) - {block for _, block in focus.expanded} if focus.omits else ()
+    require(focus.entries + len(gists) <= focus.cfg.budget, "more is expanded than the budget holds")
 
 
 def check_entries(tensors: dict[str, Tensor], focus: PathEdits, cache: PagedCache, meta: dict, shown_ids) -> None:

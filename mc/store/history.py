@@ -44,7 +44,10 @@ def store_format(gpt: GPT, mc: MegaContext, dtype: torch.dtype | None = None) ->
 
 
 class History:
-    """A store and the networks that fill it. UserError when the store was made by others."""
+    """A store and the networks that fill it. UserError when the store was made by others.
+
+    reads: records (token ids, gists, keys of a block) that were read through it, those for making nodes included.
+    """
 
     def __init__(self, gpt: GPT, mc: MegaContext, store: Store):
         # in whatever dtype it keeps them: that is the store's choice, and not the networks'
@@ -53,7 +56,7 @@ class History:
                          if getattr(store.format, name) != getattr(expected, name)]
             raise UserError(f"the history was made by another model: {', '.join(different)} differ; open it with that "
                             "model, or regist it")
-        self.gpt, self.mc, self.store = gpt, mc, store
+        self.gpt, self.mc, self.store, self.reads = gpt, mc, store, 0
         self.block_size, self.max_lod = mc.config.block_size, mc.config.max_lod
         self.device = gpt.lm_head.weight.device
 
@@ -114,6 +117,7 @@ class History:
         """Gists [N, D] of nodes of a level, computed from their children in the store, and the
         lens keys [N, P, C] of blocks."""
         child_NK = index_N[:, None] * self.block_size + torch.arange(self.block_size)
+        self.reads += child_NK.numel()
         if lod > 1:
             children = self.store.gists(lod - 1, child_NK.flatten()).to(self.device, self.gpt.lm_head.weight.dtype)
             return self.mc.gistnet(children.unflatten(0, child_NK.shape), None, lod)[:, 0].cpu(), None
@@ -124,8 +128,19 @@ class History:
         keys_NPC = self.mc.lensnet.keys(embeds_NKD.flatten(0, 1)[None])[0]
         return self.mc.gistnet(embeds_NKD, valid_NK, lod)[:, 0].cpu(), keys_NPC.cpu()
 
+    def tokens(self, index_N: Tensor) -> Tensor:
+        """As `Store.tokens`."""
+        self.reads += len(index_N)
+        return self.store.tokens(index_N)
+
+    def keys(self, index_N: Tensor) -> Tensor:
+        """As `Store.keys`."""
+        self.reads += len(index_N)
+        return self.store.keys(index_N)
+
     def gists(self, lod_W: Tensor, index_W: Tensor) -> Tensor:
         """[W, D] vectors of nodes of LOD1 and above, in the model's dtype, from the store."""
+        self.reads += len(index_W)
         gists_WD = torch.empty(len(index_W), self.store.format.d_model, dtype=self.gpt.lm_head.weight.dtype)
         for lod in lod_W.unique().tolist():
             gists_WD[lod_W == lod] = self.store.gists(lod, index_W[lod_W == lod]).to(gists_WD.dtype)

@@ -49,7 +49,7 @@ def default_checkpoint() -> Path | None:
     """The quickstart's text model, or else the MegaContext checkpoint that was written
     last; None where there is none."""
     folder = base_dir() / "checkpoints"
-    if any((quickstart := folder / "quickstart_text_mc_42").glob("complete_*.json")):
+    if any((quickstart := folder / "quickstart_facts_mc_42").glob("complete_*.json")):
         return quickstart
     found = sorted(folder.rglob("mc_*.pt"), key=lambda path: path.stat().st_mtime)
     return found[-1].parent if found else None

@@ -16,12 +16,16 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 import yaml
-from grafana_foundation_sdk.builders import common as common_builders
-from grafana_foundation_sdk.builders import dashboard as builders
-from grafana_foundation_sdk.builders import prometheus, timeseries, xychart
-from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models import common, dashboard
-from grafana_foundation_sdk.models import xychart as xychart_models
+
+try:
+    from grafana_foundation_sdk.builders import common as common_builders
+    from grafana_foundation_sdk.builders import dashboard as builders
+    from grafana_foundation_sdk.builders import prometheus, timeseries, xychart
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.models import common, dashboard
+    from grafana_foundation_sdk.models import xychart as xychart_models
+except ModuleNotFoundError as e:
+    sys.exit(f"error: make_dashboards.py needs the package {e.name}: pip install 'megacontext[dashboards]'")
 
 from mc.observe.dashboards import ALERTS, DASHBOARDS, Alert, Dashboard, Line, Panel, Value
 from nanochat.common import FlagParser, run_main

@@ -9,13 +9,13 @@ from nanochat.outputs import write_file
 from nanochat.telemetry.sinks import read_metrics
 from scripts.eval.comparison import Outcome
 from scripts.eval.figures import BLUE, GREEN, VERMILION, new_figure, save_figure
-from scripts.eval.statistics import LEAST_GAP, bootstrap_interval, share_of_gap
+from scripts.eval.statistics import LEAST_GAP, bootstrap, bootstrap_interval, bootstrap_p, interval, share_of_gap
 from scripts.eval.tables import cell, table
 
 SYSTEMS = {  # name in report.json -> (label, which checkpoint)
     "full": ("full context", "MC"), "sliding_window": ("sliding window", "MC"), "mc_random": ("MC, random focus", "MC"),
     "mc_recency": ("MC, recency focus", "MC"), "mc_lens": ("MC, LensNet focus", "MC"),
-    "mc_oracle": ("MC, oracle focus", "MC"),
+    "mc_bm25": ("MC, BM25 focus", "MC"), "mc_oracle": ("MC, oracle focus", "MC"),
     "vanilla_full": ("full context", "vanilla"), "vanilla_window": ("sliding window", "vanilla")}
 
 
@@ -32,7 +32,16 @@ def task_report(outcomes: dict[str, Outcome], *, history: int, budget: int, with
             "entries": round(float(outcome.entries_B.double().mean()))})
     return {"history": history, "budget": budget, "rows": rows, "contexts": len(outcomes["full"].nll_B),
             "gap_closed": {name: compared_gap_closed(outcomes, name) for name in outcomes if name.startswith("mc_")},
+            "lens_ahead": {name: accuracy_difference(outcomes["mc_lens"], outcomes[name])
+                           for name in ("sliding_window", "mc_bm25") if with_accuracy and name in outcomes},
             **facts}
+
+
+def accuracy_difference(own: Outcome, other: Outcome) -> dict:
+    """Paired over contexts; p of its being 0, by bootstrap."""
+    delta = (own.acc_B - other.acc_B).double().numpy()
+    draws = bootstrap(1, len(delta)).means(delta[None])
+    return {"accuracy": float(delta.mean()), "interval": interval(draws), "p": bootstrap_p(draws)}
 
 
 def compared_gap_closed(outcomes: dict[str, Outcome], system: str) -> dict | None:
@@ -51,8 +60,7 @@ def comparison_markdown(report: dict) -> str:
             f"({task['history'] / task['budget']:.1f}:1), "
             f"R = {task['recent']} recent tokens protected, H = {task['horizon']} tokens judged, block size "
             f"{task['block_size']}, "
-            f"{task['contexts']} held-out contexts. Both models were trained on {task['tokens']:,} tokens: "
-            f"{task['flops']['mc']:.3g} FLOPs with MC, {task['flops']['vanilla']:.3g} without.", "",
+            f"{task['contexts']} held-out contexts. {trained(task)}", "",
             *table(("model", "system", "NLL", "ΔNLL@H (95 %)", "accuracy", "entries"), (
                 (*SYSTEMS[row["system"]][::-1], cell(row["nll"]),
                  cell(row["delta_nll"], row["delta_nll_interval"], "+.3f"), cell(row["acc"]), row["entries"])
@@ -64,7 +72,7 @@ def comparison_markdown(report: dict) -> str:
         else:
             closed = (f"LensNet focus closes {cell(lens['share'], lens['interval'], '.2f')} of the gap between sliding "
                       "window and full context.")
-        lines += ["", closed, ""]
+        lines += ["", closed, *ahead(task), *text_kept(task), ""]
     lines += ["## Cost", ""]
     for name, cost in report["step_times"].items():
         parts = ", ".join(f"{part} {share:.1%}" for part, share in cost["shares"].items())
@@ -73,6 +81,30 @@ def comparison_markdown(report: dict) -> str:
                      f"In shares of a vanilla step: {parts}.")
     lines += ["", f"Seed {report['seed']}, commit {report['commit']}.", ""]
     return "\n".join(lines)
+
+
+def trained(task: dict) -> str:
+    flops = task["flops"]
+    if "vanilla" not in flops:
+        return f"Trained on {task['tokens']:,} tokens: {flops['mc']:.3g} FLOPs."
+    return (f"Both models were trained on {task['tokens']:,} tokens: {flops['mc']:.3g} FLOPs with MC, "
+            f"{flops['vanilla']:.3g} without.")
+
+
+def ahead(task: dict) -> list[str]:
+    """How much more often than others the lens's working context answers right."""
+    return [f"LensNet focus minus {SYSTEMS[name][0].removeprefix('MC, ')}, accuracy: "
+            f"{cell(found['accuracy'], found['interval'], '+.3f')}, p = {found['p']:.2g}."
+            for name, found in task["lens_ahead"].items()]
+
+
+def text_kept(task: dict) -> list[str]:
+    """What focus does to text that asks for nothing."""
+    if (text := task.get("text")) is None:
+        return []
+    return [f"Plain held-out code and prose, the next {text['tokens']} tokens of {text['contexts']} contexts: "
+            f"{cell(text['lens_to_window'], text['lens_to_window_interval'], '+.3f')} nat to the sliding window "
+            f"({cell(text['window'])}; full context {cell(text['full'])})."]
 
 
 def write_comparison(report: dict, runs: dict[str, dict[str, Path]], out: Path) -> str:
@@ -108,8 +140,8 @@ def plot_systems(report: dict, path: Path) -> None:
 def plot_training(runs: dict[str, dict[str, Path]], path: Path) -> None:
     figure, axes = new_figure(1, len(runs), width=5.2, height=3.2)
     for axis, (name, kinds) in zip(axes[0], runs.items()):
-        for kind, label in (("mc", "MC"), ("vanilla", "vanilla")):
-            lines = read_metrics(kinds[kind])
+        for kind, path_of_kind in kinds.items():
+            label, lines = {"mc": "MC"}.get(kind, kind), read_metrics(path_of_kind)
             points = [(line["train.tokens"], line["train.loss"]) for line in lines if "train.loss" in line
                       and "train.tokens" in line]
             axis.plot(*zip(*points), color=COLOUR_OF[label], label=f"{label}: LM loss", linewidth=1.2)

@@ -70,3 +70,21 @@ def test_an_old_python_is_refused(tmp_path):
 def test_ci_takes_the_test_command():
     assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == "bash runs/test.sh" and os.access(ROOT / ".ci"
                                                                                                     / "run", os.X_OK)
+
+
+@pytest.mark.parametrize("package, extra, command", [
+    ("grafana_foundation_sdk", "dashboards", ["runs/observability/make_dashboards.py", "--help"]),
+    ("lm_eval", "lm-eval", ["-m", "scripts.run_lm_eval", "--checkpoint_dir=no", "--tasks=x", "--out=o.json"]),
+])  # fmt: skip
+def test_a_missing_extra_is_named_in_one_line(package, extra, command, tmp_path):
+    """The package is there, but cannot be imported or found: what a plain install looks like."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util, sys\n"
+        f"sys.modules[{package!r}] = None\n"
+        "found = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name, *a: None if name.split('.')[0] == {package!r} else found(name, *a)\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run([sys.executable, *(str(ROOT / c) if c.endswith(".py") else c for c in command)], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path})
+    (line,) = done.stderr.splitlines()
+    assert done.returncode and line.startswith("error: ") and package in line and f"megacontext[{extra}]" in line

@@ -29,7 +29,7 @@ def feasible_config(n: int, slack: int, **config) -> FocusConfig:
 
 
 def check_cut(edits: PathEdits) -> None:
-    """A valid cut within the budget, with its tail raw."""
+    """A valid cut within the budget, with its tail raw but for what is pruned of it."""
     lod, index = (torch.from_numpy(x)[None] for x in edits.cut())
     c = edits.cfg
     # unprotected, the last may go too
@@ -38,8 +38,9 @@ def check_cut(edits: PathEdits) -> None:
     wc.check(wc.Cut(lod, index, torch.ones_like(lod, dtype=torch.bool), c.block_size), torch.tensor([n]), c.budget,
              c.max_lod, gaps=edits.omits)
     assert len(lod[0]) == edits.entries or edits.omits and int((lod == 0).sum()) == edits.entries
-    ends = (index + 1) * c.block_size ** lod
-    assert (lod[ends > edits.n_tokens - c.recent] == 0).all()
+    gists = (lod > 0) & ((index + 1) * c.block_size ** lod > edits.n_tokens - c.recent)
+    assert (lod[gists] == 1).all()
+    assert set(index[gists].tolist()) == edits.pruned.intersection(edits.tail_blocks())
 
 
 @st.composite
@@ -177,6 +178,23 @@ def test_what_is_pruned_is_never_opened():
     assert (1, 2) not in edits.expanded and (1, 9) not in edits.expanded
     lod, index = edits.cut()
     assert ((lod == 1) & (index == 9)).any(), "a pruned block is a gist even in the tail"
+
+
+@settings(max_examples=60, deadline=None)
+@given(growth(), st.lists(st.tuples(st.integers(0, 300), st.sets(st.integers(0, 3))), min_size=2, max_size=6))
+def test_the_tail_is_raw_wherever_its_detail_is_there(case, steps):
+    """Whatever is pruned of it, and given back, between two refocuses; tiled or not."""
+    config, _, slack, seed = case
+    cfg = FocusConfig(config["recent"] + 2 * config["block_size"] - 1 + slack, **{**config, "max_lod": 3})
+    edits, rng, n = PathEdits(cfg), np.random.default_rng(seed), 0
+    for step, pruned in steps:
+        n += step
+        end = n // cfg.block_size
+        listed = set(range(max(end - cfg.budget // cfg.block_size - 1, 0), end)) | {b for _, b in edits.expanded}
+        edits.pruned = {end - 1 - back for back in pruned if back < end}
+        edits.advance(n, listed)
+        edits.refocus({b: float(rng.uniform(-1, 1)) for b in sorted(listed) if b < end})
+        check_cut(edits)
 
 
 def test_settles_and_then_changes_nothing():

@@ -21,7 +21,7 @@ from mc.session.session import SessionPool
 from mc.session.state import SessionState
 from mc.store.disk.store import DiskStore
 from mc.store.history import store_format
-from mc.store.ram import VOID, RamStore
+from mc.store.ram import DROPPED, KEPT, VOID, RamStore
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.telemetry.metrics import METRICS
@@ -90,8 +90,8 @@ def check_shown(session) -> None:
     if focus.n_tokens:
         wc.check(wc.Cut(lod, index, torch.ones_like(lod, dtype=torch.bool), K), torch.tensor([focus.n_tokens]),
                  c.budget, c.max_lod, gaps=focus.omits)
-        raw_tail = set(range(max(focus.n_tokens - c.recent, 0), focus.n_tokens))
-        assert raw_tail <= set(index[lod == 0].tolist()) or focus.pruned
+        tail = range(max(focus.n_tokens - c.recent, 0), focus.n_tokens)
+        assert {token for token in tail if token // K not in focus.pruned} <= set(index[lod == 0].tolist())
     lines = session.explain()
     assert [line.start
             for line in lines] == [0, *np.cumsum([line.tokens
@@ -204,6 +204,21 @@ def test_score_is_decoding_with_the_tokens_given():
         stepped.ingest([token])
     torch.testing.assert_close(scored.score(more), torch.stack(want), **EXACT)
     torch.testing.assert_close(scored.logits(), stepped.logits(), **EXACT)
+
+
+@pytest.mark.parametrize("positions", ["gaussian", "contiguous"])
+def test_score_after_the_end_of_a_source_has_a_row_per_token(positions):
+    """Also where void slots move what comes after them, so that everything shown is run again."""
+    scored, stepped = (tiny_pool(mc_config=dict(positions=positions), interval=9).open() for _ in range(2))
+    for session in (scored, stepped):
+        session.begin(tokens(50))
+        session.logits()
+        session.end_source()
+    want, more = [], tokens(5, 5)
+    for token in more:
+        want.append(stepped.logits())
+        stepped.ingest([token])
+    torch.testing.assert_close(scored.score(more), torch.stack(want), **EXACT)
 
 
 def test_sessions_together_are_sessions_alone():
@@ -607,6 +622,20 @@ def test_pruned_blocks_of_a_history_that_does_not_fit():
     check_shown_of(session, 8)
 
 
+@pytest.mark.parametrize("n", [61, 4096])
+def test_detail_of_the_tail_that_is_given_back_is_shown_again(n):
+    session = tiny_pool(budget=24, interval=1).open()
+    session.begin(tokens(n))
+    session.logits()
+    last = torch.tensor([n // K - 1])
+    for state in (DROPPED, KEPT):
+        session.history.store.set_detail(last, state)
+        list(session.generate(2))
+        assert (1, int(last)) in session.focus.expanded or state == DROPPED
+        check_shown(session)
+        torch.testing.assert_close(session.logits(), from_scratch(session), **EXACT)
+
+
 def test_sessions_that_leave_spans_out_are_alone_in_a_crowd():
     together, lengths = tiny_pool(max_sessions=3, budget=19), [20, 900, 2500]
     crowd = [together.open(seed=i) for i in range(3)]
@@ -618,6 +647,18 @@ def test_sessions_that_leave_spans_out_are_alone_in_a_crowd():
         alone.begin(tokens(n, i))
         assert list(alone.generate(20)) == list(rows[i])
         torch.testing.assert_close(crowd[i].logits(), from_scratch(crowd[i]), **EXACT)
+
+
+@pytest.mark.parametrize("n", [77, 4096])
+def test_a_state_that_expands_more_than_the_budget_holds_is_refused(n):
+    session = tiny_pool().open()
+    session.begin(tokens(n))
+    session.logits()
+    state = session.state()
+    state.meta["focus"]["expanded"] = [(1, block) for block in range(19)]
+    session.close()
+    with pytest.raises(UserError, match="more is expanded than the budget holds"):
+        session.pool.restore(state)
 
 
 def test_a_state_of_before_spans_were_left_out_goes_on():
@@ -875,6 +916,59 @@ def test_the_meter_records_every_session_metric_and_nothing_per_token(tmp_path):
     assert all(0 < row["mc.session.utilization"] <= 1 and row["gen_ai.server.time_to_first_token"] > 0 for row in rows)
     # of every refocus since the row before
     assert set(shown) <= {int(name[-2]) for name in rows[-1] if name.startswith("mc.session.entries")}
+
+
+def test_a_refocus_that_leaves_nothing_to_run_is_reported_at_once(tmp_path):
+    reported = []
+    with Recorder(tmp_path) as recorder:
+        pool = tiny_pool(recorder=recorder, max_sessions=2)
+        sessions = [_begun_in(pool, tokens(24, i)) for i in range(2)]
+        pool.catch_up(sessions)
+        recorder.record = lambda name, value, **kwargs: reported.append(value) if "refocus_time" in name else None
+        for session in sessions:
+            session.refocus()
+            assert not session.last_edits.paths
+        hidden = pool.catch_up(sessions)
+        assert [len(x) for x in hidden] == [0, 0] and len(reported) == 2
+        pool.catch_up(sessions)
+        assert len(reported) == 2, "once"
+
+
+class CountingStore(RamStore):
+    """Counts the records that it gives."""
+
+    given = 0
+
+    def tokens(self, index_N):
+        self.given += len(index_N)
+        return super().tokens(index_N)
+
+    def gists(self, lod, index_N):
+        self.given += len(index_N)
+        return super().gists(lod, index_N)
+
+    def keys(self, index_N):
+        self.given += len(index_N)
+        return super().keys(index_N)
+
+
+@pytest.mark.parametrize("n", [77, 4500])
+def test_store_reads_are_the_records_that_the_store_gave(tmp_path, n):
+    """Where all blocks are scored from memory, and where the search reads keys."""
+    reported, given = [], []
+    with Recorder(tmp_path) as recorder:
+        pool = tiny_pool(recorder=recorder, budget=24 if n > 77 else 50)
+        session = pool.open(store := CountingStore(store_format_of(pool)))
+        recorder.record = lambda name, value, **kwargs: name == "mc.session.store_reads" and (
+            reported.append(value), given.append(store.given))
+        session.begin(tokens(n))
+        session.logits()
+        session.refocus()
+        session.logits()
+        list(session.generate(9))
+        session.append(tokens(33, 1))
+        session.logits()
+    assert len(reported) == 5 and reported == np.diff([0, *given]).tolist()
 
 
 def test_the_meter_says_how_much_is_left_out(tmp_path):
