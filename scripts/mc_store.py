@@ -279,7 +279,7 @@ def query_command(args: Namespace) -> None:
             return finish(nodes=[asdict(node) for node in nodes])
         if args.span:
             start, stop = _span(args.span, store.n_tokens)
-            found = catalog.sources_in(start, stop)
+            found = catalog.sources_in(start, stop, store)
         elif args.source is not None:
             found = [catalog.source(args.source)]
         else:

@@ -20,7 +20,7 @@ import sqlite3
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mc.model import MegaContext
 from mc.store.history import MAX_BLOCKS, History, store_format
-from mc.store.ram import VOID, RamStore, Store
+from mc.store.ram import ERASED, VOID, RamStore, Store
 from nanochat.common import UserError, from_plain, one_line, parse_json
 from nanochat.gpt import GPT
 
@@ -115,7 +115,7 @@ class Edit:
     inserted: int
     stop_block: int  # first block behind the source before the edit
     shift: int  # blocks by which what follows the source moves
-    version: int  # of the store, before the edit is committed
+    version: int  # of the store's text (`Store.text_version`), before the edit is committed
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,9 @@ class Catalog:
                 # in one transaction with the tables: cut short, it leaves an empty file, which the next opening fills
                 stamp = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {VERSION};"
                 self.db.executescript(f"BEGIN; {SCHEMA} {stamp} COMMIT;")
+            elif not tables:
+                raise UserError(f"catalog {self._where} is empty, as a creation that was cut off leaves it; open the "
+                                "store for writing once, as `python -m scripts.mc_store verify` does, which fills it")
             elif self.db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
                 raise UserError(f"{self._where} is a database of something else; move it away")
             elif version != VERSION:
@@ -348,14 +351,14 @@ class Catalog:
         where = f"WHERE {' AND '.join(given)} " if given else ""
         return self._sources(f"{where}ORDER BY start, id LIMIT ?", *given.values(), limit)
 
-    def sources_in(self, start: int, stop: int) -> list[Source]:
-        """Where the slots [start, stop) come from, in order: the sources that have a token there."""
+    def sources_in(self, start: int, stop: int, store: Store) -> list[Source]:
+        """Where the slots [start, stop) come from, in order: the sources that have a token there. One that is not
+        complete has the tokens that the store holds of it."""
         # sources do not overlap: of those that begin before the span only the last can reach into it
         before = self._rows("SELECT max(start) FROM sources WHERE start <= ?", start)[0][0]
-        return self._sources(
-            "WHERE start >= ? AND start < ? AND (start + tokens > ? OR NOT complete) ORDER BY start, id", before or 0,
-            stop, start
-        )
+        found = self._sources("WHERE start >= ? AND start < ? ORDER BY start, id", before or 0, stop)
+        found = [s if s.complete else replace(s, tokens=self._tokens_in(store, s)) for s in found]
+        return [s for s in found if s.tokens and s.start + s.tokens > start]
 
     def complete_source(self, hash: str) -> Source | None:
         """The source that holds all of the content with this hash."""
@@ -533,20 +536,20 @@ class Catalog:
         first_block = self.source(edit.source).start // K + edit.start // K
         with self._transaction() as db:
             db.execute("UPDATE sources SET tokens = tokens + ?, edits = edits + 1 WHERE id = ?", (grown, edit.source))
-            for column in ("start", "stop"):
-                db.execute(
-                    f"UPDATE tags SET {column} = max({column} + ?, ?) WHERE source = ? AND {column} >= ?",
-                    (grown, edit.start, edit.source, edit.start + edit.removed),
-                )
-                db.execute(
-                    f"UPDATE tags SET {column} = min({column}, ?) WHERE source = ? AND {column} > ? AND {column} < ?",
-                    (edit.start + edit.inserted, edit.source, edit.start, edit.start + edit.removed),
-                )
+            # in one statement: what one had shifted would look to a second like an end between the removed tokens
+            moved = ", ".join(
+                f"{end} = CASE WHEN {end} >= :start + :removed THEN {end} + :inserted - :removed "
+                f"WHEN {end} > :start THEN min({end}, :start + :inserted) ELSE {end} END" for end in ("start", "stop"))
+            db.execute(f"UPDATE tags SET {moved} WHERE source = :source", asdict(edit))
             db.execute("DELETE FROM tags WHERE source = ? AND start >= stop", (edit.source,))
             last = edit.stop_block if grown or edit.shift else first_block + (edit.start % K + edit.inserted + K
                                                                               - 1) // K
-            for lod in (0, 1):  # what was counted about the old content says nothing about the new one
-                db.execute("DELETE FROM nodes WHERE lod = ? AND idx >= ? AND idx < ?", (lod, first_block, last))
+            # what was counted about the old content says nothing about the new one
+            for (lod,) in self._checked("nodes", self._rows("SELECT DISTINCT lod FROM nodes"), int):
+                span = K ** min(max(lod - 1, 0), 63)  # blocks of a node
+                # above LOD1 all that follows is made of other blocks where these move
+                stop = 2**63 - 1 if edit.shift and lod > 1 else -(-last // span)
+                db.execute("DELETE FROM nodes WHERE lod = ? AND idx >= ? AND idx < ?", (lod, first_block // span, stop))
             if edit.shift:
                 # the id decides between sources of one start: an empty one stands where the next begins
                 db.execute(
@@ -556,7 +559,6 @@ class Catalog:
                 )
                 _move(db, "nodes", "idx", edit.shift, "lod <= 1 AND", edit.stop_block)
                 _move(db, "tombstones", "first", edit.shift, "", edit.stop_block)
-            db.execute("DELETE FROM nodes WHERE lod > 1 AND idx >= ?", (first_block // K,))
             db.execute(
                 "INSERT INTO edits (source, time, start, removed, inserted, report) VALUES (?, ?, ?, ?, ?, ?)",
                 (edit.source, time.time(), edit.start, edit.removed, edit.inserted, json.dumps(report)),
@@ -611,8 +613,8 @@ class Catalog:
 
     def _settle_edit(self, store: Store) -> str:
         edit = self._intended()
-        # its commit makes the next version, and no other does as long as this is settled before anything else is edited
-        if store.version == edit.version:
+        # a repair, a pruning or a compaction since makes a version too, and leaves the text as the edit found it
+        if store.text_version <= edit.version:
             self.abandon_edit()
             return f"an edit of source {edit.source} was interrupted before its commit: undone"
         self.finish_edit({"interrupted": True})
@@ -628,9 +630,15 @@ class Catalog:
         of its last block left out."""
         after = self._rows("SELECT min(start) FROM sources WHERE (start, id) > (?, ?)", source.start, source.id)[0][0]
         stop = store.n_tokens if after is None else min(after, store.n_tokens)
+        if stop <= source.start:  # nothing of it was committed
+            return 0
         # only its last block can have void slots
-        tail = torch.arange(max(stop - self.block_size, source.start), stop)
-        return stop - source.start - int((store.tokens(tail) == VOID).sum())
+        block = (stop - 1) // self.block_size
+        first = block * self.block_size
+        if store.detail(torch.tensor([block])) == ERASED:
+            # which of its slots were void went with its tokens: what was known of that block holds
+            return source.tokens if first < source.start + source.tokens <= stop else stop - source.start
+        return stop - source.start - int((store.tokens(torch.arange(first, stop)) == VOID).sum())
 
 
 def _move(db: sqlite3.Connection, table: str, column: str, by: int, condition: str, first: int) -> None:
@@ -641,7 +649,7 @@ def _move(db: sqlite3.Connection, table: str, column: str, by: int, condition: s
 
 @torch.no_grad()
 def measure_variance(history: History, catalog: Catalog) -> int:
-    """Measure the gist variance of every counted node that has none; returns how many.
+    """Measure the gist variance of every counted node that has none, erased blocks left out; returns how many.
 
     That of a node's children (token embeddings, or gists) around their mean, averaged over dimensions:
     how much one vector stands for.
@@ -650,6 +658,8 @@ def measure_variance(history: History, catalog: Catalog) -> int:
     for lod in range(1, history.max_lod + 1):
         for index_N in catalog.without_variance(lod).split(MAX_BLOCKS):
             index_N = index_N[index_N < store.n_nodes(lod)]
+            if lod == 1:  # of tokens that are gone nothing can be measured
+                index_N = index_N[store.detail(index_N) != ERASED]
             child_N = (index_N[:, None] * K + torch.arange(K)).flatten()
             if lod == 1:
                 ids_N = store.tokens(child_N)

@@ -108,7 +108,7 @@ def _plan(history: History, where: Source, start: int, removed: int, ids_N: Tens
     shift = -(-tokens // K) - len(where.blocks(K))
     # The last source may still grow: then no void slots follow its tokens.
     padded = where.stop(K) <= n and (where.complete or where.stop(K) < n or where.tokens % K > 0)
-    return Edit(source, start, removed, len(ids_N), stop_block, shift, history.store.version), padded
+    return Edit(source, start, removed, len(ids_N), stop_block, shift, history.store.text_version), padded
 
 
 class _Written:

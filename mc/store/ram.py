@@ -54,6 +54,11 @@ class Store(Protocol):
         ...
 
     @property
+    def text_version(self) -> int:
+        """The last version that rewrote or cut off tokens: what tells an edit from all else that makes a version."""
+        ...
+
+    @property
     def n_tokens(self) -> int:
         """Slots of LOD0, void ones included."""
         ...
@@ -219,6 +224,7 @@ class RamStore:
         self._levels: dict[int, _Records] = {}
         self._detail = Detail()
         self.version, self._edited, self._committed = 0, False, 0
+        self.text_version, self._text_edited = 0, False
 
     @property
     def n_tokens(self) -> int:
@@ -239,10 +245,12 @@ class RamStore:
 
     def commit(self) -> None:
         self.version += self._edited
-        self._edited, self._committed = False, self.n_tokens
+        if self._text_edited:
+            self.text_version = self.version
+        self._edited, self._text_edited, self._committed = False, False, self.n_tokens
 
     def roll_back(self) -> None:
-        self.truncate(0, self._committed)
+        self._cut(0, self._committed)
 
     def close(self) -> None:
         pass
@@ -253,7 +261,7 @@ class RamStore:
 
     def rewrite_tokens(self, start: int, ids_N: Tensor) -> None:
         check_not_erased(self, start, len(ids_N))
-        self._edited = True
+        self._edited = self._text_edited = True
         self._tokens.rewrite(start, ids_N)
 
     def rewrite_nodes(self, lod: int, start: int, gists_ND: Tensor, keys_NPC: Tensor | None = None) -> None:
@@ -265,6 +273,10 @@ class RamStore:
 
     def truncate(self, lod: int, n: int) -> None:
         self._edited = True
+        self._text_edited |= lod == 0 and n < self.n_tokens
+        self._cut(lod, n)
+
+    def _cut(self, lod: int, n: int) -> None:
         if lod == 0:
             self._tokens.truncate(n)
             lod, n = 1, self.n_tokens // self.format.block_size

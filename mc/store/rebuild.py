@@ -34,7 +34,11 @@ def regist(
     where the block size differs.
     """
     format = store_format(networks.gpt, networks.mc, dtype or store.format.dtype)
+    name = f"regist.{format.model}.{str(format.dtype).removeprefix('torch.')}"
     if format == store.format:
+        # of a run that was killed between its commit and its clean-up; what was begun for others stays
+        for adopted in store.path.glob(f"{name}.v*"):
+            shutil.rmtree(adopted)
         raise UserError(f"{store.path} has the gists of these networks already ({format.model}); name another "
                         "checkpoint")
     if format.block_size != store.format.block_size:
@@ -45,7 +49,7 @@ def regist(
     if gone := int((store.detail(torch.arange(store.n_tokens // format.block_size)) == ERASED).sum()):
         raise UserError(f"{gone} blocks were pruned and compacted away: without their raw tokens there are no new "
                         "gists for them")
-    beside = store.path / f"regist.{format.model}.{str(format.dtype).removeprefix('torch.')}.v{store.version}"
+    beside = store.path / f"{name}.v{store.version}"
     for stale in store.path.glob("regist.*"):
         if stale != beside:  # for other networks, or of a text that was edited since
             shutil.rmtree(stale)

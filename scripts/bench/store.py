@@ -187,7 +187,7 @@ def editing(networks: Networks, folder: Path) -> dict:
     history, catalog = open_history(networks.gpt, networks.mc, "disk", folder)
     found = {}
     with catalog, history.store:
-        source = catalog.sources_in(history.n_tokens // 2, history.n_tokens)[0]
+        source = catalog.sources_in(history.n_tokens // 2, history.n_tokens, history.store)[0]
         ids_N = torch.arange(history.block_size) + 1
         for name, removed, new_N in (("replace", len(ids_N), ids_N), ("insert", 0, ids_N)):
             before = history.store.disk_bytes()

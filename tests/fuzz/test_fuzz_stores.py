@@ -170,7 +170,7 @@ def read_catalog(folder: Path) -> None:
     with Catalog(folder, K, read_only=True) as catalog, DiskStore.open(folder, "r") as store:
         for source in catalog.sources():
             catalog.tags(source.id), catalog.source(source.id)
-        catalog.totals(store), catalog.sources_in(0, 99), catalog.statistics(limit=9), catalog.edits(), catalog.versions(), catalog.tombstones()  # noqa: E501
+        catalog.totals(store), catalog.sources_in(0, 99, store), catalog.statistics(limit=9), catalog.edits(), catalog.versions(), catalog.tombstones()  # noqa: E501
         catalog.detail_utility(20)
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from mc.store.catalog import FILE, MAX_BUFFERED, Catalog
-from mc.store.ram import DROPPED, VOID, RamStore, StoreFormat
+from mc.store.catalog import FILE, MAX_BUFFERED, Catalog, Edit
+from mc.store.ram import DROPPED, ERASED, VOID, RamStore, StoreFormat
 from nanochat.common import UserError
 
 K = 4
@@ -45,7 +47,7 @@ def test_sources_are_found_by_what_is_known_of_them(catalog):
     assert catalog.complete_source("bb").id == b and catalog.complete_source("") is None
     for start, stop, expected in ((0, 6, [a]), (5, 9, [a, b]), (6, 8, []), (7, 8, []), (8, 9, [b]), (0, 40, [a, b, c]),
                                   (30, 31, [c])):
-        assert [s.id for s in catalog.sources_in(start, stop)] == expected, (start, stop)
+        assert [s.id for s in catalog.sources_in(start, stop, store_of(40))] == expected, (start, stop)
     with pytest.raises(ValueError, match="starts at slot 3"):
         catalog.add_source("x", 3)
     with pytest.raises(UserError, match="no source 9"):
@@ -127,6 +129,46 @@ def test_a_growing_source_reaches_to_the_end(catalog):
     assert [(s.uri, s.tokens) for s in catalog.sources()] == [("chat", 6), ("next", 3)]
 
 
+def test_void_slots_come_from_no_source(catalog):
+    """Whatever the catalog says of the sources that may grow: the store knows how many tokens they have."""
+    store = store_of(12, void=2)
+    a = catalog.add_source("cut off", 0)
+    assert catalog.sources_in(10, 12, store) == [] and [s.tokens for s in catalog.sources_in(9, 11, store)] == [10]
+    b = catalog.add_source("begun", 12)
+    assert catalog.sources_in(10, 12, store) == []
+    store.append_tokens(torch.arange(3))
+    assert [s.id for s in catalog.sources_in(10, 14, store)] == [b]
+    assert [(s.id, s.tokens) for s in catalog.sources_in(9, 14, store)] == [(a, 10), (b, 3)]
+
+
+@pytest.mark.parametrize("tail", range(5))
+def test_a_growing_source_keeps_its_tokens_where_blocks_are_erased(catalog, tail):
+    """Erased slots read as void, and were not."""
+    store = store_of(16)
+    store.append_tokens(torch.arange(tail))
+    chat = catalog.add_source("chat", 0)
+    store.set_detail(torch.tensor([0, 2, 3]), ERASED)
+    catalog.reconcile(store)
+    assert catalog.source(chat).tokens == 16 + tail == catalog.totals(store)[0]
+
+
+def test_void_slots_that_were_counted_stay_so_when_their_block_is_erased(catalog):
+    store = store_of(12, void=2)
+    cut_off = catalog.add_source("cut off", 0)
+    catalog.reconcile(store)
+    assert catalog.source(cut_off).tokens == 10
+    store.set_detail(torch.tensor([2]), ERASED)
+    catalog.reconcile(store)
+    assert catalog.source(cut_off).tokens == 10 == catalog.totals(store)[0]
+
+
+def test_a_source_announced_beyond_the_end_has_no_tokens_yet(catalog):
+    """A reader comes between the catalog's word and the store's commit."""
+    catalog.add_source("a", 0, tokens=8, complete=True)
+    catalog.add_source("b", 20)
+    assert catalog.totals(store_of(8)) == (8, 2) and catalog.sources_in(0, 40, store_of(8))[-1].uri == "a"
+
+
 def test_slots_without_a_source_are_told(catalog):
     assert catalog.reconcile(store_of(12)) == ["12 slots at the end have no source"]
 
@@ -147,6 +189,79 @@ def test_tombstones_follow_the_store(catalog):
     assert catalog.tombstones() == []
 
 
+def edited(catalog: Catalog, source: int, start: int, removed: int, inserted: int) -> Edit:
+    """The catalog after an edit that the store has committed."""
+    where = catalog.source(source)
+    blocks = where.blocks(K)
+    shift = -(-(where.tokens + inserted - removed) // K) - len(blocks)
+    edit = Edit(source, start, removed, inserted, blocks.stop, shift, 0)
+    catalog.begin_edit(edit)
+    catalog.finish_edit({})
+    return edit
+
+
+def span_in(n: int) -> st.SearchStrategy[tuple[int, int]]:
+    return st.sets(st.integers(0, n), min_size=2, max_size=2).map(lambda ends: (min(ends), max(ends)))
+
+
+@settings(deadline=None)
+@given(tags=st.lists(span_in(40), max_size=8), replaced=span_in(40) | st.integers(0, 40).map(lambda at: (at, at)),
+       inserted=st.integers(0, 12))
+def test_tags_stay_with_their_tokens(tags, replaced, inserted):
+    """Token by token: a new token has the tags of the one whose place it takes, or of the last one before it."""
+    start, stop = replaced
+    assume(inserted or 0 < stop - start < 40)  # other edits are refused
+    tokens = {f"{i}": range(*tag) for i, tag in enumerate(tags)}
+    # the token that each one of the new text was, or stands in for
+    stands_for = [*range(start), *(min(start + i, max(stop, start + 1) - 1) if stop > start else start - 1
+                                   for i in range(inserted)), *range(stop, 40)]
+    with Catalog(None, K) as catalog:
+        source = catalog.add_source("a", 0, tokens=40, complete=True)
+        catalog.add_tags(source, [(*tag, f"{i}") for i, tag in enumerate(tags)])
+        edited(catalog, source, start, stop - start, inserted)
+        found = {tag: list(range(first, last)) for first, last, tag in catalog.tags(source)}
+    expected = {tag: [i for i, was in enumerate(stands_for) if was in span] for tag, span in tokens.items()}
+    assert found == {tag: kept for tag, kept in expected.items() if kept}
+
+
+def test_tags_behind_a_deletion_move_by_its_length(catalog):
+    source = catalog.add_source("a", 0, tokens=200, complete=True)
+    catalog.add_tags(source, [(112, 120, "near"), (140, 150, "far"), (90, 105, "into"), (102, 108, "gone")])
+    edited(catalog, source, 100, 10, 0)
+    assert catalog.tags(source) == [(90, 100, "into"), (102, 110, "near"), (130, 140, "far")]
+
+
+@settings(deadline=None)
+@given(replaced=span_in(150), inserted=st.integers(1, 40), same=st.booleans())
+def test_statistics_stay_where_the_content_does(replaced, inserted, same):
+    """Of every node of a history, those whose blocks an edit leaves as they were, and where they were."""
+    start, stop = replaced
+    inserted = stop - start if same else inserted
+    with Catalog(None, K) as catalog:
+        catalog.add_source("before", 0, tokens=64, complete=True)
+        source = catalog.add_source("edited", 64, tokens=150, complete=True)
+        catalog.add_source("after", 216, tokens=200, complete=True)
+        blocks = range(104)
+        nodes = [(lod, i) for lod in range(5) for i in range(len(blocks) // K ** max(lod - 1, 0))]
+        for lod in range(5):
+            index = torch.tensor([i * (K if lod == 0 else 1) for at, i in nodes if at == lod])
+            catalog.count_access(torch.full_like(index, lod), index)
+        catalog.flush()
+        edit = edited(catalog, source, start, stop - start, inserted)
+        found = {(s.lod, s.index) for s in catalog.statistics()}
+    first, same_blocks = (64 + start) // K, -(-(64 + stop) // K)
+    last = same_blocks if stop - start == inserted else edit.stop_block  # of the source, rechunked to its end
+    expected = set()
+    for lod, i in nodes:
+        mine = [b for b in blocks if b // K ** max(lod - 1, 0) == i]
+        if all(b < first or b >= last for b in mine):
+            if mine[0] < first and mine[-1] < first or not edit.shift:
+                expected.add((lod, i))
+            elif lod <= 1:  # moved with its block
+                expected.add((lod, i + edit.shift))
+    assert found == expected
+
+
 def test_versions_and_settings(catalog):
     assert catalog.setting("checkpoint") is None
     catalog.set("checkpoint", "a")
@@ -161,6 +276,11 @@ def test_what_is_no_catalog_is_refused(tmp_path):
     with pytest.raises(UserError, match="no catalog at"):
         Catalog(tmp_path, K, read_only=True)
     path = tmp_path / FILE
+    path.touch()
+    with pytest.raises(UserError, match="is empty, as a creation that was cut off leaves it; open the store for writ"):
+        Catalog(tmp_path, K, read_only=True)
+    Catalog(tmp_path, K).close()
+    Catalog(tmp_path, K, read_only=True).close()
     path.write_bytes(b"not a database, but long enough to be read as the header of one" * 20)
     with pytest.raises(UserError, match="not a database; restore it from a copy"):
         Catalog(tmp_path, K)

@@ -8,22 +8,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import mc.store.disk.commits
 import mc.store.disk.files
 import mc.store.disk.records
+from mc.store.disk.commits import note_bytes, read_note
 from mc.store.disk.files import FileSystem, partition_files
 from mc.store.disk.store import DiskStore
 from mc.store.history import History, store_format
-from mc.store.ram import DROPPED, ERASED, VOID, StoreFormat
+from mc.store.ram import DROPPED, ERASED, KEPT, VOID, StoreFormat
 from nanochat.common import UserError
 from tiny_mc import VOCAB, tiny_base, tiny_mc
 from tiny_mc import K as TINY_K
 
 K, D, P, C = 4, 6, 2, 3
 FORMAT = StoreFormat(K, D, P, C)
+repeat = np.repeat
 
 
 def vectors(count: int, *shape: int, seed: int = 0) -> torch.Tensor:
@@ -135,6 +138,23 @@ def test_a_store_is_made_where_nothing_is(path, tmp_path):
     for bad in (dict(mode="w"), dict(version=0)):
         with pytest.raises(UserError, match="mode"):
             DiskStore.open(path, **bad)
+
+
+def test_of_two_creators_the_second_is_refused(tmp_path, monkeypatch):
+    """Also where the first makes its store between the second's look at the folder and its lock."""
+    take = DiskStore._take_lock
+
+    def late(store: DiskStore) -> None:
+        monkeypatch.setattr(DiskStore, "_take_lock", take)
+        with DiskStore.create(tmp_path / "s", FORMAT) as first:
+            fill(first, 8)
+        take(store)
+
+    monkeypatch.setattr(DiskStore, "_take_lock", late)
+    with pytest.raises(UserError, match="already holds a store; open it instead"):
+        DiskStore.create(tmp_path / "s", FORMAT)
+    with DiskStore.open(tmp_path / "s") as store:
+        assert store.n_tokens == 8, "and the lock of the second is free"
 
 
 def test_another_models_store_is_refused_by_the_history(tmp_path):
@@ -340,6 +360,78 @@ def test_compaction_gives_back_the_room_of_pruned_tokens(tmp_path):
         assert store.verify() == [] and store.tokens(torch.tensor([31_000, 40_000, 200_009])).tolist() == [0, VOID, 9]
         copied = 32_000 * 4 + 20_000
         assert store.disk_bytes() < full - freed + copied, "holes stay holes when a partition is copied"
+
+
+def test_a_compaction_that_finds_nothing_new_makes_no_version(path):
+    with DiskStore.open(path) as store:
+        store.set_detail(torch.tensor([2, 3, 20]), DROPPED)
+        store.commit()
+        store.compact()
+        version, tokens = store.version, store.tokens(torch.arange(150))
+        before = contents(path)
+        assert store.compact() == 0 and store.version == version and contents(path) == before
+        # an edit that moves erased blocks leaves void ids there, which take room
+        store.truncate(0, 76)
+        store.append_tokens(torch.full((16,), VOID))
+        store.append_nodes(1, vectors(4, D), vectors(4, P, C))
+        store.set_detail(torch.tensor([20]), ERASED)
+        store.commit()
+        version = store.version
+        store.compact()
+        assert store.version == version + 1 and store.tokens(torch.arange(80, 84)).eq(VOID).all()
+        store.set_detail(torch.tensor([1]), DROPPED)
+        store.commit()
+        store.compact()
+        assert store.version == version + 3 and store.tokens(torch.arange(4, 8)).eq(VOID).all()
+        assert torch.equal(store.tokens(torch.arange(16, 76)), tokens[16:76]) and store.verify() == []
+
+
+def test_adopted_levels_take_the_place_of_files_that_were_open(path, tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    with DiskStore.open(path) as store:
+        for i in range(4):
+            model = StoreFormat(K, D, P, C, model=f"m{i}")
+            with DiskStore.create(tmp_path / f"beside{i}", model, partition_bytes=64) as beside:
+                beside.append_tokens(store.tokens(torch.arange(store.n_tokens)))
+                count = store.n_tokens // K
+                beside.append_nodes(1, vectors(count, D), vectors(count, P, C))
+            store.adopt(beside)
+            store.commit()
+            fill(store, 6)  # into the last partitions, which stay open
+            # manifest, lock, and the last partition of each level
+            assert len(os.listdir("/proc/self/fd")) <= before + 5
+        assert store.verify() == []
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_name_that_no_version_has_is_none(path):
+    """A stray file of digits is left alone, and hides no version."""
+    with DiskStore.open(path) as store:
+        store.rewrite_tokens(10, torch.tensor([1000]))
+        store.commit()
+        store.compact()
+    for name in ("0.ctx", "00000.ctx", "0000000.ctx", "1.ctx"):
+        (path / "versions" / name).write_bytes(b"")
+    for mode in ("r", "rw"):
+        with DiskStore.open(path, mode) as store:
+            assert store.versions() == [1] and store.repairs == []
+    with DiskStore.open(path) as store:
+        store.compact()
+    assert len(list((path / "versions").iterdir())) == 5
+
+
+@pytest.mark.parametrize("claimed", [[[DROPPED, 10**6]], [[KEPT, 38]]])
+@pytest.mark.parametrize("mode", ["r", "rw"])
+def test_a_note_that_tells_of_more_blocks_than_there_are(path, mode, claimed, monkeypatch):
+    file = path / "versions" / "000000.ctx"
+    note = read_note(file.read_bytes(), file)
+    file.write_bytes(2 * note_bytes(note | {"detail": claimed}))
+    before = contents(path)
+    monkeypatch.setattr(np, "repeat", lambda values, counts: repeat(values, counts) if sum(counts) < 1000
+                        else pytest.fail(f"written out: {sum(counts)} numbers"))
+    with pytest.raises(UserError, match=f"version 0 tells what became of {claimed[0][1]} blocks, and there are 37"):
+        DiskStore.open(path, mode)
+    assert contents(path) == before
 
 
 def tiny_history(path: Path, n: int = 333) -> History:

@@ -9,10 +9,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mc.store.catalog import Catalog
+from mc.store.disk.commits import Commits
 from mc.store.disk.store import DiskStore
 from mc.store.edits import edit_source, pruned_blocks
 from mc.store.history import History, store_format
-from mc.store.ram import DROPPED, ERASED, RamStore
+from mc.store.ram import DROPPED, ERASED, KEPT, RamStore
 from nanochat.common import UserError
 from tiny_gpt import random_tokens
 from tiny_mc import VOCAB, K, tiny_base, tiny_mc
@@ -213,6 +214,66 @@ def test_a_crash_between_store_and_catalog_is_settled(committed, new, monkeypatc
     assert catalog.tags(2) == [(0, 4, "heading")] and catalog.source(1).edits == committed
     expected = [(1, 6 + (committed and new > 3), 1)] if committed else [(1, 0, 1), (1, 6, 1)]
     assert [(s.lod, s.index, s.accesses) for s in catalog.statistics()] == expected
+
+
+@pytest.mark.parametrize("committed", [False, True])
+@pytest.mark.parametrize("since", ["repair", "prune", "adopt"])
+def test_what_else_makes_a_version_is_not_taken_for_the_edit(committed, since, tmp_path, monkeypatch):
+    """Between a crash in an edit and the opening that settles it, the store may be repaired."""
+    texts = [random_tokens(length, seed=length).tolist() for length in (40, 30, 60)]
+    store = DiskStore.create(tmp_path / "s", store_format(GPT, MC), partition_bytes=2048)
+    history, catalog = history_of(texts, store=store)
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalog, "finish_edit" if committed else "abandon_edit", die)
+        if not committed:
+            patch.setattr("mc.store.edits._rechunk", die)
+        with pytest.raises(Killed):
+            edit_source(history, catalog, 1, 3, 7, torch.arange(20))
+    store.close()
+    if since == "repair":
+        path = max((tmp_path / "s" / "L1").iterdir())
+        path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    with DiskStore.open(tmp_path / "s", check=False) as store:
+        before = store.version
+        if since == "repair":
+            assert store.repair(History(GPT, MC, store).nodes) == []
+        elif since == "prune":
+            store.set_detail(torch.tensor([3]), DROPPED)
+            store.commit()
+            store.set_detail(torch.tensor([3]), KEPT)
+            store.commit()
+        else:
+            with DiskStore.create(tmp_path / "beside", store.format, partition_bytes=2048) as beside:
+                History(GPT, MC, beside).fill(store.tokens(torch.arange(store.n_tokens)))
+            store.adopt(beside)
+        store.commit()
+        assert store.version > before
+    with DiskStore.open(tmp_path / "s") as store:
+        notes = catalog.reconcile(store)
+        assert len(notes) == 1 and ("finished" if committed else "undone") in notes[0]
+        if committed:
+            texts[0][3:10] = range(20)
+        assert_same(History(GPT, MC, store), catalog, texts)
+
+
+def test_a_note_without_the_version_of_its_text_is_read(tmp_path, monkeypatch):
+    """As programs before wrote it: every version counts as one of the text, which is how they told an edit."""
+    write = Commits.write_version
+    monkeypatch.setattr(Commits, "write_version", lambda self, note: write(
+        self, {name: value for name, value in note.items() if name != "text_version"}))
+    with DiskStore.create(tmp_path / "s", store_format(GPT, MC)) as store:
+        store.append_tokens(torch.arange(8))
+        store.commit()
+        store.rewrite_tokens(3, torch.tensor([1]))
+    with DiskStore.open(tmp_path / "s") as store:
+        assert store.version == store.text_version == 1 and store.repairs == []
 
 
 def test_an_edit_that_fails_half_way_is_undone(tmp_path, monkeypatch):

@@ -55,6 +55,33 @@ def test_truncation_keeps_what_is_still_complete(store):
     assert (store.n_tokens, store.n_nodes(1), store.n_nodes(2)) == (32, 3, 0)
 
 
+def test_edits_of_the_text_are_told_from_other_versions(store):
+    """And an append that is rolled back makes none."""
+    filled(store)
+    store.commit()
+    store.append_tokens(torch.arange(3))
+    store.roll_back()
+    store.append_tokens(torch.arange(2))
+    store.commit()
+    assert (store.version, store.text_version) == (0, 0)
+    store.set_detail(torch.tensor([1]), DROPPED)
+    store.commit()
+    store.rewrite_nodes(1, 0, vectors(1, D), vectors(1, P, C))
+    store.truncate(0, store.n_tokens)
+    store.truncate(1, 4)
+    store.commit()
+    assert store.text_version == 0 < store.version
+    for edit in (lambda: store.rewrite_tokens(0, torch.tensor([1])), lambda: store.truncate(0, 9)):
+        edit()
+        before = store.version
+        assert store.text_version <= before
+        store.commit()
+        assert store.text_version == store.version == before + 1
+        store.append_tokens(torch.arange(2))
+        store.commit()
+        assert store.text_version == store.version == before + 1
+
+
 def test_rewritten_records_replace_old_ones(store):
     filled(store)
     store.rewrite_tokens(7, torch.tensor([50, VOID, 52]))

@@ -102,6 +102,16 @@ def test_variance_is_that_of_the_children(ram):
                                         abs=1e-12)
 
 
+def test_no_variance_is_measured_of_tokens_that_are_gone(ram):
+    history, catalog = ram
+    catalog.count_access(torch.tensor([2, 1, 1]), torch.tensor([0, 2, 3]))
+    catalog.flush()
+    history.store.set_detail(torch.tensor([2]), ERASED)
+    assert measure_variance(history, catalog) == 2
+    found = {(s.lod, s.index): s.variance for s in catalog.statistics()}
+    assert found[1, 2] is None and found[1, 3] > 0 and found[2, 0] > 0, "gists of erased blocks are there"
+
+
 def test_sensitivity_is_what_the_next_block_loses(ram):
     """Against one working context at a time, through the pass that training uses."""
     history, catalog = ram
@@ -212,6 +222,25 @@ def test_gists_made_again_start_anew_after_an_edit(folder, monkeypatch):
     edit_source(history, catalog, 1, 3, 2, torch.tensor([1, 2]))
     assert regist(history.store, catalog, networks) == 0
     history.store.close(), catalog.close()
+
+
+def test_what_a_kill_behind_the_switch_leaves_is_cleaned_up(folder, monkeypatch):
+    networks = Networks(GPT, OTHER, untrained_networks().tokenizer, "{}")
+    with DiskStore.open(folder) as store, Catalog(folder, K) as catalog:
+
+        def die(path, **_):
+            if store.version:
+                raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr("mc.store.rebuild.shutil.rmtree", die)
+            with pytest.raises(Killed):
+                regist(store, catalog, networks)
+        assert [p.name for p in folder.glob("regist.*")] == [f"regist.{store.format.model}.float64.v0"]
+        (folder / "regist.another.float64.v1").mkdir()
+        with pytest.raises(UserError, match="has the gists of these networks already"):
+            regist(store, catalog, networks)
+        assert [p.name for p in folder.glob("regist.*")] == ["regist.another.float64.v1"], "what was begun stays"
 
 
 def test_gists_are_not_made_of_what_is_gone(folder):

@@ -9,8 +9,8 @@ one whole commit is safe at any moment, and between commits there are two copies
 
 The note of a version (`versions/000003.ctx`, twice in the file) holds what only edits change:
 {version, format, partition_bytes,
-files: {"L0": runs of the versions that made the partitions' files, …}, detail: runs of the blocks' states, before: the
-last commit of the version before}.
+files: {"L0": runs of the versions that made the partitions' files, …}, detail: runs of the blocks' states,
+text_version: the last version that rewrote or cut off tokens, before: the last commit of the version before}.
 """
 
 import itertools
@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mc.store.disk.files import DTYPES, FORMAT_VERSION, FileSystem, check_version
@@ -169,8 +170,9 @@ class Commits:
     def _version_files(self) -> dict[int, Path]:
         """Version -> its file; what else lies in the folder is somebody else's, and stays."""
         names = ((path, path.stem) for path in self.versions_folder.glob("*.ctx"))
-        # `int` reads the digits of other scripts too, and no such name was made by `_path`
-        return {int(stem): path for path, stem in names if stem.isascii() and stem.isdecimal()}
+        # `int` reads the digits of other scripts too, and fewer of them: no such name was made by `_path`
+        return {int(stem): path for path, stem in names
+                if stem.isascii() and stem.isdecimal() and path == self._path(int(stem))}
 
     def _path(self, version: int) -> Path:
         return self.versions_folder / f"{version:06d}.ctx"
@@ -222,6 +224,7 @@ def is_version(note: object) -> bool:
                 and isinstance(note["files"], dict) and all(_are_runs(x, MAX_PARTITIONS)
                                                             for x in note["files"].values())
                 and _are_runs(note["detail"], MAX_BLOCKS) and all(state <= ERASED for state, _ in note["detail"])
+                and _is_count(text := note.get("text_version", 0)) and text <= note["version"]
                 and (note["before"] is None or _is_end(note["before"])))
     except (KeyError, TypeError, AttributeError):
         return False
@@ -266,5 +269,7 @@ def run_lengths(values: Iterable[int]) -> list[list[int]]:
     return [[value, sum(1 for _ in group)] for value, group in itertools.groupby(values)]
 
 
-def from_run_lengths(runs: list[list[int]]) -> list[int]:
-    return [value for value, count in runs for _ in range(count)]
+def from_run_lengths(runs: list[list[int]], dtype: type = np.int64) -> np.ndarray:
+    """[N] of N in all, which is the caller's to bound: a few bytes can tell of billions."""
+    values, counts = np.array(runs, np.int64).reshape(-1, 2).T
+    return np.repeat(values.astype(dtype), counts)

@@ -8,6 +8,7 @@ import ctypes
 import math
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -219,13 +220,18 @@ class Records:
 
     def erase(self, index_N: np.ndarray, version: int) -> None:
         """Records become zeros, and whole pages of zeros take no room."""
+        for partition, rows, at in self.to_erase(index_N):
+            rows[at] = 0
+            self._copy(partition, version, rows)
+
+    def to_erase(self, index_N: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Partitions where one of these records is not zeros yet, their rows, and where in them these stand."""
         partition_N = index_N // self.R
         for partition in np.unique(partition_N).tolist():
             rows, at = self.rows(partition), index_N[partition_N == partition] % self.R
             # what an earlier compaction erased is not copied again
             if rows[at].any():
-                rows[at] = 0
-                self._copy(partition, version, rows)
+                yield partition, rows, at
 
     def adopt(self, other: "Records", version: int) -> None:
         """Become the records of another store of the same kind, whose files get a second name."""

@@ -33,7 +33,7 @@ from torch import Tensor
 from mc.store.disk.commits import MAX_PARTITIONS, Commits, format_of, plain_format, run_lengths, from_run_lengths
 from mc.store.disk.files import HEADER_BYTES, Damage, FileSystem, RecordKind, decode, encode, partition_files, partition_version  # noqa: E501
 from mc.store.disk.records import Records
-from mc.store.ram import ERASED, KEPT, VOID, Detail, StoreFormat, check_keys, check_not_erased
+from mc.store.ram import DROPPED, ERASED, KEPT, VOID, Detail, StoreFormat, check_keys, check_not_erased
 from nanochat.common import UserError
 
 DURABILITY = ("block", "batch", "none")
@@ -71,6 +71,7 @@ class DiskStore:
         self.dropped: dict[str, int] = {}
         self.repairs: list[str] = []
         self._levels: dict[str, Records] = {}
+        self._kept_levels: dict[str, Records] = {}  # as the last commit left them
         self._commits, self._lock = Commits(fs, path), -1
         self._closed, self._failure = False, None
         self._synced_at = time.monotonic()
@@ -90,14 +91,11 @@ class DiskStore:
                     store.fs.mkdir(folder)
                     # each one on the way: synced records in a folder whose own name is lost are lost too
                     store.fs.fsync_folder(folder.parent, "the store's name")
-            # these three are left by a making that was cut short: there is no manifest, so nothing was promised
-            if others := sorted({p.name for p in store.path.iterdir()} - {"lock", "versions", "manifest.new"}):
-                there = ("already holds a store; open it instead" if "manifest" in others
-                         else f"is not empty ({others[0]})")
-                raise UserError(f"{store.path} {there}")
+            store._refuse_contents()  # before the lock, whose file must not appear in a folder of something else
             store._take_lock()
+            store._refuse_contents()  # and with it: another may have made its store, and closed it, since
             first = dict(version=0, format=plain_format(format), partition_bytes=partition_bytes, files={}, detail=[],
-                         before=None)
+                         text_version=0, before=None)
             store._commits.create(first)
             store._load(first)
         return store
@@ -167,13 +165,17 @@ class DiskStore:
         rows = _token_rows(ids_N)
         check_not_erased(self, start, len(rows))
         self._rewrite([(self._level("L", 0), rows)], start)
+        self._text_version = self._staged
 
     def rewrite_nodes(self, lod: int, start: int, gists_ND: Tensor, keys_NPC: Tensor | None = None) -> None:
         self._rewrite(self._node_rows(lod, gists_ND, keys_NPC), start)
 
     def truncate(self, lod: int, n: int) -> None:
         with self._changing():
+            cuts_text = lod == 0 and n < self.n_tokens
             self._truncate("L", lod, n)
+            if cuts_text:
+                self._text_version = self._staged
             if lod <= 1:
                 blocks = n if lod else n // self.format.block_size
                 self._truncate("K", 1, blocks)
@@ -239,7 +241,7 @@ class DiskStore:
         self.commit()
         view = DiskStore(self.path, False, self.durability, self.fs)
         view._commits.last, view.format, view.partition_bytes = self._commits.last, self.format, self.partition_bytes
-        view._detail = Detail(self._kept_detail)
+        view._detail, view._kept_text_version = Detail(self._kept_detail), self._kept_text_version
         for name, level in self.levels.items():
             view._level(name[0], int(name[1:])).set_state(level.n, level.versions, level.tail_crc)
         return view
@@ -262,6 +264,12 @@ class DiskStore:
         if self._failure:
             raise self._failure
         return self._commits.last["version"]
+
+    @property
+    def text_version(self) -> int:
+        """The last version that rewrote or cut off tokens; those of `repair`, `adopt`, `set_detail` and `compact`
+        leave the text as it is."""
+        return self._kept_text_version
 
     @property
     def sequence(self) -> int:
@@ -293,6 +301,7 @@ class DiskStore:
             level.roll_back()
         self._levels = dict(self._kept_levels)
         self.format, self._detail, self._staged = self._kept_format, Detail(self._kept_detail), self._commits.last["version"]  # noqa: E501
+        self._text_version = self._kept_text_version
 
     def disk_bytes(self) -> int:
         """Room that the files take on the medium, all versions and pages of holes not counted."""
@@ -346,12 +355,14 @@ class DiskStore:
         whole pages of 4,096 bytes: offsets stay as they are.
         """
         before = self.disk_bytes()
-        if len(pruned := torch.nonzero(self._detail.state_N != KEPT)[:, 0]):
-            K = self.format.block_size
+        pruned, tokens = torch.nonzero(self._detail.state_N != KEPT)[:, 0], self._level("L", 0)
+        slot_N = (pruned[:, None] * self.format.block_size + torch.arange(self.format.block_size)).flatten().numpy()
+        # a version is made where there is something to erase: newly pruned, or void since an edit moved erased blocks
+        if (self._detail.state_N == DROPPED).any() or any(tokens.to_erase(slot_N)):
             with self._changing():
                 self._edit()
                 self._detail.set(pruned, ERASED)
-                self._level("L", 0).erase((pruned[:, None] * K + torch.arange(K)).flatten().numpy(), self._staged)
+                tokens.erase(slot_N, self._staged)
         # what replaces the old files is on the medium first; and notes go before the files that they name: files
         # without a note are removed at the next opening, a note without its files is a version that cannot be read
         self.sync()
@@ -490,7 +501,7 @@ class DiskStore:
             self._commits.write_version(dict(version=self._staged, format=plain_format(self.format),
                                              partition_bytes=self.partition_bytes,
                                              files=files, detail=run_lengths(self._detail.state_N.tolist()),
-                                             before=before))
+                                             text_version=self._text_version, before=before))
         # everything that it names stands by now: this one write is what makes it true
         self._commits.write(self._staged, self._counts(), durable)
         if durable:
@@ -500,9 +511,18 @@ class DiskStore:
     def _keep(self) -> None:
         for level in self._levels.values():
             level.keep()
+        for level in {*self._kept_levels.values()} - {*self._levels.values()}:
+            level.close()  # another took its place (`adopt`), and nothing goes back to it
         self._kept_levels, self._kept_format, self._kept_detail = dict(self._levels), self.format, self._detail.state_N
+        self._kept_text_version = self._text_version
 
     # -- opening
+
+    def _refuse_contents(self) -> None:
+        # these three are left by a making that was cut short: there is no manifest, so nothing was promised
+        if others := sorted({p.name for p in self.path.iterdir()} - {"lock", "versions", "manifest.new"}):
+            there = "already holds a store; open it instead" if "manifest" in others else f"is not empty ({others[0]})"
+            raise UserError(f"{self.path} {there}")
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -519,9 +539,14 @@ class DiskStore:
     def _load(self, note: dict) -> None:
         """Take the state of a version, at the current commit."""
         self.format, self.partition_bytes = format_of(note["format"]), note["partition_bytes"]
-        self._detail = Detail(torch.tensor(from_run_lengths(note["detail"]), dtype=torch.uint8))
         self._levels = self._records(note, self._commits.last)
-        self._staged = note["version"]
+        told, blocks = sum(count for _, count in note["detail"]), self.n_tokens // self.format.block_size
+        if told > blocks:
+            raise UserError(f"{self.path} is damaged: version {note['version']} tells what became of {told} blocks, "
+                            f"and there are {blocks}; restore it from a backup")
+        self._detail = Detail(torch.from_numpy(from_run_lengths(note["detail"], np.uint8)))
+        # a note of a program that did not write it: that of the version, by which its edits were told
+        self._staged, self._text_version = note["version"], note.get("text_version", note["version"])
         self._keep()
 
     def _records(self, note: dict, commit: dict) -> dict[str, Records]:
@@ -531,7 +556,7 @@ class DiskStore:
         for name, (n, crc) in commit["levels"].items():
             level = levels[name] = Records(self.fs, self.path / name,
                                            record_kind(name, format_of(note["format"]), note["partition_bytes"]))
-            versions, count = from_run_lengths(note["files"].get(name, [])), -(-n // level.R)
+            versions, count = from_run_lengths(note["files"].get(name, [])).tolist(), -(-n // level.R)
             if count > MAX_PARTITIONS:
                 raise UserError(
                     f"{self.path} is damaged: a commit tells of {n} records of {name}; restore it from a backup")
@@ -658,7 +683,7 @@ class DiskStore:
         log.warning("%s: %s", self.path, repair)
 
     def _let_go(self) -> None:
-        for level in self._levels.values():
+        for level in {*self._levels.values(), *self._kept_levels.values()}:
             level.close()
         self._commits.close()
         # last of all: who gets it begins to write these files
