@@ -173,7 +173,9 @@ class Counterfactual(Arm):
         expanded = draw_cut(model.allocator, editable, n, seen.rows_R, *seen.key)
         block, drawn = draw_edits(logits, can_flip(expanded, editable, n, c.block_size), c.of("lens_edits"),
                                   seen.rows_R, *seen.key)
-        utility, _ = edit_utilities(seen.gpt, model, seen.tree, seen.tokens_RT, seen.targets_RT, n, expanded, block)
+        # from scratch: how long a shared beginning is only the host could say, and a step waits for no device
+        utility, _ = edit_utilities(seen.gpt, model, seen.tree, seen.tokens_RT, seen.targets_RT, n, expanded, block,
+                                    reuse=False)
         return MeasuredEdits(n, block, utility.masked_fill(~drawn, 0), drawn)
 
     def lens_parts(self, model: MegaContext, lesson: Lesson, asked: Asked | None) -> list[Part]:
