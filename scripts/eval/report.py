@@ -41,7 +41,7 @@ def accuracy_difference(own: Outcome, other: Outcome) -> dict:
     """Paired over contexts; p of its being 0, by bootstrap."""
     delta = (own.acc_B - other.acc_B).double().numpy()
     draws = bootstrap(1, len(delta)).means(delta[None])
-    return {"accuracy": float(delta.mean()), "interval": interval(draws), "p": bootstrap_p(draws)}
+    return {"accuracy": float(delta.mean()), "interval": list(interval(draws)), "p": bootstrap_p(draws)}
 
 
 def compared_gap_closed(outcomes: dict[str, Outcome], system: str) -> dict | None:

@@ -404,7 +404,7 @@ def test_impossible_values(kept, tmp_path):
     assert "--batch" in compare(kept, "--batch=0").error
     assert "--contexts: invalid int value: 'many'" in compare(kept, "--contexts=many").error
     assert "unrecognized arguments: --context=3" in compare(kept, "--context=3").error
-    assert "required: --recall_mc" in run(kept, "mc_eval", "compare").error
+    assert "give --recall_mc" in run(kept, "mc_eval", "compare").error
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file") in compare(kept, f"--out={tmp_path / 'file'}").error
     assert tree(kept) == before
@@ -465,32 +465,33 @@ def parsed(flags: list[str]) -> dict:
 
 
 def test_quickstart_trains_twins(tmp_path):
-    """Two pairs that differ in MegaContext alone, at equal tokens, seed and shape; and every
-    flag of theirs is accepted."""
+    """Recall twice, differing in MegaContext alone, at equal tokens, seed and shape; facts in text from the first of
+    them; and every flag is accepted."""
     commands = quickstart(tmp_path, SEED="7")
-    assert [words[0] for words in commands] == ["python", *["torchrun"] * 4, "python", "python"]
+    assert [words[0] for words in commands] == ["python", *["torchrun"] * 3, "python", "python"]
     assert commands[0][:3] == ["python", "-m", "scripts.tok_train"]
     flags = trainings(commands)
     planned = [start(tmp_path / "base", "base_train", *words, "--dry_run=1", "--vocab_size=4096") for words in flags]
     plans = [json.loads(plan.wait().ok().out) for plan in planned]
-    for mc, vanilla in ((0, 1), (2, 3)):
-        assert (plans[mc]["mc"], plans[vanilla]["mc"]) == (True, False)
-        same = ("layers", "width", "heads", "vocabulary", "sequence", "rows_per_step", "tokens_per_step",
-                "accumulation", "iterations", "tokens")
-        assert {name: plans[mc][name] for name in same} == {name: plans[vanilla][name] for name in same}
-        assert plans[mc]["flops"] > plans[vanilla]["flops"] and plans[mc]["parameters"] > plans[vanilla]["parameters"]
-        a, b = ({k: v for k, v in parsed(flags[i]).items() if not k.startswith("mc_") and k != "model_tag"}
-                for i in (mc, vanilla))
-        assert a == b and a["seed"] == 7
+    mc, vanilla, facts = plans
+    assert (mc["mc"], vanilla["mc"], facts["mc"]) == (True, False, True)
+    same = ("layers", "width", "heads", "vocabulary", "sequence", "rows_per_step", "tokens_per_step", "accumulation",
+            "iterations", "tokens")
+    assert {name: mc[name] for name in same} == {name: vanilla[name] for name in same}
+    assert mc["flops"] > vanilla["flops"] and mc["parameters"] > vanilla["parameters"] and facts["width"] == mc["width"]
+    a, b = ({k: v for k, v in parsed(words).items() if not k.startswith("mc_") and k != "model_tag"}
+            for words in flags[:2])
+    assert a == b and a["seed"] == parsed(flags[2])["seed"] == 7
     tags = [parsed(words)["model_tag"] for words in flags]
-    assert len(set(tags)) == 4 and [parsed(words)["data"] for words in flags] == ["recall"] * 2 + ["stdlib"] * 2
+    assert len(set(tags)) == 3 and [parsed(words)["data"] for words in flags] == ["recall", "recall", "facts"]
+    assert parsed(flags[2])["init_from"] == str(tmp_path / "base" / "checkpoints" / tags[0])
     assert commands[-2][:3] == ["python", "-m", "scripts.mc_eval"]
     args = vars(make_parser().parse_args(commands[-2][3:]))
     places = [tmp_path / "base" / "checkpoints" / tag for tag in tags]
-    assert [args[name] for name in ("recall_mc", "recall_vanilla", "text_mc", "text_vanilla")] == places
+    assert [args[name] for name in ("recall_mc", "recall_vanilla", "facts_mc")] == places
     assert args["out"] == tmp_path / "base" / "quickstart"
     assert commands[-1][:3] == ["python", "-m", "scripts.mc_eval"]
-    assert make_parser().parse_args(commands[-1][3:]).checkpoint_dir == str(places[0])
+    assert make_parser().parse_args(commands[-1][3:]).checkpoint_dir == places[0]
 
 
 def test_quickstart_reuses_what_is_there(tmp_path):
@@ -499,7 +500,7 @@ def test_quickstart_reuses_what_is_there(tmp_path):
     (base / "tokenizer").mkdir(parents=True)
     (base / "tokenizer" / "tokenizer.json").write_text("{}")
     commands = quickstart(tmp_path)
-    assert [words[0] for words in commands] == ["torchrun"] * 4 + ["python"] * 2
+    assert [words[0] for words in commands] == ["torchrun"] * 3 + ["python"] * 2
     for words in trainings(commands):
         flags = parsed(words)
         assert flags["resume"] == 1
@@ -507,4 +508,4 @@ def test_quickstart_reuses_what_is_there(tmp_path):
         directory.mkdir(parents=True)
         (directory / f"complete_{flags['num_iterations']:06d}.json").write_text("{}")
     assert [words[0] for words in quickstart(tmp_path)] == ["python"] * 2
-    assert len(trainings(quickstart(tmp_path, SEED="8"))) == 4
+    assert len(trainings(quickstart(tmp_path, SEED="8"))) == 3

