@@ -76,10 +76,11 @@ TABLE = {
     "labels": Row(MODULE + "mc_study labels.*", small=("--contexts=8", "--edits=2")),
     "labels, timed": Row(MODULE + "mc_bench labels .*", small=("--pairs=2", "--contexts=2", "--edits=2")),
     "lens from labels": Row(MODULE + "mc_study train_lensnet.*", small=("--steps=1",), needs=("labels",)),
-    "importance": Row(MODULE + "mc_study importance.*", small=("--batches=1", "--rows=2")),
+    # of all tasks one: contexts of this size do not hold the statements of some
+    "importance": Row(MODULE + "mc_study importance.*", small=("--batches=1", "--rows=2", "--data=tasks:mqar")),
     "classifier": Row(MODULE + "mc_study classifier.*", small=("--steps=1",), needs=("importance",)),
     "fine-tuning": Row(MODULE + "mc_study finetune.*", small=("--steps=1", "--rows=2", "--dev=1", "--budgets=40",
-                                                              "--lr_scales=0.1")),
+                                                              "--lr_scales=0.1", "--data=tasks:mqar")),
     "study": Row(MODULE + "mc_study ablate .*"),
     "suite": Row(MODULE + "mc_study suite quick"),
     "a cell again": Row(MODULE + "mc_study suite --rerun=.*", needs=("suite",)),
