@@ -123,7 +123,7 @@ TABLE_MC: dict[str, tuple[str, list[str]]] = {
     "lens_horizon": ("4", []),
     "lens_queries": ("24", []),
     "lens_row_stride": ("2", []),
-    "preset": ("chat", []),
+    "preset": ("recall", []),
     "lens_key_dim": ("16", []),
     "lens_keys": ("2", []),
     "gist_lr": ("0.1", []),
