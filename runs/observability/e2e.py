@@ -43,7 +43,7 @@ MODEL = ["--depth=2", "--aspect_ratio=16", "--head_dim=16", "--max_seq_len=128",
 MC = ["--mc_enabled=1", "--mc_block_size=8", "--mc_budget=40", "--mc_horizon=8", "--mc_recent=8", "--mc_start=0.1",
       "--mc_ramp=2",
       "--mc_lens_queries=48", "--mc_lens_key_dim=8", "--mc_gist_width=16", "--probe_every=5",
-      "--mc_arms=contrast,horizon"]  # fmt: skip
+      "--mc_arms=contrast,horizon,placed", "--mc_placed_stride=1", "--mc_variants=2"]  # fmt: skip
 MICRO_STEPS = 2
 SESSION = ["--mc_enabled=1", "--mc_budget=96", "--mc_interval=4", "--max_tokens=16", "--mc_tau_expand=0",
            "--mc_tau_collapse=0", "--mc_margin=0", "--mc_cooldown=0"]
