@@ -2,7 +2,6 @@
 settings of the arms it names."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -190,17 +189,16 @@ def core_settings() -> list:
 
 def add_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> None:
     """The core's flags, and those of the arms that a command line names; argv: by default this process's."""
-    chosen = FlagParser(add_help=False)
-    for name in ("preset", "arms", *KINDS):
-        chosen.add_argument(f"--mc_{name}", default="")
-    words, rest = chosen.parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    preset = TRAINING.get(words.mc_preset, {})
     group = parser.add_argument_group("MegaContext (with --mc_enabled=1)")
-    add_preset_flag(group, TRAINING)
+    preset = add_preset_flag(group, TRAINING, argv)
     for f in core_settings():
         group.add_argument(f"--mc_{f.name}", type=flag_type(f.default), default=preset.get(f.name, f.default),
                            choices=f.metadata["choices"],
                            help=f.metadata["help"])
+    chosen = FlagParser(add_help=False)
+    for name in ("arms", *KINDS):
+        chosen.add_argument(f"--mc_{name}", default="")
+    words, rest = chosen.parse_known_args(argv)
     arms = named({name: getattr(words, f"mc_{name}") for name in ("arms", *KINDS)})
     for module in arms:
         if settings := load(module).SETTINGS:

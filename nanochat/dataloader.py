@@ -7,6 +7,7 @@ step, and the state of a loader is one number. A *source* turns row numbers into
   LongRows     each row is a piece of one long document, whose pieces follow one another: long context stays whole
   PackedRows   rows start with bos, short documents packed to fill them (nanochat's manner)
   RecallSource synthetic key-value recall, of one hop or two; NeedleSource its facts hidden in text
+  FactSource   notes of facts between the lines of embedded code and prose, which are learned, too
   RandomSource uniform random tokens (a floor that no loss may go below)
   TaskSource   (nanochat.tasks.source) the generated tasks of the evaluation, with many answers per row
 """
@@ -306,8 +307,8 @@ def make_source(
     total_rows: int | None = None,
     needles: int = 4,
 ) -> RowSource:
-    """The source that the flags name. data: "stdlib", "recall", "hops", "needle", "random", "tasks[:mix]", or a
-    directory; rows: "long" or "packed".
+    """The source that the flags name. data: "stdlib", "docstrings", "recall", "hops", "needle", "facts", "random",
+    "tasks[:mix]", or a directory; rows: "long" or "packed".
 
     recall_task, recall_blocks (without a task) are for "recall" and "hops": by default the tokenizer's
     ids; schedule and total_rows for

@@ -12,6 +12,7 @@ import torch
 from nanochat.common import FlagParser, UserError
 from nanochat.controller import NullController
 from nanochat.dataloader import is_synthetic
+from nanochat.dataset import EMBEDDED
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.outputs import check_tag
 from nanochat.schedule import batch_lr_scale
@@ -38,10 +39,11 @@ def add_flags(parser: FlagParser) -> None:
     switch("--tie_qk", False, "1: key projections start equal to query projections")
     add("--rope_fraction", type=float, default=1.0, help="share of each head's dims that is rotated")
     # data
-    add("--data", default="stdlib", help="stdlib (embedded), recall, hops, needle, random, tasks or "
-                                         "tasks:NAME,NAME=SHARE,… (generated tasks), or a directory of parquet, jsonl "
-                                         "or text files")
-    add("--needles", type=int, default=4, help="blocks of facts hidden in the text of each row of --data=needle")
+    add("--data", default="stdlib", help="stdlib or docstrings (embedded code and prose), recall, hops, needle, facts, "
+                                         "random, tasks or tasks:NAME,NAME=SHARE,… (generated tasks), or a directory "
+                                         "of parquet, jsonl or text files")
+    add("--needles", type=int, default=4, help="blocks of facts hidden in the text of each row of --data=needle, "
+                                               "notes of --data=facts")
     add("--rows", default="long", choices=("long", "packed"),
         help="rows within one long document, or packed from several")
     add("--text_column", default="text", help="column of parquet and jsonl files that holds the text")
@@ -133,7 +135,7 @@ def check_flags(args, defaults: dict) -> None:
                             f"--data={' or '.join(data)}")
     if args.rows == "packed" and is_synthetic(args.data):
         raise UserError(f"--rows=packed has no effect with --data={args.data}: it packs documents")
-    if args.text_column != defaults["text_column"] and (args.data == "stdlib" or is_synthetic(args.data)):
+    if args.text_column != defaults["text_column"] and (args.data in EMBEDDED or is_synthetic(args.data)):
         raise UserError(f"--text_column={args.text_column} has no effect with --data={args.data}: it is for "
                         "directories of parquet or jsonl files")
     check_tag(run_tag(args))

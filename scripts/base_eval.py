@@ -17,15 +17,16 @@ def make_parser() -> FlagParser:
     parser = FlagParser(prog="python -m scripts.base_eval", description=__doc__)
     add_model_flags(parser)
     as_trained = dict(default=SUPPRESS)
-    parser.add_argument("--data", help="'stdlib', 'recall', 'needle', 'random', or a directory of parquet, jsonl or "
-                                       "text files (default: as trained)", **as_trained)
+    parser.add_argument("--data", help="'stdlib', 'docstrings', 'recall', 'hops', 'needle', 'facts', 'random', 'tasks', "
+                                       "or a directory of parquet, jsonl or text files (default: as trained)", **as_trained)
     parser.add_argument("--rows", help="'long' (pieces of long documents) or 'packed' (short ones together) (default: "
                                        "as trained)", **as_trained)
     parser.add_argument("--text_column",
                         help="column of parquet and jsonl files that holds the text (default: as trained)",
                         **as_trained)
     parser.add_argument("--needles", type=int,
-                        help="blocks of facts hidden in each row of --data=needle (default: as trained)", **as_trained)
+                        help="blocks of facts hidden in each row of --data=needle, notes of --data=facts (default: "
+                             "as trained)", **as_trained)
     parser.add_argument("--recall_blocks", type=int,
                         help="blocks of facts that each row of --data=recall stores (default: as trained)",
                         **as_trained)

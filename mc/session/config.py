@@ -1,14 +1,13 @@
 """Settings of inference, and the flags `--mc_…` of the commands that hold a session."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from mc.config import setting
 from mc.presets import SESSION, add_preset_flag
 from mc.session.price import Allocator
-from nanochat.common import FlagParser, UserError
+from nanochat.common import UserError
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,8 @@ class SessionConfig:
 
 def add_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, **defaults) -> None:
     """Flags `--mc_…` of all settings; `defaults` where a command has others. argv: by default this process's."""
-    chosen = FlagParser(add_help=False)
-    chosen.add_argument("--mc_preset", default="")
-    preset = SESSION.get(chosen.parse_known_args(sys.argv[1:] if argv is None else list(argv))[0].mc_preset, {})
-    defaults |= preset
     group = parser.add_argument_group("the session")
-    add_preset_flag(group, SESSION)
+    defaults |= add_preset_flag(group, SESSION, argv)
     for f in fields(SessionConfig):
         group.add_argument(f"--mc_{f.name}", type=type(f.default), default=defaults.get(f.name, f.default),
                            choices=f.metadata["choices"], help=f.metadata["help"])

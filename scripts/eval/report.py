@@ -15,7 +15,8 @@ from scripts.eval.tables import cell, table
 SYSTEMS = {  # name in report.json -> (label, which checkpoint)
     "full": ("full context", "MC"), "sliding_window": ("sliding window", "MC"), "mc_random": ("MC, random focus", "MC"),
     "mc_recency": ("MC, recency focus", "MC"), "mc_lens": ("MC, LensNet focus", "MC"),
-    "mc_bm25": ("MC, BM25 focus", "MC"), "mc_oracle": ("MC, oracle focus", "MC"),
+    "mc_bm25": ("MC, BM25 focus", "MC"), "mc_lens_exchanged": ("MC, LensNet asked another question", "MC"),
+    "mc_oracle": ("MC, oracle focus", "MC"),
     "vanilla_full": ("full context", "vanilla"), "vanilla_window": ("sliding window", "vanilla")}
 
 

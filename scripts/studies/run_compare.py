@@ -4,8 +4,8 @@ held-out tokens, and write the report.
     python -m scripts.mc_eval compare --recall_mc=DIR [--recall_vanilla=DIR] [--facts_mc=DIR] [--text_mc=DIR …]
 
 A task is judged whose MegaContext checkpoint is named, and beside it its vanilla twin if that is. Of facts in text,
-BM25 chooses too, shown exactly as the lens is; the oracle shows the blocks of the note that is asked for; and the text
-itself is judged, for what focus does to it.
+BM25 chooses too, shown exactly as the lens is, and as a control the lens asked another context's question; the oracle
+shows the blocks of the note that is asked for; and the text itself is judged, for what focus does to it.
 """
 
 import json
@@ -123,6 +123,11 @@ def compare(pair: Pair, tokenizer: Tokenizer, args, task: str) -> dict:
         if evidence is not None:
             announced = tokens[:, n - source.task.facts:n]  # the question alone: the text before it would only mislead
             tested["mc_bm25"] = focus.outcome(bm25_scores(tokens[:, :n], c.block_size, announced))
+            # the control: whoever finds the notes of any question finds odd lines, and no answers
+            exchanged = tokens.clone()
+            exchanged[:, n - source.task.facts:n] = announced.roll(1, 0)
+            other = FocusComparison(gpt, mc, exchanged, targets, n, args.seed, torch.from_numpy(rows))
+            tested["mc_lens_exchanged"] = focus.outcome(other.scores("lens"))
             oracle = focus.outcome(torch.where(evidence, 1.0, -torch.inf))
         else:
             oracle = focus.oracle(tested)
