@@ -17,8 +17,9 @@ def make_parser() -> FlagParser:
     parser = FlagParser(prog="python -m scripts.base_eval", description=__doc__)
     add_model_flags(parser)
     as_trained = dict(default=SUPPRESS)
-    parser.add_argument("--data", help="'stdlib', 'docstrings', 'recall', 'hops', 'needle', 'facts', 'random', 'tasks', "
-                                       "or a directory of parquet, jsonl or text files (default: as trained)", **as_trained)
+    parser.add_argument("--data", help="'stdlib', 'docstrings', 'recall', 'hops', 'needle', 'facts', 'random', "
+                                       "'tasks', or a directory of parquet, jsonl or text files (default: as "
+                                       "trained)", **as_trained)
     parser.add_argument("--rows", help="'long' (pieces of long documents) or 'packed' (short ones together) (default: "
                                        "as trained)", **as_trained)
     parser.add_argument("--text_column",
